@@ -1,0 +1,83 @@
+// What a kernel tells the rest of convext about itself. No torch here: raw pointers and plain data.
+//
+// A variant is one kernel for one pass, one dtype and one instruction set. It says in words which problems it rejects,
+// how much scratch memory it wants, how it likes its weights packed, and it launches. What it costs relative to the
+// others is select.cpp's business; what it was measured to cost is tuning.py's.
+#pragma once
+#include "conv_problem.h"
+#include "epilogue.h"
+
+namespace convext {
+
+// Instruction sets, each implying the ones before it on its device.
+enum class Isa : int32_t { kPortable = 0, kAVX2 = 1, kAVX512 = 2, kSM80 = 10, kSM90 = 11 };
+
+// A body that works on the half-open range [begin, end).
+using RangeBody = void (*)(void* context, int64_t begin, int64_t end);
+
+// How CPU kernels use threads: torch's own pool, handed in so that kernels see no torch header. The split of the work
+// into chunks must depend on the problem alone, so that results do not depend on the number of threads.
+struct Parallel {
+  void (*run)(int64_t begin, int64_t end, int64_t grain, RangeBody body, void* context);
+  int32_t threads;
+
+  // for_each(count, f): f(i) for every i in [0, count), in any order, on any thread.
+  template <class F>
+  void for_each(int64_t count, F&& f) const {
+    if (count <= 0) return;
+    if (threads <= 1 || count == 1) {
+      for (int64_t i = 0; i < count; ++i) f(i);
+      return;
+    }
+    run(0, count, 1, [](void* context, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) (*static_cast<F*>(context))(i);
+    }, const_cast<void*>(static_cast<const void*>(&f)));
+  }
+};
+
+// The operands of one launch. Activations are dense in the layout that the problem names, unless the variant's
+// `layouts` says that it takes NHWC alone, in which case the caller has converted them.
+//
+//   pass   a    b                     out
+//   fprop  x    packed w (or w KCRS)  y
+//   dgrad  dy   packed w (or w KCRS)  dx
+//   wgrad  dy   x                     dw, KCRS
+struct LaunchArgs {
+  const void* a;
+  const void* b;
+  void* out;
+  Epilogue epilogue;         // fprop only
+  void* workspace;           // workspace(problem) bytes, 64-byte aligned, not cleared
+  const Parallel* parallel;  // CPU
+  void* stream;              // CUDA: cudaStream_t
+};
+
+enum class Layouts : int32_t { kNHWCOnly = 0, kAny = 1 };
+
+struct Variant {
+  const char* name;  // <pass>_<algo>_<dtype>_<isa>: the specification in short
+  const char* algo;  // "direct", "depthwise", "dilated", "winograd": the family, for reports and the cost model
+  Device device;
+  Pass pass;
+  DType dtype;
+  Isa isa;
+  Layouts layouts;
+
+  // Why this kernel cannot serve the problem, in words for a user, or nullptr. Device, pass, dtype and instruction set
+  // have been matched before.
+  const char* (*reject)(const ConvProblem&);
+
+  // Scratch memory in bytes; may be nullptr for none. May depend on the number of threads.
+  int64_t (*workspace)(const ConvProblem&, int32_t threads);
+
+  // Packed weights: nullptr where the kernel reads KCRS as it is. `pack_format` names the packed order so that two
+  // problems with the same weight and format share one copy; `packed_size` is in bytes; `pack` reads w as dense KCRS.
+  const char* (*pack_format)(const ConvProblem&);
+  int64_t (*packed_size)(const ConvProblem&);
+  void (*pack)(const ConvProblem&, const void* w, void* packed, const Parallel&);
+
+  // Runs the kernel. Returns nullptr, or what went wrong in words.
+  const char* (*launch)(const ConvProblem&, const LaunchArgs&);
+};
+
+}  // namespace convext
