@@ -28,11 +28,15 @@ struct Epilogue {
   Activation activation = Activation::identity;
 };
 
-// Scalar arithmetic, T = float or double. NaN passes through every one of them, as it does in PyTorch.
+// T is float, double or a vector of them (cpu/vec.h): comparisons choose through where(), so that one definition serves
+// all. NaN passes through every one of them, as it does in PyTorch.
 namespace activation {
 
 using std::erf;
 using std::exp;
+
+template <class T>
+CONVEXT_HD T where(bool condition, T a, T b) { return condition ? a : b; }
 
 template <class T>
 struct identity {
@@ -42,14 +46,14 @@ struct identity {
 
 template <class T>
 struct relu {
-  CONVEXT_HD static T forward(T z) { return z < T(0) ? T(0) : z; }
-  CONVEXT_HD static T derivative(T z) { return z <= T(0) ? T(0) : T(1); }
+  CONVEXT_HD static T forward(T z) { return where(z < T(0), T(0), z); }
+  CONVEXT_HD static T derivative(T z) { return where(z <= T(0), T(0), T(1)); }
 };
 
 template <class T>
 struct relu6 {
-  CONVEXT_HD static T forward(T z) { return z < T(0) ? T(0) : z > T(6) ? T(6) : z; }
-  CONVEXT_HD static T derivative(T z) { return z <= T(0) || z >= T(6) ? T(0) : T(1); }
+  CONVEXT_HD static T forward(T z) { return where(z < T(0), T(0), where(z > T(6), T(6), z)); }
+  CONVEXT_HD static T derivative(T z) { return where((z <= T(0)) | (z >= T(6)), T(0), T(1)); }
 };
 
 template <class T>
@@ -64,10 +68,12 @@ struct silu {
 template <class T>
 struct hardswish {
   CONVEXT_HD static T forward(T z) {
-    const T gate = z + T(3) < T(0) ? T(0) : z + T(3) > T(6) ? T(6) : z + T(3);
+    const T gate = where(z + T(3) < T(0), T(0), where(z + T(3) > T(6), T(6), z + T(3)));
     return z * gate / T(6);
   }
-  CONVEXT_HD static T derivative(T z) { return z < T(-3) ? T(0) : z < T(3) ? z / T(3) + T(0.5) : T(1); }
+  CONVEXT_HD static T derivative(T z) {
+    return where(z < T(-3), T(0), where(z < T(3), z / T(3) + T(0.5), T(1)));
+  }
 };
 
 // The exact form, 0.5 z (1 + erf(z / sqrt 2)): torch.nn.GELU's default, not the tanh approximation.
