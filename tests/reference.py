@@ -1,0 +1,138 @@
+"""What a convolution is, in float64 and straight from the definition in csrc/conv_problem.h, and how far a float may be
+from it.
+
+Each pass is the loop nest of its formula. The loop over the taps (r, s) is written out; the sums over pixels and
+channels under it are one einsum. No convolution of PyTorch's takes part.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import pad
+
+
+def _batched(t):
+    return t if t.dim() == 4 else t.unsqueeze(0)
+
+
+def _grouped(t, groups):
+    """(N, groups * channels, H, W) -> (N, groups, channels, H, W)."""
+    return t.unflatten(1, (groups, t.shape[1] // groups))
+
+
+@dataclass(frozen=True)
+class Nest:
+    """The three passes of one case over given operands (any dtype; computed and returned in float64)."""
+
+    case: object
+
+    def taps(self):
+        """Every tap with the rows and columns of the padded image that it meets, one for each output pixel."""
+        case = self.case
+        p, q = case.y[-2:]
+        for r in range(case.w[2]):
+            for s in range(case.w[3]):
+                top, left = r * case.dilation[0], s * case.dilation[1]
+                rows = slice(top, top + (p - 1) * case.stride[0] + 1, case.stride[0])
+                columns = slice(left, left + (q - 1) * case.stride[1] + 1, case.stride[1])
+                yield r, s, rows, columns
+
+    def padded(self, x):
+        top, bottom, left, right = self.case.borders
+        return _grouped(pad(_batched(x).double(), (left, right, top, bottom)), self.case.groups)
+
+    def fprop(self, x, w, bias=None):
+        case = self.case
+        x = self.padded(x)
+        w = w.double().unflatten(0, (case.groups, -1))  # (G, K/G, C/G, R, S)
+        y = x.new_zeros((x.shape[0], *w.shape[:2], *case.y[-2:]))
+        for r, s, rows, columns in self.taps():
+            y += torch.einsum("ngchw,gkc->ngkhw", x[..., rows, columns], w[..., r, s])
+        y = y.flatten(1, 2)
+        if bias is not None:
+            y = y + bias.double()[:, None, None]
+        return y.reshape(case.y)
+
+    def dgrad(self, dy, w):
+        case = self.case
+        dy = _grouped(_batched(dy).double(), case.groups)
+        w = w.double().unflatten(0, (case.groups, -1))
+        top, bottom, left, right = case.borders
+        n, c, height, width = case.batched_x
+        dx = dy.new_zeros((n, case.groups, c // case.groups, height + top + bottom, width + left + right))
+        for r, s, rows, columns in self.taps():
+            dx[..., rows, columns] += torch.einsum("ngkhw,gkc->ngchw", dy, w[..., r, s])
+        return dx[..., top : top + height, left : left + width].reshape(case.x)
+
+    def wgrad(self, dy, x):
+        case = self.case
+        x = self.padded(x)
+        dy = _grouped(_batched(dy).double(), case.groups)
+        dw = x.new_zeros((case.groups, case.w[0] // case.groups, *case.w[1:]))
+        for r, s, rows, columns in self.taps():
+            dw[..., r, s] = torch.einsum("ngkhw,ngchw->gkc", dy, x[..., rows, columns])
+        return dw.reshape(case.w)
+
+    def dbias(self, dy):
+        return _batched(dy).double().sum((0, 2, 3))
+
+    def expected(self, operands):
+        """{pass: Expected} for fprop (with the bias), dgrad, wgrad, and dbias where the case has one."""
+        x, w, bias, dy = operands.x, operands.w, operands.bias, operands.dy
+        case = self.case
+        results = {
+            "fprop": Expected(self.fprop(x, w, bias), case.gemm_k("fprop"),
+                              self.fprop(x.double() ** 2, w.double() ** 2, None if bias is None else bias.double() ** 2)),
+            "dgrad": Expected(self.dgrad(dy, w), case.gemm_k("dgrad"),
+                              self.dgrad(dy.double() ** 2, w.double() ** 2)),
+            "wgrad": Expected(self.wgrad(dy, x), case.gemm_k("wgrad"),
+                              self.wgrad(dy.double() ** 2, x.double() ** 2)),
+        }  # fmt: skip
+        if bias is not None:
+            results["dbias"] = Expected(self.dbias(dy), case.gemm_k("wgrad"), self.dbias(dy.double() ** 2))
+        return results
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A result in float64, with what its error bound is made of.
+
+    A sum of gemm_k products a_i b_i, added up in any order with unit roundoff u, has partial sums of about
+    sqrt(sum (a_i b_i)^2) and takes gemm_k roundings of random sign: the error is about
+    u * sqrt(gemm_k) * sqrt(sum (a_i b_i)^2). `squares` is that inner sum for each element; its maximum over the tensor
+    stands for all, since algorithms such as Winograd's spread the error of one element over its tile. On top comes one
+    rounding to the dtype of the result.
+
+    Factor 4: errors are taken as normally distributed, and the largest of 1e4 elements lies about 4 deviations out.
+    """
+
+    value: torch.Tensor
+    gemm_k: int
+    squares: torch.Tensor
+
+    def tolerance(self, dtype):
+        if self.value.numel() == 0:
+            return torch.zeros_like(self.value)
+        accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+        summing = 4 * unit_roundoff(accumulate) * math.sqrt(max(self.gemm_k, 1)) * self.squares.max().sqrt()
+        # Float64 is compared with float64, which has errors of its own.
+        return (2 if dtype == torch.float64 else 1) * summing + unit_roundoff(dtype) * self.value.abs()
+
+    def check(self, actual, dtype=None, what=""):
+        """Raises AssertionError where `actual` has another shape or dtype, or is further off than the bound."""
+        dtype = dtype or actual.dtype
+        assert actual.dtype == dtype, f"{what}: dtype {actual.dtype}, expected {dtype}"
+        assert actual.shape == self.value.shape, f"{what}: shape {tuple(actual.shape)}, not {tuple(self.value.shape)}"
+        if self.value.numel() == 0:
+            return
+        actual = actual.detach().double().cpu()
+        expected = self.value.cpu()
+        excess = ((actual - expected).abs() / self.tolerance(dtype).cpu()).masked_fill(actual == expected, 0)
+        worst = excess.nan_to_num(nan=math.inf).max().item()
+        assert worst <= 1, f"{what}: {worst:.3g} times the error that {dtype} and gemm_k = {self.gemm_k} allow"
+
+
+def unit_roundoff(dtype):
+    """Half the distance from 1 to the next number."""
+    return torch.finfo(dtype).eps / 2
