@@ -1,0 +1,112 @@
+// Loads and stores that convert between the storage types and the types kernels compute in: bfloat16 and float16 are
+// read into vectors of float and rounded to the nearest, ties to even, on the way out; NaN stays NaN.
+//
+//   load_as(p), load_as(p, n)         Vec<compute_t<S>> from S*; with n only the first n elements are touched
+//   store_as(p, a), store_as(p, a, n)
+#pragma once
+#include "vec.h"
+
+namespace convext::CONVEXT_ISA {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class S>
+struct Compute {
+  using type = float;
+};
+template <>
+struct Compute<double> {
+  using type = double;
+};
+template <class S>
+using compute_t = typename Compute<S>::type;
+
+using FloatBits = Native<float>::bits;
+using FloatReals = Native<float>::type;
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint16_t UnalignedHalves __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+
+// ---- Bits of a half, one a lane, to float and back ----
+
+CONVEXT_INLINE Vec<float> widen(BFloat16, Halves h) {
+  return reinterpret_cast<FloatReals>(__builtin_convertvector(h, FloatBits) << 16);
+}
+
+CONVEXT_INLINE Halves narrow(BFloat16, Vec<float> a) {
+  const FloatBits u = reinterpret_cast<FloatBits>(a.v);
+  const FloatBits rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  const FloatBits nan = (u >> 16) | 0x40;  // quiet, the payload's upper bits kept
+  return __builtin_convertvector((u & 0x7fffffff) > 0x7f800000 ? nan : rounded, Halves);
+}
+
+#if defined(__AVX512F__)
+CONVEXT_INLINE Vec<float> widen(Float16, Halves h) {
+  return static_cast<FloatReals>(_mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(h)));
+}
+CONVEXT_INLINE Halves narrow(Float16, Vec<float> a) {
+  return reinterpret_cast<Halves>(_mm512_maskz_cvtps_ph(0xffff, a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+// A float16 is 2^-24 times an integer where it is subnormal, and so is a float in [0.5, 1) by its last place: adding
+// and subtracting 0.5 converts, rounding included. The rest differs in the exponent's bias alone, 127 - 15 = 112.
+CONVEXT_INLINE Vec<float> widen(Float16, Halves h) {
+  const FloatBits u = __builtin_convertvector(h, FloatBits);
+  const FloatBits magnitude = u & 0x7fff, sign = (u & 0x8000) << 16;
+  const FloatBits rebias = (magnitude << 13) + (112 << 23);
+  const FloatBits normal = magnitude >= 0x7c00 ? rebias + (112 << 23) : rebias;
+  const FloatReals tiny = reinterpret_cast<FloatReals>(magnitude + 0x3f000000) - 0.5f;
+  const FloatBits bits = magnitude < 0x400 ? reinterpret_cast<FloatBits>(tiny) : normal;
+  return reinterpret_cast<FloatReals>(bits | sign);
+}
+
+CONVEXT_INLINE Halves narrow(Float16, Vec<float> a) {
+  const FloatBits u = reinterpret_cast<FloatBits>(a.v);
+  const FloatBits magnitude = u & 0x7fffffff, sign = (u >> 16) & 0x8000;
+  const FloatBits normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const FloatBits tiny = reinterpret_cast<FloatBits>(reinterpret_cast<FloatReals>(magnitude) + 0.5f) - 0x3f000000;
+  FloatBits bits = magnitude < (113 << 23) ? tiny : normal;
+  bits = magnitude >= (143 << 23) ? FloatBits{} + 0x7c00 : bits;    // 2^16 and more, infinity
+  bits = magnitude > 0x7f800000 ? FloatBits{} + 0x7e00 : bits;      // NaN
+  return __builtin_convertvector(bits | sign, Halves);
+}
+#endif
+
+// ---- Memory ----
+
+template <class S>
+CONVEXT_INLINE Vec<float> load_as(const S* p) {
+  return widen(S{}, *reinterpret_cast<const UnalignedHalves*>(p));
+}
+template <class S>
+CONVEXT_INLINE void store_as(S* p, Vec<float> a) {
+  *reinterpret_cast<UnalignedHalves*>(p) = narrow(S{}, a);
+}
+template <class S>
+CONVEXT_INLINE Vec<float> load_as(const S* p, int64_t n) {
+  if (n >= Vec<float>::width) return load_as(p);
+  Halves h{};
+  for (int i = 0; i < n; ++i) h[i] = p[i].bits;
+  return widen(S{}, h);
+}
+template <class S>
+CONVEXT_INLINE void store_as(S* p, Vec<float> a, int64_t n) {
+  if (n >= Vec<float>::width) return store_as(p, a);
+  const Halves h = narrow(S{}, a);
+  for (int i = 0; i < n; ++i) p[i].bits = h[i];
+}
+
+CONVEXT_INLINE Vec<float> load_as(const float* p) { return load(p); }
+CONVEXT_INLINE Vec<double> load_as(const double* p) { return load(p); }
+CONVEXT_INLINE void store_as(float* p, Vec<float> a) { store(p, a); }
+CONVEXT_INLINE void store_as(double* p, Vec<double> a) { store(p, a); }
+CONVEXT_INLINE Vec<float> load_as(const float* p, int64_t n) { return load(p, Lanes<float>(n)); }
+CONVEXT_INLINE Vec<double> load_as(const double* p, int64_t n) { return load(p, Lanes<double>(n)); }
+CONVEXT_INLINE void store_as(float* p, Vec<float> a, int64_t n) { store(p, a, Lanes<float>(n)); }
+CONVEXT_INLINE void store_as(double* p, Vec<double> a, int64_t n) { store(p, a, Lanes<double>(n)); }
+
+}  // namespace convext::CONVEXT_ISA
