@@ -1,0 +1,154 @@
+"""The native backend: convext's own compiled kernels.
+
+On the CPU they are in ``convext/_C`` (C++ with AVX-512, AVX2 and portable forms, picked at run time). Which kernel
+serves a problem is decided in C++ (``csrc/select.cpp``); this file turns tensors and problems into calls, and keeps
+packed weights between calls.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from typing import NamedTuple
+
+import torch
+
+from ..problem import ACTIVATIONS, ConvProblem, Epilogue, Pass
+
+try:
+    from .. import _C
+except ImportError as error:  # not built, or built for another Python
+    _C = None
+    _import_error = str(error)
+
+_PACKED_HEADER = 64  # bytes in front of packed weights, for the fingerprint: csrc/packed_weight.h
+_NHWC = 1
+_CPU = 0
+
+
+class _Plan(NamedTuple):
+    """What a call needs beyond its tensors, decided once for a pass and problem."""
+
+    variant: int
+    name: str
+    geom: list[int]
+    pack_format: str | None
+    packed_bytes: int
+
+
+def _fields(problem: ConvProblem) -> tuple[int, ...]:
+    """The problem as C++ takes it. The layouts are those the kernels see, not those the tensors arrive in."""
+    return (*problem.extents(), int(problem.dtype), _NHWC, _NHWC)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(pass_: Pass, problem: ConvProblem) -> _Plan | None:
+    fields = _fields(problem)
+    index = _C.select(_CPU, int(pass_), fields)
+    if index < 0:
+        return None
+    p = problem
+    geom = [p.stride_h, p.stride_w, p.pad_h, p.pad_w, p.dil_h, p.dil_w, p.groups]
+    packs = pass_ is not Pass.WGRAD
+    pack_format = _C.pack_format(index, fields) if packs else None
+    size = _PACKED_HEADER + _C.packed_size(index, fields) if pack_format else 0
+    return _Plan(index, _C.variants()[index]["name"], geom, pack_format, size)
+
+
+def forget_plans() -> None:
+    """Drops cached selections; call after a setting that selection depends on has changed."""
+    _plan.cache_clear()
+
+
+# Packed weights by the identity of the weight tensor: id -> (weak reference, {pack format: buffer}). The C++ side
+# repacks where the weights have changed (csrc/packed_weight.h); an entry goes with its tensor.
+_packed: dict[int, tuple[weakref.ref, dict[str, torch.Tensor]]] = {}
+
+
+def _packed_buffer(w: torch.Tensor, plan: _Plan) -> torch.Tensor | None:
+    if plan.pack_format is None:
+        return None
+    key = id(w)
+    entry = _packed.get(key)
+    if entry is None or entry[0]() is not w:
+        entry = (weakref.ref(w, lambda _, key=key: _packed.pop(key, None)), {})
+        _packed[key] = entry
+    buffer = entry[1].get(plan.pack_format)
+    if buffer is None or buffer.numel() < plan.packed_bytes:
+        buffer = torch.empty(plan.packed_bytes, dtype=torch.uint8)
+        buffer[:_PACKED_HEADER] = 0  # an empty fingerprint: stale
+        entry[1][plan.pack_format] = buffer
+    return buffer
+
+
+def _version(w: torch.Tensor) -> int:
+    return 0 if w.is_inference() else w._version  # inference tensors keep no version counter
+
+
+class NativeBackend:
+    """Hand-written kernels of ``convext/_C``, on CPU tensors."""
+
+    name = "native"
+
+    def unavailable(self, device_type: str) -> str | None:
+        """Why the backend cannot serve a device type, with the remedy, or None."""
+        if device_type != "cpu":
+            return f"there are no compiled kernels for {device_type} tensors in this build"
+        if _C is None:
+            return f"convext/_C did not load ({_import_error}): build it with `pip install .` from the source tree"
+        return None
+
+    def reject(self, pass_: Pass, problem: ConvProblem) -> str | None:
+        """Why no kernel takes the problem, in words, or None."""
+        why = self.unavailable(problem.device)
+        if why is not None:
+            return why
+        if min(problem.c, problem.k, problem.r, problem.s) == 0:
+            return "it has no channels or no filter taps"
+        if max(problem.extents()) >= 2**31:
+            return "an extent exceeds 32 bits"
+        if _plan(pass_, problem) is not None:
+            return None
+        reasons = _C.reject_reasons(_CPU, int(pass_), _fields(problem))
+        return "; ".join(f"{name}: {reason}" for name, reason in reasons) or "no kernel is compiled for it"
+
+    def slower(self, pass_: Pass, problem: ConvProblem) -> str | None:
+        """Why ATen is expected to be faster for a problem that a kernel here takes, in words, or None.
+
+        Each rule stands for a class of problems that was measured (``convext bench layers``), not for a guess.
+        """
+        return None
+
+    def variant(self, pass_: Pass, problem: ConvProblem) -> str:
+        """Name of the kernel that serves the problem."""
+        return _plan(pass_, problem).name
+
+    def fprop(self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
+        plan = _plan(Pass.FPROP, problem)
+        e = epilogue
+        return torch.ops.convext_cpu.fprop.default(
+            plan.variant, x, w, _packed_buffer(w, plan), _version(w), e.bias, e.mean, e.var, e.gamma, e.beta,
+            e.residual, plan.geom, e.eps, ACTIVATIONS[e.activation], problem.y_layout == _NHWC,
+        )  # fmt: skip
+
+    def dgrad(self, problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        plan = _plan(Pass.DGRAD, problem)
+        return torch.ops.convext_cpu.dgrad.default(
+            plan.variant, dy, w, _packed_buffer(w, plan), _version(w), problem.h, problem.w, plan.geom,
+            problem.x_layout == _NHWC,
+        )  # fmt: skip
+
+    def wgrad(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        plan = _plan(Pass.WGRAD, problem)
+        return torch.ops.convext_cpu.wgrad.default(plan.variant, dy, x, problem.r, problem.s, plan.geom)
+
+    def batch_stats(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ops.convext_cpu.batch_stats.default(y)
+
+    def bn_act(self, y, mean, var, gamma, beta, residual, eps: float, activation: str) -> torch.Tensor:
+        return torch.ops.convext_cpu.bn_act.default(
+            y, mean, var, gamma, beta, residual, eps, ACTIVATIONS[activation])
+
+    def bn_act_backward(self, dout, y, mean, var, gamma, beta, residual, eps: float, activation: str, training: bool):
+        return torch.ops.convext_cpu.bn_act_backward.default(
+            dout, y, mean, var, gamma, beta, residual, eps, ACTIVATIONS[activation], training)

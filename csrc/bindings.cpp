@@ -1,0 +1,169 @@
+// What Python may know about the kernels: the list, who takes a problem and why not, CPU features, how it was built.
+// No tensors here and no torch header: torch's bundled pybind11 refuses stable-ABI builds before 2.13.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <map>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "select.h"
+
+namespace py = pybind11;
+
+namespace convext {
+namespace {
+
+// The fields of ConvProblem in order: n c h w  k r s  stride pad dil (h, w each)  groups dtype x_layout y_layout.
+using Fields = std::array<int64_t, 17>;
+
+ConvProblem problem_of(const Fields& f) {
+  for (int64_t value : f) {
+    if (value < 0 || value > INT32_MAX) throw std::invalid_argument("convext: a field of the problem exceeds 32 bits");
+  }
+  ConvProblem p{};
+  int32_t* const slots[] = {&p.n,        &p.c,     &p.h,     &p.w,     &p.k,     &p.r,     &p.s, &p.stride_h,
+                            &p.stride_w, &p.pad_h, &p.pad_w, &p.dil_h, &p.dil_w, &p.groups};
+  for (size_t i = 0; i < 14; ++i) *slots[i] = static_cast<int32_t>(f[i]);
+  p.dtype = static_cast<DType>(f[14]);
+  p.x_layout = static_cast<Layout>(f[15]);
+  p.y_layout = static_cast<Layout>(f[16]);
+  return p;
+}
+
+const Variant& variant_at(int index) {
+  if (index < 0 || index >= static_cast<int>(variants().size())) {
+    throw std::out_of_range("convext: there is no variant " + std::to_string(index));
+  }
+  return *variants()[index];
+}
+
+const std::map<std::string, Isa>& isa_names() {
+  static const std::map<std::string, Isa> names = {
+      {"portable", Isa::kPortable}, {"avx2", Isa::kAVX2}, {"avx512", Isa::kAVX512}};
+  return names;
+}
+
+std::string isa_name(Isa isa) {
+  for (const auto& [name, value] : isa_names()) {
+    if (value == isa) return name;
+  }
+  return isa == Isa::kSM90 ? "sm90" : "sm80";
+}
+
+void set_isa(const std::optional<std::string>& name) {
+  if (!name) {
+    settings().cpu_isa = detect_cpu_isa();
+    return;
+  }
+  const auto found = isa_names().find(*name);
+  if (found == isa_names().end()) {
+    throw std::invalid_argument("isa must be portable, avx2 or avx512, got '" + *name + "'");
+  }
+  if (found->second > detect_cpu_isa()) {
+    throw std::invalid_argument("isa '" + *name + "' is not offered by this CPU and build (" +
+                                isa_name(detect_cpu_isa()) + " is the best)");
+  }
+  settings().cpu_isa = found->second;
+}
+
+std::map<std::string, bool> cpu_features() {
+  std::map<std::string, bool> features;
+#if defined(CONVEXT_HAVE_X86_ISAS)
+  __builtin_cpu_init();
+#define CONVEXT_FEATURE(name) features[name] = __builtin_cpu_supports(name) != 0;
+  CONVEXT_FEATURE("sse4.2")
+  CONVEXT_FEATURE("avx2")
+  CONVEXT_FEATURE("fma")
+  CONVEXT_FEATURE("avx512f")
+  CONVEXT_FEATURE("avx512bw")
+  CONVEXT_FEATURE("avx512dq")
+  CONVEXT_FEATURE("avx512vl")
+  CONVEXT_FEATURE("avx512bf16")
+#undef CONVEXT_FEATURE
+#endif
+  return features;
+}
+
+py::dict describe(const Variant& v) {
+  py::dict d;
+  d["name"] = v.name;
+  d["algo"] = v.algo;
+  d["device"] = v.device == Device::kCPU ? "cpu" : "cuda";
+  d["pass"] = static_cast<int>(v.pass);
+  d["dtype"] = static_cast<int>(v.dtype);
+  d["isa"] = isa_name(v.isa);
+  return d;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "convext's compiled library: kernel list, selection, build information.";
+
+  m.def("variants", [] {
+    py::list all;
+    for (const Variant* v : variants()) all.append(describe(*v));
+    return all;
+  }, "Every compiled kernel, as dicts, in the order of their indices.");
+  m.def("select", [](int device, int pass, const Fields& problem) {
+    return select(static_cast<Device>(device), static_cast<Pass>(pass), problem_of(problem));
+  }, "Index of the kernel that serves the problem, or -1.");
+  m.def("reject_reasons", [](int device, int pass, const Fields& problem) {
+    return reject_reasons(static_cast<Device>(device), static_cast<Pass>(pass), problem_of(problem));
+  }, "(kernel, reason) for every kernel of the device and pass that does not take the problem.");
+  m.def("accepted", [](int device, int pass, const Fields& fields) {
+    const ConvProblem problem = problem_of(fields);
+    std::vector<std::pair<int, double>> taken;
+    for (int i = 0; i < static_cast<int>(variants().size()); ++i) {
+      const Variant& v = *variants()[i];
+      if (!reject(v, static_cast<Device>(device), static_cast<Pass>(pass), problem)) {
+        taken.emplace_back(i, cost(v, problem));
+      }
+    }
+    return taken;
+  }, "(index, modelled cost) of every kernel that takes the problem.");
+  m.def("pack_format", [](int index, const Fields& problem) -> std::optional<std::string> {
+    const Variant& v = variant_at(index);
+    if (!v.pack_format) return std::nullopt;
+    const char* format = v.pack_format(problem_of(problem));
+    return format ? std::optional<std::string>(format) : std::nullopt;
+  }, "Name of the packed order that the kernel wants its weights in, or None for KCRS as it is.");
+  m.def("packed_size", [](int index, const Fields& problem) {
+    const Variant& v = variant_at(index);
+    return v.packed_size ? v.packed_size(problem_of(problem)) : int64_t{0};
+  }, "Bytes of the packed weights.");
+  m.def("output_size", [](const Fields& fields) {
+    const ConvProblem p = problem_of(fields);
+    return std::pair<int32_t, int32_t>(p.p(), p.q());
+  }, "(P, Q) of the problem.");
+  m.def("gemm_shape", [](int pass, const Fields& fields) {
+    const GemmShape g = problem_of(fields).gemm_shape(static_cast<Pass>(pass));
+    return std::array<int64_t, 3>{g.m, g.n, g.k};
+  }, "(gemm_m, gemm_n, gemm_k) per group.");
+
+  m.def("cpu_features", &cpu_features, "What the CPU offers, by name.");
+  m.def("isa", [] { return isa_name(settings().cpu_isa); }, "The instruction set in use.");
+  m.def("best_isa", [] { return isa_name(detect_cpu_isa()); }, "The best instruction set of this CPU and build.");
+  m.def("set_isa", &set_isa, py::arg("name"), "Caps the instruction set: portable, avx2, avx512, or None for the best.");
+  m.def("winograd", [] { return settings().winograd; }, "Whether Winograd kernels may be selected.");
+  m.def("set_winograd", [](bool on) { settings().winograd = on; }, py::arg("on"),
+        "Allows or forbids Winograd kernels.");
+  m.def("activations", [] {
+    std::vector<std::string> names;
+#define CONVEXT_X(name) names.emplace_back(#name);
+    CONVEXT_ACTIVATIONS(CONVEXT_X)
+#undef CONVEXT_X
+    return names;
+  }, "Names of the fused activations; the position is the number that the ops take.");
+  m.def("build_info", [] {
+    return std::map<std::string, std::string>{{"torch", CONVEXT_BUILT_WITH_TORCH},
+                                              {"compiler", CONVEXT_BUILT_WITH_COMPILER},
+                                              {"cuda", CONVEXT_CUDA_PLAN}};
+  }, "What this library was built with.");
+}
+
+}  // namespace convext

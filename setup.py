@@ -1,0 +1,179 @@
+"""Builds convext's C++ library with ninja; all metadata is in pyproject.toml.
+
+Two libraries come out of `csrc/`:
+
+* ``convext/_C``: the CPU kernels, the selection and the torch-facing ops. Always built. Every kernel file in
+  ``csrc/cpu/`` is compiled once for each instruction set; which copy runs is decided at run time.
+* ``convext/_CUDA``: the CUDA kernels. Built when nvcc is there and agrees with torch's CUDA on the major version.
+
+Both use torch's stable ABI (target 2.10), so a build survives another torch release.
+
+Environment:
+    CONVEXT_BUILD_CUDA  auto (default): build the CUDA library where it can be built; 1: fail with the reason where it
+                        cannot; 0: skip it.
+    CONVEXT_CUDA_ARCHS  semicolon-separated, default "80;90" (plus PTX of the newest for what comes).
+    CXX                 the C++ compiler, default c++ or g++.
+    MAX_JOBS            parallel compile jobs, default limited by cores and memory.
+"""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+TORCH_TARGET_VERSION = "0x020a000000000000"  # the stable ABI of torch 2.10
+GIB_PER_JOB = 1.0  # the largest translation unit's peak, with room to spare
+
+CXX_FLAGS = [
+    *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall"),
+    # Contraction into FMA and errno-free math, but not -ffast-math: NaN and infinity are values like any other.
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+]
+ISA_FLAGS = {"portable": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma"]
+    ISA_FLAGS["avx512"] = [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
+        "-mprefer-vector-width=512",
+    ]
+    CXX_FLAGS.append("-DCONVEXT_HAVE_X86_ISAS")
+
+
+class BuildError(RuntimeError):
+    """A build problem told in one line."""
+
+
+def compiler() -> str:
+    for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
+        if shutil.which(name.split()[0]):
+            return name
+    raise BuildError("no C++ compiler: tried $CXX, c++, g++ and clang++; on Debian, apt-get install g++")
+
+
+def jobs() -> int:
+    if os.environ.get("MAX_JOBS"):
+        return max(1, int(os.environ["MAX_JOBS"]))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / 2**30
+    except (ValueError, OSError, AttributeError):
+        memory = cores * GIB_PER_JOB
+    return max(1, min(cores, int(memory / GIB_PER_JOB)))
+
+
+def cuda_plan() -> tuple[Path | None, str]:
+    """The CUDA toolkit to build with, or None, and one line that says what was decided and why."""
+    import torch
+
+    wish = os.environ.get("CONVEXT_BUILD_CUDA", "auto").strip().lower()
+    if wish not in ("auto", "0", "1"):
+        raise BuildError(f"CONVEXT_BUILD_CUDA must be auto, 0 or 1, got {wish!r}")
+
+    def off(reason: str) -> tuple[None, str]:
+        if wish == "1":
+            raise BuildError(f"CONVEXT_BUILD_CUDA=1, but {reason}")
+        return None, f"CUDA library skipped: {reason}"
+
+    if wish == "0":
+        return off("CONVEXT_BUILD_CUDA=0")
+    if not any((CSRC / "cuda").glob("*.cu")):
+        return off("this source tree holds no CUDA kernels")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), shutil.which("nvcc"), "/usr/local/cuda"]
+    toolkits = [Path(h).resolve().parents[1] if h.endswith("nvcc") else Path(h) for h in homes if h]
+    toolkit = next((t for t in toolkits if (t / "bin" / "nvcc").exists()), None)
+    if toolkit is None:
+        return off("nvcc was not found (set CUDA_HOME, or put nvcc on PATH)")
+    text = subprocess.run([toolkit / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", text)
+    if release is None:
+        return off(f"{toolkit / 'bin' / 'nvcc'} --version printed no release")
+    if torch.version.cuda is None:
+        return off(f"torch {torch.__version__} is built without CUDA")
+    if release[1] != torch.version.cuda.split(".")[0]:
+        return off(f"nvcc is {release[1]}.{release[2]} and torch's CUDA is {torch.version.cuda}: the majors differ")
+    return toolkit, f"CUDA library built with nvcc {release[1]}.{release[2]}"
+
+
+class Ninja:
+    """Collects rules and edges, writes build.ninja, runs it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.text = ["ninja_required_version = 1.5"]
+        self.objects: dict[str, list[str]] = {}
+
+    def rule(self, name: str, command: str, depfile: bool = True) -> None:
+        self.text += [f"rule {name}", f"  command = {command}", f"  description = {name} $out"]
+        if depfile:
+            self.text += ["  depfile = $out.d", "  deps = gcc"]
+
+    def compile(self, library: str, rule: str, source: Path, tag: str = "", flags: str = "") -> None:
+        output = f"{library}/{source.relative_to(CSRC).with_suffix('').as_posix().replace('/', '.')}{tag}.o"
+        self.text += [f"build {output}: {rule} {source.as_posix()}", f"  flags = {flags}"]
+        self.objects.setdefault(library, []).append(output)
+
+    def link(self, library: str, output: Path) -> None:
+        self.text.append(f"build {output.as_posix()}: link_{library} {' '.join(self.objects[library])}")
+
+    def run(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "build.ninja").write_text("\n".join(self.text) + "\n")
+        try:
+            import ninja
+
+            program = Path(ninja.BIN_DIR) / "ninja"
+        except ImportError:
+            program = Path(shutil.which("ninja") or "")
+        if not program.name:
+            raise BuildError("ninja was not found: pip install ninja")
+        subprocess.run([program, "-C", self.folder, "-j", str(jobs())], check=True)
+
+
+class BuildWithNinja(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+        import torch
+
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        toolkit, cuda_line = cuda_plan()
+        torch_root = Path(torch.__file__).parent
+        cxx = compiler()
+        version = subprocess.run([*cxx.split(), "-dumpfullversion"], capture_output=True, text=True).stdout.strip()
+        stable_abi = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} -isystem {torch_root / 'include'}"
+        python = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
+        info = {
+            "CONVEXT_BUILT_WITH_TORCH": torch.__version__,
+            "CONVEXT_BUILT_WITH_COMPILER": f"{Path(cxx.split()[0]).name} {version}",
+            "CONVEXT_CUDA_PLAN": cuda_line,
+        }
+        defines = " ".join(f"""'-D{key}="{value}"'""" for key, value in info.items())
+
+        build = Ninja(Path(self.build_temp).resolve())
+        build.rule("cxx", f"{cxx} -MMD -MF $out.d {' '.join(CXX_FLAGS)} $flags -c $in -o $out")
+        build.rule("link__C", f"{cxx} -shared -o $out $in -L{torch_root / 'lib'} -ltorch_cpu", depfile=False)
+        for source in sorted((CSRC / "cpu").glob("*.cpp")):
+            for isa, flags in ISA_FLAGS.items():
+                build.compile("_C", "cxx", source, f".{isa}", " ".join([f"-DCONVEXT_ISA={isa}", *flags]))
+        build.compile("_C", "cxx", CSRC / "select.cpp")
+        build.compile("_C", "cxx", CSRC / "ops.cpp", flags=stable_abi)
+        build.compile("_C", "cxx", CSRC / "bindings.cpp", flags=f"{python} {defines}")
+        build.link("_C", output)
+        build.run()
+        isas = ", ".join(reversed(ISA_FLAGS))
+        print(f"convext: CPU library built ({isas}) with torch {torch.__version__}; {cuda_line}", file=sys.stderr)
+
+
+try:
+    setup(ext_modules=[Extension("convext._C", sources=[])], cmdclass={"build_ext": BuildWithNinja})
+except (BuildError, subprocess.CalledProcessError) as error:
+    sys.exit(f"convext: the build failed: {error}")
