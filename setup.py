@@ -165,7 +165,8 @@ class BuildWithNinja(build_ext):
             for isa, flags in ISA_FLAGS.items():
                 build.compile("_C", "cxx", source, f".{isa}", " ".join([f"-DCONVEXT_ISA={isa}", *flags]))
         build.compile("_C", "cxx", CSRC / "select.cpp")
-        build.compile("_C", "cxx", CSRC / "ops.cpp", flags=stable_abi)
+        for source in sorted(CSRC.glob("ops_*.cpp")):
+            build.compile("_C", "cxx", source, flags=stable_abi)
         build.compile("_C", "cxx", CSRC / "bindings.cpp", flags=f"{python} {defines}")
         build.link("_C", output)
         build.run()

@@ -152,3 +152,10 @@ class NativeBackend:
     def bn_act_backward(self, dout, y, mean, var, gamma, beta, residual, eps: float, activation: str, training: bool):
         return torch.ops.convext_cpu.bn_act_backward.default(
             dout, y, mean, var, gamma, beta, residual, eps, ACTIVATIONS[activation], training)
+
+    def reject_batch_norm(self, y: torch.Tensor) -> str | None:
+        """Why the batch-norm passes cannot take a tensor like y, in words, or None."""
+        return None if y.dim() == 4 else f"y has {y.dim()} dimensions, not 4"
+
+
+BACKEND = NativeBackend()
