@@ -1,0 +1,35 @@
+"""convext: convolutions for PyTorch.
+
+    convext.conv2d(x, w, ...)            functions, with the meaning of torch.nn.functional
+    convext.nn.Conv2d(...)               layers, drop-in for torch.nn
+    convext.swap(model)                  a whole model, in place
+    convext.backend("native"), backends  who computes, and why
+    torch.ops.convext.*                  the operators
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from . import autograd, backends, functional, nn, ops, problem
+from .backends import backend
+from .functional import conv2d, conv_act, conv_bn_relu, depthwise_conv2d, dilated_conv2d
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "autograd", "backend", "backends", "conv2d", "conv_act", "conv_bn_relu", "depthwise_conv2d", "dilated_conv2d",
+    "functional", "nn", "ops", "problem", "report", "revert", "swap", "verify",
+]
+
+# Loaded on first use: `import convext` stays quick.
+_FROM_SWAP = ("swap", "revert", "report", "verify")
+
+
+def __getattr__(name: str):
+    if name in _FROM_SWAP:
+        module = importlib.import_module("convext.swap")
+        for each in _FROM_SWAP:  # the function, not the module of the same name
+            globals()[each] = getattr(module, each)
+        return globals()[name]
+    raise AttributeError(f"module 'convext' has no attribute {name!r}")

@@ -1,0 +1,398 @@
+"""The differentiable form of the operators: torch.autograd.Function classes, and the Autograd kernels of torch.ops.convext.
+
+fprop, dgrad and wgrad are bilinear and closed under differentiation, so three Functions that call each other in their
+backward and jvp give derivatives of every order, in both modes:
+
+    y  = fprop(x, w)     dx  = dgrad(dy, w)      dw = wgrad(dy, x)
+    dx = dgrad(dy, w)    ddy = fprop(g, w)       dw = wgrad(dy, g)       g: the gradient that arrives, shaped like x
+    dw = wgrad(dy, x)    ddy = fprop(x, g)       dx = dgrad(dy, g)       g: shaped like w
+
+The fused Functions run fused kernels backward. Where the backward pass is itself differentiated (create_graph=True)
+they compute the same gradient from x, w and the parameters out of differentiable operations instead.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import Function
+from torch.autograd import forward_ad
+
+from . import ops, reference
+from .activation import BACKWARD, FORWARD
+from .memory_format import suggests_channels_last
+from .problem import Geom, accumulate_dtype
+
+
+def _save_for_jvp(ctx, *tensors) -> None:
+    if forward_ad._current_level >= 0:  # only then: the reference would keep the tensors alive
+        ctx.save_for_forward(*tensors)
+
+
+def _needed(needed: bool, t):
+    """What to save: nothing where no gradient wants it."""
+    return t if needed else None
+
+
+def _add(a, b):
+    return b if a is None else a if b is None else a + b
+
+
+def _fprop(x, w, bias, geom, channels_last=False):
+    """fprop, differentiable where a graph is being recorded."""
+    if torch.is_grad_enabled():
+        return Conv2dFunction.apply(x, w, bias, geom, channels_last)
+    return ops.fprop(x, w, bias, geom, channels_last)
+
+
+def _dgrad(dy, w, input_size, geom, channels_last=False):
+    if torch.is_grad_enabled():
+        return DgradFunction.apply(dy, w, input_size, geom, channels_last)
+    return ops.dgrad(dy, w, input_size, geom, channels_last)
+
+
+def _wgrad(dy, x, kernel_size, geom):
+    if torch.is_grad_enabled():
+        return WgradFunction.apply(dy, x, kernel_size, geom)
+    return ops.wgrad(dy, x, kernel_size, geom)
+
+
+def _channel_sum(dy):
+    return dy.sum((0, 2, 3))
+
+
+class Conv2dFunction(Function):
+    """y = x * w + bias. `apply(x, w, bias, geom, channels_last=False)` with x (N, C, H, W), w (K, C/groups, R, S),
+    bias (K) or None, geom a `convext.problem.Geom`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, w, bias, geom, channels_last=False):
+        return ops.fprop(x, w, bias, geom, channels_last)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, w, _, geom = inputs[:4]
+        x_needed, w_needed = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(_needed(w_needed, x), _needed(x_needed, w))
+        _save_for_jvp(ctx, x, w)
+        ctx.geom = geom
+        ctx.input_size, ctx.kernel_size = tuple(x.shape[2:]), tuple(w.shape[2:])
+        ctx.channels_last = suggests_channels_last(output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dy):
+        if dy is None:
+            return None, None, None, None, None
+        x, w = ctx.saved_tensors
+        x_needed, w_needed, bias_needed = ctx.needs_input_grad[:3]
+        dx = _dgrad(dy, w, ctx.input_size, ctx.geom, ctx.channels_last) if x_needed else None
+        dw = _wgrad(dy, x, ctx.kernel_size, ctx.geom) if w_needed else None
+        db = _channel_sum(dy) if bias_needed else None
+        return dx, dw, db, None, None
+
+    @staticmethod
+    def jvp(ctx, x_t, w_t, bias_t, *_):
+        x, w = ctx.saved_tensors
+        y_t = None if x_t is None else _fprop(x_t, w, bias_t, ctx.geom)
+        if w_t is not None:
+            y_t = _add(y_t, _fprop(x, w_t, bias_t if y_t is None else None, ctx.geom))
+        if y_t is None and bias_t is not None:
+            p, q = ctx.geom.output_size(ctx.input_size, ctx.kernel_size)
+            y_t = bias_t[:, None, None].expand(x.shape[0], w.shape[0], p, q).clone()
+        return y_t
+
+
+class DepthwiseConv2dFunction(Conv2dFunction):
+    """Conv2dFunction with groups = C: the name under which depthwise convolutions stand in a graph."""
+
+
+class DilatedConv2dFunction(Conv2dFunction):
+    """Conv2dFunction with dilation: the name under which dilated convolutions stand in a graph."""
+
+
+class DgradFunction(Function):
+    """dx from dy and w: `apply(dy, w, input_size, geom, channels_last=False)`. Also the forward of a transposed
+    convolution."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dy, w, input_size, geom, channels_last=False):
+        return ops.dgrad(dy, w, input_size, geom, channels_last)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        dy, w, input_size, geom = inputs[:4]
+        dy_needed, w_needed = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(_needed(w_needed, dy), _needed(dy_needed, w))
+        _save_for_jvp(ctx, dy, w)
+        ctx.geom = geom
+        ctx.input_size, ctx.kernel_size = input_size, tuple(w.shape[2:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, g):
+        if g is None:
+            return None, None, None, None, None
+        dy, w = ctx.saved_tensors
+        dy_needed, w_needed = ctx.needs_input_grad[:2]
+        ddy = _fprop(g, w, None, ctx.geom) if dy_needed else None
+        dw = _wgrad(dy, g, ctx.kernel_size, ctx.geom) if w_needed else None
+        return ddy, dw, None, None, None
+
+    @staticmethod
+    def jvp(ctx, dy_t, w_t, *_):
+        dy, w = ctx.saved_tensors
+        return _add(None if dy_t is None else _dgrad(dy_t, w, ctx.input_size, ctx.geom),
+                    None if w_t is None else _dgrad(dy, w_t, ctx.input_size, ctx.geom))
+
+
+class WgradFunction(Function):
+    """dw from dy and x: `apply(dy, x, kernel_size, geom)`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dy, x, kernel_size, geom):
+        return ops.wgrad(dy, x, kernel_size, geom)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        dy, x, kernel_size, geom = inputs
+        dy_needed, x_needed = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(_needed(x_needed, dy), _needed(dy_needed, x))
+        _save_for_jvp(ctx, dy, x)
+        ctx.geom = geom
+        ctx.input_size, ctx.kernel_size = tuple(x.shape[2:]), kernel_size
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, g):
+        if g is None:
+            return None, None, None, None
+        dy, x = ctx.saved_tensors
+        dy_needed, x_needed = ctx.needs_input_grad[:2]
+        ddy = _fprop(x, g, None, ctx.geom) if dy_needed else None
+        dx = _dgrad(dy, g, ctx.input_size, ctx.geom) if x_needed else None
+        return ddy, dx, None, None
+
+    @staticmethod
+    def jvp(ctx, dy_t, x_t, *_):
+        dy, x = ctx.saved_tensors
+        return _add(None if dy_t is None else _wgrad(dy_t, x, ctx.kernel_size, ctx.geom),
+                    None if x_t is None else _wgrad(dy, x_t, ctx.kernel_size, ctx.geom))
+
+
+def _cast(grad, like_dtype):
+    return None if grad is None or like_dtype is None else grad.to(like_dtype)
+
+
+def _refuse_forward_mode(name: str):
+    raise NotImplementedError(f"{name} has no forward-mode derivative: call convext.conv_bn_relu, which takes a path "
+                              "that has one when a tensor carries a tangent")
+
+
+class ConvBNReLUFunction(Function):
+    """out = activation(batch_norm(x * w + bias) + residual). Forward mode raises NotImplementedError.
+
+    `apply(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation)` with mean and var (K), the statistics
+    to normalise by, or None for the batch's own. Returns (out, y) or, in the second form, (out, y, mean, var): y is the
+    convolution's output and var is biased. Only `out` is differentiable.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation):
+        if mean is None:
+            return ops.fprop_bn_act_train(x, w, bias, gamma, beta, residual, geom, eps, activation)
+        y = ops.fprop(x, w, bias, geom)
+        acc = accumulate_dtype(y.dtype)
+        return ops.bn_act(y, mean.to(acc), var.to(acc), gamma, beta, residual, eps, activation), y
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, w, bias, mean, var, gamma, beta, residual, ctx.geom, ctx.eps, ctx.activation = inputs
+        y = output[1]
+        ctx.training = mean is None
+        ctx.mark_non_differentiable(*output[1:])
+        if ctx.training:
+            mean, var = output[2:]
+        ctx.input_size, ctx.kernel_size = tuple(x.shape[2:]), tuple(w.shape[2:])
+        ctx.channels_last = suggests_channels_last(y)
+        ctx.dtypes = tuple(t.dtype if t is not None else None for t in (gamma, beta))
+        residual = _needed(ctx.activation != "identity", residual)
+        ctx.save_for_backward(x, w, bias, mean, var, gamma, beta, residual, y)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dout, *_):
+        if dout is None:
+            return (None,) * 11
+        x, w, bias, mean, var, gamma, beta, residual, y = ctx.saved_tensors
+        x_needed, w_needed, bias_needed, _, _, gamma_needed, beta_needed, residual_needed = ctx.needs_input_grad[:8]
+        if torch.is_grad_enabled():
+            y = _fprop(x, w, bias, ctx.geom)
+            if ctx.training:
+                mean, var = reference.batch_stats(y)
+            bn_act_backward = reference.bn_act_backward
+        else:
+            acc = accumulate_dtype(y.dtype)
+            mean, var = mean.to(acc), var.to(acc)
+            bn_act_backward = ops.bn_act_backward
+        dy, dgamma, dbeta, dresidual = bn_act_backward(dout, y, mean, var, gamma, beta, residual, ctx.eps,
+                                                       ctx.activation, ctx.training)
+        return (
+            _dgrad(dy, w, ctx.input_size, ctx.geom, ctx.channels_last) if x_needed else None,
+            _wgrad(dy, x, ctx.kernel_size, ctx.geom) if w_needed else None,
+            _channel_sum(dy) if bias_needed else None,
+            None,
+            None,
+            _cast(dgamma, ctx.dtypes[0]) if gamma_needed else None,
+            _cast(dbeta, ctx.dtypes[1]) if beta_needed else None,
+            dresidual if residual_needed else None,
+            None, None, None,
+        )
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        _refuse_forward_mode("ConvBNReLUFunction")
+
+
+class ConvActFunction(Function):
+    """out = activation(x * w + bias + residual), for a convolution without a batch norm. Forward mode raises
+    NotImplementedError. `apply(x, w, bias, residual, geom, activation)` returns (out, z): z is what the activation saw,
+    or `out` again where that tells its derivative as well; it is not differentiable."""
+
+    generate_vmap_rule = True
+    _BY_OUTPUT = frozenset(("identity", "relu", "relu6"))  # derivative(z) = derivative(activation(z))
+
+    @staticmethod
+    def forward(x, w, bias, residual, geom, activation):
+        none = None, None, None, None
+        if activation in ConvActFunction._BY_OUTPUT:
+            return ops.fprop_bn_act(x, w, bias, *none, residual, geom, 0.0, activation), None
+        z = ops.fprop_bn_act(x, w, bias, *none, residual, geom, 0.0, "identity")
+        return FORWARD[activation](z), z
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, w, bias, residual, ctx.geom, ctx.activation = inputs
+        out, z = output
+        if z is not None:
+            ctx.mark_non_differentiable(z)
+        ctx.by_output = z is None
+        ctx.input_size, ctx.kernel_size = tuple(x.shape[2:]), tuple(w.shape[2:])
+        ctx.channels_last = suggests_channels_last(out)
+        residual = _needed(not ctx.by_output, residual)
+        seen = None if ctx.activation == "identity" else out if ctx.by_output else z
+        ctx.save_for_backward(x, w, bias, residual, seen)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dout, _):
+        if dout is None:
+            return (None,) * 6
+        x, w, bias, residual, z = ctx.saved_tensors
+        x_needed, w_needed, bias_needed, residual_needed = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled() and not ctx.by_output:
+            z = _add(_fprop(x, w, bias, ctx.geom), residual)
+        dy = BACKWARD[ctx.activation](dout, z)
+        return (
+            _dgrad(dy, w, ctx.input_size, ctx.geom, ctx.channels_last) if x_needed else None,
+            _wgrad(dy, x, ctx.kernel_size, ctx.geom) if w_needed else None,
+            _channel_sum(dy) if bias_needed else None,
+            dy if residual_needed else None,
+            None, None,
+        )
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        _refuse_forward_mode("ConvActFunction")
+
+
+# ---- Autograd kernels: the operators themselves are differentiable too --------------------------------------------------
+
+
+def carries_tangents() -> bool:
+    """True inside a forward-mode level, except where a Function computes its own forward."""
+    return forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
+
+
+def needs_function(*tensors) -> bool:
+    """True when a call on these tensors must be recorded, for reverse or forward mode."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return True
+    return carries_tangents()
+
+
+def _register(name: str, differentiable, tensor_count: int) -> None:
+    op = getattr(torch.ops.convext, name).default
+
+    def kernel(*args, **kwargs):
+        if needs_function(*args[:tensor_count]):
+            return differentiable(*args, **kwargs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args, **kwargs)
+
+    ops.LIBRARY.impl(name, kernel, "Autograd")
+
+
+def _geom(stride, padding, dilation, groups) -> Geom:
+    return Geom(tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+def _differentiable_fprop(x, w, bias, stride, padding, dilation, groups, channels_last=False):
+    return Conv2dFunction.apply(x, w, bias, _geom(stride, padding, dilation, groups), channels_last)
+
+
+def _differentiable_dgrad(dy, w, input_size, stride, padding, dilation, groups, channels_last=False):
+    geom = _geom(stride, padding, dilation, groups)
+    return DgradFunction.apply(dy, w, tuple(input_size), geom, channels_last)
+
+
+def _differentiable_wgrad(dy, x, kernel_size, stride, padding, dilation, groups):
+    return WgradFunction.apply(dy, x, tuple(kernel_size), _geom(stride, padding, dilation, groups))
+
+
+def _differentiable_fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, stride, padding, dilation, groups, eps,
+                                 activation, channels_last=False):
+    geom = _geom(stride, padding, dilation, groups)
+    if mean is None:
+        return conv_act(x, w, bias, residual, geom, activation)
+    return conv_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation)[0]
+
+
+def _differentiable_fprop_bn_act_train(x, w, bias, gamma, beta, residual, stride, padding, dilation, groups, eps,
+                                       activation):
+    geom = _geom(stride, padding, dilation, groups)
+    return conv_bn_act(x, w, bias, None, None, gamma, beta, residual, geom, eps, activation)
+
+
+def conv_act(x, w, bias, residual, geom, activation):
+    """ConvActFunction, or in forward mode what it stands for."""
+    if carries_tangents():
+        return reference.act(Conv2dFunction.apply(x, w, bias, geom), residual, activation)
+    return ConvActFunction.apply(x, w, bias, residual, geom, activation)[0]
+
+
+def conv_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation):
+    """ConvBNReLUFunction, or in forward mode what it stands for."""
+    if not carries_tangents():
+        return ConvBNReLUFunction.apply(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation)
+    y = Conv2dFunction.apply(x, w, bias, geom)
+    stats = reference.batch_stats(y) if mean is None else (mean, var)
+    out = reference.bn_act(y, *stats, gamma, beta, residual, eps, activation)
+    return (out, y, *stats) if mean is None else (out, y)
+
+
+_register("fprop", _differentiable_fprop, 3)
+_register("dgrad", _differentiable_dgrad, 2)
+_register("wgrad", _differentiable_wgrad, 2)
+_register("fprop_bn_act", _differentiable_fprop_bn_act, 8)
+_register("fprop_bn_act_train", _differentiable_fprop_bn_act_train, 6)
+_register("batch_stats", reference.batch_stats, 1)
+_register("bn_act", reference.bn_act, 6)
+_register("bn_act_backward", reference.bn_act_backward, 7)

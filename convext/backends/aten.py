@@ -1,0 +1,82 @@
+"""The aten backend: PyTorch's own operations. Complete on every device and for every dtype, so it is the reference."""
+
+from __future__ import annotations
+
+import torch
+
+from ..activation import BACKWARD, FORWARD_
+from ..memory_format import memory_format
+from ..problem import ConvProblem, Epilogue, Pass, accumulate_dtype
+
+_aten = torch.ops.aten
+
+
+def _batch_norm(y, mean, var, gamma, beta, eps):
+    # ATen wants all parameters in one dtype: that of the statistics, which is the accumulate dtype or y's own.
+    gamma, beta = (p if p is None else p.to(mean.dtype) for p in (gamma, beta))
+    return _aten.native_batch_norm(y, gamma, beta, mean, var, False, 0.0, eps)[0]
+
+
+def _convolution_backward(problem, dy, x, w, which):
+    stride, padding, dilation, groups = problem.geom
+    mask = [which == 0, which == 1, False]
+    return _aten.convolution_backward(dy, x, w, None, stride, padding, dilation, False, (0, 0), groups, mask)[which]
+
+
+class AtenBackend:
+    name = "aten"
+
+    def unavailable(self, device_type: str) -> str | None:
+        return None
+
+    def reject(self, pass_: Pass, problem: ConvProblem) -> str | None:
+        return None
+
+    def variant(self, pass_: Pass, problem: ConvProblem) -> str:
+        return f"aten_{pass_.name.lower()}"
+
+    def fprop(self, problem: ConvProblem, x, w, epilogue: Epilogue):
+        stride, padding, dilation, groups = problem.geom
+        y = torch.convolution(x, w, epilogue.bias, stride, padding, dilation, False, (0, 0), groups)
+        # Some of ATen's kernels ignore the format that x and w suggest.
+        y = y.contiguous(memory_format=memory_format(problem.y_layout))
+        if epilogue.mean is not None:
+            stats = (t.to(accumulate_dtype(y.dtype)) for t in (epilogue.mean, epilogue.var))
+            y = _batch_norm(y, *stats, epilogue.gamma, epilogue.beta, epilogue.eps)
+        if epilogue.residual is not None:
+            y.add_(epilogue.residual)
+        return FORWARD_[epilogue.activation](y)
+
+    def dgrad(self, problem: ConvProblem, dy, w):
+        # Of x, ATen reads only the sizes and the format.
+        x = torch.empty(problem.x_shape, dtype=dy.dtype, device=dy.device,
+                        memory_format=memory_format(problem.x_layout))
+        dx = _convolution_backward(problem, dy, x, w, 0)
+        return dx.contiguous(memory_format=memory_format(problem.x_layout))
+
+    def wgrad(self, problem: ConvProblem, dy, x):
+        w = dy.new_empty(problem.w_shape)  # only its sizes are read
+        return _convolution_backward(problem, dy, x, w, 1).contiguous()
+
+    def batch_stats(self, y):
+        var, mean = torch.var_mean(y.to(accumulate_dtype(y.dtype)), (0, 2, 3), correction=0)
+        return mean, var
+
+    def bn_act(self, y, mean, var, gamma, beta, residual, eps, activation):
+        out = _batch_norm(y, mean, var, gamma, beta, eps)
+        if residual is not None:
+            out.add_(residual)
+        return FORWARD_[activation](out)
+
+    def bn_act_backward(self, dout, y, mean, var, gamma, beta, residual, eps, activation, training):
+        dz = dout
+        if activation != "identity":
+            z = _batch_norm(y, mean, var, gamma, beta, eps)
+            dz = BACKWARD[activation](dout, z if residual is None else z.add_(residual))
+        gamma = None if gamma is None else gamma.to(mean.dtype)
+        dy, dgamma, dbeta = _aten.native_batch_norm_backward(
+            dz, y, gamma, mean, var, mean, (var + eps).rsqrt_(), training, eps, [True, True, True])
+        return dy, dgamma, dbeta, dz
+
+
+BACKEND = AtenBackend()

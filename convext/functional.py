@@ -1,0 +1,321 @@
+"""Convolutions with the meaning of torch.nn.functional: normalises arguments, decides who records a gradient, and calls
+on. Nothing is computed here."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import handle_torch_function, has_torch_function
+
+from . import autograd, checks, ops
+from .activation import FORWARD
+from .problem import DTYPES, Geom
+
+_PLAIN = ops._PLAIN
+_is_grad_enabled = torch.is_grad_enabled
+
+
+def _pair(name: str, value) -> tuple[int, int]:
+    """An int or a sequence of one or two ints as (height, width)."""
+    if type(value) is int:
+        return value, value
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
+        return value
+    return _unusual_pair(name, value)
+
+
+def _is_int(value) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and not (value.is_floating_point() or value.is_complex())
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) or hasattr(value, "__index__") \
+        and not isinstance(value, bool)
+
+
+def _as_int(value):
+    return value if isinstance(value, (int, torch.SymInt)) else value.__index__()
+
+
+def _unusual_pair(name: str, value) -> tuple[int, int]:
+    if _is_int(value):
+        return (_as_int(value),) * 2
+    if not isinstance(value, (tuple, list)) or not all(_is_int(v) for v in value):
+        raise TypeError(f"{name}: expected an int or a tuple of two ints, got {value!r} ({type(value).__name__})")
+    if len(value) not in (1, 2):
+        raise RuntimeError(f"{name}: expected {name} to be a single integer value or a list of 2 values, one for height "
+                           f"and one for width, got {list(value)}")
+    pair = tuple(_as_int(v) for v in value)
+    return pair if len(pair) == 2 else pair * 2
+
+
+def _same_padding(x, w, stride, dilation):
+    """x and the padding of padding="same". Where the two sides differ, x is padded on its far side first, as in ATen."""
+    if stride != (1, 1):
+        raise RuntimeError(f"padding='same' is not supported for strided convolutions: stride is {stride}")
+    total = [d * (n - 1) for d, n in zip(dilation, w.shape[-2:])]
+    odd_h, odd_w = total[0] % 2, total[1] % 2
+    if odd_h or odd_w:
+        x = F.pad(x, (0, odd_w, 0, odd_h))
+    return x, (total[0] // 2, total[1] // 2)
+
+
+def _normalise(x, w, stride, padding, dilation, groups):
+    """x (padded where "same" asks for it) and geom."""
+    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
+    if type(groups) is not int:
+        if not _is_int(groups):
+            raise TypeError(f"groups: expected an int, got {groups!r} ({type(groups).__name__})")
+        groups = _as_int(groups)
+    if isinstance(padding, str):
+        if padding == "same":
+            if min(dilation) > 0 and w.dim() == 4:
+                x, padding = _same_padding(x, w, stride, dilation)
+            else:
+                padding = 0, 0  # which the checks report
+        elif padding == "valid":
+            padding = 0, 0
+        else:
+            raise RuntimeError(f"padding: invalid padding string {padding!r}, expected 'same' or 'valid'")
+    else:
+        padding = _pair("padding", padding)
+    return x, Geom(stride, padding, dilation, groups)
+
+
+def _check_tensors(x, w, bias) -> None:
+    checks.check_tensor("input", x)
+    checks.check_tensor("weight", w)
+    checks.check_tensor("bias", bias, optional=True)
+
+
+def _autocast(x, *others):
+    """The operands in the dtype that autocast asks for, if it is on for x's device."""
+    device_type = x.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return x, *others
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(ops.autocast_cast(t, device_type, dtype) for t in (x, *others))
+
+
+def _is_foreign(*tensors) -> bool:
+    """True for tensor subclasses that bring their own dispatch (sharded, quantized, ...): ATen's operators are the ones
+    that they know."""
+    for t in tensors:
+        if type(t) not in _PLAIN and torch.utils._python_dispatch.is_traceable_wrapper_subclass(t):
+            if not isinstance(t, torch._subclasses.functional_tensor.FunctionalTensor):
+                return True
+    return False
+
+
+def _conv2d(function, x, w, bias, stride, padding, dilation, groups):
+    """The one path of the three convolutions; `function` records the gradient."""
+    if torch.compiler.is_compiling():
+        return _conv2d_traced(x, w, bias, stride, padding, dilation, groups)
+    if not (type(x) in _PLAIN and type(w) in _PLAIN and type(bias) in _PLAIN) or x is None or w is None:
+        _check_tensors(x, w, bias)
+    if x.dtype not in DTYPES or w.dtype not in DTYPES or _is_foreign(x, w, bias):
+        return torch.conv2d(x, w, bias, stride, padding, dilation, groups)
+    x, geom = _normalise(x, w, stride, padding, dilation, groups)
+    if ops._autocast_active():
+        x, w, bias = _autocast(x, w, bias)
+    if x.dim() == 3:
+        return _record(function, x.unsqueeze(0), w, bias, geom).squeeze(0)
+    return _record(function, x, w, bias, geom)
+
+
+def _record(function, x, w, bias, geom):
+    if _needs_function(x, w, bias):
+        return function.apply(x, w, bias, geom)
+    return ops.fprop(x, w, bias, geom)
+
+
+def _needs_function(*tensors) -> bool:
+    return autograd.needs_function(*tensors) or ops._functorch_active()
+
+
+def _conv2d_traced(x, w, bias, stride, padding, dilation, groups):
+    """What a compiler sees: one operator, which knows its own gradient."""
+    if x.dtype not in DTYPES or w.dtype not in DTYPES:
+        return torch.conv2d(x, w, bias, stride, padding, dilation, groups)
+    x, geom = _normalise(x, w, stride, padding, dilation, groups)
+    if x.dim() == 3:
+        return torch.ops.convext.fprop(x.unsqueeze(0), w, bias, *geom).squeeze(0)
+    return torch.ops.convext.fprop(x, w, bias, *geom)
+
+
+def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    """2-D convolution: torch.nn.functional.conv2d, argument for argument.
+
+    Args:
+        input: (N, C, H, W), or (C, H, W) for one image.
+        weight: (K, C/groups, R, S).
+        bias: (K) or None.
+        stride: step of the filter in pixels, an int or (height, width).
+        padding: zeros on each side in pixels, an int or (height, width), or "same" (an output of the input's size, at
+            stride 1) or "valid" (none).
+        dilation: distance between the taps of the filter in pixels, an int or (height, width).
+        groups: into how many independent convolutions the channels fall.
+
+    Returns: (N, K, P, Q), or (K, P, Q) for one image, with P and Q as in `convext.problem.Geom.output_size`, of input's
+        dtype, and channels-last where input or weight is.
+
+    Raises RuntimeError and TypeError where F.conv2d does.
+    """
+    if has_torch_function((input, weight, bias)):
+        return handle_torch_function(conv2d, (input, weight, bias), input, weight, bias, stride=stride, padding=padding,
+                                     dilation=dilation, groups=groups)
+    return _conv2d(autograd.Conv2dFunction, input, weight, bias, stride, padding, dilation, groups)
+
+
+def depthwise_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1):
+    """Depthwise convolution: every input channel has filters of its own, groups = C.
+
+    Args as in `conv2d`, but weight is (C*m, 1, R, S) with a multiplier m >= 1: filters c*m to c*m + m - 1 see channel c.
+
+    Raises RuntimeError where weight does not fit, and else as `conv2d`.
+    """
+    if has_torch_function((input, weight, bias)):
+        return handle_torch_function(depthwise_conv2d, (input, weight, bias), input, weight, bias, stride=stride,
+                                     padding=padding, dilation=dilation)
+    _check_tensors(input, weight, bias)
+    if input.dim() not in (3, 4):
+        raise RuntimeError(f"input: expected 3D (unbatched) or 4D (batched) input, got {list(input.shape)}")
+    channels = input.shape[-3]
+    if weight.dim() != 4 or weight.shape[1] != 1 or channels < 1 or weight.shape[0] % channels:
+        raise RuntimeError(f"weight: expected size (C*m, 1, R, S) with C={channels} for input {list(input.shape)}, "
+                           f"got {list(weight.shape)}")
+    return _conv2d(autograd.DepthwiseConv2dFunction, input, weight, bias, stride, padding, dilation, channels)
+
+
+def dilated_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=2):
+    """Dilated (atrous) convolution: `conv2d` with groups = 1 and a dilation of 2 unless told."""
+    if has_torch_function((input, weight, bias)):
+        return handle_torch_function(dilated_conv2d, (input, weight, bias), input, weight, bias, stride=stride,
+                                     padding=padding, dilation=dilation)
+    return _conv2d(autograd.DilatedConv2dFunction, input, weight, bias, stride, padding, dilation, 1)
+
+
+def conv_act(input, weight, bias=None, *, stride=1, padding=0, dilation=1, groups=1, activation="relu", residual=None):
+    """activation(conv2d(input, weight, bias) + residual) in one call: `conv_bn_relu` without a batch norm.
+
+    Args and errors as in `conv_bn_relu`.
+    """
+    tensors = input, weight, bias, residual
+    if has_torch_function(tensors):
+        return handle_torch_function(conv_act, tensors, input, weight, bias, stride=stride, padding=padding,
+                                     dilation=dilation, groups=groups, activation=activation, residual=residual)
+    checks.check_activation(activation)
+    fused = _prepare_fused(*tensors, (), stride, padding, dilation, groups)
+    if fused is None:
+        y = conv2d(input, weight, bias, stride, padding, dilation, groups)
+        return FORWARD[activation](y if residual is None else y + residual)
+    x, w, b, r, geom = fused
+    if torch.compiler.is_compiling() or not _needs_function(x, w, b, r):
+        out = ops.fprop_bn_act(x, w, b, None, None, None, None, r, geom, 0.0, activation)
+    else:
+        out = autograd.conv_act(x, w, b, r, geom, activation)
+    return out.squeeze(0) if input.dim() == 3 else out
+
+
+def conv_bn_relu(input, weight, bias, running_mean, running_var, bn_weight, bn_bias, *, stride=1, padding=0, dilation=1,
+                 groups=1, training=False, momentum=0.1, eps=1e-5, activation="relu", residual=None):
+    """activation(batch_norm(conv2d(input, weight, bias)) + residual) in one call.
+
+    Args:
+        input, weight, bias, stride, padding, dilation, groups: as in `conv2d`.
+        running_mean, running_var: (K), or None for both. With `training` they are updated in place, as F.batch_norm
+            updates them: running = (1 - momentum) * running + momentum * batch, by the unbiased variance.
+        bn_weight, bn_bias: (K), the scale and shift after normalising, or None for 1 and 0.
+        training: normalise by the batch's own mean and variance instead of the running ones.
+        momentum: weight of this batch in the running statistics.
+        eps: added to the variance.
+        activation: "relu", "relu6", "silu", "hardswish", "gelu" (the exact one) or "identity".
+        residual: added after the batch norm and before the activation; broadcasts to the output.
+
+    Returns: (N, K, P, Q), or (K, P, Q) for one image, which is normalised as a batch of one.
+
+    Raises RuntimeError, TypeError and ValueError where F.conv2d and F.batch_norm do, ValueError for an unknown
+    activation, RuntimeError for a residual that does not fit. The running statistics are as before then.
+    """
+    tensors = input, weight, bias, running_mean, running_var, bn_weight, bn_bias, residual
+    if has_torch_function(tensors):
+        return handle_torch_function(
+            conv_bn_relu, tensors, *tensors[:7], stride=stride, padding=padding, dilation=dilation, groups=groups,
+            training=training, momentum=momentum, eps=eps, activation=activation, residual=residual)
+    checks.check_activation(activation)
+    if not isinstance(momentum, (int, float)):
+        raise TypeError(f"momentum: expected a float, got {momentum!r}; convext.nn.ConvBNReLU takes None")
+    batch_norm = running_mean, running_var, bn_weight, bn_bias
+    fused = _prepare_fused(input, weight, bias, residual, batch_norm, stride, padding, dilation, groups)
+    if fused is None:
+        return _unfused(input, weight, bias, *batch_norm, stride, padding, dilation, groups, training, momentum, eps,
+                        activation, residual)
+    x, w, b, r, geom = fused
+    _check_batch_norm(x, w, geom, *batch_norm, training)
+    needs_function = not torch.compiler.is_compiling() and _needs_function(x, w, b, bn_weight, bn_bias, r)
+    if not training:
+        if needs_function:
+            out = autograd.conv_bn_act(x, w, b, *batch_norm, r, geom, eps, activation)[0]
+        else:
+            out = ops.fprop_bn_act(x, w, b, *batch_norm, r, geom, eps, activation)
+    else:
+        if needs_function:
+            out, y, mean, var = autograd.conv_bn_act(x, w, b, None, None, bn_weight, bn_bias, r, geom, eps, activation)
+        else:
+            out, y, mean, var = ops.fprop_bn_act_train(x, w, b, bn_weight, bn_bias, r, geom, eps, activation)
+        if running_mean is not None:
+            _update_running(running_mean, running_var, mean, var, momentum, y.shape[0] * y.shape[2] * y.shape[3])
+    return out.squeeze(0) if input.dim() == 3 else out
+
+
+def _prepare_fused(input, weight, bias, residual, batch_norm, stride, padding, dilation, groups):
+    """(x, w, bias, residual, geom) for the fused operators, batched and cast, or None where the parts run one by one:
+    other dtypes, empty tensors, a residual that must broadcast or promote, subclasses, transforms."""
+    tensors = input, weight, bias, residual, *batch_norm
+    if not torch.compiler.is_compiling():
+        _check_tensors(input, weight, bias)
+        for t in (residual, *batch_norm):
+            checks.check_tensor("residual and the batch norm's parameters", t, optional=True)
+        if ops._functorch_active() or autograd.carries_tangents() or _is_foreign(*tensors):
+            return None
+    x, w, b = input, weight, bias
+    if x.dtype not in DTYPES or w.dtype not in DTYPES:
+        return None
+    if ops._autocast_active():
+        x, w, b = _autocast(x, w, b)
+    x, geom = _normalise(x, w, stride, padding, dilation, groups)
+    if x.dim() == 3:
+        x = x.unsqueeze(0)
+        residual = residual.unsqueeze(0) if residual is not None and residual.dim() == 3 else residual
+    checks.check_conv(x, w, b, geom)
+    y_shape = (x.shape[0], w.shape[0], *geom.output_size(x.shape[2:], w.shape[2:]))
+    if residual is not None:
+        checks.check_residual(residual, y_shape)
+        if residual.dtype is not x.dtype or residual.device != x.device or tuple(residual.shape) != y_shape:
+            return None
+    if 0 in x.shape or 0 in w.shape:
+        return None
+    return x, w, b, residual, geom
+
+
+def _check_batch_norm(x, w, geom, mean, var, gamma, beta, training) -> None:
+    if training:
+        checks.check_more_than_one_value((x.shape[0], w.shape[0], *geom.output_size(x.shape[2:], w.shape[2:])))
+    checks.check_batch_norm(x.dtype, w.shape[0], mean, var, gamma, beta)
+    if mean is None and not training:
+        raise RuntimeError("running_mean must be defined in evaluation mode: it is None, expected "
+                           f"{w.shape[0]} elements, or training=True to normalise by the batch")
+
+
+@torch.no_grad()
+def _update_running(running_mean, running_var, mean, var, momentum, count) -> None:
+    running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+    running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
+
+
+def _unfused(input, weight, bias, running_mean, running_var, bn_weight, bn_bias, stride, padding, dilation, groups,
+             training, momentum, eps, activation, residual):
+    y = conv2d(input, weight, bias, stride, padding, dilation, groups)
+    unbatched = y.dim() == 3
+    y = y.unsqueeze(0) if unbatched else y
+    y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+    y = y.squeeze(0) if unbatched else y
+    return FORWARD[activation](y if residual is None else y + residual)

@@ -1,0 +1,103 @@
+"""Modules over convext.functional, drop-in for those of torch.nn."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from . import checks, functional
+
+
+class Conv2d(torch.nn.Conv2d):
+    """torch.nn.Conv2d, computed by convext: same arguments, parameters, state dict and repr, every `padding_mode`.
+
+    It adds no state of its own, so an existing layer becomes one by `layer.__class__ = convext.nn.Conv2d`, and back.
+    """
+
+    def _conv_forward(self, input, weight, bias):
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            return functional.conv2d(input, weight, bias, self.stride, (0, 0), self.dilation, self.groups)
+        return functional.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class DepthwiseConv2d(Conv2d):
+    """A filter for each channel: Conv2d with groups = in_channels.
+
+    Args:
+        channels: C, input channels.
+        kernel_size: (R, S), or one int for both.
+        multiplier: filters for each channel; the output has C * multiplier channels. Default 1.
+        stride, padding, dilation, bias, padding_mode, device, dtype: as in torch.nn.Conv2d.
+    """
+
+    def __init__(self, channels, kernel_size, multiplier=1, stride=1, padding=0, dilation=1, bias=True,
+                 padding_mode="zeros", device=None, dtype=None):
+        super().__init__(channels, channels * multiplier, kernel_size, stride, padding, dilation, channels, bias,
+                         padding_mode, device, dtype)
+
+
+class DilatedConv2d(Conv2d):
+    """Conv2d with groups = 1 and a dilation of 2 unless told; arguments as in torch.nn.Conv2d."""
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=2, bias=True,
+                 padding_mode="zeros", device=None, dtype=None):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, 1, bias, padding_mode,
+                         device, dtype)
+
+
+class ConvBNReLU(torch.nn.Module):
+    """activation(batch_norm(conv(x)) + residual) as one layer.
+
+    Holds a `conv` (convext.nn.Conv2d) and a `bn` (torch.nn.BatchNorm2d), so that its state dict reads like that of the
+    two layers, and runs them as one `convext.conv_bn_relu`.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as in torch.nn.Conv2d. Zero padding.
+        bias: whether the convolution has a bias; default False, as the batch norm has one.
+        activation: "relu" (default), "relu6", "silu", "hardswish", "gelu" or "identity".
+        eps, momentum, affine, track_running_stats: as in torch.nn.BatchNorm2d; momentum=None averages cumulatively.
+        device, dtype: of the parameters.
+
+    `forward(x, residual=None)`: x (N, C, H, W) or (C, H, W); residual is added before the activation.
+    """
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=False,
+                 activation="relu", eps=1e-5, momentum=0.1, affine=True, track_running_stats=True, device=None,
+                 dtype=None):
+        super().__init__()
+        checks.check_activation(activation)
+        self.conv = Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+                           device=device, dtype=dtype)
+        self.bn = torch.nn.BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, device, dtype)
+        self.activation = activation
+
+    def forward(self, x, residual=None):
+        return conv_bn_act(self.conv, self.bn, x, self.activation, residual)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}"
+
+
+def conv_bn_act(conv: torch.nn.Conv2d, bn: torch.nn.BatchNorm2d, x, activation: str, residual=None):
+    """activation(bn(conv(x)) + residual) of two layers as one call, counting the batch as BatchNorm2d.forward does.
+
+    Whoever hooks or replaces the layers' forward is not heard here; convext.swap looks after that.
+    """
+    momentum = 0.0 if bn.momentum is None else bn.momentum
+    tracked = bn.running_mean is not None and bn.running_var is not None
+    training = bn.training or not tracked
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+        if bn.momentum is None:
+            momentum = 1.0 / (float(bn.num_batches_tracked) + 1.0)
+    update = not bn.training or bn.track_running_stats
+    padding = conv.padding
+    if conv.padding_mode != "zeros":
+        x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), (0, 0)
+    out = functional.conv_bn_relu(
+        x, conv.weight, conv.bias, bn.running_mean if update else None, bn.running_var if update else None, bn.weight,
+        bn.bias, stride=conv.stride, padding=padding, dilation=conv.dilation, groups=conv.groups, training=training,
+        momentum=momentum, eps=bn.eps, activation=activation, residual=residual)
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+    return out

@@ -1,0 +1,500 @@
+"""The public operators, torch.ops.convext.*: schemas, implementations through the selection, fake kernels, autocast,
+vmap rules and FLOP formulas. Gradients are in autograd.py, which registers them here.
+
+    fprop(x, w, bias?, *geom) -> y            dgrad(dy, w, input_size, *geom) -> dx
+    wgrad(dy, x, kernel_size, *geom) -> dw    fprop_bn_act(...) -> out, everything in the epilogue
+    fprop_bn_act_train(...) -> out, y, mean, var
+    batch_stats(y) -> mean, var               bn_act(y, mean, var, ...) -> out
+    bn_act_backward(dout, y, mean, var, ...) -> dy, dgamma, dbeta, dresidual
+
+with geom = stride, padding, dilation, groups. Activations are (N, C, H, W) of any strides. `channels_last=True` forces
+that format of the output; False leaves it to the rule of ATen.
+
+The functions of the same names in this module are what convext itself calls: they go straight to the backend where the
+dispatcher has nothing to add, and through the operator where it has.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
+
+from . import backends, checks, reference
+from .memory_format import memory_format, suggests_channels_last
+from .problem import ConvProblem, Epilogue, Geom, Pass, accumulate_dtype
+
+LIBRARY = torch.library.Library("convext", "DEF")
+
+_GEOM = "int[2] stride, int[2] padding, int[2] dilation, SymInt groups"
+_SCHEMAS = (
+    f"fprop(Tensor x, Tensor w, Tensor? bias, {_GEOM}, bool channels_last=False) -> Tensor",
+    f"dgrad(Tensor dy, Tensor w, SymInt[2] input_size, {_GEOM}, bool channels_last=False) -> Tensor",
+    f"wgrad(Tensor dy, Tensor x, SymInt[2] kernel_size, {_GEOM}) -> Tensor",
+    "fprop_bn_act(Tensor x, Tensor w, Tensor? bias, Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, "
+    f"Tensor? residual, {_GEOM}, float eps, str activation, bool channels_last=False) -> Tensor",
+    "fprop_bn_act_train(Tensor x, Tensor w, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor? residual, "
+    f"{_GEOM}, float eps, str activation) -> (Tensor out, Tensor y, Tensor mean, Tensor var)",
+    "batch_stats(Tensor y) -> (Tensor mean, Tensor var)",
+    "bn_act(Tensor y, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, Tensor? residual, float eps, "
+    "str activation) -> Tensor",
+    "bn_act_backward(Tensor dout, Tensor y, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, Tensor? residual, "
+    "float eps, str activation, bool training) -> (Tensor dy, Tensor dgamma, Tensor dbeta, Tensor dresidual)",
+)
+for _schema in _SCHEMAS:
+    LIBRARY.define(_schema)
+
+NAMES = tuple(schema.split("(")[0] for schema in _SCHEMAS)
+OPS = torch.ops.convext
+_fprop, _dgrad, _wgrad = OPS.fprop.default, OPS.dgrad.default, OPS.wgrad.default
+_fprop_bn_act, _fprop_bn_act_train = OPS.fprop_bn_act.default, OPS.fprop_bn_act_train.default
+_batch_stats, _bn_act, _bn_act_backward = OPS.batch_stats.default, OPS.bn_act.default, OPS.bn_act_backward.default
+
+# ---- straight to the backend ------------------------------------------------------------------------------------------
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_active = torch._C._are_functorch_transforms_active
+_autocast_active = torch._C._is_any_autocast_enabled
+_calls = backends.CALL_CACHE
+_NO_EPILOGUE = Epilogue()
+
+
+def dispatcher_is_idle() -> bool:
+    """True when no mode, transform or autocast stands between a call and its kernel."""
+    return not (_dispatch_modes() or _functorch_active() or _autocast_active())
+
+
+def _remember(key: tuple, choice: backends.Choice) -> backends.Choice:
+    if len(_calls) >= backends.CACHE_LIMIT:
+        _calls.clear()
+    _calls[key] = choice
+    return choice
+
+
+def _choose_fprop(x, w, bias, geom, channels_last) -> backends.Choice:
+    checks.check_conv(x, w, bias, geom)
+    return backends.select(Pass.FPROP, ConvProblem.of_fprop(x, w, geom, channels_last))
+
+
+def _run_fprop(x, w, bias, geom, channels_last):
+    key = (x.shape, x.stride(), x.dtype, x.device, w.shape, w.stride(), w.dtype, w.device,
+           None if bias is None else (bias.shape, bias.dtype, bias.device), geom, channels_last)
+    choice = _calls.get(key)
+    if choice is None:
+        choice = _remember(key, _choose_fprop(x, w, bias, geom, channels_last))
+    choice.counter[0] += 1
+    return choice.run(choice.problem, x, w, _NO_EPILOGUE if bias is None else Epilogue(bias))
+
+
+def _signature(t):
+    return None if t is None else (t.shape, t.dtype)
+
+
+def _run_fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation, channels_last):
+    key = (x.shape, x.stride(), x.dtype, x.device, w.shape, w.stride(), w.dtype, w.device,
+           _signature(bias), _signature(mean), _signature(var), _signature(gamma), _signature(beta),
+           _signature(residual), geom, activation, channels_last)
+    choice = _calls.get(key)
+    if choice is None:
+        checks.check_activation(activation)
+        choice = _choose_fprop(x, w, bias, geom, channels_last)
+        checks.check_batch_norm(x.dtype, w.shape[0], mean, var, gamma, beta)
+        _check_residual(residual, choice.problem.y_shape, x.dtype)
+        _remember(key, choice)
+    choice.counter[0] += 1
+    return choice.run(choice.problem, x, w, Epilogue(bias, mean, var, gamma, beta, residual, eps, activation))
+
+
+def _check_residual(residual, y_shape, dtype) -> None:
+    if residual is not None and (residual.shape != torch.Size(y_shape) or residual.dtype is not dtype):
+        raise RuntimeError(f"residual: expected size {list(y_shape)} and {dtype}, "
+                           f"got {list(residual.shape)} and {residual.dtype}")
+
+
+def _run_dgrad(dy, w, input_size, geom, channels_last):
+    key = (1, dy.shape, dy.stride(), dy.dtype, dy.device, w.shape, w.stride(), w.dtype, input_size, geom, channels_last)
+    choice = _calls.get(key)
+    if choice is None:
+        _check_gradient("dgrad", dy, w, "w")
+        problem = ConvProblem.of_dgrad(dy, w, input_size, geom, channels_last)
+        _check_y_shape("dgrad", dy, problem)
+        choice = _remember(key, backends.select(Pass.DGRAD, problem))
+    choice.counter[0] += 1
+    return choice.run(choice.problem, dy, w)
+
+
+def _run_wgrad(dy, x, kernel_size, geom):
+    key = (2, dy.shape, dy.stride(), dy.dtype, dy.device, x.shape, x.stride(), x.dtype, kernel_size, geom)
+    choice = _calls.get(key)
+    if choice is None:
+        _check_gradient("wgrad", dy, x, "x")
+        problem = ConvProblem.of_wgrad(dy, x, kernel_size, geom)
+        _check_y_shape("wgrad", dy, problem)
+        choice = _remember(key, backends.select(Pass.WGRAD, problem))
+    choice.counter[0] += 1
+    return choice.run(choice.problem, dy, x)
+
+
+def _check_gradient(name, dy, other, other_name) -> None:
+    if dy.dim() != 4 or other.dim() != 4:
+        raise RuntimeError(f"{name}: expected dy and {other_name} of 4 dimensions, "
+                           f"got {list(dy.shape)} and {list(other.shape)}")
+    if dy.dtype is not other.dtype or dy.device != other.device:
+        raise RuntimeError(f"{name}: expected dy and {other_name} of one dtype on one device, "
+                           f"got {dy.dtype} on {dy.device} and {other.dtype} on {other.device}")
+
+
+def _check_y_shape(name, dy, problem) -> None:
+    checks.check_geom(problem.geom)
+    if tuple(dy.shape) != problem.y_shape:
+        raise RuntimeError(f"{name}: expected dy of size {list(problem.y_shape)} for {problem}, got {list(dy.shape)}")
+
+
+def _counted(backend, name):
+    backends.counter(backend.name, name, f"{backend.name}_{name}")[0] += 1
+    return getattr(backend, name)
+
+
+def _run_batch_stats(y):
+    return _counted(backends.select_batch_norm(y), "batch_stats")(y)
+
+
+def _run_bn_act(y, mean, var, gamma, beta, residual, eps, activation):
+    checks.check_activation(activation)
+    _check_residual(residual, y.shape, y.dtype)
+    run = _counted(backends.select_batch_norm(y), "bn_act")
+    return run(y, mean, var, gamma, beta, residual, eps, activation)
+
+
+def _run_bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training):
+    run = _counted(backends.select_batch_norm(y), "bn_act_backward")
+    return run(dout, y, mean, var, gamma, beta, residual, eps, activation, training)
+
+
+def _run_fprop_bn_act_train(x, w, bias, gamma, beta, residual, geom, eps, activation):
+    y = _run_fprop(x, w, bias, geom, False)
+    checks.check_batch_norm(y.dtype, y.shape[1], None, None, gamma, beta)
+    mean, var = _run_batch_stats(y)
+    return _run_bn_act(y, mean, var, gamma, beta, residual, eps, activation), y, mean, var
+
+
+def fprop(x, w, bias, geom: Geom, channels_last: bool = False):
+    """y = x * w + bias. Not differentiable: autograd.Conv2dFunction is."""
+    if type(x) in _PLAIN and type(w) in _PLAIN and type(bias) in _PLAIN and dispatcher_is_idle():
+        return _run_fprop(x, w, bias, geom, channels_last)
+    return _fprop(x, w, bias, *geom, channels_last)
+
+
+def dgrad(dy, w, input_size, geom: Geom, channels_last: bool = False):
+    """dx, of height and width `input_size`, from dy and w."""
+    if type(dy) in _PLAIN and type(w) in _PLAIN and dispatcher_is_idle():
+        return _run_dgrad(dy, w, input_size, geom, channels_last)
+    return _dgrad(dy, w, input_size, *geom, channels_last)
+
+
+def wgrad(dy, x, kernel_size, geom: Geom):
+    """dw, of filter height and width `kernel_size`, from dy and x."""
+    if type(dy) in _PLAIN and type(x) in _PLAIN and dispatcher_is_idle():
+        return _run_wgrad(dy, x, kernel_size, geom)
+    return _wgrad(dy, x, kernel_size, *geom)
+
+
+def _all_plain(*tensors) -> bool:
+    return all(type(t) in _PLAIN for t in tensors) and dispatcher_is_idle()
+
+
+def fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom: Geom, eps: float, activation: str,
+                 channels_last: bool = False):
+    """fprop with bias, batch norm by given statistics, residual and activation in its epilogue."""
+    if _all_plain(x, w, bias, mean, var, gamma, beta, residual):
+        return _run_fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation, channels_last)
+    return _fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, *geom, eps, activation, channels_last)
+
+
+def fprop_bn_act_train(x, w, bias, gamma, beta, residual, geom: Geom, eps: float, activation: str):
+    """out, y, mean, var of fprop and a batch norm by the batch's own statistics, residual and activation."""
+    if _all_plain(x, w, bias, gamma, beta, residual):
+        return _run_fprop_bn_act_train(x, w, bias, gamma, beta, residual, geom, eps, activation)
+    return _fprop_bn_act_train(x, w, bias, gamma, beta, residual, *geom, eps, activation)
+
+
+def bn_act(y, mean, var, gamma, beta, residual, eps: float, activation: str):
+    if _all_plain(y, mean, var, gamma, beta, residual):
+        return _run_bn_act(y, mean, var, gamma, beta, residual, eps, activation)
+    return _bn_act(y, mean, var, gamma, beta, residual, eps, activation)
+
+
+def bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps: float, activation: str, training: bool):
+    if _all_plain(dout, y, mean, var, gamma, beta, residual):
+        return _run_bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training)
+    return _bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training)
+
+
+# ---- implementations --------------------------------------------------------------------------------------------------
+
+
+def _geom(stride, padding, dilation, groups) -> Geom:
+    return Geom(tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+def _impl(name):
+    def register(function):
+        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        return function
+    return register
+
+
+@_impl("fprop")
+def _(x, w, bias, stride, padding, dilation, groups, channels_last=False):
+    return _run_fprop(x, w, bias, _geom(stride, padding, dilation, groups), channels_last)
+
+
+@_impl("dgrad")
+def _(dy, w, input_size, stride, padding, dilation, groups, channels_last=False):
+    return _run_dgrad(dy, w, tuple(input_size), _geom(stride, padding, dilation, groups), channels_last)
+
+
+@_impl("wgrad")
+def _(dy, x, kernel_size, stride, padding, dilation, groups):
+    return _run_wgrad(dy, x, tuple(kernel_size), _geom(stride, padding, dilation, groups))
+
+
+@_impl("fprop_bn_act")
+def _(x, w, bias, mean, var, gamma, beta, residual, stride, padding, dilation, groups, eps, activation,
+      channels_last=False):
+    return _run_fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, _geom(stride, padding, dilation, groups),
+                             eps, activation, channels_last)
+
+
+@_impl("fprop_bn_act_train")
+def _(x, w, bias, gamma, beta, residual, stride, padding, dilation, groups, eps, activation):
+    return _run_fprop_bn_act_train(x, w, bias, gamma, beta, residual, _geom(stride, padding, dilation, groups), eps,
+                                   activation)
+
+
+_impl("batch_stats")(_run_batch_stats)
+_impl("bn_act")(_run_bn_act)
+_impl("bn_act_backward")(_run_bn_act_backward)
+
+# ---- fake kernels: shapes, dtypes and strides without data -------------------------------------------------------------
+
+
+def _fake(name):
+    return torch.library.register_fake(f"convext::{name}", lib=LIBRARY)
+
+
+def _empty(like, shape, channels_last):
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(channels_last))
+
+
+@_fake("fprop")
+def _(x, w, bias, stride, padding, dilation, groups, channels_last=False):
+    geom = _geom(stride, padding, dilation, groups)
+    checks.check_conv(x, w, bias, geom)
+    nhwc = channels_last or suggests_channels_last(x) or suggests_channels_last(w)
+    return _empty(x, (x.shape[0], w.shape[0], *geom.output_size(x.shape[2:], w.shape[2:])), nhwc)
+
+
+@_fake("dgrad")
+def _(dy, w, input_size, stride, padding, dilation, groups, channels_last=False):
+    nhwc = channels_last or suggests_channels_last(dy) or suggests_channels_last(w)
+    return _empty(dy, (dy.shape[0], w.shape[1] * groups, *input_size), nhwc)
+
+
+@_fake("wgrad")
+def _(dy, x, kernel_size, stride, padding, dilation, groups):
+    return _empty(dy, (dy.shape[1], x.shape[1] // groups, *kernel_size), False)
+
+
+@_fake("fprop_bn_act")
+def _(x, w, bias, mean, var, gamma, beta, residual, stride, padding, dilation, groups, eps, activation,
+      channels_last=False):
+    checks.check_activation(activation)
+    checks.check_batch_norm(x.dtype, w.shape[0], mean, var, gamma, beta)
+    return _fprop(x, w, bias, stride, padding, dilation, groups, channels_last)
+
+
+def _fake_stats(y):
+    return tuple(torch.empty(y.shape[1], dtype=accumulate_dtype(y.dtype), device=y.device) for _ in range(2))
+
+
+@_fake("fprop_bn_act_train")
+def _(x, w, bias, gamma, beta, residual, stride, padding, dilation, groups, eps, activation):
+    checks.check_activation(activation)
+    y = _fprop(x, w, bias, stride, padding, dilation, groups)
+    return _empty_dense(y), y, *_fake_stats(y)
+
+
+def _empty_dense(y):
+    return _empty(y, y.shape, suggests_channels_last(y))
+
+
+_fake("batch_stats")(_fake_stats)
+
+
+@_fake("bn_act")
+def _(y, mean, var, gamma, beta, residual, eps, activation):
+    return _empty_dense(y)
+
+
+@_fake("bn_act_backward")
+def _(dout, y, mean, var, gamma, beta, residual, eps, activation, training):
+    return _empty_dense(y), *_fake_stats(y), _empty_dense(y)
+
+
+# ---- autocast: for those who call the operators themselves -------------------------------------------------------------
+
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA)
+
+
+def autocast_cast(t, device_type: str, dtype: torch.dtype):
+    """t as an operation on autocast's lower-precision list sees it: float64 and integers stay as they are."""
+    if t is None or not t.is_floating_point() or t.dtype is torch.float64 or t.device.type != device_type:
+        return t
+    return t.to(dtype)
+
+
+def _register_autocast(name: str, op, cast_positions: tuple[int, ...]) -> None:
+    for device_type in ("cpu", "cuda"):
+        def kernel(*args, device_type=device_type, **kwargs):
+            dtype = torch.get_autocast_dtype(device_type)
+            args = [autocast_cast(a, device_type, dtype) if i in cast_positions else a for i, a in enumerate(args)]
+            with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+                return op(*args, **kwargs)
+        LIBRARY.impl(name, kernel, f"Autocast{device_type.upper()}")
+
+
+_register_autocast("fprop", _fprop, (0, 1, 2))
+_register_autocast("dgrad", _dgrad, (0, 1))
+_register_autocast("wgrad", _wgrad, (0, 1))
+_register_autocast("fprop_bn_act", _fprop_bn_act, (0, 1, 2, 7))  # the batch norm's parameters stay as they are
+_register_autocast("fprop_bn_act_train", _fprop_bn_act_train, (0, 1, 2, 5))
+
+# ---- vmap: one more batch dimension goes into N, or into the groups -----------------------------------------------------
+
+
+def _vmap(name):
+    return torch.library.register_vmap(f"convext::{name}", lib=LIBRARY)
+
+
+def _front(t, dim, size):
+    """The vmapped dimension in front; where there is none, one of stride 0."""
+    return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
+def _into_batch(t):
+    """(B, N, ...) -> (B*N, ...)"""
+    return t.reshape(-1, *t.shape[2:])
+
+
+def _into_channels(t):
+    """(B, N, C, ...) -> (N, B*C, ...): channels of B*groups groups."""
+    t = t.movedim(0, 1)
+    return t.reshape(t.shape[0], -1, *t.shape[3:])
+
+
+def _out_of_channels(t, size):
+    """(N, B*C, ...) -> (N, B, C, ...)"""
+    return t.reshape(t.shape[0], size, -1, *t.shape[2:])
+
+
+@_vmap("fprop")
+def _(info, in_dims, x, w, bias, stride, padding, dilation, groups, channels_last=False):
+    size = info.batch_size
+    x_dim, w_dim, bias_dim = in_dims[:3]
+    shared_bias = bias if bias_dim is None else None
+    if w_dim is None:
+        if x_dim is None:  # the bias alone
+            y = _fprop(x, w, None, stride, padding, dilation, groups, channels_last)
+            y = y.expand(size, *y.shape)
+        else:
+            y = _fprop(_into_batch(x.movedim(x_dim, 0)), w, shared_bias, stride, padding, dilation, groups,
+                       channels_last)
+            y = y.reshape(size, -1, *y.shape[1:])
+        if bias_dim is not None:
+            y = y + bias.movedim(bias_dim, 0)[:, None, :, None, None]
+        return y, 0
+    bias = None if bias is None else _front(bias, bias_dim, size).reshape(-1)
+    w = w.movedim(w_dim, 0)
+    if x_dim is None and groups == 1:  # more filters over the same input
+        y = _fprop(x, _into_batch(w), bias, stride, padding, dilation, groups, channels_last)
+    else:
+        y = _fprop(_into_channels(_front(x, x_dim, size)), _into_batch(w), bias, stride, padding, dilation,
+                   size * groups, channels_last)
+    return _out_of_channels(y, size), 1
+
+
+@_vmap("dgrad")
+def _(info, in_dims, dy, w, input_size, stride, padding, dilation, groups, channels_last=False):
+    size = info.batch_size
+    dy_dim, w_dim = in_dims[:2]
+    if w_dim is None:
+        dx = _dgrad(_into_batch(dy.movedim(dy_dim, 0)), w, input_size, stride, padding, dilation, groups, channels_last)
+        return dx.reshape(size, -1, *dx.shape[1:]), 0
+    dx = _dgrad(_into_channels(_front(dy, dy_dim, size)), _into_batch(w.movedim(w_dim, 0)), input_size, stride, padding,
+                dilation, size * groups, channels_last)
+    return _out_of_channels(dx, size), 1
+
+
+@_vmap("wgrad")
+def _(info, in_dims, dy, x, kernel_size, stride, padding, dilation, groups):
+    size = info.batch_size
+    dy_dim, x_dim = in_dims[:2]
+    if x_dim is None and groups == 1:  # more filters over the same input
+        dw = _wgrad(_into_channels(dy.movedim(dy_dim, 0)), x, kernel_size, stride, padding, dilation, groups)
+    else:
+        dw = _wgrad(_into_channels(_front(dy, dy_dim, size)), _into_channels(_front(x, x_dim, size)), kernel_size,
+                    stride, padding, dilation, size * groups)
+    return dw.reshape(size, -1, *dw.shape[1:]), 0
+
+
+def _vmap_by_composition(name, function) -> None:
+    """The rule of an operator that is a composition of others: vmap the composition."""
+    def rule(info, in_dims, *args):
+        out = torch.vmap(function, tuple(in_dims), randomness=info.randomness)(*args)
+        return out, (0 if isinstance(out, torch.Tensor) else (0,) * len(out))
+    torch.library.register_vmap(f"convext::{name}", rule, lib=LIBRARY)
+
+
+def _compose_fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, stride, padding, dilation, groups, eps,
+                          activation, channels_last=False):
+    y = _fprop(x, w, bias, stride, padding, dilation, groups, channels_last)
+    if mean is None:
+        return reference.act(y, residual, activation)
+    return reference.bn_act(y, mean, var, gamma, beta, residual, eps, activation)
+
+
+def _compose_fprop_bn_act_train(x, w, bias, gamma, beta, residual, stride, padding, dilation, groups, eps, activation):
+    y = _fprop(x, w, bias, stride, padding, dilation, groups)
+    mean, var = reference.batch_stats(y)
+    return reference.bn_act(y, mean, var, gamma, beta, residual, eps, activation), y, mean, var
+
+
+_vmap_by_composition("fprop_bn_act", _compose_fprop_bn_act)
+_vmap_by_composition("fprop_bn_act_train", _compose_fprop_bn_act_train)
+_vmap_by_composition("batch_stats", reference.batch_stats)
+_vmap_by_composition("bn_act", reference.bn_act)
+_vmap_by_composition("bn_act_backward", reference.bn_act_backward)
+
+# ---- FLOPs, as torch.utils.flop_counter counts a convolution's ----------------------------------------------------------
+
+
+@register_flop_formula([OPS.fprop, OPS.fprop_bn_act])
+def _(x_shape, w_shape, *args, out_shape, **kwargs) -> int:
+    return conv_flop_count(list(x_shape), list(w_shape), list(out_shape))
+
+
+@register_flop_formula(OPS.fprop_bn_act_train)
+def _(x_shape, w_shape, *args, out_shape, **kwargs) -> int:
+    return conv_flop_count(list(x_shape), list(w_shape), list(out_shape[0]))
+
+
+@register_flop_formula(OPS.dgrad)
+def _(dy_shape, w_shape, *args, out_shape, **kwargs) -> int:
+    return conv_flop_count(list(out_shape), list(w_shape), list(dy_shape))
+
+
+@register_flop_formula(OPS.wgrad)
+def _(dy_shape, x_shape, *args, out_shape, **kwargs) -> int:
+    return conv_flop_count(list(x_shape), list(out_shape), list(dy_shape))

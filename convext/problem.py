@@ -1,0 +1,252 @@
+"""One 2-D convolution as plain data: the Python twin of csrc/conv_problem.h and csrc/epilogue.h."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import NamedTuple
+
+import torch
+
+from .memory_format import suggests_channels_last
+
+
+class Pass(enum.IntEnum):
+    """The three operators of a convolution. Each one's gradients are the other two."""
+
+    FPROP = 0  # y  from x, w
+    DGRAD = 1  # dx from dy, w
+    WGRAD = 2  # dw from dy, x
+
+
+class Layout(enum.IntEnum):
+    """Memory order of an activation tensor."""
+
+    NCHW = 0  # torch.contiguous_format
+    NHWC = 1  # torch.channels_last
+
+
+class DType(enum.IntEnum):
+    """The dtypes that have kernels; every other one goes to ATen."""
+
+    FLOAT32 = 0
+    FLOAT64 = 1
+    BFLOAT16 = 2
+    FLOAT16 = 3
+
+    @property
+    def torch(self) -> torch.dtype:
+        return getattr(torch, self.name.lower())
+
+
+DTYPES = {dtype.torch: dtype for dtype in DType}
+
+# The numbering of `Activation` in epilogue.h.
+ACTIVATIONS = {"identity": 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4, "gelu": 5}
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums and per-channel statistics are kept in: float64 for float64, float32 for the others."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+class Geom(NamedTuple):
+    """How the filter walks over the input, (height, width) each. The one value in which it travels."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def output_size(self, input_size, kernel_size) -> tuple[int, int]:
+        """(P, Q) for an input (H, W) and a filter (R, S): PyTorch's formula."""
+        (stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w), _ = self
+        (h, w), (r, s) = input_size, kernel_size
+        return (
+            (h + 2 * pad_h - dil_h * (r - 1) - 1) // stride_h + 1,
+            (w + 2 * pad_w - dil_w * (s - 1) - 1) // stride_w + 1,
+        )
+
+
+class GemmShape(NamedTuple):
+    """The matrix product that a pass amounts to, per group."""
+
+    m: int
+    n: int
+    k: int
+
+
+@dataclasses.dataclass(slots=True)
+class Epilogue:
+    """What happens to an output element of fprop on its way to memory. Every part may be absent.
+
+    out = activation((y + bias - mean) / sqrt(var + eps) * gamma + beta + residual)
+
+    `bias`, `mean`, `var`, `gamma`, `beta` are (K); the batch norm is there when `mean` and `var` are. `residual` has
+    the shape of y.
+    """
+
+    bias: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
+    var: torch.Tensor | None = None
+    gamma: torch.Tensor | None = None
+    beta: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+    eps: float = 1e-5
+    activation: str = "identity"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ConvProblem:
+    """Sizes, geometry, dtype and layouts of one convolution. Field for field `ConvProblem` in conv_problem.h, and the
+    type of the device besides, which the C++ side keeps in the variant."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    k: int
+    r: int
+    s: int
+    stride_h: int
+    stride_w: int
+    pad_h: int
+    pad_w: int
+    dil_h: int
+    dil_w: int
+    groups: int
+    dtype: DType = DType.FLOAT32
+    x_layout: Layout = Layout.NCHW
+    y_layout: Layout = Layout.NCHW
+    device: str = "cpu"
+
+    @classmethod
+    def of_fprop(cls, x: torch.Tensor, w: torch.Tensor, geom: Geom, channels_last: bool = False) -> ConvProblem:
+        """The problem of y = fprop(x, w). y is channels-last when asked for or when x or w suggests it, as in ATen."""
+        x_nhwc = suggests_channels_last(x)
+        y_nhwc = channels_last or x_nhwc or suggests_channels_last(w)
+        return cls._of(x.shape, w.shape, geom, x, x_nhwc, y_nhwc)
+
+    @classmethod
+    def of_dgrad(cls, dy: torch.Tensor, w: torch.Tensor, input_size, geom: Geom,
+                 channels_last: bool = False) -> ConvProblem:
+        """The problem of dx = dgrad(dy, w). dx is channels-last when asked for or when dy or w suggests it."""
+        dy_nhwc = suggests_channels_last(dy)
+        dx_nhwc = channels_last or dy_nhwc or suggests_channels_last(w)
+        x_shape = (dy.shape[0], w.shape[1] * geom.groups, *input_size)
+        return cls._of(x_shape, w.shape, geom, dy, dx_nhwc, dy_nhwc)
+
+    @classmethod
+    def of_wgrad(cls, dy: torch.Tensor, x: torch.Tensor, kernel_size, geom: Geom) -> ConvProblem:
+        """The problem of dw = wgrad(dy, x)."""
+        w_shape = (dy.shape[1], x.shape[1] // geom.groups, *kernel_size)
+        return cls._of(x.shape, w_shape, geom, x, suggests_channels_last(x), suggests_channels_last(dy))
+
+    @classmethod
+    def _of(cls, x_shape, w_shape, geom, like, x_nhwc, y_nhwc):
+        (stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w), groups = geom
+        n, c, h, w = x_shape
+        k, _, r, s = w_shape
+        return cls(n, c, h, w, k, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups,
+                   DTYPES[like.dtype], Layout(x_nhwc), Layout(y_nhwc), like.device.type)
+
+    @property
+    def geom(self) -> Geom:
+        return Geom((self.stride_h, self.stride_w), (self.pad_h, self.pad_w), (self.dil_h, self.dil_w), self.groups)
+
+    @property
+    def p(self) -> int:
+        return (self.h + 2 * self.pad_h - self.dil_h * (self.r - 1) - 1) // self.stride_h + 1
+
+    @property
+    def q(self) -> int:
+        return (self.w + 2 * self.pad_w - self.dil_w * (self.s - 1) - 1) // self.stride_w + 1
+
+    @property
+    def x_shape(self) -> tuple[int, int, int, int]:
+        return self.n, self.c, self.h, self.w
+
+    @property
+    def w_shape(self) -> tuple[int, int, int, int]:
+        return self.k, self.c_per_group, self.r, self.s
+
+    @property
+    def y_shape(self) -> tuple[int, int, int, int]:
+        return self.n, self.k, self.p, self.q
+
+    @property
+    def c_per_group(self) -> int:
+        return self.c // self.groups
+
+    @property
+    def k_per_group(self) -> int:
+        return self.k // self.groups
+
+    @property
+    def npq(self) -> int:
+        return self.n * self.p * self.q
+
+    @property
+    def nhw(self) -> int:
+        return self.n * self.h * self.w
+
+    @property
+    def x_size(self) -> int:
+        return self.nhw * self.c
+
+    @property
+    def y_size(self) -> int:
+        return self.npq * self.k
+
+    @property
+    def w_size(self) -> int:
+        return self.k * self.r * self.s * self.c_per_group
+
+    @property
+    def is_depthwise(self) -> bool:
+        return self.groups == self.c and self.c_per_group == 1 and self.k % self.c == 0
+
+    @property
+    def is_pointwise(self) -> bool:
+        return self.r == 1 and self.s == 1
+
+    @property
+    def is_dilated(self) -> bool:
+        return (self.r > 1 and self.dil_h > 1) or (self.s > 1 and self.dil_w > 1)
+
+    @property
+    def is_unit_stride(self) -> bool:
+        return self.stride_h == 1 and self.stride_w == 1
+
+    @property
+    def accumulate_dtype(self) -> torch.dtype:
+        return accumulate_dtype(self.dtype.torch)
+
+    def extents(self) -> tuple[int, ...]:
+        """n, c, h, w, k, r, s, stride, padding, dilation and groups in the order of the fields."""
+        return (self.n, self.c, self.h, self.w, self.k, self.r, self.s, self.stride_h, self.stride_w,
+                self.pad_h, self.pad_w, self.dil_h, self.dil_w, self.groups)
+
+    def gemm_shape(self, pass_: Pass) -> GemmShape:
+        """gemm_m, gemm_n, gemm_k of a pass, per group."""
+        c, k, rs = self.c_per_group, self.k_per_group, self.r * self.s
+        if pass_ == Pass.FPROP:
+            return GemmShape(self.npq, k, rs * c)
+        if pass_ == Pass.DGRAD:
+            return GemmShape(self.nhw, c, rs * k)
+        return GemmShape(k, rs * c, self.npq)
+
+    @property
+    def flops(self) -> float:
+        """Multiplies and adds of any of the passes, taps in the padding counted."""
+        return 2.0 * self.npq * self.k * self.r * self.s * self.c_per_group
+
+    def __str__(self) -> str:
+        text = f"x {'x'.join(map(str, self.x_shape))}, w {'x'.join(map(str, self.w_shape))}"
+        plain = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
+        for name, value in self.geom._asdict().items():
+            if name in plain and value != plain[name]:
+                text += f", {name} {value[0]}" + ("" if value[0] == value[1] else f"x{value[1]}")
+        if self.groups != 1:
+            text += f", groups {self.groups}"
+        return f"{text}, {self.dtype.name.lower()}, {self.device}"

@@ -1,0 +1,61 @@
+"""The fused operations as compositions of differentiable torch operations: what they mean, and what runs where the
+fused kernels cannot (second derivatives, forward mode, vmap)."""
+
+from __future__ import annotations
+
+import torch
+
+from .activation import BACKWARD, FORWARD
+from .problem import accumulate_dtype
+
+
+def _channels(t: torch.Tensor) -> torch.Tensor:
+    return t[:, None, None]
+
+
+def batch_stats(y):
+    """Mean and biased variance per channel, in the accumulate dtype."""
+    var, mean = torch.var_mean(y.to(accumulate_dtype(y.dtype)), (0, 2, 3), correction=0)
+    return mean, var
+
+
+def _normalise(y, mean, var, eps):
+    acc = accumulate_dtype(y.dtype)
+    rstd = torch.rsqrt(var.to(acc) + eps)
+    return (y.to(acc) - _channels(mean.to(acc))) * _channels(rstd), rstd
+
+
+def _affine(xhat, gamma, beta, residual):
+    z = xhat if gamma is None else xhat * _channels(gamma.to(xhat.dtype))
+    z = z if beta is None else z + _channels(beta.to(xhat.dtype))
+    return z if residual is None else z + residual.to(xhat.dtype)
+
+
+def bn_act(y, mean, var, gamma, beta, residual, eps, activation):
+    """activation((y - mean) / sqrt(var + eps) * gamma + beta + residual), in y's dtype."""
+    xhat, _ = _normalise(y, mean, var, eps)
+    return FORWARD[activation](_affine(xhat, gamma, beta, residual)).to(y.dtype)
+
+
+def bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training):
+    """Gradients of bn_act by dy, dgamma, dbeta and dresidual. With `training`, mean and var are functions of y:
+
+        dy = gamma * rstd * (dz - mean(dz) - xhat * mean(dz * xhat))       (Ioffe and Szegedy, 2015, section 3)
+
+    and else they are constants, so that dy = gamma * rstd * dz.
+    """
+    xhat, rstd = _normalise(y, mean, var, eps)
+    dz = BACKWARD[activation](dout.to(xhat.dtype), _affine(xhat, gamma, beta, residual))
+    dims = (0, 2, 3)
+    dbeta, dgamma = dz.sum(dims), (dz * xhat).sum(dims)
+    scale = rstd if gamma is None else rstd * gamma.to(rstd.dtype)
+    dy = dz
+    if training:
+        count = y.shape[0] * y.shape[2] * y.shape[3]
+        dy = dz - _channels(dbeta / count) - xhat * _channels(dgamma / count)
+    return (_channels(scale) * dy).to(y.dtype), dgamma, dbeta, dz.to(y.dtype)
+
+
+def act(z, residual, activation):
+    """activation(z + residual)"""
+    return FORWARD[activation](z if residual is None else z + residual)
