@@ -1,0 +1,4 @@
+# Every target only calls ./dev, which says what each does: ./dev help
+.PHONY: demo test lint sanitize smoke-other-torch
+demo test lint sanitize smoke-other-torch:
+	@./dev $@

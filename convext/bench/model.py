@@ -1,0 +1,151 @@
+"""Whole networks: swapped convext beside unswapped eager PyTorch and, where asked for, its peers, in one run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+import convext
+
+from .. import zoo
+from ..options import DType, MemoryFormat
+from . import inference, training
+from .agreement import Agreement, bound, distance
+from .candidate import Skipped
+from .tables import Grid
+from .timing import Timing, interleave
+
+BASELINE = "eager"
+OURS = "convext"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One network in one setting."""
+
+    model: str
+    batch: int
+    threads: int
+    dtype: DType = DType.float32
+    memory_format: MemoryFormat = MemoryFormat.contiguous
+    train: bool = False
+
+    def __str__(self) -> str:
+        mode = "training step" if self.train else "eval"
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"{self.model}, batch {self.batch}, {threads}, {self.dtype.value}, {self.memory_format.value}, {mode}"
+
+
+@dataclass
+class Outcome:
+    """What one case gave: timings and distances from eager's result by candidate, and who was skipped and why."""
+
+    case: Case
+    timings: dict[str, Timing] = field(default_factory=dict)
+    agreement: dict[str, Agreement] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def ratio(self, name: str, over: str = BASELINE) -> float:
+        """How many times faster `name` is than `over`."""
+        return self.timings[name].times_faster_than(self.timings[over])
+
+    def as_json(self) -> dict:
+        candidates = {
+            name: {
+                "median_s": timing.median,
+                "iqr_s": timing.iqr,
+                "rounds": len(timing.seconds),
+                "times_eager": self.ratio(name),
+                "distance": self.agreement[name].distance if name in self.agreement else 0.0,
+            }
+            for name, timing in self.timings.items()
+        }
+        return {"case": asdict(self.case), "candidates": candidates, "skipped": self.skipped}
+
+
+class Disagreement(RuntimeError):
+    """Two candidates computed different results, so timing them would mean nothing."""
+
+
+def cases(names: Iterable[str], batches: list[int], threads: list[int], **setting) -> Iterator[Case]:
+    """Every combination, networks outermost."""
+    return (Case(name, batch, count, **setting) for name in names for batch in batches for count in threads)
+
+
+def run(case: Case, *, with_peers: bool, seconds: float, on_round: Callable[[int], object] = lambda n: None) -> Outcome:
+    """Builds the network, checks every candidate's result against eager's, then times them in turns.
+
+    Raises `Disagreement` where convext's result is further from eager's than rounding explains; a peer whose result
+    is, is skipped with that reason.
+    """
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(case.threads)
+    try:
+        return _run(case, with_peers, seconds, on_round)
+    finally:
+        torch.set_num_threads(threads_before)
+
+
+def _run(case: Case, with_peers: bool, seconds: float, on_round: Callable[[int], object]) -> Outcome:
+    outcome = Outcome(case)
+    model = zoo.build(case.model)[0].to(case.dtype.torch, memory_format=case.memory_format.torch)
+    x = zoo.sample(case.model, case.batch).to(case.dtype.torch, memory_format=case.memory_format.torch)
+    mode = training if case.train else inference
+    candidates = {
+        BASELINE: mode.prepare(copy.deepcopy(model), x),
+        OURS: mode.prepare(convext.swap(copy.deepcopy(model)), x),
+    }
+    reference, limit = candidates[BASELINE].result(), bound(model, case.dtype.torch)
+    if case.train and case.dtype is not DType.float64:
+        # Gradients through batch norm and ReLU amplify rounding by a factor that only a measurement tells: eager's own
+        # distance from float64.
+        exact = training.prepare(copy.deepcopy(model).double(), x.double()).result()
+        limit, reference = max(limit, 10 * distance(reference, exact)), exact
+    outcome.agreement[OURS] = agreement = Agreement(distance(candidates[OURS].result(), reference), limit)
+    if not agreement.ok:
+        raise Disagreement(
+            f"{case}: convext is {agreement.distance:.1e} away from the reference, rounding explains {limit:.1e}"
+        )
+    if with_peers:
+        torch._dynamo.reset()  # compiled code bakes in the number of threads
+        for name, prepare in mode.PEERS.items():
+            try:
+                candidate = prepare(copy.deepcopy(model), x, case.threads)
+            except Skipped as reason:
+                outcome.skipped[name] = str(reason)
+                continue
+            outcome.agreement[name] = agreement = Agreement(distance(candidate.result(), reference), limit)
+            if agreement.ok:
+                candidates[name] = candidate
+            else:
+                outcome.skipped[name] = f"its result is {agreement.distance:.1e} away from the reference"
+    calls = {name: candidate.call for name, candidate in candidates.items()}
+    outcome.timings = interleave(calls, seconds=seconds, on_round=on_round)
+    return outcome
+
+
+def table(outcomes: Sequence[Outcome]) -> Grid:
+    """One row a case: median milliseconds of eager, then times faster than eager of every contender."""
+    contenders = list(dict.fromkeys(name for outcome in outcomes for name in outcome.timings if name != BASELINE))
+    grid = Grid(["network", "batch", "threads", "eager, ms", *(f"{name}, ×" for name in contenders)])
+    for outcome in outcomes:
+        eager = outcome.timings[BASELINE]
+        cells = [outcome.case.model, str(outcome.case.batch), str(outcome.case.threads)]
+        cells.append(f"{eager.median * 1e3:.1f} ± {eager.iqr * 1e3:.1f}")
+        for name in contenders:
+            if name not in outcome.timings:
+                cells.append("–")
+                continue
+            spread = outcome.timings[name].iqr / outcome.timings[name].median
+            cells.append(f"{outcome.ratio(name):.2f} ± {outcome.ratio(name) * spread:.2f}")
+        grid.rows.append(cells)
+    return grid
+
+
+def images_per_second(outcome: Outcome) -> str:
+    """One line: images/s before and after, with the ratio."""
+    before, after = (outcome.case.batch / outcome.timings[name].median for name in (BASELINE, OURS))
+    return f"{outcome.case}: {before:.1f} -> {after:.1f} images/s ({outcome.ratio(OURS):.2f}×)"

@@ -1,0 +1,79 @@
+"""Fair timing: what is compared runs in turns, in one process, and is told by medians and quartiles.
+
+Machines drift: they warm up, share cores, change clocks. So candidates take turns within every round, each round gives
+one ratio per candidate, and the ratio reported is the median of those.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+VISIT_SECONDS = 0.02  # a visit repeats short calls until it is this long, so that the clock's grain does not matter
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call took, one figure a round (the mean of that round's calls)."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def iqr(self) -> float:
+        """Distance between the quartiles, in seconds; 0 for a single round."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return high - low
+
+    def times_faster_than(self, other: Timing) -> float:
+        """Median over rounds of other's seconds / own seconds: above 1 means faster."""
+        return statistics.median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float = 10.0,
+    min_rounds: int = 5,
+    max_rounds: int = 200,
+    synchronize: Callable[[], object] = lambda: None,
+    on_round: Callable[[int], object] = lambda rounds: None,
+) -> dict[str, Timing]:
+    """Times `calls` in turns for about `seconds` in all, at least `min_rounds` rounds.
+
+    Every call is warmed up first. A visit begins with one call that is not timed, which brings the candidate's weights
+    back into the caches. The order rotates from round to round. `synchronize` waits for the device.
+    """
+    repeats = {}
+    for name, call in calls.items():
+        call()
+        synchronize()
+        start = time.perf_counter()
+        call()
+        synchronize()
+        repeats[name] = max(1, round(VISIT_SECONDS / (time.perf_counter() - start)))
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    begin = time.perf_counter()
+    for rounds in range(max_rounds):
+        if rounds >= min_rounds and time.perf_counter() - begin > seconds:
+            break
+        shift = rounds % len(names)
+        for name in names[shift:] + names[:shift]:
+            call = calls[name]
+            call()
+            synchronize()
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                call()
+            synchronize()
+            taken[name].append((time.perf_counter() - start) / repeats[name])
+        on_round(rounds + 1)
+    return {name: Timing(tuple(values)) for name, values in taken.items()}

@@ -1,0 +1,279 @@
+"""The command line: `convext COMMAND`. Each command checks its options and hands over to the module that does the work.
+
+Whatever a user can get wrong ends in one line on stderr, which names the option, the value and what was expected, and
+in exit status 2; a check that fails (results that disagree, training that misses its target) gives 1.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Optional
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from . import options
+from .options import DType, MemoryFormat, OptionError, UsageError
+
+app = typer.Typer(
+    name="convext",
+    help="Convolutions for PyTorch: swap a network's, compare, measure, and see what runs where.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+bench = typer.Typer(help="Measure whole networks or single layers.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+DTypeOption = Annotated[DType, typer.Option(help="Type of weights and activations.")]
+Format = Annotated[MemoryFormat, typer.Option(help="Of the network and its input.")]
+Threads = Annotated[Optional[str], typer.Option(metavar="N", help="Threads; default: as many as torch takes.")]  # noqa: UP045
+Batch = Annotated[str, typer.Option(metavar="N", help="Images at a time.")]
+Model = Annotated[str, typer.Option(help="A network of torchvision's.")]
+Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the figures to this file.")]  # noqa: UP045
+Seconds = Annotated[float, typer.Option(min=0.0, help="Time to spend on each comparison.")]
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, CPU features, GPUs and backends: the text to paste into a bug report."""
+    from .doctor import report
+
+    print(report())
+
+
+@app.command()
+def demo(
+    device: Device = "cpu",
+    dtype: DTypeOption = DType.float32,
+    batch: Batch = "2",
+    threads: Threads = None,
+    image: Annotated[Optional[Path], typer.Option(help="A photograph of yours.")] = None,  # noqa: UP045
+    train: Annotated[bool, typer.Option("--train/--no-train", help="Train on digits as well.")] = True,
+    output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("convext-demo.png"),
+) -> None:
+    """Swap ResNet-50 and MobileNetV2, compare before and after on photographs, then train on digits."""
+    _needs("demo", "torchvision", "sklearn", "matplotlib", "PIL")
+    from .demo import Settings, run
+
+    images = options.integer("--batch", batch)
+    with _threads(threads):
+        settings = Settings(options.device(device), dtype.torch, images, image, train, output)
+        raise typer.Exit(run(settings, Console()))
+
+
+@bench.command("model")
+def bench_model(
+    names: Annotated[Optional[list[str]], typer.Argument(metavar="[NAMES]...")] = None,  # noqa: UP045
+    batch: Annotated[str, typer.Option(metavar="N...", help="One or more, such as: 1 8.")] = "1,8",
+    threads: Annotated[str, typer.Option(metavar="N...", help="One or more, such as: 1 2.")] = "1,2",
+    dtype: DTypeOption = DType.float32,
+    memory_format: Format = MemoryFormat.contiguous,
+    train: Annotated[bool, typer.Option("--train/--eval", help="A training step, or inference.")] = False,
+    peers: Annotated[bool, typer.Option("--peers", help="Also the engines that people leave PyTorch for.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    seconds: Seconds = 10.0,
+    output: Json = None,
+) -> None:
+    """Time whole networks, swapped beside unswapped, in turns in one run, after checking that results agree.
+
+    Default networks: resnet50 and mobilenet_v2. A cell reads median ± distance between the quartiles.
+    """
+    _needs("demo", "torchvision")
+    from . import zoo
+    from .bench import machine, model
+
+    batches, counts = options.integers("--batch", batch), options.integers("--threads", threads)
+    names = names or ["resnet50", "mobilenet_v2"]
+    for name in names:
+        zoo.check(name)
+    cases = list(model.cases(names, batches, counts, dtype=dtype, memory_format=memory_format, train=train))
+    outcomes = []
+    with _progress() as progress:
+        task = progress.add_task("", total=len(cases))
+        for case in cases:
+            progress.update(task, description=str(case))
+            outcomes.append(model.run(case, with_peers=peers, seconds=seconds))
+            progress.console.print(model.images_per_second(outcomes[-1]), soft_wrap=True)
+            progress.advance(task)
+    _print_table(model.table(outcomes), markdown)
+    for count in counts:
+        print(machine.ceilings(count))
+    for reason in dict.fromkeys(f"skipped {name}: {why}" for o in outcomes for name, why in o.skipped.items()):
+        print(reason)
+    _print_machine(machine.record())
+    _write_json(output, machine.record(), [outcome.as_json() for outcome in outcomes])
+
+
+@bench.command("layers")
+def bench_layers(
+    name: Annotated[str, typer.Argument(metavar="MODEL")],
+    batch: Batch = "1",
+    threads: Threads = None,
+    device: Device = "cpu",
+    dtype: DTypeOption = DType.float32,
+    memory_format: Format = MemoryFormat.channels_last,
+    passes: Annotated[str, typer.Option(help="Of fprop, dgrad, wgrad, with commas.")] = "fprop,dgrad,wgrad",
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    seconds: Seconds = 0.3,
+    output: Json = None,
+) -> None:
+    """Time every distinct convolution of a network, native beside ATen, and check who is selected."""
+    _needs("demo", "torchvision")
+    from . import zoo
+    from .bench import layers, machine, problems
+    from .problem import Pass
+
+    wanted = [p for p in Pass if p.name.lower() in passes.split(",")]
+    if not wanted or len(wanted) != len(set(passes.split(","))):
+        raise OptionError("--passes", passes, "some of fprop, dgrad, wgrad, with commas")
+    place, images = options.device(device), options.integer("--batch", batch)
+    with _threads(threads):
+        x = zoo.sample(name, images).to(place, dtype.torch, memory_format=memory_format.torch)
+        network = zoo.build(name)[0].to(place, dtype.torch, memory_format=memory_format.torch)
+        found = problems.collect(network, x)
+        measured = []
+        with _progress() as progress:
+            task = progress.add_task(name, total=len(found) * len(wanted))
+            for problem, count in found.items():
+                for pass_ in wanted:
+                    progress.update(task, description=f"{pass_.name.lower()} {problems.title(problem)}")
+                    measured.append(layers.measure(problem, count, pass_, seconds))
+                    progress.advance(task)
+        _print_table(layers.table(measured), markdown)
+        print(layers.summary(measured))
+        print(machine.ceilings(torch.get_num_threads()))
+    _print_machine(machine.record())
+    _write_json(output, machine.record(), [m.as_json() for m in measured])
+
+
+@app.command()
+def report(
+    model: Model,
+    swap: Annotated[bool, typer.Option("--swap/--no-swap", help="Report on the swapped network.")] = True,
+    device: Device = "cpu",
+    dtype: DTypeOption = DType.float32,
+    batch: Batch = "1",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Ask the selection alone; needs no such device.")] = False,
+) -> None:
+    """Print what became of every layer of a network, and who serves it.
+
+    With --dry-run: the compiled kernel for every layer, pass and dtype; exit status 1 where one is missing.
+    """
+    _needs("demo", "torchvision")
+    import convext
+
+    from . import zoo
+    from .bench import problems
+
+    images = options.integer("--batch", batch)
+    network, _ = zoo.build(model)
+    if dry_run:
+        from . import dry_run as dry
+        from .problem import DType as Kernels
+
+        if device not in dry.DEVICES:
+            raise OptionError("--device", device, "cpu or cuda")
+        grid, unserved = dry.table(problems.collect(network, zoo.sample(model, images)), device, list(Kernels))
+        _print_table(grid)
+        print(f"{model} on {device}: " + (f"{unserved} entries have no compiled kernel" if unserved else "all served"))
+        raise typer.Exit(1 if unserved else 0)
+    place = options.device(device)
+    network = network.to(place, dtype.torch)
+    network = convext.swap(network) if swap else network
+    with torch.no_grad():  # what has run can be told from what would run
+        network(zoo.sample(model, images).to(place, dtype.torch))
+    print(convext.report(network))
+
+
+@app.command()
+def verify(
+    model: Model,
+    device: Device = "cpu",
+    dtype: DTypeOption = DType.float32,
+    batch: Batch = "2",
+    threads: Threads = None,
+) -> None:
+    """Run a network swapped and unswapped, forward and backward, and tell how far apart they are."""
+    _needs("demo", "torchvision")
+    import convext
+
+    from . import zoo
+
+    place, images = options.device(device), options.integer("--batch", batch)
+    with _threads(threads):
+        network = convext.swap(zoo.build(model)[0].to(place, dtype.torch))
+        print(convext.verify(network, zoo.sample(model, images).to(place, dtype.torch)))
+
+
+# ---- what commands share --------------------------------------------------------------------------------------------
+
+
+def _needs(extra: str, *modules: str) -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"{', '.join(missing)} not installed: pip install 'convext[{extra}]'")
+
+
+@contextmanager
+def _threads(count: str | None):
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else options.integer("--threads", count))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _progress() -> Progress:
+    """A bar on stderr, where stderr is a terminal that can redraw a line."""
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_terminal or console.is_dumb_terminal)
+
+
+def _print_table(grid, markdown: bool = False) -> None:
+    if markdown:
+        print(grid.markdown())
+    else:
+        Console(width=None if sys.stdout.isatty() else 160).print(grid.rich())
+
+
+def _print_machine(record: dict) -> None:
+    versions = ", ".join(f"{name} {found}" for name, found in record["versions"].items() if found)
+    print(f"{record['cpu']}, {record['cores']} cores; {versions}; commit {record['commit'] or 'unknown'}")
+
+
+def _write_json(path: Path | None, machine: dict, results: list[dict]) -> None:
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps({"machine": machine, "results": results}, indent=1, default=str) + "\n")
+    except OSError as error:
+        raise OptionError("--json", path, f"a file that can be written ({error.strerror})") from None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    arguments = options.gather_integers(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return app(arguments, standalone_mode=False) or 0
+    except UsageError as error:
+        message = str(error)
+    except typer.Abort:
+        return 130
+    except Exception as error:
+        # typer's own usage errors; the class they come from depends on the typer installed.
+        if not hasattr(error, "format_message"):
+            raise
+        message = error.format_message()
+    print(f"convext: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,79 @@
+"""`convext doctor`: what is installed, what this machine offers, what therefore runs. Plain text for a bug report."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+
+import torch
+
+from . import backends
+from .bench.machine import commit, cpu_name, version
+
+PACKAGES = ("torchvision", "triton", "numpy", "onnxruntime", "openvino")
+
+
+def report() -> str:
+    """The whole report, one `section: value` or indented line each."""
+    sections = [_versions(), _build(), _cpu(), _gpus(), _backends()]
+    return "\n".join(line for section in sections for line in section)
+
+
+def _versions() -> list[str]:
+    source = commit()
+    versions = ", ".join(f"{name} {found}" for name in PACKAGES if (found := version(name)))
+    return [
+        f"convext {version('convext') or 'not installed'}" + (f", source tree at {source}" if source else ""),
+        f"running with: torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}",
+        f"beside: {versions}",
+    ]
+
+
+def _library():
+    """The compiled library, or the error that loading it gave."""
+    try:
+        return importlib.import_module("convext._C")
+    except ImportError as error:
+        return error
+
+
+def _build() -> list[str]:
+    library = _library()
+    if isinstance(library, ImportError):
+        return [f"built with: the compiled library does not load ({library}); fix: pip install . from the source tree"]
+    info = dict(library.build_info())
+    cuda = info.pop("cuda", "unknown")
+    built = ", ".join(f"{key} {value}" for key, value in info.items())
+    return [f"built with: {built}", f"CUDA library: {cuda}"]
+
+
+def _cpu() -> list[str]:
+    threads = f"threads: {torch.get_num_threads()} (torch.set_num_threads changes it)"
+    library = _library()
+    if isinstance(library, ImportError):
+        return [f"CPU: {cpu_name()}", threads]
+    features = library.cpu_features()
+    offered = " ".join(name for name, there in features.items() if there) or "none that convext knows"
+    lacking = " ".join(name for name, there in features.items() if not there)
+    return [
+        f"CPU: {cpu_name()}",
+        f"  offers {offered}" + (f"; lacks {lacking}" if lacking else ""),
+        f"  kernels in use: {library.isa()} (best here: {library.best_isa()})",
+        threads,
+    ]
+
+
+def _gpus() -> list[str]:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return ["GPUs: none usable, this torch is built for the CPU alone"]
+    if not torch.cuda.is_available():
+        return [f"GPUs: torch (CUDA {torch.version.cuda}) finds none"]
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return ["GPUs:"] + [
+        f"  {index}: {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+        for index, gpu in enumerate(found)
+    ]
+
+
+def _backends() -> list[str]:
+    return ["backends:"] + [f"  {status}" for status in backends.backends()]

@@ -1,0 +1,44 @@
+"""Who would serve each layer of a network on a device that need not be here: asked of the selection alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from . import backends
+from .bench.problems import title
+from .bench.tables import Grid
+from .problem import ConvProblem, DType, Layout, Pass
+
+DEVICES = {"cpu": 0, "cuda": 1}  # `Device` in conv_problem.h
+
+
+def kernel(problem: ConvProblem, pass_: Pass) -> tuple[str | None, str]:
+    """(name of the compiled kernel that takes the problem, ""), or (None, why not)."""
+    try:
+        from . import _C
+    except ImportError as error:
+        return None, f"the compiled library does not load ({error})"
+    fields = [*problem.extents(), problem.dtype, problem.x_layout, problem.y_layout]
+    index = _C.select(DEVICES[problem.device], pass_, fields)
+    if index >= 0:
+        return _C.variants()[index]["name"], ""
+    reasons = _C.reject_reasons(DEVICES[problem.device], pass_, fields)
+    if not reasons:
+        return None, f"no {problem.device} kernels are compiled into this build"
+    return None, "; ".join(f"{name}: {reason}" for name, reason in reasons)
+
+
+def table(problems: dict[ConvProblem, int], device: str, dtypes: list[DType]) -> tuple[Grid, int]:
+    """One row a layer and dtype, one column a pass; and the number of entries that no compiled kernel serves."""
+    grid = Grid(["layer", "n", "dtype", *(pass_.name.lower() for pass_ in Pass)], names=6)
+    unserved = 0
+    for problem, count in problems.items():
+        for dtype in dtypes:
+            asked = dataclasses.replace(problem, device=device, dtype=dtype, x_layout=Layout.NHWC, y_layout=Layout.NHWC)
+            cells = []
+            for pass_ in Pass:
+                name, reason = kernel(asked, pass_)
+                unserved += name is None
+                cells.append(name or f"{backends.PRIORITY[device][-1]} ({reason})")
+            grid.rows.append([title(problem), str(count), dtype.name.lower(), *cells])
+    return grid, unserved
