@@ -100,13 +100,17 @@ CONVEXT_INLINE void store_as(S* p, Vec<float> a, int64_t n) {
   for (int i = 0; i < n; ++i) p[i].bits = h[i];
 }
 
-CONVEXT_INLINE Vec<float> load_as(const float* p) { return load(p); }
-CONVEXT_INLINE Vec<double> load_as(const double* p) { return load(p); }
-CONVEXT_INLINE void store_as(float* p, Vec<float> a) { store(p, a); }
-CONVEXT_INLINE void store_as(double* p, Vec<double> a) { store(p, a); }
-CONVEXT_INLINE Vec<float> load_as(const float* p, int64_t n) { return load(p, Lanes<float>(n)); }
-CONVEXT_INLINE Vec<double> load_as(const double* p, int64_t n) { return load(p, Lanes<double>(n)); }
-CONVEXT_INLINE void store_as(float* p, Vec<float> a, int64_t n) { store(p, a, Lanes<float>(n)); }
-CONVEXT_INLINE void store_as(double* p, Vec<double> a, int64_t n) { store(p, a, Lanes<double>(n)); }
+#define CONVEXT_LOAD_STORE_AS(T)                                                                       \
+  CONVEXT_INLINE Vec<T> load_as(const T* p) { return load(p); }                                        \
+  CONVEXT_INLINE void store_as(T* p, Vec<T> a) { store(p, a); }                                        \
+  CONVEXT_INLINE Vec<T> load_as(const T* p, int64_t n) {                                               \
+    return n >= Vec<T>::width ? load(p) : load(p, Lanes<T>(n));                                        \
+  }                                                                                                    \
+  CONVEXT_INLINE void store_as(T* p, Vec<T> a, int64_t n) {                                            \
+    n >= Vec<T>::width ? store(p, a) : store(p, a, Lanes<T>(n));                                       \
+  }
+CONVEXT_LOAD_STORE_AS(float)
+CONVEXT_LOAD_STORE_AS(double)
+#undef CONVEXT_LOAD_STORE_AS
 
 }  // namespace convext::CONVEXT_ISA

@@ -1,17 +1,18 @@
-// Stand-alone test of the CPU passes that are no convolution: staging (cpu/staging.h), for every instruction set that this
-// CPU has, against plain loops in long double. No torch. Exits non-zero on failure.
+// Stand-alone test of the CPU passes that are no convolution: staging (cpu/staging.h) and batch norm (cpu/batch_norm.h),
+// for every instruction set that this CPU has, against plain loops in long double. No torch. Exits non-zero on failure.
 //
-// Link with the objects of cpu/staging.cpp, one for each instruction set, and -pthread.
+// Link with the objects of cpu/staging.cpp and cpu/batch_norm.cpp, one for each instruction set, and -pthread.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <functional>
 #include <limits>
 #include <random>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "../cpu/batch_norm.h"
 #include "../cpu/staging.h"
 
 namespace convext {
@@ -262,12 +263,229 @@ void test_staging(const IsaName& isa) {
   halves_round_to_nearest_even(staging, isa.name);
 }
 
+// ---- batch norm ------------------------------------------------------------------------------------------------------
+
+Real forward(Activation a, Real z) {
+  switch (a) {
+    case Activation::relu: return z < 0 ? 0 : z;
+    case Activation::relu6: return z < 0 ? 0 : z > 6 ? 6 : z;
+    case Activation::silu: return z / (1 + std::exp(-z));
+    case Activation::hardswish: return z * std::min<Real>(std::max<Real>(z + 3, 0), 6) / 6;
+    case Activation::gelu: return z / 2 * (1 + std::erf(z / std::sqrt(Real(2))));
+    default: return z;
+  }
+}
+
+Real derivative(Activation a, Real z) {
+  const Real sigmoid = 1 / (1 + std::exp(-z));
+  switch (a) {
+    case Activation::relu: return z > 0;
+    case Activation::relu6: return z > 0 && z < 6;
+    case Activation::silu: return sigmoid * (1 + z * (1 - sigmoid));
+    case Activation::hardswish: return z < -3 ? 0 : z < 3 ? z / 3 + Real(0.5) : 1;
+    case Activation::gelu:
+      return (1 + std::erf(z / std::sqrt(Real(2)))) / 2 + z * std::exp(-z * z / 2) / std::sqrt(2 * std::acos(Real(-1)));
+    default: return 1;
+  }
+}
+
+// Whether the derivative jumps within `reach` of z: there, either side is right.
+bool at_kink(Activation a, Real z, Real reach) {
+  if (a == Activation::relu6 && std::fabs(z - 6) <= reach) return true;
+  if (a == Activation::hardswish && std::fabs(std::fabs(z) - 3) <= reach) return true;
+  return (a == Activation::relu || a == Activation::relu6) && std::fabs(z) <= reach;
+}
+
+Real epsilon(DType dtype) {
+  static const Real unit[] = {std::ldexp(Real(1), -24), std::ldexp(Real(1), -53), std::ldexp(Real(1), -8),
+                              std::ldexp(Real(1), -11)};
+  return unit[static_cast<int>(dtype)];
+}
+
+DType compute_dtype(DType dtype) { return dtype == DType::kFloat64 ? dtype : DType::kFloat32; }
+
+struct Shape {
+  int64_t n, c, hw;
+};
+
+struct Case {
+  Shape shape;
+  Layout layout;
+  DType dtype;
+  Activation activation;
+  bool norm, affine, residual, training;
+  double offset;  // of y's mean, in standard deviations
+
+  std::string name() const {
+    return std::string(name_of(dtype)) + (layout == Layout::kNHWC ? " nhwc" : " nchw") + " n=" +
+           std::to_string(shape.n) + " c=" + std::to_string(shape.c) + " hw=" + std::to_string(shape.hw) +
+           " activation=" + std::to_string(static_cast<int>(activation)) + (norm ? " norm" : "") +
+           (affine ? " affine" : "") + (residual ? " residual" : "") + (training ? " training" : " frozen") +
+           " offset=" + std::to_string(offset);
+  }
+  int64_t index(int64_t n, int64_t c, int64_t i) const {
+    return layout == Layout::kNHWC ? (n * shape.hw + i) * shape.c + c : (n * shape.c + c) * shape.hw + i;
+  }
+};
+
+struct Outputs {
+  Buffer mean, var, out, dy, dgamma, dbeta, dresidual;
+  bool operator==(const Outputs& o) const {
+    return mean.bytes == o.mean.bytes && var.bytes == o.var.bytes && out.bytes == o.out.bytes &&
+           dy.bytes == o.dy.bytes && dgamma.bytes == o.dgamma.bytes && dbeta.bytes == o.dbeta.bytes &&
+           dresidual.bytes == o.dresidual.bytes;
+  }
+};
+
+void test_batch_norm_case(const BatchNorm& table, const Case& test, const std::string& isa) {
+  const auto [N, C, HW] = test.shape;
+  const int64_t size = N * C * HW, M = N * HW;
+  const DType dtype = test.dtype, compute = compute_dtype(dtype);
+  const Real eps = epsilon(compute), store = dtype == compute ? 0 : epsilon(dtype);
+  std::mt19937 random(11);
+  std::normal_distribution<double> normal;
+  auto fill = [&](int64_t count, DType type, double scale, double shift) {
+    Buffer b(count, type);
+    for (int64_t i = 0; i < count; ++i) b.set(i, normal(random) * scale + shift);
+    return b;
+  };
+  const Buffer y = fill(size, dtype, 1, test.offset), residual = fill(size, dtype, 1, 0), dout = fill(size, dtype, 1, 0);
+  const Buffer gamma = fill(C, compute, 0.5, 1), beta = fill(C, compute, 1, 1);
+  BatchNormArgs args{N, C, HW, test.layout, dtype, y.data(), test.residual ? residual.data() : nullptr, nullptr,
+                     nullptr, test.affine ? gamma.data() : nullptr, test.affine ? beta.data() : nullptr, 1e-5,
+                     test.activation};
+
+  auto run = [&](int threads) {
+    Outputs o{Buffer(C, compute), Buffer(C, compute), Buffer(size, dtype), Buffer(size, dtype), Buffer(C, compute),
+              Buffer(C, compute), Buffer(size, dtype)};
+    BatchNormArgs call = args;
+    std::vector<double> workspace((table.workspace(call) + 7) / 8);
+    const Parallel parallel = parallel_with(threads);
+    table.batch_stats(parallel, call, o.mean.data(), o.var.data(), workspace.data());
+    if (test.norm) call.mean = o.mean.data(), call.var = o.var.data();
+    table.bn_act(parallel, call, o.out.data(), workspace.data());
+    const BatchNormGradients gradients{dout.data(),     o.dy.data(), o.dgamma.data(), o.dbeta.data(),
+                                       test.residual ? o.dresidual.data() : nullptr, test.training};
+    table.bn_act_backward(parallel, call, gradients, workspace.data());
+    return o;
+  };
+  const Outputs got = run(1);
+  check(got == run(3), isa + " depends on the threads: " + test.name());
+
+  const Real growth = 8 + std::sqrt(Real(M));  // rounding of a sum of M terms
+  Real worst_out = 0, worst_dy = 0, worst_channel = 0;  // error over bound
+  for (int64_t c = 0; c < C; ++c) {
+    Real mean = 0, var = 0;
+    for (int64_t n = 0; n < N; ++n)
+      for (int64_t i = 0; i < HW; ++i) mean += y.at(test.index(n, c, i)) / M;
+    for (int64_t n = 0; n < N; ++n)
+      for (int64_t i = 0; i < HW; ++i) var += std::pow(y.at(test.index(n, c, i)) - mean, 2) / M;
+    // Sums run around a value up to 4 standard deviations off the mean: 1 + 4^2 times the variance.
+    const Real deviation = std::sqrt(var) + store * std::fabs(mean);
+    worst_channel = std::max(worst_channel, std::fabs(got.mean.at(c) - mean) /
+                                                (eps * std::fabs(mean) + 4 * growth * eps * deviation + 1e-30L));
+    worst_channel = std::max(worst_channel, std::fabs(got.var.at(c) - var) /
+                                                (17 * growth * eps * deviation * deviation + 1e-30L));
+
+    // From here on with the mean and variance that the code under test was given.
+    const Real m = test.norm ? got.mean.at(c) : 0;
+    const Real inverse = test.norm ? 1 / std::sqrt(got.var.at(c) + Real(1e-5)) : 1;
+    const Real g = test.affine ? gamma.at(c) : 1, b = test.affine ? beta.at(c) : 0, scale = g * inverse;
+    Real sum = 0, product = 0, sum_bound = 0, product_bound = 0;
+    std::vector<Real> dz(M), dz_bound(M);
+    for (int64_t n = 0; n < N; ++n)
+      for (int64_t i = 0; i < HW; ++i) {
+        const int64_t at = test.index(n, c, i), j = n * HW + i;
+        const Real centered = y.at(at) - m, r = test.residual ? residual.at(at) : 0;
+        const Real z = centered * scale + b + r;
+        const Real z_bound = 8 * eps * (std::fabs(centered * scale) + std::fabs(b) + std::fabs(r));
+        const Real out = forward(test.activation, z);
+        const Real out_bound = 1.5L * z_bound + 16 * eps * (std::fabs(z) + std::fabs(out)) + store * std::fabs(out) +
+                               1e-7L * (dtype == DType::kFloat16) + 1e-30L;
+        worst_out = std::max(worst_out, std::fabs(got.out.at(at) - out) / out_bound);
+        dz[j] = dout.at(at) * derivative(test.activation, z);
+        dz_bound[j] = std::fabs(dout.at(at)) * (2 * z_bound + 16 * eps * (1 + std::fabs(z)) +
+                                                (at_kink(test.activation, z, z_bound) ? 1 : 0));
+        sum += dz[j];
+        product += dz[j] * centered;
+        sum_bound += dz_bound[j] + growth * eps * std::fabs(dz[j]) / std::sqrt(Real(M));
+        product_bound +=
+            std::fabs(centered) * (dz_bound[j] + (growth / std::sqrt(Real(M)) + 4) * eps * std::fabs(dz[j]));
+      }
+    // The terms of a sum are of either sign: its rounding grows with the root of their number.
+    sum_bound += growth * eps * std::sqrt(Real(M)) + 1e-30L;
+    product_bound += growth * eps * std::sqrt(Real(M)) * (deviation + std::fabs(mean - m)) + 1e-30L;
+    worst_channel = std::max(worst_channel, std::fabs(got.dbeta.at(c) - sum) / sum_bound);
+    worst_channel = std::max(worst_channel, std::fabs(got.dgamma.at(c) - product * inverse) /
+                                                (inverse * (product_bound + 8 * eps * std::fabs(product))));
+    const bool through_stats = test.training && test.norm;
+    for (int64_t n = 0; n < N; ++n)
+      for (int64_t i = 0; i < HW; ++i) {
+        const int64_t at = test.index(n, c, i), j = n * HW + i;
+        const Real centered = y.at(at) - m;
+        const Real mean_dz = through_stats ? sum / M : 0, slope = through_stats ? product * inverse * inverse / M : 0;
+        const Real dy = scale * (dz[j] - mean_dz - centered * slope);
+        Real bound = dz_bound[j] + 8 * eps * (std::fabs(dz[j]) + std::fabs(mean_dz) + std::fabs(centered * slope));
+        if (through_stats) {
+          bound += sum_bound / M + std::fabs(centered) * inverse * inverse * product_bound / M;
+        }
+        const Real tiny = 1e-7L * (dtype == DType::kFloat16) + 1e-30L;  // float16's subnormals
+        bound = std::fabs(scale) * bound + store * std::fabs(dy) * (1 + bound) + store * std::fabs(scale) * bound + tiny;
+        worst_dy = std::max(worst_dy, std::fabs(got.dy.at(at) - dy) / bound);
+        if (test.residual) {
+          worst_dy = std::max(worst_dy, std::fabs(got.dresidual.at(at) - dz[j]) /
+                                            (dz_bound[j] * (1 + store) + store * std::fabs(dz[j]) + tiny));
+        }
+      }
+  }
+  check(worst_out <= 1, isa + " out " + std::to_string(worst_out) + " x bound: " + test.name());
+  check(worst_dy <= 1, isa + " dy " + std::to_string(worst_dy) + " x bound: " + test.name());
+  check(worst_channel <= 1, isa + " statistics or dgamma, dbeta " + std::to_string(worst_channel) +
+                                " x bound: " + test.name());
+}
+
+void nan_stays_where_it_is(const BatchNorm& table, const std::string& isa) {
+  for (int a = 0; a < 6; ++a) {
+    std::vector<float> y(70, 1.0f), out(70);
+    y[33] = NAN;
+    BatchNormArgs args{1, 7, 10, Layout::kNHWC, DType::kFloat32, y.data(), nullptr, nullptr, nullptr, nullptr, nullptr,
+                       1e-5, static_cast<Activation>(a)};
+    std::vector<double> workspace(table.workspace(args) / 8 + 1);
+    table.bn_act(parallel_with(1), args, out.data(), workspace.data());
+    for (int i = 0; i < 70; ++i) check(std::isnan(out[i]) == (i == 33), isa + " NaN through activation " + std::to_string(a));
+  }
+}
+
+void test_batch_norm(const IsaName& isa) {
+  const BatchNorm& table = batch_norm_for(isa.isa);
+  const Shape shapes[] = {{1, 1, 1}, {2, 16, 49}, {3, 37, 25}, {1, 130, 9}, {5, 3, 700}, {200, 5, 1}, {2, 20, 4099}};
+  int count = 0;
+  for (const Shape& shape : shapes)
+    for (Layout layout : {Layout::kNCHW, Layout::kNHWC})
+      for (int dtype = 0; dtype < 4; ++dtype)
+        for (int activation = 0; activation < 6; ++activation) {
+          const int i = count++ * 7;  // walks through the combinations of the flags
+          const bool norm = i % 4 != 0, large = shape.hw > 1000;
+          if (large && activation > 1) continue;
+          for (bool training : {false, true}) {
+            test_batch_norm_case(table, {shape, layout, static_cast<DType>(dtype), static_cast<Activation>(activation),
+                                         norm, i / 2 % 2 == 0, i / 3 % 2 == 0, training, 0}, isa.name);
+          }
+        }
+  for (Layout layout : {Layout::kNCHW, Layout::kNHWC})  // mean_far_from_zero
+    for (DType dtype : {DType::kFloat32, DType::kFloat64})
+      test_batch_norm_case(table, {{4, 19, 900}, layout, dtype, Activation::identity, true, true, false, true, 1e4},
+                           isa.name);
+  nan_stays_where_it_is(table, isa.name);
+}
+
 }  // namespace
 }  // namespace convext
 
 int main() {
   for (const convext::IsaName& isa : convext::isas()) {
     convext::test_staging(isa);
+    convext::test_batch_norm(isa);
     std::printf("%s: done, %d failures so far\n", isa.name, convext::failures);
   }
   return convext::failures ? 1 : 0;

@@ -1,0 +1,433 @@
+// Batch norm, activation and residual (batch_norm.h): bound by memory, so what counts is the number of passes over it.
+//
+//   batch_stats       1 pass: reads y
+//   bn_act            1 pass: reads y, residual; writes out
+//   bn_act_backward   frozen:   1 pass, sums and results together
+//                     training: 2 passes; z and dz are computed again in the second, which costs less than storing them
+//
+// Tile map. NHWC runs along memory, pixel by pixel, W channels at a time; per-channel constants and running sums lie in
+// arrays that stay in L1. NCHW runs along each plane with the channel's constants in registers.
+//
+//   NHWC   c ->                        NCHW   hw ->
+//   pixel  [ W | W | W | tail ]        n,c    [ W | W | W | tail ]
+//     |    sums[c] += ...                     lane sums, added up in order at the end of a plane
+//
+// Sums: the pixels (NHWC) or images (NCHW) are cut into chunks by the shape alone. A chunk is summed in the compute
+// dtype, chunks are merged in double in their order: neither depends on the threads. Statistics are summed around the
+// chunk's own first value, so that a mean far from zero cancels nothing, and merged by Chan's formula:
+//
+//   delta = mean_b - mean_a      mean = mean_a + delta * n_b / n      M2 = M2_a + M2_b + delta^2 * n_a * n_b / n
+//
+// (y - mean) * scale + beta is one subtraction more than y * scale + shift and keeps that accuracy; memory hides it.
+#include "batch_norm.h"
+
+#include "half.h"
+
+namespace convext {
+namespace CONVEXT_ISA {
+namespace {
+
+constexpr int64_t kMaxChunks = 128;          // partial sums kept for a tensor
+constexpr int64_t kChunkElements = 16 * 1024;  // a chunk or a task is at least this much work
+constexpr int64_t kSerial = 32 * 1024;       // elements below which threads cost more than they bring
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// How the reduction over N and HW is cut: `rows` pixels in NHWC, images in NCHW, into `count` chunks of `size`.
+struct Chunks {
+  int64_t rows, size, count;
+
+  explicit Chunks(const BatchNormArgs& args) {
+    const bool nhwc = args.layout == Layout::kNHWC;
+    rows = nhwc ? args.n * args.hw : args.n;
+    const int64_t elements_a_row = larger(1, nhwc ? args.c : args.hw);
+    size = larger(ceil_div(kChunkElements, elements_a_row), ceil_div(rows, kMaxChunks));
+    count = ceil_div(rows, size);
+  }
+  int64_t begin(int64_t chunk) const { return chunk * size; }
+  int64_t end(int64_t chunk) const { return smaller(rows, (chunk + 1) * size); }
+};
+
+Parallel threads_for(const Parallel& parallel, const BatchNormArgs& args) {
+  return {parallel.run, args.n * args.c * args.hw < kSerial ? 1 : parallel.threads};
+}
+
+// ---- per-channel constants, and the partial sums behind them in the workspace ----
+
+constexpr int kConstants = 5;  // arrays of C
+
+template <class T>
+struct Constants {
+  T *mean, *scale, *shift;      // z = (y - mean) * scale + shift + residual
+  T *mean_dz, *slope;           // dy = scale * (dz - mean_dz - (y - mean) * slope)
+  T* partial;                   // [chunk][2][c]
+
+  Constants(void* workspace, int64_t c) {
+    mean = static_cast<T*>(workspace);
+    scale = mean + c;
+    shift = scale + c;
+    mean_dz = shift + c;
+    slope = mean_dz + c;
+    partial = slope + c;
+  }
+};
+
+template <class T>
+T inverse_std(const BatchNormArgs& args, int64_t c) {
+  return args.var ? T(1) / static_cast<T>(__builtin_sqrt(static_cast<const T*>(args.var)[c] + args.eps)) : T(1);
+}
+
+template <class T>
+void load_constants(const BatchNormArgs& args, const Constants<T>& constants) {
+  auto channel = [](const void* values, int64_t c, T absent) {
+    return values ? static_cast<const T*>(values)[c] : absent;
+  };
+  for (int64_t c = 0; c < args.c; ++c) {
+    constants.mean[c] = channel(args.mean, c, T(0));
+    constants.scale[c] = inverse_std<T>(args, c) * channel(args.gamma, c, T(1));
+    constants.shift[c] = channel(args.beta, c, T(0));
+  }
+}
+
+// The constants of the channels that one vector works on: W neighbours in NHWC, one for all lanes in NCHW.
+template <class T>
+struct Channel {
+  Vec<T> mean, scale, shift, mean_dz, slope;
+
+  static CONVEXT_INLINE Channel neighbours(const Constants<T>& from, int64_t c, int64_t lanes) {
+    return {load_as(from.mean + c, lanes), load_as(from.scale + c, lanes), load_as(from.shift + c, lanes),
+            load_as(from.mean_dz + c, lanes), load_as(from.slope + c, lanes)};
+  }
+  static CONVEXT_INLINE Channel one(const Constants<T>& from, int64_t c) {
+    return {Vec<T>(from.mean[c]), Vec<T>(from.scale[c]), Vec<T>(from.shift[c]), Vec<T>(from.mean_dz[c]),
+            Vec<T>(from.slope[c])};
+  }
+};
+
+// Calls body(offset, lanes) for every vector of [0, count); `lanes` is a constant W but for the tail.
+template <class T, class Body>
+CONVEXT_INLINE void for_vectors(int64_t count, Body&& body) {
+  constexpr int64_t width = Vec<T>::width;
+  int64_t i = 0;
+  for (; i + width <= count; i += width) body(i, width);
+  if (i < count) body(i, count - i);
+}
+
+// The sum of the first `lanes` lanes, in order.
+template <class T>
+CONVEXT_INLINE double sum_lanes(Vec<T> a, int64_t lanes = Vec<T>::width) {
+  double sum = 0;
+  for (int64_t i = 0; i < lanes; ++i) sum += a.v[i];
+  return sum;
+}
+
+// ---- statistics ----
+
+template <class S>
+void chunk_stats_nhwc(const S* y, int64_t pixels, int64_t c, compute_t<S>* sums) {
+  using T = compute_t<S>;
+  for (int64_t i = 0; i < 2 * c; ++i) sums[i] = 0;
+  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+    const S* const row = y + pixel * c;
+    for_vectors<T>(c, [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
+      const Vec<T> d = load_as(row + i, lanes) - load_as(y + i, lanes);
+      store_as(sums + i, load_as(sums + i, lanes) + d, lanes);
+      store_as(sums + c + i, fma(load_as(sums + c + i, lanes), d, d), lanes);
+    });
+  }
+}
+
+// One channel of images [begin, end). Planes are cut into pieces so that a lane never sums too much.
+template <class S>
+void chunk_stats_nchw(const S* y, int64_t images, int64_t image_stride, int64_t hw, double& sum, double& sum_squares) {
+  using T = compute_t<S>;
+  constexpr int64_t kPiece = 4096;
+  const Vec<T> first(load_as(y, 1).v[0]);
+  sum = sum_squares = 0;
+  for (int64_t image = 0; image < images; ++image) {
+    for (int64_t begin = 0; begin < hw; begin += kPiece) {
+      const S* const piece = y + image * image_stride + begin;
+      Vec<T> s1 = Vec<T>::zero(), s2 = Vec<T>::zero();
+      for_vectors<T>(smaller(kPiece, hw - begin), [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
+        const Vec<T> d = load_as(piece + i, lanes) - first;
+        if (lanes == Vec<T>::width) {
+          s1 += d;
+          s2 = fma(s2, d, d);
+        } else {
+          sum += sum_lanes(d, lanes);
+          sum_squares += sum_lanes(d * d, lanes);
+        }
+      });
+      sum += sum_lanes(s1);
+      sum_squares += sum_lanes(s2);
+    }
+  }
+}
+
+template <class S>
+void batch_stats(const Parallel& parallel, const BatchNormArgs& args, void* mean, void* var, void* workspace) {
+  using T = compute_t<S>;
+  const Chunks chunks(args);
+  const bool nhwc = args.layout == Layout::kNHWC;
+  const S* const y = static_cast<const S*>(args.y);
+  T* const partial = Constants<T>(workspace, args.c).partial;
+  const int64_t row = nhwc ? args.c : args.c * args.hw, channel = nhwc ? 1 : args.hw;  // elements of a step
+  if (nhwc) {
+    parallel.for_each(chunks.count, [&](int64_t chunk) {
+      const int64_t begin = chunks.begin(chunk);
+      chunk_stats_nhwc(y + begin * row, chunks.end(chunk) - begin, args.c, partial + chunk * 2 * args.c);
+    });
+  } else {
+    parallel.for_each(chunks.count * args.c, [&](int64_t task) {
+      const int64_t chunk = task / args.c, c = task % args.c, begin = chunks.begin(chunk);
+      double sum, sum_squares;
+      chunk_stats_nchw(y + begin * row + c * channel, chunks.end(chunk) - begin, row, args.hw, sum, sum_squares);
+      partial[chunk * 2 * args.c + c] = static_cast<T>(sum);
+      partial[chunk * 2 * args.c + args.c + c] = static_cast<T>(sum_squares);
+    });
+  }
+  const int64_t row_elements = nhwc ? 1 : args.hw;  // of one channel
+  for (int64_t c = 0; c < args.c; ++c) {
+    const double origin = load_as(y + c * channel, 1).v[0];  // means are merged relative to it, where they are small
+    double n_a = 0, mean_a = 0, m2_a = 0;
+    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+      const double n_b = static_cast<double>((chunks.end(chunk) - chunks.begin(chunk)) * row_elements);
+      const double first = load_as(y + chunks.begin(chunk) * row + c * channel, 1).v[0];
+      const double sum = partial[chunk * 2 * args.c + c], sum_squares = partial[chunk * 2 * args.c + args.c + c];
+      const double mean_b = (first - origin) + sum / n_b, m2_b = sum_squares - sum * sum / n_b;
+      const double n = n_a + n_b, delta = mean_b - mean_a;
+      mean_a += delta * n_b / n;
+      m2_a += (m2_b < 0 ? 0 : m2_b) + delta * delta * n_a * n_b / n;
+      n_a = n;
+    }
+    static_cast<T*>(mean)[c] = static_cast<T>(origin + mean_a);
+    static_cast<T*>(var)[c] = static_cast<T>(m2_a / n_a);
+  }
+}
+
+// ---- element-wise passes ----
+
+// Calls body(begin, end) with ranges of pixels (NHWC) or planes (NCHW) that are work enough for a thread.
+template <class Body>
+void for_ranges(const Parallel& parallel, const BatchNormArgs& args, Body&& body) {
+  const bool nhwc = args.layout == Layout::kNHWC;
+  const int64_t rows = nhwc ? args.n * args.hw : args.n * args.c, elements_a_row = nhwc ? args.c : args.hw;
+  const int64_t size = ceil_div(kChunkElements, elements_a_row);
+  parallel.for_each(ceil_div(rows, size), [&](int64_t i) { body(i * size, smaller(rows, (i + 1) * size)); });
+}
+
+template <class S, template <class> class Act>
+void bn_act(const Parallel& parallel, const BatchNormArgs& args, void* out_pointer, void* workspace) {
+  using T = compute_t<S>;
+  const Constants<T> constants(workspace, args.c);
+  load_constants(args, constants);
+  const S *const y = static_cast<const S*>(args.y), *const residual = static_cast<const S*>(args.residual);
+  S* const out = static_cast<S*>(out_pointer);
+  auto step = [=](int64_t at, int64_t lanes, Vec<T> mean, Vec<T> scale, Vec<T> shift) __attribute__((always_inline)) {
+    Vec<T> z = fma(shift, load_as(y + at, lanes) - mean, scale);
+    if (residual) z += load_as(residual + at, lanes);
+    store_as(out + at, Act<Vec<T>>::forward(z), lanes);
+  };
+  if (args.layout == Layout::kNHWC) {
+    for_ranges(parallel, args, [&](int64_t begin, int64_t end) {
+      for (int64_t pixel = begin; pixel < end; ++pixel) {
+        for_vectors<T>(args.c, [&](int64_t c, int64_t lanes) __attribute__((always_inline)) {
+          step(pixel * args.c + c, lanes, load_as(constants.mean + c, lanes), load_as(constants.scale + c, lanes),
+               load_as(constants.shift + c, lanes));
+        });
+      }
+    });
+  } else {
+    for_ranges(parallel, args, [&](int64_t begin, int64_t end) {
+      for (int64_t plane = begin; plane < end; ++plane) {
+        const int64_t c = plane % args.c;
+        const Vec<T> mean(constants.mean[c]), scale(constants.scale[c]), shift(constants.shift[c]);
+        for_vectors<T>(args.hw, [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
+          step(plane * args.hw + i, lanes, mean, scale, shift);
+        });
+      }
+    });
+  }
+}
+
+// ---- backward ----
+
+// What one pass over memory does: sums, results, or both.
+struct Work {
+  bool sums, results, through_stats;
+};
+
+template <class S, template <class> class Act>
+struct Backward {
+  using T = compute_t<S>;
+  const S *y, *residual, *dout;
+  S *dy, *dresidual;
+  Work work;
+
+  // Returns dz, and dz * (y - mean) in `product`.
+  CONVEXT_INLINE Vec<T> step(int64_t at, int64_t lanes, const Channel<T>& channel, Vec<T>& product) const {
+    const Vec<T> centered = load_as(y + at, lanes) - channel.mean;
+    Vec<T> z = fma(channel.shift, centered, channel.scale);
+    if (residual) z += load_as(residual + at, lanes);
+    const Vec<T> dz = load_as(dout + at, lanes) * Act<Vec<T>>::derivative(z);
+    if (work.results) {
+      if (dresidual) store_as(dresidual + at, dz, lanes);
+      const Vec<T> flow = work.through_stats ? dz - channel.mean_dz - centered * channel.slope : dz;
+      store_as(dy + at, channel.scale * flow, lanes);
+    }
+    product = dz * centered;
+    return dz;
+  }
+
+  void pixels(int64_t begin, int64_t end, int64_t c, const Constants<T>& constants, T* sums) const {
+    if (work.sums) {
+      for (int64_t i = 0; i < 2 * c; ++i) sums[i] = 0;
+    }
+    for (int64_t pixel = begin; pixel < end; ++pixel) {
+      for_vectors<T>(c, [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
+        Vec<T> product;
+        const Vec<T> dz = step(pixel * c + i, lanes, Channel<T>::neighbours(constants, i, lanes), product);
+        if (work.sums) {
+          store_as(sums + i, load_as(sums + i, lanes) + dz, lanes);
+          store_as(sums + c + i, load_as(sums + c + i, lanes) + product, lanes);
+        }
+      });
+    }
+  }
+
+  void plane(int64_t at, int64_t hw, const Channel<T>& channel, double& sum, double& sum_products) const {
+    constexpr int64_t kPiece = 4096;
+    for (int64_t begin = 0; begin < hw; begin += kPiece) {
+      Vec<T> s1 = Vec<T>::zero(), s2 = Vec<T>::zero();
+      for_vectors<T>(smaller(kPiece, hw - begin), [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
+        Vec<T> product;
+        const Vec<T> dz = step(at + begin + i, lanes, channel, product);
+        if (lanes == Vec<T>::width) {
+          s1 += dz;
+          s2 += product;
+        } else if (work.sums) {
+          sum += sum_lanes(dz, lanes);
+          sum_products += sum_lanes(product, lanes);
+        }
+      });
+      if (work.sums) sum += sum_lanes(s1), sum_products += sum_lanes(s2);
+    }
+  }
+
+  void run(const Parallel& parallel, const BatchNormArgs& args, const Constants<T>& constants) const {
+    const Chunks chunks(args);
+    if (args.layout == Layout::kNHWC) {
+      parallel.for_each(chunks.count, [&](int64_t chunk) {
+        pixels(chunks.begin(chunk), chunks.end(chunk), args.c, constants, constants.partial + chunk * 2 * args.c);
+      });
+      return;
+    }
+    parallel.for_each(chunks.count * args.c, [&](int64_t task) {
+      const int64_t chunk = task / args.c, c = task % args.c;
+      const Channel<T> channel = Channel<T>::one(constants, c);
+      double sum = 0, sum_products = 0;
+      for (int64_t n = chunks.begin(chunk); n < chunks.end(chunk); ++n) {
+        plane((n * args.c + c) * args.hw, args.hw, channel, sum, sum_products);
+      }
+      if (work.sums) {
+        constants.partial[chunk * 2 * args.c + c] = static_cast<T>(sum);
+        constants.partial[chunk * 2 * args.c + args.c + c] = static_cast<T>(sum_products);
+      }
+    });
+  }
+};
+
+// Adds the chunks up in their order: dbeta, dgamma, and what the second pass subtracts.
+template <class T>
+void finish_sums(const BatchNormArgs& args, const BatchNormGradients& gradients, const Constants<T>& constants) {
+  const int64_t chunks = Chunks(args).count;
+  const double count = static_cast<double>(args.n) * static_cast<double>(args.hw);
+  for (int64_t c = 0; c < args.c; ++c) {
+    double sum = 0, sum_products = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      sum += constants.partial[chunk * 2 * args.c + c];
+      sum_products += constants.partial[chunk * 2 * args.c + args.c + c];
+    }
+    const double inverse = inverse_std<T>(args, c);
+    if (gradients.dbeta) static_cast<T*>(gradients.dbeta)[c] = static_cast<T>(sum);
+    if (gradients.dgamma) static_cast<T*>(gradients.dgamma)[c] = static_cast<T>(sum_products * inverse);
+    constants.mean_dz[c] = static_cast<T>(sum / count);
+    constants.slope[c] = static_cast<T>(sum_products * inverse * inverse / count);
+  }
+}
+
+template <class S, template <class> class Act>
+void bn_act_backward(const Parallel& parallel, const BatchNormArgs& args, const BatchNormGradients& gradients,
+                     void* workspace) {
+  using T = compute_t<S>;
+  const Constants<T> constants(workspace, args.c);
+  load_constants(args, constants);
+  for (int64_t c = 0; c < args.c; ++c) constants.mean_dz[c] = constants.slope[c] = 0;
+  Backward<S, Act> pass{static_cast<const S*>(args.y),      static_cast<const S*>(args.residual),
+                        static_cast<const S*>(gradients.dout), static_cast<S*>(gradients.dy),
+                        static_cast<S*>(gradients.dresidual),  {}};
+  const bool through_stats = gradients.training && args.mean;
+  pass.work = {true, !through_stats, false};
+  pass.run(parallel, args, constants);
+  finish_sums(args, gradients, constants);
+  if (!through_stats) return;
+  pass.work = {false, true, true};
+  pass.run(parallel, args, constants);
+}
+
+// ---- the table ----
+
+// Calls visit with the storage type.
+template <class Visitor>
+void visit_storage(DType dtype, Visitor&& visit) {
+  switch (dtype) {
+    case DType::kFloat32: return visit(float{});
+    case DType::kFloat64: return visit(double{});
+    case DType::kBFloat16: return visit(BFloat16{});
+    case DType::kFloat16: return visit(Float16{});
+  }
+}
+
+int64_t workspace_bytes(const BatchNormArgs& args) {
+  const int64_t size = args.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
+  return (kConstants + 2 * Chunks(args).count) * args.c * size;
+}
+
+void batch_stats_table(const Parallel& parallel, const BatchNormArgs& args, void* mean, void* var, void* workspace) {
+  const Parallel threads = threads_for(parallel, args);
+  visit_storage(args.dtype, [&](auto s) { batch_stats<decltype(s)>(threads, args, mean, var, workspace); });
+}
+
+void bn_act_table(const Parallel& parallel, const BatchNormArgs& args, void* out, void* workspace) {
+  const Parallel threads = threads_for(parallel, args);
+#define CONVEXT_X(name) \
+  case Activation::name: return bn_act<S, activation::name>(threads, args, out, workspace);
+  visit_storage(args.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    switch (args.activation) { CONVEXT_ACTIVATIONS(CONVEXT_X) }
+  });
+#undef CONVEXT_X
+}
+
+void bn_act_backward_table(const Parallel& parallel, const BatchNormArgs& args, const BatchNormGradients& gradients,
+                           void* workspace) {
+  const Parallel threads = threads_for(parallel, args);
+#define CONVEXT_X(name) \
+  case Activation::name: return bn_act_backward<S, activation::name>(threads, args, gradients, workspace);
+  visit_storage(args.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    switch (args.activation) { CONVEXT_ACTIVATIONS(CONVEXT_X) }
+  });
+#undef CONVEXT_X
+}
+
+}  // namespace
+}  // namespace CONVEXT_ISA
+
+extern const BatchNorm CONVEXT_VARIANT(batch_norm);
+const BatchNorm CONVEXT_VARIANT(batch_norm) = {CONVEXT_ISA::workspace_bytes, CONVEXT_ISA::batch_stats_table,
+                                               CONVEXT_ISA::bn_act_table, CONVEXT_ISA::bn_act_backward_table};
+
+}  // namespace convext
