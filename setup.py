@@ -174,7 +174,8 @@ class BuildWithNinja(build_ext):
         print(f"convext: CPU library built ({isas}) with torch {torch.__version__}; {cuda_line}", file=sys.stderr)
 
 
-try:
-    setup(ext_modules=[Extension("convext._C", sources=[])], cmdclass={"build_ext": BuildWithNinja})
-except (BuildError, subprocess.CalledProcessError) as error:
-    sys.exit(f"convext: the build failed: {error}")
+if __name__ == "__main__":  # csrc/tests/run.py imports the flags
+    try:
+        setup(ext_modules=[Extension("convext._C", sources=[])], cmdclass={"build_ext": BuildWithNinja})
+    except (BuildError, subprocess.CalledProcessError) as error:
+        sys.exit(f"convext: the build failed: {error}")
