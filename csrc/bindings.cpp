@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/roofline.h"
 #include "select.h"
 
 namespace py = pybind11;
@@ -149,6 +150,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return isa_name(settings().cpu_isa); }, "The instruction set in use.");
   m.def("best_isa", [] { return isa_name(detect_cpu_isa()); }, "The best instruction set of this CPU and build.");
   m.def("set_isa", &set_isa, py::arg("name"), "Caps the instruction set: portable, avx2, avx512, or None for the best.");
+  m.def("fma_peak", [](int dtype, double seconds) {
+    return roofline_for(settings().cpu_isa).fma_flops(static_cast<DType>(dtype), seconds);
+  }, py::arg("dtype") = 0, py::arg("seconds") = 0.2, py::call_guard<py::gil_scoped_release>(),
+        "FLOP/s that one thread reaches on independent FMAs: the ceiling of every kernel.");
+  m.def("copy_bandwidth", [](int64_t bytes, double seconds) {
+    if (bytes < 4096) throw std::invalid_argument("bytes must be at least 4096, got " + std::to_string(bytes));
+    std::vector<float> dst(bytes / sizeof(float)), src(bytes / sizeof(float), 1.0f);
+    return roofline_for(settings().cpu_isa).copy_bytes(dst.data(), src.data(), bytes, seconds);
+  }, py::arg("bytes") = int64_t{128} << 20, py::arg("seconds") = 0.2, py::call_guard<py::gil_scoped_release>(),
+        "Bytes a second, read plus written, that one thread copies between buffers of this size.");
+
   m.def("winograd", [] { return settings().winograd; }, "Whether Winograd kernels may be selected.");
   m.def("set_winograd", [](bool on) { settings().winograd = on; }, py::arg("on"),
         "Allows or forbids Winograd kernels.");
