@@ -339,7 +339,7 @@ def _(y, mean, var, gamma, beta, residual, eps, activation):
 
 @_fake("bn_act_backward")
 def _(dout, y, mean, var, gamma, beta, residual, eps, activation, training):
-    return _empty_dense(y), *_fake_stats(y), _empty_dense(y)
+    return _empty_dense(y), *_fake_stats(y), _empty_dense(y) if residual is not None else y.new_empty(0)
 
 
 # ---- autocast: for those who call the operators themselves -------------------------------------------------------------

@@ -59,6 +59,19 @@ struct View {
     }
     return true;
   }
+
+  // at::Tensor::suggest_memory_format: the strides grow in the order C, W, H, N. Where they fit both orders (one
+  // channel, one pixel) the answer is NCHW.
+  bool suggests_nhwc() const {
+    if (stride[1] == 0) return false;
+    int64_t least = 0;
+    for (int axis : {1, 3, 2, 0}) {
+      if (size[axis] == 0 || stride[axis] < least) return false;
+      if (axis == 0 && least == stride[1]) return false;
+      least = stride[axis] * (size[axis] > 1 ? size[axis] : 1);
+    }
+    return true;
+  }
 };
 
 inline View view_of(const Tensor& t, const char* name) {

@@ -12,7 +12,7 @@ A backend is one object, `BACKEND` in its module, with these members:
     batch_stats(y) -> mean, var           biased, in the accumulate dtype
     bn_act(y, mean, var, gamma, beta, residual, eps, activation) -> out
     bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training)
-        -> dy, dgamma, dbeta, dresidual
+        -> dy, dgamma, dbeta, dresidual   the last of size 0 where there is no residual
 
 and, where it has something to say, these:
 
