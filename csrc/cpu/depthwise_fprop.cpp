@@ -1,0 +1,43 @@
+// Depthwise forward pass with its epilogue: scale and shift (bias or batch norm), residual, activation.
+//
+//   y[n, p, q, k] = act(scale[k] * sum_{r, s} x[n, p*stride - pad + r*dil, q*stride - pad + s*dil, k / m] * w[k, r, s]
+//                       + shift[k] + residual[n, p, q, k])                                              m = K / C
+//
+// No matrices: there is no reduction over channels, so lanes are channels and a tap is one FMA. The tiles and their
+// register budget are in depthwise_taps.cpp. FLOP per byte of x and y at stride 1: 2 * R * S / 8, 2.25 at 3 x 3, so that
+// beyond the caches memory bounds it and the epilogue is free.
+//
+// Chosen for every depthwise problem: the direct kernels would leave all lanes but one of a vector idle.
+#include "depthwise.h"
+
+namespace convext {
+namespace CONVEXT_ISA {
+namespace {
+
+template <class T>
+const char* launch(const ConvProblem& problem, const LaunchArgs& args) {
+  sum_taps<T>({h_classes(problem, false), w_classes(problem, false), problem.n, problem.k, problem.k / problem.c,
+               static_cast<const T*>(args.a), static_cast<const T*>(args.b), static_cast<T*>(args.out),
+               args.epilogue},
+              *args.parallel);
+  return nullptr;
+}
+
+}  // namespace
+}  // namespace CONVEXT_ISA
+
+extern const Variant CONVEXT_VARIANT(fprop_depthwise_f32);
+const Variant CONVEXT_VARIANT(fprop_depthwise_f32) = {
+    CONVEXT_VARIANT_NAME(fprop_depthwise_f32), "depthwise", Device::kCPU, Pass::kFprop, DType::kFloat32,
+    CONVEXT_ISA_ENUM, Layouts::kNHWCOnly, CONVEXT_ISA::reject_unless_depthwise, nullptr,
+    CONVEXT_ISA::taps_f32_format, CONVEXT_ISA::packed_taps_size<float>, CONVEXT_ISA::pack_taps<float>,
+    CONVEXT_ISA::launch<float>};
+
+extern const Variant CONVEXT_VARIANT(fprop_depthwise_f64);
+const Variant CONVEXT_VARIANT(fprop_depthwise_f64) = {
+    CONVEXT_VARIANT_NAME(fprop_depthwise_f64), "depthwise", Device::kCPU, Pass::kFprop, DType::kFloat64,
+    CONVEXT_ISA_ENUM, Layouts::kNHWCOnly, CONVEXT_ISA::reject_unless_depthwise, nullptr,
+    CONVEXT_ISA::taps_f64_format, CONVEXT_ISA::packed_taps_size<double>, CONVEXT_ISA::pack_taps<double>,
+    CONVEXT_ISA::launch<double>};
+
+}  // namespace convext
