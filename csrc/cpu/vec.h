@@ -64,7 +64,8 @@ struct Vec {
 
   Vec() = default;
   CONVEXT_INLINE Vec(NativeVector native) : v(native) {}
-  CONVEXT_INLINE explicit Vec(T scalar) : v(scalar - NativeVector{}) {}  // x - 0 keeps the sign of a zero, x + 0 does not
+  // Broadcast; x - 0 keeps the sign of a zero, x + 0 does not.
+  CONVEXT_INLINE explicit Vec(T scalar) : v(scalar - NativeVector{}) {}
 
   static CONVEXT_INLINE Vec zero() { return NativeVector{}; }
 
@@ -230,12 +231,12 @@ struct ErfConstants;
 template <>
 struct ErfConstants<float> {
   static constexpr float kOne = 4.0f;  // erf rounds to 1 from here
-  static constexpr float kSmall[] = {0.96546873863755107612f,   -0.1405360972815370692f,    0.019852497722779588874f,
-                                     -0.0022854195288923048908f, 0.0002175119897573919265f, -0.000017669080811751212167f,
-                                     1.2316401734510411824e-6f};
-  static constexpr float kLarge[] = {0.27155288409165221918f,   0.14663763663236247422f,     0.010853060243841468085f,
-                                     -0.0013868195711985985564f, -0.00011242900102067941617f, 0.000041258322153584851258f,
-                                     -2.0004662594330803926e-6f};
+  static constexpr float kSmall[] = {
+      0.96546873863755107612f,  -0.1405360972815370692f,     0.019852497722779588874f, -0.0022854195288923048908f,
+      0.0002175119897573919265f, -0.000017669080811751212167f, 1.2316401734510411824e-6f};
+  static constexpr float kLarge[] = {
+      0.27155288409165221918f,    0.14663763663236247422f,     0.010853060243841468085f, -0.0013868195711985985564f,
+      -0.00011242900102067941617f, 0.000041258322153584851258f, -2.0004662594330803926e-6f};
 };
 template <>
 struct ErfConstants<double> {

@@ -1,0 +1,85 @@
+// The register-tiled inner kernel that every convolution of this folder is built on:
+//
+//   out[i][j] = sum_{t in taps} sum_{l < depth}  a[t][i][l] * b[t][l][j]        i < rows, j < columns
+//
+// A is reached through pointers, one for each tap and row (pixel), so that one kernel serves every filter, stride,
+// dilation and padding; B is packed: `vectors` whole vectors for each (t, l), the columns past the last one zero.
+//
+//                        vectors (of kWidth columns)
+//                    +------+------+------+------+
+//               row  | acc  | acc  | acc  | acc  |    per step l: `vectors` loads of B, one broadcast of A a row,
+//                    +------+------+------+------+    rows * vectors FMAs
+//              rows  |  ...                      |
+//                    +------+------+------+------+
+//
+// Register budget: rows * vectors accumulators + vectors of B + 1 broadcast.
+//   32 registers (AVX-512): 6x4 = 24+4+1, 9x3 = 27+3+1, 14x2 = 28+2+1, 14x1 = 14+1+1 (more rows need more pointers
+//   than there are general registers); 16 registers: 6x2 = 12+2+1, 12x1 = 12+1+1.
+#pragma once
+#include "vec.h"
+
+namespace convext::CONVEXT_ISA {
+
+// Most vectors side by side in a register tile, and most rows for that many vectors.
+constexpr int kMaxVectors = kVectorRegisters == 32 ? 4 : 2;
+constexpr int max_rows(int vectors) {
+  if (kVectorRegisters == 32) return vectors == 1 ? 14 : vectors == 2 ? 14 : vectors == 3 ? 9 : 6;
+  return vectors == 1 ? 12 : 6;
+}
+constexpr int kMaxRows = 14;
+
+template <class T>
+struct TileArgs {
+  const T* const* rows;       // pointer of (tap t, row i) at rows[t * rows_pitch + i]
+  int64_t rows_pitch;
+  const int32_t* taps;        // the taps to sum over
+  int32_t num_taps;
+  int32_t depth;              // elements of A summed over for each tap
+  int64_t a_offset;           // added to every pointer of A
+  const T* b;                 // tap t's (depth, vectors * width) weights are at b + b_taps[t] * b_tap_pitch
+  const int32_t* b_taps;
+  int64_t b_tap_pitch;
+  T* const* out;              // row i goes to out[i] + out_offset
+  int64_t out_offset;
+  int32_t columns;            // how many columns to write
+  bool accumulate;            // add to what `out` holds
+  bool finish;                // apply the epilogue below
+  const T* scale;             // for column 0, or nullptr
+  const T* shift;             // for column 0, or nullptr
+  const T* residual;          // at the same distance from `residual` as the output is from `out_base`, or nullptr
+  const T* out_base;
+  Activation activation;
+};
+
+template <class T>
+using TileKernel = void (*)(const TileArgs<T>&);
+
+// The kernel for a tile of rows x vectors, 1 <= vectors <= kMaxVectors, 1 <= rows <= max_rows(vectors).
+template <class T>
+TileKernel<T> tile_kernel(int rows, int vectors);
+
+// ---- How N columns are cut into panels of at most kMaxVectors vectors: as evenly as they go, 5 vectors into 3 + 2 ----
+
+template <class T>
+struct Panels {
+  int32_t columns;  // N
+  int32_t vectors;  // ceil(N / width)
+  int32_t count;
+
+  CONVEXT_INLINE explicit Panels(int32_t n)
+      : columns(n), vectors((n + Vec<T>::width - 1) / Vec<T>::width), count((vectors + kMaxVectors - 1) / kMaxVectors) {}
+
+  // First vector of a panel; panels 0 .. vectors % count - 1 are one vector wider than the others.
+  CONVEXT_INLINE int32_t begin(int32_t panel) const {
+    const int32_t wide = vectors % count;
+    return panel * (vectors / count) + (panel < wide ? panel : wide);
+  }
+  CONVEXT_INLINE int32_t width(int32_t panel) const { return begin(panel + 1) - begin(panel); }
+  CONVEXT_INLINE int32_t first_column(int32_t panel) const { return begin(panel) * Vec<T>::width; }
+  CONVEXT_INLINE int32_t num_columns(int32_t panel) const {
+    const int32_t end = begin(panel + 1) * Vec<T>::width;
+    return (end < columns ? end : columns) - first_column(panel);
+  }
+};
+
+}  // namespace convext::CONVEXT_ISA

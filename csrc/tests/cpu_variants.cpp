@@ -1,0 +1,422 @@
+// Every CPU kernel of variants.inc, on every instruction set that this CPU has, against a float64 loop nest over a list
+// of edge cases; and a bench for tuning. No torch. Built by `make cpu_variants` or by hand from this file, select.cpp
+// and the kernels in csrc/cpu; run it under -fsanitize=address,undefined too.
+//
+//   cpu_variants                                                        test; exit status 1 on any failure
+//   cpu_variants --peak                                                 FMA peak of one core, GFLOP/s
+//   cpu_variants --bench N C H W K R S stride pad dil groups [threads]  GFLOP/s of every variant that takes the problem
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../select.h"
+
+namespace {
+
+using namespace convext;
+
+// ---- Threads: chunks of the range on fresh std::threads ----
+
+int threads_to_use = 1;
+
+void run_threads(int64_t begin, int64_t end, int64_t, RangeBody body, void* context) {
+  const int64_t count = end - begin, threads = std::min<int64_t>(threads_to_use, count);
+  std::vector<std::thread> pool;
+  for (int64_t t = 1; t < threads; ++t) {
+    pool.emplace_back(body, context, begin + count * t / threads, begin + count * (t + 1) / threads);
+  }
+  if (threads > 0) body(context, begin, begin + count / threads);
+  for (auto& thread : pool) thread.join();
+}
+
+Parallel parallel_with(int threads) {
+  threads_to_use = threads;
+  return {run_threads, threads};
+}
+
+// ---- One case: a problem and what its epilogue does ----
+
+struct Case {
+  const char* name;
+  ConvProblem problem;
+  bool scale = false, shift = false, residual = false;
+  Activation activation = Activation::identity;
+  bool nonfinite = false;  // NaN and infinities among x, w and dy; only without padding
+};
+
+ConvProblem make(int n, int c, int h, int w, int k, int r, int s, int stride_h, int stride_w, int pad_h, int pad_w,
+                 int dil_h, int dil_w, int groups) {
+  return {n,     c,     h,     w,      k,          r, s, stride_h, stride_w, pad_h, pad_w, dil_h,
+          dil_w, groups, DType::kFloat32, Layout::kNHWC, Layout::kNHWC};
+}
+ConvProblem square(int n, int c, int h, int k, int r, int stride, int pad, int dil = 1, int groups = 1) {
+  return make(n, c, h, h, k, r, r, stride, stride, pad, pad, dil, dil, groups);
+}
+
+std::vector<Case> cases() {
+  using A = Activation;
+  return {
+      {"pointwise", square(2, 64, 7, 64, 1, 1, 0)},
+      {"pointwise_tails_everywhere", square(3, 37, 5, 53, 1, 1, 0), true, true, true, A::relu},
+      {"pointwise_stride_2_leaves_holes_in_dgrad", square(1, 24, 9, 40, 1, 2, 0), false, true},
+      {"pointwise_padding_larger_than_filter", square(1, 5, 4, 6, 1, 1, 2), true, false, true, A::relu6},
+      {"pointwise_one_channel_one_filter", square(1, 1, 3, 1, 1, 1, 0), true, true, true, A::gelu},
+      {"pointwise_reduction_in_parts", square(1, 700, 5, 33, 1, 1, 0), true, true, true, A::silu},
+      {"filter_3x3", square(1, 32, 14, 48, 3, 1, 1), true, true, false, A::relu},
+      {"filter_3x3_batch_tails", square(3, 19, 11, 21, 3, 1, 1), true, true, true, A::hardswish},
+      {"filter_3x3_stride_2", square(2, 17, 12, 35, 3, 2, 1), false, true, false, A::silu},
+      {"filter_3x3_stride_3_dilation_2", square(2, 10, 17, 12, 3, 3, 2, 2), true},
+      {"stride_larger_than_filter", square(1, 6, 13, 7, 2, 3, 0), false, true},
+      {"filter_3x3_no_padding_no_tiles_left", square(1, 16, 3, 16, 3, 1, 0), true, true, true, A::gelu},
+      {"filter_3x3_deep_reduction", square(1, 150, 7, 70, 3, 1, 1), true, true, true, A::relu6},
+      {"filter_5x5_padding_4", square(1, 8, 6, 9, 5, 1, 4), false, false, true},
+      {"filter_larger_than_image", square(1, 4, 3, 5, 7, 1, 3), true, true},
+      {"filter_19x19_many_taps", square(1, 3, 24, 4, 19, 1, 9), false, true},
+      {"filter_1x7", make(2, 20, 9, 15, 18, 1, 7, 1, 1, 0, 3, 1, 1, 1), true, true, false, A::relu},
+      {"filter_7x1_stride_1x2", make(1, 12, 15, 9, 20, 7, 1, 1, 2, 3, 0, 1, 1, 1), false, true},
+      {"asymmetric_everything", make(2, 9, 13, 18, 11, 3, 5, 2, 1, 2, 1, 1, 3, 1), true, true, true, A::silu},
+      {"one_row_as_in_1d", make(2, 16, 1, 50, 24, 1, 3, 1, 2, 0, 1, 1, 1, 1), true},
+      {"first_layer_7x7_stride_2", square(1, 3, 30, 64, 7, 2, 3), true, true, false, A::relu},
+      {"first_layer_3x3_stride_2", square(2, 3, 21, 32, 3, 2, 1), true, true, false, A::relu6},
+      {"first_layer_one_channel", square(1, 1, 28, 20, 5, 1, 0), false, true},
+      {"first_layer_four_channels_asymmetric", make(1, 4, 11, 17, 7, 3, 5, 1, 2, 0, 2, 1, 1, 1), true, true, true},
+      {"first_layer_dilated_columns_only", make(1, 3, 16, 19, 8, 3, 3, 1, 1, 1, 2, 1, 2, 1)},
+      {"dilation_2", square(1, 24, 16, 24, 3, 1, 2, 2), true, true, false, A::relu},
+      {"dilation_past_border", square(1, 20, 9, 18, 3, 1, 12, 12), true, true, true, A::relu},
+      {"dilation_half_past_border", square(2, 16, 10, 34, 3, 1, 6, 6), false, true},
+      {"dilation_stride_2", make(1, 7, 19, 23, 9, 3, 3, 2, 2, 3, 5, 3, 5, 1), true},
+      {"dilation_with_groups", square(1, 12, 14, 18, 3, 1, 4, 4, 3), false, true},
+      {"groups_2", square(2, 34, 8, 38, 3, 1, 1, 1, 2), true, true, true, A::relu},
+      {"groups_of_4_channels", square(1, 32, 9, 32, 3, 1, 1, 1, 8), true, true, false, A::relu},
+      {"groups_of_4_channels_stride_2", square(1, 64, 9, 64, 3, 2, 1, 1, 16), false, true},
+      {"groups_of_8_channels", square(1, 40, 7, 40, 3, 1, 1, 1, 5), true},
+      {"groups_multiplier", square(1, 6, 8, 15, 3, 1, 1, 1, 3), false, true},
+      {"groups_shrink", square(1, 30, 6, 10, 1, 1, 0, 1, 5), true},
+      {"depthwise_3x3", square(2, 35, 12, 35, 3, 1, 1, 1, 35), true, true, true, A::relu6},
+      {"depthwise_3x3_stride_2", square(1, 48, 15, 48, 3, 2, 1, 1, 48), true, true, false, A::hardswish},
+      {"depthwise_5x5", square(1, 17, 9, 17, 5, 1, 2, 1, 17), false, true, false, A::silu},
+      {"depthwise_7x7_image_smaller", square(1, 20, 4, 20, 7, 1, 3, 1, 20), true},
+      {"depthwise_multiplier_2", square(2, 9, 10, 18, 3, 1, 1, 1, 9), false, true},
+      {"depthwise_multiplier_3_stride_2_dilation_2", square(1, 18, 13, 54, 3, 2, 2, 2, 18), true},
+      {"depthwise_no_padding", make(1, 33, 9, 14, 33, 3, 5, 1, 2, 0, 0, 1, 1, 33), true},
+      {"depthwise_dilation_past_border", square(1, 16, 6, 16, 3, 1, 8, 8, 16)},
+      {"empty_batch", square(0, 8, 6, 8, 3, 1, 1), true},
+      {"empty_output", square(1, 8, 2, 8, 3, 1, 0), false, true},
+      {"empty_filters", square(1, 8, 4, 0, 3, 1, 1)},
+      {"output_of_one_pixel", square(1, 40, 3, 40, 3, 1, 0), true, true, true, A::gelu},
+      {"nonfinite_pointwise", square(1, 20, 5, 20, 1, 1, 0), false, true, false, A::relu, true},
+      {"nonfinite_filter_3x3", square(1, 20, 9, 20, 3, 1, 0), true, true, false, A::relu6, true},
+      {"nonfinite_depthwise", square(1, 20, 9, 20, 3, 1, 0, 1, 20), true, true, false, A::hardswish, true},
+      {"batch_8_blocks_of_pixels", square(8, 16, 20, 24, 3, 1, 1), true, true, true, A::relu},
+  };
+}
+
+// ---- The loop nest ----
+
+// Element strides of a (n, channels, rows, columns) tensor in either layout.
+struct Strides {
+  int64_t n, c, h, w;
+  Strides(Layout layout, int64_t channels, int64_t rows, int64_t columns)
+      : n(channels * rows * columns),
+        c(layout == Layout::kNHWC ? 1 : rows * columns),
+        h(layout == Layout::kNHWC ? columns * channels : columns),
+        w(layout == Layout::kNHWC ? channels : 1) {}
+  int64_t at(int64_t in, int64_t ic, int64_t ih, int64_t iw) const { return in * n + ic * c + ih * h + iw * w; }
+};
+
+template <class T>
+struct Operands {
+  std::vector<T> x, w, y, scale, shift, residual;  // y stands for dy too
+};
+
+template <class T>
+std::vector<T> random_values(size_t count, std::mt19937& rng, bool nonfinite) {
+  std::normal_distribution<double> normal;
+  std::vector<T> values(count);
+  for (auto& v : values) v = static_cast<T>(normal(rng));
+  if (nonfinite && count > 3) {
+    values[rng() % count] = std::numeric_limits<T>::quiet_NaN();
+    values[rng() % count] = std::numeric_limits<T>::infinity();
+    values[rng() % count] = -std::numeric_limits<T>::infinity();
+  }
+  return values;
+}
+
+int64_t size_or_zero(int64_t size, const ConvProblem& p) { return p.p() <= 0 || p.q() <= 0 ? 0 : size; }
+
+template <class T>
+Operands<T> random_operands(const Case& test, Pass pass) {
+  const ConvProblem& p = test.problem;
+  std::mt19937 rng(7);
+  Operands<T> o;
+  o.x = random_values<T>(p.x_size(), rng, test.nonfinite);
+  // At the border of dx some taps meet no dy: whether a kernel skips them or multiplies zeros is its own choice, and an
+  // infinite weight would tell the two apart.
+  o.w = random_values<T>(p.w_size(), rng, test.nonfinite && (pass != Pass::kDgrad || p.is_pointwise()));
+  o.y = random_values<T>(size_or_zero(p.y_size(), p), rng, test.nonfinite);
+  o.scale = random_values<T>(p.k, rng, false);
+  o.shift = random_values<T>(p.k, rng, false);
+  o.residual = random_values<T>(size_or_zero(p.y_size(), p), rng, false);
+  return o;
+}
+
+struct Reference {
+  std::vector<double> value;
+  std::vector<double> magnitude;  // sum of the absolute values of everything that was added
+};
+
+// Calls visit(index in x, index in w, index in y) for every product of the convolution.
+template <class F>
+void visit_products(const ConvProblem& p, F&& visit) {
+  const Strides xs(p.x_layout, p.c, p.h, p.w), ys(p.y_layout, p.k, p.p(), p.q());
+  const int64_t cg = p.groups ? p.c_per_group() : 0, kg = p.k_per_group();
+  for (int n = 0; n < p.n; ++n)
+    for (int k = 0; k < p.k; ++k)
+      for (int i = 0; i < p.p(); ++i)
+        for (int j = 0; j < p.q(); ++j)
+          for (int c = 0; c < cg; ++c)
+            for (int r = 0; r < p.r; ++r)
+              for (int s = 0; s < p.s; ++s) {
+                const int h = p.h_of(i, r), w = p.w_of(j, s);
+                if (h < 0 || h >= p.h || w < 0 || w >= p.w) continue;
+                visit(xs.at(n, k / kg * cg + c, h, w), ((k * cg + c) * p.r + r) * p.s + s, ys.at(n, k, i, j));
+              }
+}
+
+template <class T>
+Reference reference(const Case& test, Pass pass, const Operands<T>& o) {
+  const ConvProblem& p = test.problem;
+  Reference ref;
+  const int64_t size = pass == Pass::kFprop   ? size_or_zero(p.y_size(), p)
+                       : pass == Pass::kDgrad ? p.x_size()
+                                              : p.w_size();
+  ref.value.assign(size, 0.0);
+  ref.magnitude.assign(size, 0.0);
+  visit_products(p, [&](int64_t x, int64_t w, int64_t y) {
+    const double product = pass == Pass::kFprop   ? double(o.x[x]) * o.w[w]
+                           : pass == Pass::kDgrad ? double(o.y[y]) * o.w[w]
+                                                  : double(o.y[y]) * o.x[x];
+    const int64_t to = pass == Pass::kFprop ? y : pass == Pass::kDgrad ? x : w;
+    ref.value[to] += product;
+    ref.magnitude[to] += std::fabs(product);
+  });
+  if (pass != Pass::kFprop) return ref;
+  const Strides ys(p.y_layout, p.k, p.p(), p.q());
+  for (int n = 0; n < p.n; ++n)
+    for (int k = 0; k < p.k; ++k)
+      for (int i = 0; i < p.p(); ++i)
+        for (int j = 0; j < p.q(); ++j) {
+          const int64_t at = ys.at(n, k, i, j);
+          double &v = ref.value[at], &m = ref.magnitude[at];
+          if (test.scale) v *= o.scale[k], m *= std::fabs(double(o.scale[k]));
+          if (test.shift) v += o.shift[k], m += std::fabs(double(o.shift[k]));
+          if (test.residual) v += o.residual[at], m += std::fabs(double(o.residual[at]));
+          // Rounding inside the activation is relative to what it returns; its slope is at most 1.2, and hardswish's
+          // first product z * gate reaches 6 z.
+          m = m * 1.2 + (test.activation == Activation::identity ? 0.0 : std::fabs(v));
+          v = visit_activation<double>(test.activation, [&](auto f) { return f.forward(v); });
+        }
+  return ref;
+}
+
+// ---- Running a variant ----
+
+struct Aligned {
+  void* data;
+  explicit Aligned(int64_t bytes) : data(std::aligned_alloc(64, (std::max<int64_t>(bytes, 1) + 63) / 64 * 64)) {}
+  ~Aligned() { std::free(data); }
+  Aligned(const Aligned&) = delete;
+};
+
+template <class T>
+std::string run(const Variant& v, const ConvProblem& p, const Operands<T>& o, const Epilogue& epilogue, int threads,
+                std::vector<T>& out) {
+  const Parallel parallel = parallel_with(threads);
+  Aligned packed(v.pack ? v.packed_size(p) : 0);
+  if (v.pack) v.pack(p, o.w.data(), packed.data, parallel);
+  Aligned workspace(v.workspace ? v.workspace(p, threads) : 0);
+  LaunchArgs args{};
+  args.a = v.pass == Pass::kFprop ? o.x.data() : o.y.data();
+  args.b = v.pass == Pass::kWgrad ? static_cast<const void*>(o.x.data()) : v.pack ? packed.data : o.w.data();
+  args.out = out.data();
+  args.epilogue = epilogue;
+  args.workspace = workspace.data;
+  args.parallel = &parallel;
+  const char* error = v.launch(p, args);
+  return error ? error : "";
+}
+
+template <class T>
+Epilogue epilogue_of(const Case& test, const Operands<T>& o) {
+  return {test.scale ? o.scale.data() : nullptr, test.shift ? o.shift.data() : nullptr,
+          test.residual ? o.residual.data() : nullptr, test.activation};
+}
+
+// The errors of a sum of k terms grow as sqrt(k) eps times the terms' magnitude; 2 is room, 4 the epilogue's steps.
+// Winograd's transforms scale values up before they cancel: by (1.5^2 + 1.5 + 1)^2 = 22.6 at the points +-3/2.
+template <class T>
+double tolerance(const Variant& v, const ConvProblem& p) {
+  const double eps = std::numeric_limits<T>::epsilon();
+  const double growth = std::string(v.algo) == "winograd" ? 22.6 : 1.0;
+  return 2 * growth * eps * (std::sqrt(std::max<double>(1, p.gemm_shape(v.pass).k)) + 4);
+}
+
+template <class T>
+std::string check(const Variant& v, const Case& test, const Operands<T>& o, const Reference& ref) {
+  std::vector<T> out(ref.value.size(), T(-77));
+  std::string error = run(v, test.problem, o, epilogue_of(test, o), 1, out);
+  if (!error.empty()) return error;
+  const double relative = tolerance<T>(v, test.problem);
+  // A Winograd tile mixes the magnitudes of its neighbourhood.
+  const bool mixes = std::string(v.algo) == "winograd";
+  double largest = 0;
+  for (double m : ref.magnitude) largest = std::max(largest, m);
+  for (size_t i = 0; i < out.size(); ++i) {
+    const double want = ref.value[i], got = out[i];
+    const double bound = relative * (mixes ? largest : ref.magnitude[i]);
+    const bool same = std::isnan(want)   ? std::isnan(got)
+                      : std::isinf(want) ? got == want
+                                         : std::fabs(got - want) <= bound;
+    if (!same) {
+      char text[160];
+      std::snprintf(text, sizeof text, "element %zu of %zu is %.9g, not %.9g (allowed error %.3g)", i, out.size(), got,
+                    want, bound);
+      return text;
+    }
+  }
+  std::vector<T> again(ref.value.size(), T(55));
+  run(v, test.problem, o, epilogue_of(test, o), 3, again);
+  if (!out.empty() && std::memcmp(out.data(), again.data(), out.size() * sizeof(T)) != 0) {
+    return "the result depends on the number of threads";
+  }
+  return "";
+}
+
+template <class T>
+int test_dtype(DType dtype, std::map<std::string, int>& counts) {
+  int failures = 0;
+  for (Case test : cases()) {
+    test.problem.dtype = dtype;
+    for (Layout layout : {Layout::kNHWC, Layout::kNCHW}) {
+      test.problem.x_layout = test.problem.y_layout = layout;
+      for (Pass pass : {Pass::kFprop, Pass::kDgrad, Pass::kWgrad}) {
+        const Operands<T> operands = random_operands<T>(test, pass);
+        Reference ref;
+        for (const Variant* v : variants()) {
+          if (v->layouts == Layouts::kNHWCOnly && layout == Layout::kNCHW) continue;
+          if (v->dtype != dtype || reject(*v, Device::kCPU, pass, test.problem)) continue;
+          // Winograd multiplies infinities by zeros of its transforms: it promises finite operands only.
+          if (test.nonfinite && std::string(v->algo) == "winograd") continue;
+          if (ref.value.empty()) ref = reference<T>(test, pass, operands);
+          const std::string error = check<T>(*v, test, operands, ref);
+          if (!error.empty()) {
+            std::printf("FAIL %s on %s (%s): %s\n", v->name, test.name, layout == Layout::kNHWC ? "NHWC" : "NCHW",
+                        error.c_str());
+            ++failures;
+          }
+          ++counts[v->name];
+        }
+      }
+    }
+  }
+  return failures;
+}
+
+int test() {
+  std::map<std::string, int> counts;
+  int failures = test_dtype<float>(DType::kFloat32, counts) + test_dtype<double>(DType::kFloat64, counts);
+  for (const Variant* v : variants()) {
+    if (v->device != Device::kCPU || v->isa > detect_cpu_isa()) continue;
+    std::printf("%-34s %4d cases\n", v->name, counts[v->name]);
+    if (counts[v->name] == 0) {
+      std::printf("FAIL %s took no case\n", v->name);
+      ++failures;
+    }
+  }
+  std::printf(failures ? "%d FAILURES\n" : "all passed\n", failures);
+  return failures ? 1 : 0;
+}
+
+// ---- Bench ----
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+template <class T>
+void bench(const Variant& v, const ConvProblem& p, int threads) {
+  Case test{"bench", p};
+  const Operands<T> o = random_operands<T>(test, v.pass);
+  const Parallel parallel = parallel_with(threads);
+  Aligned packed(v.pack ? v.packed_size(p) : 0), workspace(v.workspace ? v.workspace(p, threads) : 0);
+  if (v.pack) v.pack(p, o.w.data(), packed.data, parallel);
+  std::vector<T> out(std::max({p.x_size(), p.y_size(), p.w_size()}));
+  LaunchArgs args{};
+  args.a = v.pass == Pass::kFprop ? o.x.data() : o.y.data();
+  args.b = v.pass == Pass::kWgrad ? static_cast<const void*>(o.x.data()) : v.pack ? packed.data : o.w.data();
+  args.out = out.data();
+  args.epilogue = {v.pass == Pass::kFprop ? o.scale.data() : nullptr, v.pass == Pass::kFprop ? o.shift.data() : nullptr,
+                   nullptr, v.pass == Pass::kFprop ? Activation::relu : Activation::identity};
+  args.workspace = workspace.data;
+  args.parallel = &parallel;
+  double best = 1e30, spent = 0;
+  for (int i = 0; i < 3 || (spent < 0.25 && i < 2000); ++i) {
+    const double start = now();
+    v.launch(p, args);
+    const double time = now() - start;
+    best = std::min(best, time), spent += time;
+  }
+  std::printf("%-34s %9.1f us %8.1f GFLOP/s\n", v.name, best * 1e6, p.flops() / best * 1e-9);
+}
+
+// Independent chains of FMAs on the widest vectors that the compiler of this file was told of.
+double peak() {
+  typedef float Vector __attribute__((vector_size(64)));
+  constexpr int kChains = 12;
+  double best = 0;
+  for (int repeat = 0; repeat < 10; ++repeat) {
+    Vector acc[kChains] = {}, a = acc[0] + 0.999f, b = acc[0] + 1e-3f;
+    const int64_t steps = 5000000;
+    const double start = now();
+    for (int64_t i = 0; i < steps; ++i) {
+#pragma GCC unroll 12
+      for (int j = 0; j < kChains; ++j) acc[j] = acc[j] * a + b;
+    }
+    const double time = now() - start;
+    volatile float sink = 0;
+    for (const auto& chain : acc) sink = sink + chain[0];
+    best = std::max(best, 2.0 * 16 * kChains * steps / time * 1e-9);
+  }
+  return best;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc > 1 && std::string(argv[1]) == "--peak") {
+    std::printf("%.1f GFLOP/s\n", peak());
+    return 0;
+  }
+  if (argc > 1 && std::string(argv[1]) == "--bench") {
+    if (argc < 13) return std::printf("--bench N C H W K R S stride pad dil groups [threads] [name filter]\n"), 2;
+    int a[12] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1};
+    for (int i = 0; i < 12 && i + 2 < argc; ++i) a[i] = std::atoi(argv[i + 2]);
+    const std::string filter = argc > 14 ? argv[14] : "";
+    ConvProblem p = make(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[7], a[8], a[8], a[9], a[9], a[10]);
+    for (const Variant* v : variants()) {
+      p.dtype = v->dtype;
+      if (std::string(v->name).find(filter) == std::string::npos) continue;
+      if (reject(*v, Device::kCPU, v->pass, p)) continue;
+      v->dtype == DType::kFloat64 ? bench<double>(*v, p, a[11]) : bench<float>(*v, p, a[11]);
+    }
+    return 0;
+  }
+  return test();
+}
