@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 import torch.nn.functional as F
 
 from . import checks, functional
+
+
+# What each Conv2d was last called with by itself: shape, strides, dtype and device of its input. convext.report reads it.
+LAST_INPUTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 class Conv2d(torch.nn.Conv2d):
@@ -15,6 +21,8 @@ class Conv2d(torch.nn.Conv2d):
     """
 
     def _conv_forward(self, input, weight, bias):
+        if not torch.compiler.is_compiling():
+            LAST_INPUTS[self] = input.shape, input.stride(), input.dtype, input.device
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             return functional.conv2d(input, weight, bias, self.stride, (0, 0), self.dilation, self.groups)

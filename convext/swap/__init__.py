@@ -1,0 +1,118 @@
+"""convext.swap: a whole model's convolutions, in place.
+
+    swap(model)            exchanges them and plans fused calls
+    revert(model)          puts everything back
+    report(model)          what became of each layer, and why
+    verify(model, sample)  runs it both ways and says how far apart they are
+
+A swap changes two things only. A layer whose type is exactly torch.nn.Conv2d becomes a convext.nn.Conv2d by its
+`__class__`: object, parameters, hooks and keys stay. A container whose own forward can be traced gets a `forward` in
+its instance dictionary that runs the same calls with each chain of convolution, batch norm, add and activation as one.
+"""
+import torch
+from torch import nn
+
+from . import calls
+from . import signature as signatures
+from .planned import PlannedForward
+from .report import Report, report
+from .verify import Verification, verify
+
+__all__ = ["Report", "Verification", "report", "revert", "swap", "verify"]
+
+
+def swap(model: nn.Module) -> nn.Module:
+    """Exchanges the convolutions of a model for convext's, in place, and returns it.
+
+    The model keeps its class, module names, state-dict keys and Parameter objects, so checkpoints load both ways and
+    optimizers built before keep working. Layers that are no plain torch.nn.Conv2d (subclasses, parametrized, lazy,
+    quantized ones) stay as they are; `report` says why. Chains of convolution, batch norm, residual add and activation
+    run as one call wherever a container's forward calls them so; where one of them has hooks, is called twice or was
+    replaced, that place runs its modules one by one, decided at every call. A swap of a swapped model changes nothing
+    but what was added since.
+
+    `copy.copy` and torch.nn.DataParallel share a module's dictionary between objects and must not be used on a swapped
+    model; use copy.deepcopy and DistributedDataParallel. torch.jit.script wants a reverted model.
+
+    Raises TypeError if `model` is not an nn.Module. Whatever it raises, the model is as it was.
+    """
+    _check(model)
+    target = calls.convext_conv()
+    convs = [m for m in model.modules() if type(m) is nn.Conv2d and left_alone(m) is None]
+    before = {}
+    try:
+        for module in model.modules():
+            forward = module.__dict__.get("forward")
+            if isinstance(forward, PlannedForward):
+                forward.forget_refusals()
+            elif why_unplanned(module) is None:
+                before[module] = module.__dict__
+                module.__dict__["forward"] = PlannedForward(module)
+        for conv in convs:
+            conv.__class__ = target
+        for module in before:
+            module.__dict__["forward"].plan(module, signatures.default(module))
+    except BaseException:
+        for conv in convs:
+            if type(conv) is target:
+                conv.__class__ = nn.Conv2d
+        for attributes in before.values():
+            attributes.pop("forward", None)
+        raise
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Undoes `swap`, in place, and returns the model: plain torch.nn.Conv2d layers and the classes' own forwards.
+
+    Every convext.nn.Conv2d becomes a torch.nn.Conv2d, whoever made it; a forward that the user put into an instance
+    stays. Raises TypeError if `model` is not an nn.Module.
+    """
+    _check(model)
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), PlannedForward):
+            del module.__dict__["forward"]
+        if type(module) is calls.convext_conv():
+            module.__class__ = nn.Conv2d
+    return model
+
+
+def _check(model):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def left_alone(module):
+    """Why a convolution is not exchanged, or None."""
+    kind = type(module)
+    if kind in (nn.Conv2d, calls.convext_conv()):
+        if isinstance(module.weight, nn.parameter.UninitializedTensorMixin):
+            return "its weight is not initialised yet"
+        return None
+    if not isinstance(module, nn.Conv2d):
+        return f"{kind.__name__} is no 2-D convolution"
+    if nn.utils.parametrize.is_parametrized(module):
+        return "its weight is parametrized"
+    if isinstance(module, nn.LazyConv2d):
+        return "it is lazy: swap again after the first call"
+    return f"{kind.__module__}.{kind.__name__} is a subclass of torch.nn.Conv2d"
+
+
+def why_unplanned(module):
+    """Why a container gets no planned forward, or None."""
+    kind = type(module)
+    if not module._modules:
+        return "it has no submodules"
+    if "forward" in module.__dict__ and not isinstance(module.__dict__["forward"], PlannedForward):
+        return "it has a forward of its own in the instance"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is a TorchScript module"
+    if isinstance(module, torch.fx.GraphModule):
+        return "it is a torch.fx.GraphModule, which writes its own forward"
+    if kind.__module__.partition(".")[0] == "torch" and kind is not nn.Sequential:
+        return f"{kind.__name__} is a class of torch"
+    if getattr(kind.forward, "__name__", "") == "_forward_unimplemented":
+        return "its class has no forward"
+    if not any(isinstance(m, nn.Conv2d) for m in module.modules()):
+        return "it has no convolution"
+    return None

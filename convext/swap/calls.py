@@ -1,0 +1,225 @@
+"""What is known of torch's functions, methods and modules: one table for each question that a plan asks."""
+import functools
+import inspect
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+_CONV_TYPE = nn.Conv2d
+
+# name in the epilogue -> what computes it
+_ACTIVATION_MODULES = {nn.Identity: "identity", nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu",
+                       nn.Hardswish: "hardswish", nn.GELU: "gelu", nn.Hardtanh: "relu6"}
+_ACTIVATION_FUNCTIONS = {F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu6: "relu6",
+                         F.silu: "silu", F.hardswish: "hardswish", F.gelu: "gelu"}
+_ACTIVATION_METHODS = {"relu": "relu", "relu_": "relu"}
+_ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add}
+_ADD_METHODS = {"add", "add_", "__add__", "__iadd__"}
+
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+# Same values whatever the strides of the input, and a contiguous result from contiguous inputs; none of them returns
+# a view that user code could write through.
+_ELEMENTWISE_MODULES = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU, nn.Hardtanh, nn.Sigmoid, nn.Hardsigmoid,
+                        nn.Tanh, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.Mish, nn.Softplus, nn.Identity, nn.PReLU,
+                        nn.LogSigmoid, nn.Softsign)
+_SPATIAL_MODULES = (nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
+                    nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d)
+_ELEMENTWISE_FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_, F.relu6, F.silu, F.hardswish, F.gelu, F.hardtanh,
+                          F.sigmoid, torch.sigmoid, F.hardsigmoid, torch.tanh, F.tanh, F.leaky_relu, F.elu, F.mish,
+                          F.softplus}
+_ARITHMETIC = {operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul, operator.truediv,
+               operator.itruediv, operator.neg, torch.add, torch.sub, torch.mul, torch.div}
+_SPATIAL_FUNCTIONS = {F.max_pool2d, torch.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d,
+                      F.interpolate}
+_CAT = {torch.cat, torch.concat, torch.concatenate}
+_ELEMENTWISE_METHODS = {"relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_", "add", "add_", "sub", "sub_", "mul",
+                        "mul_", "div", "div_"}
+METADATA_METHODS = {"size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "get_device"}
+METADATA_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad"}
+
+_TENSOR_FUNCTIONS = (_ELEMENTWISE_FUNCTIONS | _ARITHMETIC | _SPATIAL_FUNCTIONS | _CAT
+                     | {torch.flatten, torch.mean, F.dropout, F.conv2d, F.linear, F.batch_norm, torch.stack, F.pad,
+                        torch.reshape, torch.permute, torch.transpose})
+_TENSOR_METHODS = _ELEMENTWISE_METHODS | {"view", "reshape", "flatten", "contiguous", "mean", "permute", "transpose",
+                                          "to", "float", "half", "double", "detach", "clone", "unsqueeze", "squeeze"}
+_NOT_ONE_TENSOR = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.AdaptiveLogSoftmaxWithLoss)
+
+
+def is_torch_module(module):
+    """True of torch's own layers, whose behaviour is known; False of user classes and containers."""
+    return type(module).__module__.startswith("torch.nn.modules.") and not module._modules
+
+
+def module_returns_tensor(module):
+    return (is_torch_module(module) or type(module) is convext_conv()) and not isinstance(module, _NOT_ONE_TENSOR) \
+        and not getattr(module, "return_indices", False)
+
+
+@functools.cache
+def convext_conv():
+    from .. import nn as convext_nn
+    return convext_nn.Conv2d
+
+
+def last_input(module):
+    """Shape, strides, dtype and device of the last input that a convext.nn.Conv2d was called with by itself, or None."""
+    from .. import nn as convext_nn
+    return convext_nn.LAST_INPUTS.get(module)
+
+
+def is_conv(module):
+    """A convolution that the swap stands for: exactly torch's class, or already ours."""
+    return type(module) is _CONV_TYPE or type(module) is convext_conv()
+
+
+def is_batch_norm(module):
+    return type(module) is nn.BatchNorm2d
+
+
+def returns_tensor(node):
+    """True where the result of a call_function or call_method node is one tensor for certain."""
+    if node.op == "call_function":
+        return node.target in _TENSOR_FUNCTIONS and not node.kwargs.get("return_indices", False)
+    return node.target in _TENSOR_METHODS
+
+
+def argument(node, position, name, default=None):
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def activation(node, modules):
+    """The epilogue's name of the activation that a node applies to its first argument, or None."""
+    if node.op == "call_module":
+        module = modules[node.target]
+        name = _ACTIVATION_MODULES.get(type(module))
+        if type(module) is nn.GELU and module.approximate != "none":
+            return None
+        if type(module) is nn.Hardtanh and (module.min_val, module.max_val) != (0, 6):
+            return None
+        return name if len(node.args) == 1 and not node.kwargs else None
+    if node.op == "call_method":
+        return _ACTIVATION_METHODS.get(node.target) if len(node.args) == 1 and not node.kwargs else None
+    if node.op != "call_function":
+        return None
+    if node.target is F.hardtanh:
+        low, high = argument(node, 1, "min_val", -1.0), argument(node, 2, "max_val", 1.0)
+        return "relu6" if (low, high) == (0, 6) else None
+    if node.target is F.gelu and node.kwargs.get("approximate", "none") != "none":
+        return None
+    return _ACTIVATION_FUNCTIONS.get(node.target)
+
+
+def summands(node):
+    """(a, b) of a node that computes a + b of two nodes, else None."""
+    known = node.target in _ADD_FUNCTIONS if node.op == "call_function" else \
+        node.op == "call_method" and node.target in _ADD_METHODS
+    if not known or node.kwargs or len(node.args) != 2 or len(node.all_input_nodes) != 2:
+        return None
+    return tuple(node.args)
+
+
+def writes_first_argument(node, modules):
+    """True where a node changes its first argument in place (or may, as far as is known)."""
+    if node.op == "call_method":
+        return node.target.endswith("_") and not node.target.endswith("__") or node.target.startswith("__i")
+    if node.op == "call_function":
+        return "out" in node.kwargs or _name(node.target).endswith("_") or _is_inplace_operator(node.target) \
+            or _inplace_flag(node)
+    if node.op == "call_module":
+        module = modules[node.target]
+        if not is_torch_module(module) and not is_conv(module):
+            return True
+        return bool(getattr(module, "inplace", False))
+    return False
+
+
+def _name(function):
+    return getattr(function, "__name__", "_")
+
+
+def _is_inplace_operator(function):
+    return getattr(function, "__module__", "") == "_operator" and _name(function).startswith("i") \
+        and hasattr(operator, f"__{_name(function)}__")
+
+
+def _inplace_flag(node):
+    try:
+        parameters = list(inspect.signature(node.target).parameters)
+    except (TypeError, ValueError):
+        return bool(node.kwargs.get("inplace", False))
+    position = parameters.index("inplace") if "inplace" in parameters else len(node.args)
+    return bool(argument(node, position, "inplace", False))
+
+
+def written(node, modules):
+    """The nodes whose values a node changes or may change."""
+    if not writes_first_argument(node, modules):
+        return []
+    if node.op == "call_module" and not is_torch_module(modules[node.target]) or "out" in node.kwargs:
+        return node.all_input_nodes
+    return node.all_input_nodes[:1]
+
+
+def makes_new_tensor(node, modules):
+    """True where the result surely shares no memory with the arguments."""
+    if writes_first_argument(node, modules):
+        return False
+    if node.op == "call_module":
+        module = modules[node.target]
+        return is_conv(module) or type(module) is not nn.Identity and type(module) in _ELEMENTWISE_MODULES \
+            or type(module) in _SPATIAL_MODULES or type(module) is nn.Linear
+    if node.op == "call_function":
+        return node.target in _ELEMENTWISE_FUNCTIONS | _ARITHMETIC | _CAT
+    return node.op == "call_method" and node.target in _ELEMENTWISE_METHODS
+
+
+def is_dropout(module):
+    return isinstance(module, _DROPOUT) and type(module).__module__.startswith("torch.nn.modules.") \
+        or type(module).__name__ in ("StochasticDepth", "DropPath", "DropBlock2d", "DropBlock2D")
+
+
+def is_known_dropout(module):
+    """Dropout that is certain to return its very argument in evaluation."""
+    return type(module) in _DROPOUT or type(module).__module__.startswith(("torchvision.ops", "timm.layers")) \
+        and is_dropout(module)
+
+
+def passes_through(node, modules):
+    """True where a node returns its first argument as it is; dropout's training flag is part of what a plan is for."""
+    if node.op == "call_module":
+        module = modules[node.target]
+        return type(module) is nn.Identity or is_known_dropout(module) and not module.training
+    return node.op == "call_function" and node.target in (F.dropout, F.dropout2d) \
+        and argument(node, 2, "training", True) is False
+
+
+def reads_any_strides(node, modules):
+    """True where a node does the same to a channels-last tensor as to a contiguous one (see layout.py)."""
+    if node.op == "call_module":
+        module = modules[node.target]
+        if is_known_dropout(module):
+            return not module.training  # the mask is drawn in the order of memory
+        return type(module) in _ELEMENTWISE_MODULES or is_conv(module) \
+            or type(module) in _SPATIAL_MODULES and not getattr(module, "return_indices", False)
+    if node.op == "call_function":
+        if node.target is getattr:
+            return node.args[1] in METADATA_ATTRIBUTES
+        if node.target in _CAT:
+            return argument(node, 1, "dim", 0) == 1
+        if node.target is torch.mean:
+            return _mean_over_space(node)
+        if node.target in (F.dropout, F.dropout2d):
+            return passes_through(node, modules)
+        return "out" not in node.kwargs and not node.kwargs.get("return_indices", False) \
+            and node.target in _ELEMENTWISE_FUNCTIONS | _ARITHMETIC | _SPATIAL_FUNCTIONS
+    if node.op == "call_method":
+        return node.target in _ELEMENTWISE_METHODS | METADATA_METHODS or node.target == "mean" and _mean_over_space(node)
+    return False
+
+
+def _mean_over_space(node):
+    dims = argument(node, 1, "dim")
+    return isinstance(dims, (list, tuple)) and sorted(dims) in ([2, 3], [-2, -1])

@@ -1,0 +1,343 @@
+"""PlannedForward: what stands as `container.forward` after a swap.
+
+It traces the container's own forward once for each form in which it is called, and runs the compiled plan. Whenever
+a plan cannot stand for the forward that the class defines, that forward runs instead.
+"""
+import inspect
+import itertools
+import operator
+import weakref
+
+import torch
+from torch import nn
+from torch.nn.modules import module as _torch_module
+
+from . import calls, chains, codegen, layout, place
+from . import signature as signatures
+from .audit import Untraceable
+from .tracing import Trace
+
+_GLOBAL_HOOKS = tuple(getattr(_torch_module, name) for name in (
+    "_global_backward_pre_hooks", "_global_backward_hooks", "_global_forward_hooks", "_global_forward_pre_hooks"))
+_hooks = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_training = operator.itemgetter("training")
+_is_tracing = torch._C._get_tracing_state
+_MOST_SIGNATURES, _MOST_TRACES, _MOST_VARIANTS = 8, 4, 16
+
+
+class Variant:
+    """A compiled plan for one combination of training flags, hooks and memory formats.
+
+    function(owner, *tensors); chains; alone: why a convolution has nothing fused; layout: None outside the seam."""
+
+    def __init__(self, plan, opaque, in_seam):
+        trace = plan.trace
+        modules = trace.modules
+        self.chains, self.alone = chains.find(trace.graph, modules, opaque)
+        self.layout = None
+        if in_seam:
+            aliases = chains.aliases_of(trace.graph, modules)
+            self.layout = layout.Layout(trace.graph, modules, self.chains, aliases, opaque, plan.takes_any)
+
+        def call_leaf(node):
+            module = modules[node.target]
+            if self.layout is not None and node in self.layout.free and plan.takes_any(node):
+                return module.__dict__["forward"].in_any_format
+            return module
+
+        def attribute(node):
+            key, _, name = node.target.partition(".")
+            module = modules[key]
+            return operator.attrgetter(name) if module is None else lambda owner: getattr(module, name)
+
+        self.fused = []    # the function of each chain
+
+        def fused(chain):
+            free = self.layout is not None and chain.last in self.layout.free and chain.last not in self.layout.pinned
+            batch_norm = None if chain.batch_norm is None else modules[chain.batch_norm]
+            self.fused.append(place.bind(modules[chain.conv], batch_norm, chain.activation, _apart(chain, modules), free))
+            return self.fused[-1]
+
+        self.function = codegen.generate(trace.graph, self.chains, self.layout, call_leaf, fused, attribute)
+
+    @property
+    def works_in_any_format(self):
+        return self.layout is not None and self.layout.accepts and self.layout.returns_free
+
+
+def _apart(chain, modules):
+    """function(x, residual) that runs the nodes of a chain one by one, each as the forward wrote it."""
+    def step(node, previous):
+        if node.op == "call_module":
+            function, args, kwargs = modules[node.target], node.args, node.kwargs
+        elif node.op == "call_method":
+            function, args, kwargs = operator.methodcaller, node.args, node.kwargs
+        else:
+            function, args, kwargs = node.target, node.args, node.kwargs
+
+        def run(value, residual):
+            given = [value if a is previous else residual if a is chain.residual else a for a in args]
+            if node.op == "call_method":
+                return function(node.target, *given[1:], **kwargs)(given[0])
+            return function(*given, **kwargs)
+        return run
+
+    previous = [chain.source, *chain.nodes[:-1]]
+    steps = [step(node, before) for node, before in zip(chain.nodes, previous)]
+
+    def apart(x, residual=None):
+        for run in steps:
+            x = run(x, residual)
+        return x
+
+    return apart
+
+
+class Plan:
+    """A trace and its compiled variants."""
+
+    def __init__(self, trace, signature):
+        self.trace, self.signature = trace, signature
+        leaves = trace.leaves
+        self.types = list(map(type, leaves))
+        self.leaves = leaves
+        self.keys = [key for key in trace.modules if key != "0"]
+        self.attributes = [m.__dict__ for m in leaves]
+        self.watched = self.attributes + [m.__dict__ for m in trace.sequences]
+        self.sequences = [m.__dict__ for m in trace.sequences]
+        self.sequence_forwards = [d.get("forward") for d in self.sequences]
+        self.forwards = [d.get("forward") for d in self.attributes]
+        convs = [m for m in leaves if calls.is_conv(m)]
+        telling = [m for m in convs if m.weight is not None and m.weight.dim() == 4
+                   and m.weight.shape[1] > 1 and m.weight[0, 0].numel() > 1]
+        self.weights = [m.__dict__ for m in telling or convs]
+        self.variants = {}
+        self._seam_signatures = {}
+
+    def takes_any(self, node):
+        """True of a leaf container whose own plan neither minds channels-last arguments nor hides such a result."""
+        module = self.trace.modules[node.target]
+        forward = module.__dict__.get("forward") if module is not None else None
+        if not isinstance(forward, PlannedForward) or node.kwargs or "_compiled_call_impl" in module.__dict__ \
+                or type(module).__call__ is not nn.Module.__call__ or not node.args \
+                or any(not isinstance(a, torch.fx.Node) for a in node.args):
+            return False
+        return forward.works_in_any_format(len(node.args))
+
+    def variant(self, in_seam):
+        """The compiled variant for the modules' present state, or None where the plan cannot stand."""
+        state = self.state()
+        if state is None:
+            return None
+        key = *state, in_seam
+        variant = self.variants.get(key)
+        if variant is None:
+            if len(self.variants) >= _MOST_VARIANTS:
+                self.variants.clear()
+            variant = self.variants[key] = Variant(self, state[1], in_seam)
+        return variant
+
+    def state(self):
+        """(training flags, keys of the modules that must be called as they are), or None where the plan cannot
+        stand."""
+        training = tuple(map(_training, self.attributes))
+        if [*map(type, self.leaves)] != self.types \
+                or [*map(dict.get, self.attributes, itertools.repeat("forward"))] != self.forwards \
+                or [*map(dict.get, self.sequences, itertools.repeat("forward"))] != self.sequence_forwards \
+                or any(itertools.chain.from_iterable(map(_hooks, self.watched))):
+            opaque = self._opaque()
+            if opaque is None:
+                return None
+        else:
+            opaque = self._foreign
+        return training, opaque
+
+    def _opaque(self):
+        """Keys of the modules that must be called as they are; None where a looked-through one listens."""
+        for attributes in self.sequences:
+            own = attributes.get("forward")
+            if any(_hooks(attributes)) or own is not None and not isinstance(own, PlannedForward):
+                return None
+        opaque = set()
+        for key, module, attributes, kind in zip(self.keys, self.leaves, self.attributes, self.types):
+            own = attributes.get("forward")
+            if any(_hooks(attributes)) or own is not None and not isinstance(own, PlannedForward):
+                opaque.add(key)
+            elif type(module) is not kind:
+                return None
+        return frozenset(opaque)
+
+    @property
+    def _foreign(self):
+        """Leaves that had a forward of their own when the plan was made."""
+        found = self.__dict__.get("_foreign_cache")
+        if found is None:
+            found = self._foreign_cache = frozenset(
+                key for key, own in zip(self.keys, self.forwards)
+                if own is not None and not isinstance(own, PlannedForward))
+        return found
+
+
+class PlannedForward:
+    """A container's `forward` after the swap. Copies belong to the copied container; pickles carry no plan."""
+
+    def __init__(self, owner):
+        self._attach(owner)
+
+    def _attach(self, owner):
+        self._owner = weakref.ref(owner)
+        self._plans = {}       # signature -> list of Plan, the latest first
+        self._refusals = {}    # (signature, training) -> why there is no plan
+        self.__name__, self.__doc__ = "forward", type(owner).forward.__doc__
+
+    @property
+    def owner(self):
+        owner = self._owner()
+        if owner is None:
+            raise ReferenceError("the module of this forward is gone: keep the module, not only its forward")
+        return owner
+
+    @property
+    def __signature__(self):
+        return inspect.signature(type(self.owner).forward.__get__(self.owner))
+
+    @property
+    def __wrapped__(self):
+        return type(self.owner).forward.__get__(self.owner)
+
+    def __getstate__(self):
+        return {"owner": self.owner}
+
+    def __setstate__(self, state):
+        self._attach_later(state["owner"])
+
+    def _attach_later(self, owner):
+        # While unpickling, the owner may still be without its attributes: nothing of it is read here.
+        self._owner = weakref.ref(owner)
+        self._plans, self._refusals = {}, {}
+        self.__name__ = "forward"
+
+    def __copy__(self):
+        raise TypeError("a swapped module's forward cannot be copied apart from its module")
+
+    def __deepcopy__(self, memo):
+        owner = memo.get(id(self.owner))
+        if owner is None:
+            raise TypeError("a swapped module's forward cannot be copied apart from its module; "
+                            "copy the whole module, or convext.revert() it first")
+        twin = PlannedForward.__new__(PlannedForward)
+        twin._attach_later(owner)
+        return twin
+
+    def __call__(self, *args, **kwargs):
+        owner = self.owner
+        if torch.compiler.is_compiling() or _is_tracing() is not None or any(_GLOBAL_HOOKS):
+            return type(owner).forward(owner, *args, **kwargs)
+        plan = self.plan(owner, signatures.of_call(args, kwargs))
+        if plan is None:
+            return type(owner).forward(owner, *args, **kwargs)
+        tensors = args if plan.signature is signatures.ONE_TENSOR else signatures.tensors(args, kwargs)
+        in_seam = layout.wanted(tensors) and layout.contiguous_weights(plan.weights)
+        variant = plan.variant(in_seam)
+        if variant is None:
+            return type(owner).forward(owner, *args, **kwargs)
+        result = variant.function(owner, *tensors)
+        return result.contiguous() if in_seam and variant.layout.returns_free else result
+
+    def in_any_format(self, *tensors):
+        """The call from another plan: arguments and result may be channels-last where the user's own are not."""
+        owner = self.owner
+        plan = self.plan(owner, signatures.of_call(tensors, {}))
+        if plan is not None and layout.contiguous_weights(plan.weights) and not any(_hooks(owner.__dict__)):
+            variant = plan.variant(True)
+            if variant is not None and variant.works_in_any_format:
+                return variant.function(owner, *tensors)
+        return _restored(owner, tensors)
+
+    # Plans.
+
+    def plan(self, owner, signature):
+        """The plan for calls of a signature in the owner's present state, or None."""
+        if signature is None:
+            return None
+        plans = self._plans.get(signature)
+        if plans is not None:
+            for position, plan in enumerate(plans):
+                if plan.trace.current(owner):
+                    if position:
+                        plans.insert(0, plans.pop(position))
+                    return plan
+        if (signature, owner.training) in self._refusals:
+            return None
+        return self._make(owner, signature)
+
+    def _make(self, owner, signature):
+        if len(self._plans) + len(self._refusals) >= 2 * _MOST_SIGNATURES:
+            return None
+        if signature == signatures.ONE_TENSOR:
+            signature = signatures.ONE_TENSOR
+        try:
+            plan = Plan(Trace(owner, signature), signature)
+        except Untraceable as reason:
+            if "profiler" not in str(reason):     # that one passes
+                self._refusals[signature, owner.training] = str(reason)
+            return None
+        plans = self._plans.setdefault(signature, [])
+        plans.insert(0, plan)
+        del plans[_MOST_TRACES:]
+        return plan
+
+    # What the report reads.
+
+    def present_variants(self):
+        """(variant, modules) of the plans that hold for the owner's present state: those that have run, else what
+        would run."""
+        owner, found = self.owner, []
+        for plans in self._plans.values():
+            for plan in plans:
+                if plan.trace.current(owner):
+                    ran = [v for key, v in plan.variants.items() if key[:2] == plan.state()]
+                    variants = ran or [v for v in [plan.variant(False)] if v is not None]
+                    found += [(variant, plan.trace.modules) for variant in variants]
+        return found
+
+    def present_refusal(self):
+        """Why there is no plan, where there is none."""
+        training = self.owner.training
+        return next((reason for (_, mode), reason in self._refusals.items() if mode == training), None)
+
+    def forget_refusals(self):
+        self._refusals.clear()
+
+    def works_in_any_format(self, count):
+        """Whether a call with `count` tensors would take and return channels-last tensors as they come."""
+        plan = self.plan(self.owner, ((signatures.TENSOR,) * count, ()))
+        variant = plan and plan.variant(True)
+        return bool(variant and variant.works_in_any_format)
+
+
+def _restored(module, tensors):
+    """module(*tensors) with contiguous arguments; what it writes into them reaches the originals."""
+    given = [t.contiguous() for t in tensors]
+    tracked = not any(t.is_inference() for t in given)
+    versions = [t._version for t in given] if tracked else None
+    result = module(*given)
+    for position, (before, now) in enumerate(zip(tensors, given)):
+        if now is not before and (not tracked or now._version != versions[position]):
+            before.copy_(now)
+    return result
+
+
+def returned_kind(module, signature):
+    """signature.TENSOR where a leaf is certain to return one tensor, else None."""
+    if calls.module_returns_tensor(module):
+        return signatures.TENSOR
+    forward = module.__dict__.get("forward")
+    if signature is None or not isinstance(forward, PlannedForward):
+        return None
+    plan = forward.plan(module, signature)
+    if plan is not None and plan.trace.result in plan.trace.tensors:
+        return signatures.TENSOR
+    return None
+
+

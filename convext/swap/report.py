@@ -1,0 +1,223 @@
+"""report(model): what became of each convolution of a model, with what it is fused, and who computes it."""
+import dataclasses
+import io
+import shutil
+from collections import Counter
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from .. import backends
+from ..problem import DTYPES, ConvProblem, Geom, Pass
+from . import calls
+from .planned import PlannedForward
+
+
+@dataclasses.dataclass
+class Row:
+    """One convolution.
+
+    module   its name in the model
+    layer    "64 -> 128, 3x3, stride 2"
+    became   "convext.nn.Conv2d", or the class that it still has
+    fused    what runs with it in one call: "bn + add + relu", or ""
+    backend  who computed it last, and by which variant: "" until it has run
+    variant
+    reason   why it was left alone, why nothing is fused with it, or why a faster backend passed
+    """
+
+    module: str
+    layer: str
+    became: str
+    fused: str = ""
+    backend: str = ""
+    variant: str = ""
+    reason: str = ""
+
+
+class Report:
+    """The rows of a report. Prints as a table; iterates over `Row`s; `to_dict()` gives {module: {column: text}}."""
+
+    def __init__(self, rows, title):
+        self.rows, self.title = rows, title
+
+    def __iter__(self):
+        return iter(self.rows)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, module):
+        """The row of a module by its name. Raises KeyError where there is none."""
+        for row in self.rows:
+            if row.module == module:
+                return row
+        raise KeyError(module)
+
+    def to_dict(self):
+        return {row.module: {name: text for name, text in dataclasses.asdict(row).items() if name != "module"}
+                for row in self.rows}
+
+    def summary(self):
+        """One line: how many layers, how many exchanged, how many fused with something."""
+        exchanged = sum(row.became == "convext.nn.Conv2d" for row in self.rows)
+        fused = sum(bool(row.fused) for row in self.rows)
+        return f"{len(self.rows)} convolutions, {exchanged} by convext, {fused} fused with what follows"
+
+    def __rich__(self):
+        notes = _notes(row.reason for row in self.rows)
+        rows = [(*dataclasses.astuple(row)[:-1], notes.get(row.reason, row.reason)) for row in self.rows]
+        caption = [f"{note}: {reason}" for reason, note in notes.items()] + [self.summary()]
+        return table(self.title, [f.name for f in dataclasses.fields(Row)], rows, "\n".join(caption))
+
+    def __str__(self):
+        return render(self)
+
+    __repr__ = __str__
+
+
+def _notes(reasons):
+    """{reason: "note 1"} of the long ones that several rows share: they stand once, below the table."""
+    counted = Counter(reasons)
+    shared = [reason for reason, count in counted.items() if count > 1 and len(reason) > 30]
+    return {reason: f"note {number}" for number, reason in enumerate(shared, 1)}
+
+
+def table(title, columns, rows, caption):
+    from rich.table import Table
+    drawn = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    for column in columns:
+        drawn.add_column(column, overflow="fold")
+    for row in rows:
+        drawn.add_row(*map(str, row))
+    return drawn
+
+
+def render(drawable):
+    """The text of a rich table, as wide as the terminal or the page."""
+    from rich.console import Console
+    text = io.StringIO()
+    width = max(shutil.get_terminal_size((140, 24)).columns, 100)
+    Console(file=text, width=width).print(drawable.__rich__())
+    return text.getvalue().rstrip("\n")
+
+
+def report(model: nn.Module) -> Report:
+    """What became of each convolution of a model, swapped or not: print it, or read its rows.
+
+    Backend and variant are those of the last call, so run the model first. Raises TypeError if `model` is not an
+    nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    places = _places(model)
+    rows = [_row(model, name, module, places.get(module)) for name, module in model.named_modules()
+            if isinstance(module, _ConvNd)]
+    return Report(rows, f"{type(model).__name__}: convolutions")
+
+
+@dataclasses.dataclass
+class _Place:
+    chain: object = None
+    state: object = None
+    reason: str = ""
+
+
+def _places(model):
+    """{convolution: where the outermost plan that reaches it has put it}; what has run goes before what has not."""
+    places = {}
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, PlannedForward):
+            for variant, modules in forward.present_variants():
+                for chain, fused in zip(variant.chains, variant.fused):
+                    place = _Place(chain, fused.state, variant.alone.get(chain.conv, ""))
+                    known = places.get(modules[chain.conv])
+                    if known is None or known.state is None or known.state.last is None and fused.state.last is not None:
+                        places[modules[chain.conv]] = place
+                for key, reason in variant.alone.items():
+                    places.setdefault(modules[key], _Place(reason=reason))
+    return places
+
+
+def _row(model, name, module, place):
+    from . import left_alone
+    row = Row(name, describe(module), _class_name(module))
+    if left_alone(module) is not None:
+        row.reason = left_alone(module)
+    elif type(module) is not calls.convext_conv():
+        row.reason = "not swapped"
+    elif place is None:
+        row.reason = _why_no_plan(model, name)
+    else:
+        row.fused = " + ".join(place.chain.parts) if place.chain else ""
+        row.reason = place.reason
+    if type(module) is calls.convext_conv():
+        last = place.state.last if place is not None and place.state is not None else None
+        last = last or calls.last_input(module)
+        if last is not None:
+            row.backend, row.variant, passed_over = _serving(module, last)
+            row.reason = "; ".join(filter(None, [row.reason, passed_over]))
+    return row
+
+
+def _class_name(module):
+    kind = type(module)
+    if kind is calls.convext_conv():
+        return "convext.nn.Conv2d"
+    return f"torch.nn.{kind.__name__}" if kind.__module__.startswith("torch.nn") else kind.__name__
+
+
+def describe(module):
+    """A layer in a few words: "64 -> 128, 3x3, stride 2, groups 1" without what is usual."""
+    text = [f"{module.in_channels} -> {module.out_channels}", "x".join(map(str, module.kernel_size))]
+    for setting, usual in (("stride", 1), ("padding", 0), ("dilation", 1)):
+        value = getattr(module, setting)
+        if isinstance(value, str):
+            text.append(f"{setting} {value}")
+        elif any(v != usual for v in value):
+            text.append(f"{setting} " + (str(value[0]) if len(set(value)) == 1 else "x".join(map(str, value))))
+    if module.groups != 1:
+        text.append("depthwise" if module.groups == module.in_channels else f"groups {module.groups}")
+    if module.padding_mode != "zeros":
+        text.append(f"{module.padding_mode} padding")
+    return ", ".join(text)
+
+
+def _why_no_plan(model, name):
+    """Why no plan reaches a convolution: the nearest container with something to say."""
+    from . import why_unplanned
+    parts = name.split(".") if name else []
+    for end in range(len(parts) - 1, -1, -1):
+        path = ".".join(parts[:end])
+        container = model.get_submodule(path)
+        forward = container.__dict__.get("forward")
+        where = f"{path or type(container).__name__}: "
+        if isinstance(forward, PlannedForward):
+            refused = forward.present_refusal()
+            return where + refused if refused else "no traced forward calls it"
+        reason = why_unplanned(container)
+        if not isinstance(container, (nn.ModuleList, nn.ModuleDict)) and reason:
+            return where + reason
+    return ""
+
+
+def _serving(module, last):
+    """(backend, variant, why a backend before it was passed over) for the problem of the last input."""
+    shape, strides, dtype, device = last
+    if dtype not in DTYPES:
+        return "aten", "", f"{dtype} has no kernels"
+    w = module.weight
+    padding = module.padding
+    if isinstance(padding, str) or module.padding_mode != "zeros" or len(shape) != 4:
+        return "", "", ""
+    like = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    geom = Geom(module.stride, padding, module.dilation, module.groups)
+    problem = dataclasses.replace(ConvProblem.of_fprop(like, w, geom), device=device.type)
+    try:
+        choice = backends.select(Pass.FPROP, problem)
+    except RuntimeError as error:
+        return "", "", str(error)
+    passed = "; ".join(f"{name}: {reason}" for name, reason in choice.passed_over.items())
+    return choice.backend.name, choice.variant, passed
