@@ -244,6 +244,8 @@ class ConvBNReLUFunction(Function):
             bn_act_backward = ops.bn_act_backward
         dy, dgamma, dbeta, dresidual = bn_act_backward(dout, y, mean, var, gamma, beta, residual, ctx.eps,
                                                        ctx.activation, ctx.training)
+        if residual is None:  # not saved: the activation is the identity
+            dresidual = dout
         return (
             _dgrad(dy, w, ctx.input_size, ctx.geom, ctx.channels_last) if x_needed else None,
             _wgrad(dy, x, ctx.kernel_size, ctx.geom) if w_needed else None,

@@ -163,9 +163,10 @@ class Reshapes(nn.Module):
         x = torch.relu(self.bn(self.conv1(x)))
         n, c, h, w = x.shape
         x = x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)   # channel shuffle
-        x = self.conv2(x).relu_()
+        x = self.conv2(x)
         flat = x.view(n, -1)
         flat.mul_(2)                                                                   # writes x
+        x = x.relu()
         y = F.hardswish(self.conv3(x))
         return y, x, y.permute(0, 2, 3, 1)
 
@@ -191,7 +192,7 @@ class Activations(nn.Module):
 TUTORIAL = {
     "lenet": (LeNet, 32, ["relu", "relu"]),
     "vgg": (vgg, 16, ["relu"] * 4),
-    "pre_activation": (PreActivation, 12, ["add"]),
+    "pre_activation": (PreActivation, 12, ["bn + relu", "bn + relu", "add"]),
     "basic_block": (BasicBlock, 12, ["bn + relu", "bn + add + relu", "bn"]),
     "squeeze_excite": (SqueezeExcite, 12, ["bn + silu", "relu"]),
     "dense_cat": (DenseLayers, 10, []),
@@ -199,6 +200,6 @@ TUTORIAL = {
     "conv_called_twice": (CalledTwice, 10, []),
     "control_flow": (ControlFlow, 10, ["bn + relu", "bn + add + relu", "bn"]),
     "module_list": (Blocks, 10, ["bn + relu6"] * 3),
-    "view_on_features": (Reshapes, 8, ["bn + relu", "relu", "hardswish"]),
+    "view_on_features": (Reshapes, 8, ["bn + relu", "hardswish"]),
     "every_activation": (Activations, 8, None),
 }
