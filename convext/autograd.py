@@ -13,14 +13,42 @@ they compute the same gradient from x, w and the parameters out of differentiabl
 
 from __future__ import annotations
 
+import functools
+import threading
+
 import torch
-from torch.autograd import Function
-from torch.autograd import forward_ad
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import Function, forward_ad
 
 from . import ops, reference
 from .activation import BACKWARD, FORWARD
 from .memory_format import suggests_channels_last
 from .problem import Geom, accumulate_dtype
+
+
+class _Level(threading.local):
+    """Whether this thread is in the forward or jvp of a Function that records on one level of torch.func's stack. Those
+    run with recording off, and the levels below must have it on again."""
+
+    recording = False
+
+
+_level = _Level()
+
+
+def _lower_levels_record(jvp):
+    """For a jvp: what it calls has derivatives of its own on the lower levels of torch.func's stack."""
+
+    @functools.wraps(jvp)
+    def wrapped(*args):
+        former = _level.recording
+        _level.recording = ops._functorch_active()
+        try:
+            return jvp(*args)
+        finally:
+            _level.recording = former
+
+    return wrapped
 
 
 def _save_for_jvp(ctx, *tensors) -> None:
@@ -38,21 +66,21 @@ def _add(a, b):
 
 
 def _fprop(x, w, bias, geom, channels_last=False):
-    """fprop, differentiable where a graph is being recorded."""
+    """fprop inside a derivative: recorded where a graph of it is wanted, through the operator's own Autograd kernel."""
     if torch.is_grad_enabled():
-        return Conv2dFunction.apply(x, w, bias, geom, channels_last)
+        return torch.ops.convext.fprop(x, w, bias, *geom, channels_last)
     return ops.fprop(x, w, bias, geom, channels_last)
 
 
 def _dgrad(dy, w, input_size, geom, channels_last=False):
     if torch.is_grad_enabled():
-        return DgradFunction.apply(dy, w, input_size, geom, channels_last)
+        return torch.ops.convext.dgrad(dy, w, input_size, *geom, channels_last)
     return ops.dgrad(dy, w, input_size, geom, channels_last)
 
 
 def _wgrad(dy, x, kernel_size, geom):
     if torch.is_grad_enabled():
-        return WgradFunction.apply(dy, x, kernel_size, geom)
+        return torch.ops.convext.wgrad(dy, x, kernel_size, *geom)
     return ops.wgrad(dy, x, kernel_size, geom)
 
 
@@ -77,7 +105,7 @@ class Conv2dFunction(Function):
         ctx.save_for_backward(_needed(w_needed, x), _needed(x_needed, w))
         _save_for_jvp(ctx, x, w)
         ctx.geom = geom
-        ctx.input_size, ctx.kernel_size = tuple(x.shape[2:]), tuple(w.shape[2:])
+        ctx.input_size, ctx.kernel_size = x.shape[2:], w.shape[2:]
         ctx.channels_last = suggests_channels_last(output)
         ctx.set_materialize_grads(False)
 
@@ -93,6 +121,7 @@ class Conv2dFunction(Function):
         return dx, dw, db, None, None
 
     @staticmethod
+    @_lower_levels_record
     def jvp(ctx, x_t, w_t, bias_t, *_):
         x, w = ctx.saved_tensors
         y_t = None if x_t is None else _fprop(x_t, w, bias_t, ctx.geom)
@@ -129,7 +158,7 @@ class DgradFunction(Function):
         ctx.save_for_backward(_needed(w_needed, dy), _needed(dy_needed, w))
         _save_for_jvp(ctx, dy, w)
         ctx.geom = geom
-        ctx.input_size, ctx.kernel_size = input_size, tuple(w.shape[2:])
+        ctx.input_size, ctx.kernel_size = input_size, w.shape[2:]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -143,6 +172,7 @@ class DgradFunction(Function):
         return ddy, dw, None, None, None
 
     @staticmethod
+    @_lower_levels_record
     def jvp(ctx, dy_t, w_t, *_):
         dy, w = ctx.saved_tensors
         return _add(None if dy_t is None else _dgrad(dy_t, w, ctx.input_size, ctx.geom),
@@ -165,7 +195,7 @@ class WgradFunction(Function):
         ctx.save_for_backward(_needed(x_needed, dy), _needed(dy_needed, x))
         _save_for_jvp(ctx, dy, x)
         ctx.geom = geom
-        ctx.input_size, ctx.kernel_size = tuple(x.shape[2:]), kernel_size
+        ctx.input_size, ctx.kernel_size = x.shape[2:], kernel_size
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -179,6 +209,7 @@ class WgradFunction(Function):
         return ddy, dx, None, None
 
     @staticmethod
+    @_lower_levels_record
     def jvp(ctx, dy_t, x_t, *_):
         dy, x = ctx.saved_tensors
         return _add(None if dy_t is None else _wgrad(dy_t, x, ctx.kernel_size, ctx.geom),
@@ -220,7 +251,7 @@ class ConvBNReLUFunction(Function):
         ctx.mark_non_differentiable(*output[1:])
         if ctx.training:
             mean, var = output[2:]
-        ctx.input_size, ctx.kernel_size = tuple(x.shape[2:]), tuple(w.shape[2:])
+        ctx.input_size, ctx.kernel_size = x.shape[2:], w.shape[2:]
         ctx.channels_last = suggests_channels_last(y)
         ctx.dtypes = tuple(t.dtype if t is not None else None for t in (gamma, beta))
         residual = _needed(ctx.activation != "identity", residual)
@@ -286,7 +317,7 @@ class ConvActFunction(Function):
         if z is not None:
             ctx.mark_non_differentiable(z)
         ctx.by_output = z is None
-        ctx.input_size, ctx.kernel_size = tuple(x.shape[2:]), tuple(w.shape[2:])
+        ctx.input_size, ctx.kernel_size = x.shape[2:], w.shape[2:]
         ctx.channels_last = suggests_channels_last(out)
         residual = _needed(not ctx.by_output, residual)
         seen = None if ctx.activation == "identity" else out if ctx.by_output else z
@@ -330,14 +361,39 @@ def needs_function(*tensors) -> bool:
     return carries_tangents()
 
 
+def _apply_at_this_level(function, *args):
+    """`function.apply` inside an Autograd kernel: by then the dispatcher has dealt with torch.func's stack of transforms,
+    and it is on its present level alone that `function` has to record."""
+    former = _level.recording
+    _level.recording = ops._functorch_active()
+    try:
+        with enable_single_level_autograd_function():
+            return super(Function, function).apply(*args)
+    finally:
+        _level.recording = former
+
+
+def _run_below(op, args, kwargs):
+    """op without its Autograd kernel; what is below on torch.func's stack still records, as it would have if this level
+    had not been there."""
+    if not _level.recording:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args, **kwargs)
+    _level.recording = False
+    try:
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+            return op(*args, **kwargs)
+    finally:
+        _level.recording = True
+
+
 def _register(name: str, differentiable, tensor_count: int) -> None:
     op = getattr(torch.ops.convext, name).default
 
     def kernel(*args, **kwargs):
         if needs_function(*args[:tensor_count]):
             return differentiable(*args, **kwargs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args, **kwargs)
+        return _run_below(op, args, kwargs)
 
     ops.LIBRARY.impl(name, kernel, "Autograd")
 
@@ -347,44 +403,48 @@ def _geom(stride, padding, dilation, groups) -> Geom:
 
 
 def _differentiable_fprop(x, w, bias, stride, padding, dilation, groups, channels_last=False):
-    return Conv2dFunction.apply(x, w, bias, _geom(stride, padding, dilation, groups), channels_last)
+    return _apply_at_this_level(Conv2dFunction, x, w, bias, _geom(stride, padding, dilation, groups), channels_last)
 
 
 def _differentiable_dgrad(dy, w, input_size, stride, padding, dilation, groups, channels_last=False):
     geom = _geom(stride, padding, dilation, groups)
-    return DgradFunction.apply(dy, w, tuple(input_size), geom, channels_last)
+    return _apply_at_this_level(DgradFunction, dy, w, torch.Size(input_size), geom, channels_last)
 
 
 def _differentiable_wgrad(dy, x, kernel_size, stride, padding, dilation, groups):
-    return WgradFunction.apply(dy, x, tuple(kernel_size), _geom(stride, padding, dilation, groups))
+    return _apply_at_this_level(WgradFunction, dy, x, torch.Size(kernel_size), _geom(stride, padding, dilation, groups))
 
 
 def _differentiable_fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, stride, padding, dilation, groups, eps,
                                  activation, channels_last=False):
     geom = _geom(stride, padding, dilation, groups)
     if mean is None:
-        return conv_act(x, w, bias, residual, geom, activation)
-    return conv_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation)[0]
+        return conv_act(x, w, bias, residual, geom, activation, _apply_at_this_level)
+    return conv_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation, _apply_at_this_level)[0]
 
 
 def _differentiable_fprop_bn_act_train(x, w, bias, gamma, beta, residual, stride, padding, dilation, groups, eps,
                                        activation):
     geom = _geom(stride, padding, dilation, groups)
-    return conv_bn_act(x, w, bias, None, None, gamma, beta, residual, geom, eps, activation)
+    return conv_bn_act(x, w, bias, None, None, gamma, beta, residual, geom, eps, activation, _apply_at_this_level)
 
 
-def conv_act(x, w, bias, residual, geom, activation):
+def _apply(function, *args):
+    return function.apply(*args)
+
+
+def conv_act(x, w, bias, residual, geom, activation, apply=_apply):
     """ConvActFunction, or in forward mode what it stands for."""
     if carries_tangents():
-        return reference.act(Conv2dFunction.apply(x, w, bias, geom), residual, activation)
-    return ConvActFunction.apply(x, w, bias, residual, geom, activation)[0]
+        return reference.act(apply(Conv2dFunction, x, w, bias, geom), residual, activation)
+    return apply(ConvActFunction, x, w, bias, residual, geom, activation)[0]
 
 
-def conv_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation):
+def conv_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation, apply=_apply):
     """ConvBNReLUFunction, or in forward mode what it stands for."""
     if not carries_tangents():
-        return ConvBNReLUFunction.apply(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation)
-    y = Conv2dFunction.apply(x, w, bias, geom)
+        return apply(ConvBNReLUFunction, x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation)
+    y = apply(Conv2dFunction, x, w, bias, geom)
     stats = reference.batch_stats(y) if mean is None else (mean, var)
     out = reference.bn_act(y, *stats, gamma, beta, residual, eps, activation)
     return (out, y, *stats) if mean is None else (out, y)

@@ -12,7 +12,7 @@ from .activation import FORWARD
 from .problem import DTYPES, Geom
 
 _PLAIN = ops._PLAIN
-_is_grad_enabled = torch.is_grad_enabled
+_jit_tracing = torch._C._get_tracing_state  # a TorchScript trace gets ATen's operators: it runs without convext
 
 
 def _pair(name: str, value) -> tuple[int, int]:
@@ -111,7 +111,7 @@ def _conv2d(function, x, w, bias, stride, padding, dilation, groups):
         return _conv2d_traced(x, w, bias, stride, padding, dilation, groups)
     if not (type(x) in _PLAIN and type(w) in _PLAIN and type(bias) in _PLAIN) or x is None or w is None:
         _check_tensors(x, w, bias)
-    if x.dtype not in DTYPES or w.dtype not in DTYPES or _is_foreign(x, w, bias):
+    if x.dtype not in DTYPES or w.dtype not in DTYPES or _is_foreign(x, w, bias) or _jit_tracing():
         return torch.conv2d(x, w, bias, stride, padding, dilation, groups)
     x, geom = _normalise(x, w, stride, padding, dilation, groups)
     if ops._autocast_active():
@@ -274,7 +274,7 @@ def _prepare_fused(input, weight, bias, residual, batch_norm, stride, padding, d
         _check_tensors(input, weight, bias)
         for t in (residual, *batch_norm):
             checks.check_tensor("residual and the batch norm's parameters", t, optional=True)
-        if ops._functorch_active() or autograd.carries_tangents() or _is_foreign(*tensors):
+        if ops._functorch_active() or autograd.carries_tangents() or _is_foreign(*tensors) or _jit_tracing():
             return None
     x, w, b = input, weight, bias
     if x.dtype not in DTYPES or w.dtype not in DTYPES:

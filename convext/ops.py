@@ -52,6 +52,7 @@ _batch_stats, _bn_act, _bn_act_backward = OPS.batch_stats.default, OPS.bn_act.de
 # ---- straight to the backend ------------------------------------------------------------------------------------------
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
+_is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_active = torch._C._are_functorch_transforms_active
 _autocast_active = torch._C._is_any_autocast_enabled
@@ -60,8 +61,8 @@ _NO_EPILOGUE = Epilogue()
 
 
 def dispatcher_is_idle() -> bool:
-    """True when no mode, transform or autocast stands between a call and its kernel."""
-    return not (_dispatch_modes() or _functorch_active() or _autocast_active())
+    """True when no compiler, mode, transform or autocast stands between a call and its kernel."""
+    return not (_is_compiling() or _dispatch_modes() or _functorch_active() or _autocast_active())
 
 
 def _remember(key: tuple, choice: backends.Choice) -> backends.Choice:
@@ -399,8 +400,7 @@ def _out_of_channels(t, size):
     return t.reshape(t.shape[0], size, -1, *t.shape[2:])
 
 
-@_vmap("fprop")
-def _(info, in_dims, x, w, bias, stride, padding, dilation, groups, channels_last=False):
+def _vmap_fprop(info, in_dims, x, w, bias, stride, padding, dilation, groups, channels_last=False):
     size = info.batch_size
     x_dim, w_dim, bias_dim = in_dims[:3]
     shared_bias = bias if bias_dim is None else None
@@ -423,6 +423,9 @@ def _(info, in_dims, x, w, bias, stride, padding, dilation, groups, channels_las
         y = _fprop(_into_channels(_front(x, x_dim, size)), _into_batch(w), bias, stride, padding, dilation,
                    size * groups, channels_last)
     return _out_of_channels(y, size), 1
+
+
+_vmap("fprop")(_vmap_fprop)
 
 
 @_vmap("dgrad")
@@ -449,33 +452,55 @@ def _(info, in_dims, dy, x, kernel_size, stride, padding, dilation, groups):
     return dw.reshape(size, -1, *dw.shape[1:]), 0
 
 
-def _vmap_by_composition(name, function) -> None:
-    """The rule of an operator that is a composition of others: vmap the composition."""
-    def rule(info, in_dims, *args):
-        out = torch.vmap(function, tuple(in_dims), randomness=info.randomness)(*args)
-        return out, (0 if isinstance(out, torch.Tensor) else (0,) * len(out))
-    torch.library.register_vmap(f"convext::{name}", rule, lib=LIBRARY)
+def _fronts(info, in_dims, *tensors):
+    return tuple(t if t is None else _front(t, dim, info.batch_size) for t, dim in zip(tensors, in_dims))
 
 
-def _compose_fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, stride, padding, dilation, groups, eps,
-                          activation, channels_last=False):
-    y = _fprop(x, w, bias, stride, padding, dilation, groups, channels_last)
+def _vmap_conv(info, in_dims, x, w, bias, *geom):
+    y, dim = _vmap_fprop(info, in_dims, x, w, bias, *geom)
+    return y.movedim(dim, 0)
+
+
+@_vmap("fprop_bn_act")
+def _(info, in_dims, x, w, bias, mean, var, gamma, beta, residual, stride, padding, dilation, groups, eps, activation,
+      channels_last=False):
+    if all(dim is None for dim in in_dims[:3]):
+        y = _fprop(x, w, bias, stride, padding, dilation, groups, channels_last)
+        y = y.expand(info.batch_size, *y.shape)
+    else:
+        y = _vmap_conv(info, in_dims, x, w, bias, stride, padding, dilation, groups, channels_last)
+    mean, var, gamma, beta, residual = _fronts(info, in_dims[3:8], mean, var, gamma, beta, residual)
     if mean is None:
-        return reference.act(y, residual, activation)
-    return reference.bn_act(y, mean, var, gamma, beta, residual, eps, activation)
+        return reference.act(y, residual, activation), 0
+    return reference.bn_act(y, mean, var, gamma, beta, residual, eps, activation), 0
 
 
-def _compose_fprop_bn_act_train(x, w, bias, gamma, beta, residual, stride, padding, dilation, groups, eps, activation):
-    y = _fprop(x, w, bias, stride, padding, dilation, groups)
+@_vmap("fprop_bn_act_train")
+def _(info, in_dims, x, w, bias, gamma, beta, residual, stride, padding, dilation, groups, eps, activation):
+    if all(dim is None for dim in in_dims[:3]):
+        y = _fprop(x, w, bias, stride, padding, dilation, groups)
+        y = y.expand(info.batch_size, *y.shape)
+    else:
+        y = _vmap_conv(info, in_dims, x, w, bias, stride, padding, dilation, groups)
     mean, var = reference.batch_stats(y)
-    return reference.bn_act(y, mean, var, gamma, beta, residual, eps, activation), y, mean, var
+    gamma, beta, residual = _fronts(info, in_dims[3:6], gamma, beta, residual)
+    return (reference.bn_act(y, mean, var, gamma, beta, residual, eps, activation), y, mean, var), (0, 0, 0, 0)
 
 
-_vmap_by_composition("fprop_bn_act", _compose_fprop_bn_act)
-_vmap_by_composition("fprop_bn_act_train", _compose_fprop_bn_act_train)
-_vmap_by_composition("batch_stats", reference.batch_stats)
-_vmap_by_composition("bn_act", reference.bn_act)
-_vmap_by_composition("bn_act_backward", reference.bn_act_backward)
+@_vmap("batch_stats")
+def _(info, in_dims, y):
+    return reference.batch_stats(y.movedim(in_dims[0], 0)), (0, 0)
+
+
+@_vmap("bn_act")
+def _(info, in_dims, *args):
+    return reference.bn_act(*_fronts(info, in_dims, *args[:6]), *args[6:]), 0
+
+
+@_vmap("bn_act_backward")
+def _(info, in_dims, *args):
+    return reference.bn_act_backward(*_fronts(info, in_dims, *args[:7]), *args[7:]), (0, 0, 0, 0)
+
 
 # ---- FLOPs, as torch.utils.flop_counter counts a convolution's ----------------------------------------------------------
 

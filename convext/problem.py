@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import operator
 from typing import NamedTuple
 
 import torch
@@ -50,13 +51,28 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-class Geom(NamedTuple):
-    """How the filter walks over the input, (height, width) each. The one value in which it travels."""
+class Geom(tuple):
+    """How the filter walks over the input: stride, padding, dilation, (height, width) each, and groups. The one value
+    in which they travel.
 
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
+    A tuple and not a NamedTuple, because torch.func takes those apart, and fails on nested ones in forward mode.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
+        return tuple.__new__(cls, (stride, padding, dilation, groups))
+
+    def __getnewargs__(self):
+        return tuple(self)
+
+    stride = property(operator.itemgetter(0))
+    padding = property(operator.itemgetter(1))
+    dilation = property(operator.itemgetter(2))
+    groups = property(operator.itemgetter(3))
+
+    def __repr__(self) -> str:
+        return f"Geom(stride={self[0]}, padding={self[1]}, dilation={self[2]}, groups={self[3]})"
 
     def output_size(self, input_size, kernel_size) -> tuple[int, int]:
         """(P, Q) for an input (H, W) and a filter (R, S): PyTorch's formula."""
@@ -243,9 +259,8 @@ class ConvProblem:
 
     def __str__(self) -> str:
         text = f"x {'x'.join(map(str, self.x_shape))}, w {'x'.join(map(str, self.w_shape))}"
-        plain = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
-        for name, value in self.geom._asdict().items():
-            if name in plain and value != plain[name]:
+        for name, value, plain in zip(("stride", "padding", "dilation"), self.geom, Geom()):
+            if value != plain:
                 text += f", {name} {value[0]}" + ("" if value[0] == value[1] else f"x{value[1]}")
         if self.groups != 1:
             text += f", groups {self.groups}"

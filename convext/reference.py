@@ -1,5 +1,7 @@
 """The fused operations as compositions of differentiable torch operations: what they mean, and what runs where the
-fused kernels cannot (second derivatives, forward mode, vmap)."""
+fused kernels cannot (second derivatives, forward mode, vmap).
+
+Activations are (..., N, C, H, W) and what belongs to channels (..., C): the dots are vmap's."""
 
 from __future__ import annotations
 
@@ -9,13 +11,16 @@ from .activation import BACKWARD, FORWARD
 from .problem import accumulate_dtype
 
 
+_NHW = (-4, -2, -1)
+
+
 def _channels(t: torch.Tensor) -> torch.Tensor:
-    return t[:, None, None]
+    return t[..., None, :, None, None]
 
 
 def batch_stats(y):
     """Mean and biased variance per channel, in the accumulate dtype."""
-    var, mean = torch.var_mean(y.to(accumulate_dtype(y.dtype)), (0, 2, 3), correction=0)
+    var, mean = torch.var_mean(y.to(accumulate_dtype(y.dtype)), _NHW, correction=0)
     return mean, var
 
 
@@ -46,12 +51,11 @@ def bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, 
     """
     xhat, rstd = _normalise(y, mean, var, eps)
     dz = BACKWARD[activation](dout.to(xhat.dtype), _affine(xhat, gamma, beta, residual))
-    dims = (0, 2, 3)
-    dbeta, dgamma = dz.sum(dims), (dz * xhat).sum(dims)
+    dbeta, dgamma = dz.sum(_NHW), (dz * xhat).sum(_NHW)
     scale = rstd if gamma is None else rstd * gamma.to(rstd.dtype)
     dy = dz
     if training:
-        count = y.shape[0] * y.shape[2] * y.shape[3]
+        count = y.shape[-4] * y.shape[-2] * y.shape[-1]
         dy = dz - _channels(dbeta / count) - xhat * _channels(dgamma / count)
     return (_channels(scale) * dy).to(y.dtype), dgamma, dbeta, dz.to(y.dtype)
 
