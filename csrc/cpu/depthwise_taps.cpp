@@ -17,6 +17,8 @@
 // takes the general tile: 1 x 8 outputs x W channels, taps at run time, one load for each FMA.
 #include "depthwise_taps.h"
 
+#include "depthwise_input.h"
+
 namespace convext {
 namespace CONVEXT_ISA {
 
@@ -198,53 +200,6 @@ void small_tile(const Tile<T>& t) {
 
 // ---- the general tile ----
 
-// How the input's channels reach the lanes of a block: as they lie, W or fewer of them, or spread by the multiplier.
-template <class T>
-struct WholeInput {
-  static constexpr bool kWhole = true;
-  WholeInput(const Tile<T>&, int64_t) {}
-  Vec<T> operator()(const T* in) const { return load(in); }
-};
-
-template <class T>
-struct PartInput {
-  static constexpr bool kWhole = false;
-  Lanes<T> lanes;
-  PartInput(const Tile<T>& t, int64_t) : lanes(t.k) {}
-  Vec<T> operator()(const T* in) const { return load(in, lanes); }
-};
-
-template <class T>
-struct SpreadInput {
-  static constexpr bool kWhole = false;
-  typename Native<T>::bits index;
-  Lanes<T> read;
-  int64_t back;  // from channel k, where the caller points, to channel k / multiplier
-  Lanes<T> lanes;
-
-  SpreadInput(const Tile<T>& t, int64_t k)
-      : read((smaller(k + Vec<T>::width, t.k) - 1) / t.multiplier - k / t.multiplier + 1),
-        back(k - k / t.multiplier),
-        lanes(t.k) {
-    const int64_t first = k / t.multiplier;
-    for (int i = 0; i < Vec<T>::width; ++i) {
-      const int64_t channel = (k + i) / t.multiplier - first;
-      index[i] = channel < Vec<T>::width ? channel : 0;
-    }
-  }
-  static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-  Vec<T> operator()(const T* in) const {
-    const Vec<T> x = load(in - back, read);
-#if defined(__clang__)
-    Vec<T> spread;
-    for (int i = 0; i < Vec<T>::width; ++i) spread.v[i] = x.v[index[i]];
-    return spread;
-#else
-    return __builtin_shuffle(x.v, index);
-#endif
-  }
-};
-
 template <bool EDGE, class Input, class T>
 CONVEXT_INLINE void general_sums(const Tile<T>& t, const Input& input, int64_t k, const T* w,
                                  Vec<T> (&sums)[1][kGeneralColumns]) {
@@ -271,7 +226,7 @@ template <class T, class Input, bool EDGE>
 void general_tile(const Tile<T>& t) {
   for (int64_t block = t.block_begin; block < t.block_end; ++block) {
     const int64_t k = tap_block_begin(block, t.k, Vec<T>::width);
-    const Input input(t, k);
+    const Input input(k, t.k, t.multiplier);
     Vec<T> sums[1][kGeneralColumns];
     general_sums<EDGE>(t, input, k, t.packed + block * t.w_block, sums);
     if constexpr (Input::kWhole) {
@@ -493,9 +448,9 @@ void sum_taps_and_filters(const TapSum<T>& sum, const Parallel& all_threads) {
             Vec<T> sums[1][kGeneralColumns];
             const T* const taps = t.packed + block * t.w_block;
             if (sum.k < width) {
-              general_sums<true>(t, PartInput<T>(t, k), k, taps, sums);
+              general_sums<true>(t, PartInput<T>(k, t.k, 1), k, taps, sums);
             } else {
-              general_sums<true>(t, WholeInput<T>(t, k), k, taps, sums);
+              general_sums<true>(t, WholeInput<T>(k, t.k, 1), k, taps, sums);
             }
             // Lanes that the block before has had already, or that lie past the last filter, are left out.
             for (int64_t lane = block * width - k; lane < width && k + lane < (c + count) * m; ++lane) {
