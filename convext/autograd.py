@@ -17,7 +17,7 @@ import functools
 import threading
 
 import torch
-from torch._functorch.utils import enable_single_level_autograd_function
+from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
 
 from . import ops, reference
@@ -88,7 +88,18 @@ def _channel_sum(dy):
     return dy.sum((0, 2, 3))
 
 
-class Conv2dFunction(Function):
+class _Function(Function):
+    """A Function whose `apply` costs half: without torch.func, the base class would look up the signature of `forward`
+    on every call only to fill in defaults that the call below fills in by itself."""
+
+    @classmethod
+    def apply(cls, *args):
+        if ops._functorch_active():
+            return super().apply(*args)
+        return super(Function, cls).apply(*unwrap_dead_wrappers(args))
+
+
+class Conv2dFunction(_Function):
     """y = x * w + bias. `apply(x, w, bias, geom, channels_last=False)` with x (N, C, H, W), w (K, C/groups, R, S),
     bias (K) or None, geom a `convext.problem.Geom`."""
 
@@ -141,7 +152,7 @@ class DilatedConv2dFunction(Conv2dFunction):
     """Conv2dFunction with dilation: the name under which dilated convolutions stand in a graph."""
 
 
-class DgradFunction(Function):
+class DgradFunction(_Function):
     """dx from dy and w: `apply(dy, w, input_size, geom, channels_last=False)`. Also the forward of a transposed
     convolution."""
 
@@ -179,7 +190,7 @@ class DgradFunction(Function):
                     None if w_t is None else _dgrad(dy, w_t, ctx.input_size, ctx.geom))
 
 
-class WgradFunction(Function):
+class WgradFunction(_Function):
     """dw from dy and x: `apply(dy, x, kernel_size, geom)`."""
 
     generate_vmap_rule = True
@@ -225,7 +236,7 @@ def _refuse_forward_mode(name: str):
                               "that has one when a tensor carries a tangent")
 
 
-class ConvBNReLUFunction(Function):
+class ConvBNReLUFunction(_Function):
     """out = activation(batch_norm(x * w + bias) + residual). Forward mode raises NotImplementedError.
 
     `apply(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation)` with mean and var (K), the statistics
@@ -294,7 +305,7 @@ class ConvBNReLUFunction(Function):
         _refuse_forward_mode("ConvBNReLUFunction")
 
 
-class ConvActFunction(Function):
+class ConvActFunction(_Function):
     """out = activation(x * w + bias + residual), for a convolution without a batch norm. Forward mode raises
     NotImplementedError. `apply(x, w, bias, residual, geom, activation)` returns (out, z): z is what the activation saw,
     or `out` again where that tells its derivative as well; it is not differentiable."""
@@ -356,8 +367,10 @@ def carries_tangents() -> bool:
 
 def needs_function(*tensors) -> bool:
     """True when a call on these tensors must be recorded, for reverse or forward mode."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return True
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
     return carries_tangents()
 
 

@@ -12,7 +12,7 @@ from .activation import FORWARD
 from .problem import DTYPES, Geom
 
 _PLAIN = ops._PLAIN
-_jit_tracing = torch._C._get_tracing_state  # a TorchScript trace gets ATen's operators: it runs without convext
+_jit_tracing = ops._jit_tracing  # a TorchScript trace gets ATen's operators: it runs without convext
 
 
 def _pair(name: str, value) -> tuple[int, int]:
@@ -27,8 +27,7 @@ def _pair(name: str, value) -> tuple[int, int]:
 def _is_int(value) -> bool:
     if isinstance(value, torch.Tensor):
         return value.numel() == 1 and not (value.is_floating_point() or value.is_complex())
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) or hasattr(value, "__index__") \
-        and not isinstance(value, bool)
+    return not isinstance(value, bool) and (isinstance(value, torch.SymInt) or hasattr(value, "__index__"))
 
 
 def _as_int(value):
@@ -202,6 +201,11 @@ def conv_act(input, weight, bias=None, *, stride=1, padding=0, dilation=1, group
     if has_torch_function(tensors):
         return handle_torch_function(conv_act, tensors, input, weight, bias, stride=stride, padding=padding,
                                      dilation=dilation, groups=groups, activation=activation, residual=residual)
+    if type(groups) is int and not isinstance(padding, str) and _is_simple(*tensors):
+        geom = Geom(_pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups)
+        out = ops.fprop_bn_act_again(input, weight, bias, None, None, None, None, residual, geom, 0.0, activation)
+        if out is not None:
+            return out
     checks.check_activation(activation)
     fused = _prepare_fused(*tensors, (), stride, padding, dilation, groups)
     if fused is None:
@@ -240,10 +244,16 @@ def conv_bn_relu(input, weight, bias, running_mean, running_var, bn_weight, bn_b
         return handle_torch_function(
             conv_bn_relu, tensors, *tensors[:7], stride=stride, padding=padding, dilation=dilation, groups=groups,
             training=training, momentum=momentum, eps=eps, activation=activation, residual=residual)
-    checks.check_activation(activation)
     if not isinstance(momentum, (int, float)):
         raise TypeError(f"momentum: expected a float, got {momentum!r}; convext.nn.ConvBNReLU takes None")
     batch_norm = running_mean, running_var, bn_weight, bn_bias
+    if not training and running_mean is not None and type(groups) is int and not isinstance(padding, str) \
+            and _is_simple(*tensors):
+        geom = Geom(_pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups)
+        out = ops.fprop_bn_act_again(input, weight, bias, *batch_norm, residual, geom, eps, activation)
+        if out is not None:
+            return out
+    checks.check_activation(activation)
     fused = _prepare_fused(input, weight, bias, residual, batch_norm, stride, padding, dilation, groups)
     if fused is None:
         return _unfused(input, weight, bias, *batch_norm, stride, padding, dilation, groups, training, momentum, eps,
@@ -264,6 +274,11 @@ def conv_bn_relu(input, weight, bias, running_mean, running_var, bn_weight, bn_b
         if running_mean is not None:
             _update_running(running_mean, running_var, mean, var, momentum, y.shape[0] * y.shape[2] * y.shape[3])
     return out.squeeze(0) if input.dim() == 3 else out
+
+
+def _is_simple(*tensors) -> bool:
+    """True for tensors that neither dispatcher nor autograd has to see."""
+    return ops.all_plain(*tensors) and not autograd.needs_function(*tensors)
 
 
 def _prepare_fused(input, weight, bias, residual, batch_norm, stride, padding, dilation, groups):

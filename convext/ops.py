@@ -53,6 +53,7 @@ _batch_stats, _bn_act, _bn_act_backward = OPS.batch_stats.default, OPS.bn_act.de
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 _is_compiling = torch.compiler.is_compiling
+_jit_tracing = torch._C._get_tracing_state
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_active = torch._C._are_functorch_transforms_active
 _autocast_active = torch._C._is_any_autocast_enabled
@@ -61,8 +62,13 @@ _NO_EPILOGUE = Epilogue()
 
 
 def dispatcher_is_idle() -> bool:
-    """True when no compiler, mode, transform or autocast stands between a call and its kernel."""
-    return not (_is_compiling() or _dispatch_modes() or _functorch_active() or _autocast_active())
+    """True when no compiler, tracer, mode, transform or autocast stands between a call and its kernel."""
+    return not (_is_compiling() or _jit_tracing() or _dispatch_modes() or _functorch_active() or _autocast_active())
+
+
+def all_plain(*tensors) -> bool:
+    """True when a call on these tensors can go straight to the backend."""
+    return _PLAIN.issuperset(map(type, tensors)) and dispatcher_is_idle()
 
 
 def _remember(key: tuple, choice: backends.Choice) -> backends.Choice:
@@ -88,13 +94,17 @@ def _run_fprop(x, w, bias, geom, channels_last):
 
 
 def _signature(t):
-    return None if t is None else (t.shape, t.dtype)
+    return None if t is None else (t.shape, t.dtype, t.device)
+
+
+def _fprop_bn_act_key(x, w, bias, mean, var, gamma, beta, residual, geom, activation, channels_last):
+    return (x.shape, x.stride(), x.dtype, x.device, w.shape, w.stride(), w.dtype, w.device,
+            _signature(bias), _signature(mean), _signature(var), _signature(gamma), _signature(beta),
+            _signature(residual), geom, activation, channels_last)
 
 
 def _run_fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation, channels_last):
-    key = (x.shape, x.stride(), x.dtype, x.device, w.shape, w.stride(), w.dtype, w.device,
-           _signature(bias), _signature(mean), _signature(var), _signature(gamma), _signature(beta),
-           _signature(residual), geom, activation, channels_last)
+    key = _fprop_bn_act_key(x, w, bias, mean, var, gamma, beta, residual, geom, activation, channels_last)
     choice = _calls.get(key)
     if choice is None:
         checks.check_activation(activation)
@@ -102,6 +112,15 @@ def _run_fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom, eps, a
         checks.check_batch_norm(x.dtype, w.shape[0], mean, var, gamma, beta)
         _check_residual(residual, choice.problem.y_shape, x.dtype)
         _remember(key, choice)
+    choice.counter[0] += 1
+    return choice.run(choice.problem, x, w, Epilogue(bias, mean, var, gamma, beta, residual, eps, activation))
+
+
+def fprop_bn_act_again(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation):
+    """fprop_bn_act of plain tensors where such a call went well before, or None: it needs no checks then."""
+    choice = _calls.get(_fprop_bn_act_key(x, w, bias, mean, var, gamma, beta, residual, geom, activation, False))
+    if choice is None:
+        return None
     choice.counter[0] += 1
     return choice.run(choice.problem, x, w, Epilogue(bias, mean, var, gamma, beta, residual, eps, activation))
 
@@ -200,33 +219,29 @@ def wgrad(dy, x, kernel_size, geom: Geom):
     return _wgrad(dy, x, kernel_size, *geom)
 
 
-def _all_plain(*tensors) -> bool:
-    return all(type(t) in _PLAIN for t in tensors) and dispatcher_is_idle()
-
-
 def fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom: Geom, eps: float, activation: str,
                  channels_last: bool = False):
     """fprop with bias, batch norm by given statistics, residual and activation in its epilogue."""
-    if _all_plain(x, w, bias, mean, var, gamma, beta, residual):
+    if all_plain(x, w, bias, mean, var, gamma, beta, residual):
         return _run_fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation, channels_last)
     return _fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, *geom, eps, activation, channels_last)
 
 
 def fprop_bn_act_train(x, w, bias, gamma, beta, residual, geom: Geom, eps: float, activation: str):
     """out, y, mean, var of fprop and a batch norm by the batch's own statistics, residual and activation."""
-    if _all_plain(x, w, bias, gamma, beta, residual):
+    if all_plain(x, w, bias, gamma, beta, residual):
         return _run_fprop_bn_act_train(x, w, bias, gamma, beta, residual, geom, eps, activation)
     return _fprop_bn_act_train(x, w, bias, gamma, beta, residual, *geom, eps, activation)
 
 
 def bn_act(y, mean, var, gamma, beta, residual, eps: float, activation: str):
-    if _all_plain(y, mean, var, gamma, beta, residual):
+    if all_plain(y, mean, var, gamma, beta, residual):
         return _run_bn_act(y, mean, var, gamma, beta, residual, eps, activation)
     return _bn_act(y, mean, var, gamma, beta, residual, eps, activation)
 
 
 def bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps: float, activation: str, training: bool):
-    if _all_plain(dout, y, mean, var, gamma, beta, residual):
+    if all_plain(dout, y, mean, var, gamma, beta, residual):
         return _run_bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training)
     return _bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import operator
 from typing import NamedTuple
 
 import torch
@@ -66,10 +65,21 @@ class Geom(tuple):
     def __getnewargs__(self):
         return tuple(self)
 
-    stride = property(operator.itemgetter(0))
-    padding = property(operator.itemgetter(1))
-    dilation = property(operator.itemgetter(2))
-    groups = property(operator.itemgetter(3))
+    @property
+    def stride(self) -> tuple[int, int]:
+        return self[0]
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        return self[1]
+
+    @property
+    def dilation(self) -> tuple[int, int]:
+        return self[2]
+
+    @property
+    def groups(self) -> int:
+        return self[3]
 
     def __repr__(self) -> str:
         return f"Geom(stride={self[0]}, padding={self[1]}, dilation={self[2]}, groups={self[3]})"
@@ -135,6 +145,17 @@ class ConvProblem:
     x_layout: Layout = Layout.NCHW
     y_layout: Layout = Layout.NCHW
     device: str = "cpu"
+    # Both from the fields above, kept because they are asked for on every call.
+    geom: Geom = dataclasses.field(init=False, repr=False, compare=False)
+    _hash: int = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        geom = Geom((self.stride_h, self.stride_w), (self.pad_h, self.pad_w), (self.dil_h, self.dil_w), self.groups)
+        object.__setattr__(self, "geom", geom)
+        object.__setattr__(self, "_hash", hash((*self.extents(), self.dtype, self.x_layout, self.y_layout, self.device)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @classmethod
     def of_fprop(cls, x: torch.Tensor, w: torch.Tensor, geom: Geom, channels_last: bool = False) -> ConvProblem:
@@ -165,10 +186,6 @@ class ConvProblem:
         k, _, r, s = w_shape
         return cls(n, c, h, w, k, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups,
                    DTYPES[like.dtype], Layout(x_nhwc), Layout(y_nhwc), like.device.type)
-
-    @property
-    def geom(self) -> Geom:
-        return Geom((self.stride_h, self.stride_w), (self.pad_h, self.pad_w), (self.dil_h, self.dil_w), self.groups)
 
     @property
     def p(self) -> int:

@@ -38,8 +38,8 @@ class AtenBackend:
     def fprop(self, problem: ConvProblem, x, w, epilogue: Epilogue):
         stride, padding, dilation, groups = problem.geom
         y = torch.convolution(x, w, epilogue.bias, stride, padding, dilation, False, (0, 0), groups)
-        # Some of ATen's kernels ignore the format that x and w suggest.
-        y = y.contiguous(memory_format=memory_format(problem.y_layout))
+        if problem.y_layout and not y.is_contiguous(memory_format=torch.channels_last):
+            y = y.contiguous(memory_format=torch.channels_last)  # it was asked for, and x and w do not suggest it
         if epilogue.mean is not None:
             stats = (t.to(accumulate_dtype(y.dtype)) for t in (epilogue.mean, epilogue.var))
             y = _batch_norm(y, *stats, epilogue.gamma, epilogue.beta, epilogue.eps)
