@@ -21,7 +21,7 @@ class Conv2d(torch.nn.Conv2d):
     """
 
     def _conv_forward(self, input, weight, bias):
-        if not torch.compiler.is_compiling():
+        if type(input) is torch.Tensor and not torch.compiler.is_compiling():
             LAST_INPUTS[self] = input.shape, input.stride(), input.dtype, input.device
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)

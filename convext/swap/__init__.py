@@ -9,6 +9,9 @@ A swap changes two things only. A layer whose type is exactly torch.nn.Conv2d be
 `__class__`: object, parameters, hooks and keys stay. A container whose own forward can be traced gets a `forward` in
 its instance dictionary that runs the same calls with each chain of convolution, batch norm, add and activation as one.
 """
+import sys
+import types
+
 import torch
 from torch import nn
 
@@ -116,3 +119,13 @@ def why_unplanned(module):
     if not any(isinstance(m, nn.Conv2d) for m in module.modules()):
         return "it has no convolution"
     return None
+
+
+class _CallableModule(types.ModuleType):
+    """`convext.swap` is the function; the import system puts this module there when somebody imports a part of it."""
+
+    def __call__(self, model):
+        return swap(model)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -18,7 +18,7 @@ _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16
 def wanted(tensors):
     """True where the native backend would serve, and the caller's tensors are contiguous and not channels-last."""
     forced = backends.forced()
-    if forced is not None and forced != "native":
+    if forced is not None and forced != "native" or torch._C._are_functorch_transforms_active():
         return False
     for t in tensors:
         if t.dtype not in _DTYPES or backends.unavailable("native", t.device.type) is not None \
@@ -59,6 +59,7 @@ class Layout:
             self.pinned |= self.free.intersection(output.all_input_nodes)
         self._pin_aliases(aliases)
         self.returns_free = self.returns_free and result not in self.pinned
+        del self.takes_any, self.modules   # the plan, which holds this
         self.accepts = not any(node.op == "placeholder" for node in self.pinned)
 
     def _visit(self, node):

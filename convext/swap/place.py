@@ -19,9 +19,10 @@ _grad_enabled = torch.is_grad_enabled
 class _Convolution:
     """A Conv2d module's dictionaries, and the geometry of its present settings."""
 
-    __slots__ = ("attributes", "parameters", "settings", "geom", "last")
+    __slots__ = ("attributes", "parameters", "settings", "geom", "last", "channels_last")
 
-    def __init__(self, module):
+    def __init__(self, module, channels_last):
+        self.channels_last = channels_last
         self.attributes, self.parameters = module.__dict__, module._parameters
         self.settings, self.geom = None, None
         self.last = None    # shape, strides, dtype and device of the last input, for the report
@@ -43,7 +44,7 @@ def bind(conv, batch_norm, activation, apart, channels_last):
 
 
 def _conv_act(conv, activation, apart, channels_last):
-    state = _Convolution(conv)
+    state = _Convolution(conv, channels_last)
     attributes, parameters = state.attributes, state.parameters
 
     def fused(x, residual=None):
@@ -66,7 +67,7 @@ def _conv_act(conv, activation, apart, channels_last):
 
 
 def _conv_bn_act(conv, batch_norm, activation, apart, channels_last):
-    state = _Convolution(conv)
+    state = _Convolution(conv, channels_last)
     attributes, parameters = state.attributes, state.parameters
     bn_attributes, affine, statistics = batch_norm.__dict__, batch_norm._parameters, batch_norm._buffers
 

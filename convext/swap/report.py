@@ -154,10 +154,10 @@ def _row(model, name, module, place):
         row.fused = " + ".join(place.chain.parts) if place.chain else ""
         row.reason = place.reason
     if type(module) is calls.convext_conv():
-        last = place.state.last if place is not None and place.state is not None else None
-        last = last or calls.last_input(module)
+        state = place.state if place is not None else None
+        last = state.last if state is not None and state.last is not None else calls.last_input(module)
         if last is not None:
-            row.backend, row.variant, passed_over = _serving(module, last)
+            row.backend, row.variant, passed_over = _serving(module, last, state is not None and state.channels_last)
             row.reason = "; ".join(filter(None, [row.reason, passed_over]))
     return row
 
@@ -203,7 +203,7 @@ def _why_no_plan(model, name):
     return ""
 
 
-def _serving(module, last):
+def _serving(module, last, channels_last):
     """(backend, variant, why a backend before it was passed over) for the problem of the last input."""
     shape, strides, dtype, device = last
     if dtype not in DTYPES:
@@ -214,7 +214,7 @@ def _serving(module, last):
         return "", "", ""
     like = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
     geom = Geom(module.stride, padding, module.dilation, module.groups)
-    problem = dataclasses.replace(ConvProblem.of_fprop(like, w, geom), device=device.type)
+    problem = dataclasses.replace(ConvProblem.of_fprop(like, w, geom, channels_last), device=device.type)
     try:
         choice = backends.select(Pass.FPROP, problem)
     except RuntimeError as error:

@@ -164,7 +164,8 @@ class _Tracer(fx.proxy.TracerBase):
             raise Untraceable("its forward calls itself")
         if module not in self.trace.descendants:
             raise Untraceable(f"its forward calls a {type(module).__name__} that is not among its submodules")
-        node = self.create_node("call_module", self.trace.key(module), *map(self.create_arg, (tuple(args), kwargs)))
+        node = self.create_node("call_module", self.trace.key(module), *map(self.create_arg, (tuple(args), kwargs)),
+                                name=self.trace.descendants[module].replace(".", "_"))
         with paused(), _pop_mode_temporarily():
             known = returned_kind(module, self.kinds(args, kwargs)) == signatures.TENSOR
         if known:
@@ -175,15 +176,16 @@ class _Tracer(fx.proxy.TracerBase):
 
     def kinds(self, args, kwargs):
         """The signature that a leaf will be called with, or None where it cannot be known."""
-        def kind(value):
-            if isinstance(value, fx.Proxy):
-                return signatures.TENSOR if self.is_tensor(value) else None
-            if type(value) in (list, tuple) and value and all(map(kind, value)):
-                return (type(value), len(value), signatures.TENSOR)
-            return signatures.kind(value) if not isinstance(value, (list, tuple)) or not value else None
-
-        positional, named = tuple(map(kind, args)), tuple((name, kind(value)) for name, value in kwargs.items())
+        positional = tuple(map(self._kind, args))
+        named = tuple((name, self._kind(value)) for name, value in kwargs.items())
         return None if None in positional or any(k is None for _, k in named) else (positional, named)
+
+    def _kind(self, value):
+        if isinstance(value, fx.Proxy):
+            return signatures.TENSOR if self.is_tensor(value) else None
+        if type(value) in (list, tuple):
+            return (type(value), len(value), signatures.TENSOR) if all(map(self.is_tensor, value)) else None
+        return signatures.kind(value)
 
 
 class Trace:

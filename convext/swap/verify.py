@@ -1,9 +1,9 @@
 """verify(model, sample): the model swapped and unswapped on the same input, forward and backward.
 
-How far apart may they be? As far as the unswapped model is from itself: its distance from a float64 run, and what
-moving every operand by one rounding error does to it. Rounding errors of a sum are those of its operands moved, so the
-second stands for the arithmetic that the two do in different orders where the first is no measure (float64, or a
-value whose errors cancelled by luck).
+How far apart may they be? A few times as far as the unswapped model is from itself: its distance from a float64 run, or
+what moving every operand by one rounding error does to it, whichever is larger. For a float64 model the first is no
+measure. There the second counts times sqrt(n), n being the longest sum: n operands moved by eps at random move their
+sum by eps sqrt(n), while rounding every one of its n partial sums, which grow like sqrt(n), moves it by eps n.
 """
 import copy
 import dataclasses
@@ -101,8 +101,9 @@ def verify(model: nn.Module, sample, *, seed: int = 0) -> Verification:
         wide = _Run(_widened(revert(copy.deepcopy(model))), _widened_values(args), _widened_values(kwargs), seed)
         moved = _Run(_moved(revert(copy.deepcopy(model)), seed), _moved_values(args, seed),
                      _moved_values(kwargs, seed), seed)
+    terms = _longest_sum(model, args, kwargs)
     rows = [_difference(name, kind, value, swapped.values.get((name, kind)), wide.values.get((name, kind)),
-                        moved.values.get((name, kind))) for (name, kind), value in plain.values.items()]
+                        moved.values.get((name, kind)), terms) for (name, kind), value in plain.values.items()]
     mode = "training" if model.training else "evaluation"
     return Verification(rows, f"{type(model).__name__} in {mode}, swapped against unswapped")
 
@@ -192,12 +193,21 @@ def _moved_values(values, seed):
         lambda v: _move(v.detach(), generator) if isinstance(v, torch.Tensor) and v.is_floating_point() else v, values)
 
 
-def _difference(name, kind, plain, swapped, wide, moved):
+def _longest_sum(model, args, kwargs):
+    """Of the forward pass over the operands of an output, of the backward pass over batch and pixels."""
+    operands = [p[0].numel() for p in model.parameters() if p.dim() > 1]
+    pixels = [t.numel() // (t.shape[1] if t.dim() > 3 else 1) for t in pytree.tree_leaves((args, kwargs))
+              if isinstance(t, torch.Tensor)]
+    return max([1, *operands, *pixels])
+
+
+def _difference(name, kind, plain, swapped, wide, moved, terms):
     if swapped is None or swapped.shape != plain.shape or swapped.dtype != plain.dtype:
         return Difference(name, kind, math.inf, 0.0, 0.0)
     if not plain.is_floating_point():
         return Difference(name, kind, _distance(plain, swapped), 0.0, 0.0)
-    own = max(_distance(plain, other) for other in (wide, moved) if other is not None)
+    own = _distance(plain, moved) * math.sqrt(terms) if plain.dtype is torch.float64 else \
+        max(_distance(plain, wide), _distance(plain, moved))
     size = float(plain.double().nan_to_num(0.0, 0.0, 0.0).abs().max()) if plain.numel() else 0.0
     return Difference(name, kind, _distance(plain, swapped), own, MARGIN * max(own, torch.finfo(plain.dtype).eps * size))
 
