@@ -47,7 +47,7 @@ class Case:
 
     @property
     def borders(self):
-        """Zeros at the (top, bottom, left, right). "same" with an even reach puts the odd one at the bottom and right."""
+        """Zeros at the (top, bottom, left, right). An odd number under "same" puts one more at the bottom and right."""
         if self.padding == "valid":
             return 0, 0, 0, 0
         if self.padding == "same":
@@ -83,13 +83,14 @@ class Case:
         return (*self.x[:-3], k, p, q)
 
     def gemm_k(self, pass_):
-        """Length of the sum behind one element of the result of `pass_`: "fprop", "dgrad" or "wgrad"."""
+        """Length of the sum behind one element of the result of `pass_`: "fprop", "dgrad", "wgrad" or "dbias"."""
         k, c_per_group, r, s = self.w
         p, q = self.y[-2:]
         lengths = {
             "fprop": r * s * c_per_group,
             "dgrad": r * s * (k // self.groups),
             "wgrad": self.batched_x[0] * p * q,
+            "dbias": self.batched_x[0] * p * q,
         }
         return lengths[pass_]
 

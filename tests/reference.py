@@ -81,17 +81,16 @@ class Nest:
         """{pass: Expected} for fprop (with the bias), dgrad, wgrad, and dbias where the case has one."""
         x, w, bias, dy = operands.x, operands.w, operands.bias, operands.dy
         case = self.case
-        results = {
-            "fprop": Expected(self.fprop(x, w, bias), case.gemm_k("fprop"),
-                              self.fprop(x.double() ** 2, w.double() ** 2, None if bias is None else bias.double() ** 2)),
-            "dgrad": Expected(self.dgrad(dy, w), case.gemm_k("dgrad"),
-                              self.dgrad(dy.double() ** 2, w.double() ** 2)),
-            "wgrad": Expected(self.wgrad(dy, x), case.gemm_k("wgrad"),
-                              self.wgrad(dy.double() ** 2, x.double() ** 2)),
-        }  # fmt: skip
+        x2, w2, dy2 = x.double() ** 2, w.double() ** 2, dy.double() ** 2
+        bias2 = None if bias is None else bias.double() ** 2
+        values = {
+            "fprop": (self.fprop(x, w, bias), self.fprop(x2, w2, bias2)),
+            "dgrad": (self.dgrad(dy, w), self.dgrad(dy2, w2)),
+            "wgrad": (self.wgrad(dy, x), self.wgrad(dy2, x2)),
+        }
         if bias is not None:
-            results["dbias"] = Expected(self.dbias(dy), case.gemm_k("wgrad"), self.dbias(dy.double() ** 2))
-        return results
+            values["dbias"] = (self.dbias(dy), self.dbias(dy2))
+        return {name: Expected(value, case.gemm_k(name), squares) for name, (value, squares) in values.items()}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The reference that everything else is measured by: equal to PyTorch in float64, and strict enough to notice errors."""
+"""The reference that all else is measured by: equal to PyTorch in float64, and strict enough to notice errors."""
 
 import pytest
 import torch

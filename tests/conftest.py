@@ -1,0 +1,77 @@
+"""Fixtures that the suites share. The edge cases are in cases.py, the reference in reference.py."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+ISAS = ["portable", "avx2", "avx512"]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same random state, whichever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def settings_restored():
+    """No test leaves a backend, an instruction set or a number of threads behind."""
+    import convext
+
+    threads, forced = torch.get_num_threads(), convext.backends.forced()
+    yield
+    torch.set_num_threads(threads)
+    if convext.backends.forced() != forced:
+        convext.backend(forced)
+
+
+@pytest.fixture
+def count_native():
+    """A function that tells how often convext's own kernels ran since the test began: {(pass, kernel): calls}."""
+    from convext import backends
+
+    before = backends.counts()
+
+    def count():
+        return {
+            (pass_, kernel): calls - before.get((backend, pass_, kernel), 0)
+            for (backend, pass_, kernel), calls in backends.counts().items()
+            if backend == "native" and calls > before.get((backend, pass_, kernel), 0)
+        }
+
+    return count
+
+
+@pytest.fixture
+def served_by():
+    """A context inside which every pass must be served by the backend of that name, and one at least must be."""
+    from convext import backends
+
+    @contextmanager
+    def check(name, nothing_to_compute=False):
+        before = backends.counts()
+        yield
+        ran = {key for key, calls in backends.counts().items() if calls > before.get(key, 0)}
+        if nothing_to_compute:  # an empty tensor needs no kernel
+            return
+        assert ran, "no backend was called"
+        assert {backend for backend, _, _ in ran} == {name}, f"also served by others: {ran}"
+
+    return check
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """Each instruction set that this CPU and build offer, in turn, with the kernels capped to it."""
+    from convext import _C
+    from convext.backends import native
+
+    try:
+        _C.set_isa(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    native.forget_plans()
+    yield request.param
+    _C.set_isa(None)
+    native.forget_plans()
