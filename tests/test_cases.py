@@ -32,25 +32,25 @@ def test_memory_format_of_output_is_what_aten_decides(case, backend):
             assert ours.is_contiguous(memory_format=memory_format) == theirs.is_contiguous(memory_format=memory_format)
 
 
-def is_depthwise(case):
-    return case.groups == case.batched_x[1] and case.w[1] == 1
+def depthwise(x, w, bias, stride, padding, dilation, groups):
+    return convext.depthwise_conv2d(x, w, bias, stride, padding, dilation)
+
+
+def dilated(x, w, bias, stride, padding, dilation, groups):
+    return convext.dilated_conv2d(x, w, bias, stride, padding, dilation)
+
+
+SPECIAL = [
+    *((depthwise, case) for case in CASES if case.groups == case.batched_x[1] and case.w[1] == 1),
+    *((dilated, case) for case in CASES if case.groups == 1),
+]
 
 
 @pytest.mark.parametrize("backend", ["aten", "native"])
-@pytest.mark.parametrize("case", [case for case in CASES if is_depthwise(case)], ids=str)
-def test_depthwise_conv2d_takes_groups_from_the_channels(case, backend, served_by):
-    def depthwise(x, w, bias, stride, padding, dilation, groups):
-        return convext.depthwise_conv2d(x, w, bias, stride, padding, dilation)
-
+@pytest.mark.parametrize(("conv2d", "case"), SPECIAL, ids=lambda v: getattr(v, "__name__", str(v)))
+def test_depthwise_and_dilated_functions(conv2d, case, backend, served_by):
     with convext.backend(backend), served_by(backend, nothing_to_compute=0 in case.x):
-        check(case, torch.float32, conv2d=depthwise)
-
-
-@pytest.mark.parametrize("backend", ["aten", "native"])
-@pytest.mark.parametrize("case", [case for case in CASES if case.dilation != (1, 1)], ids=str)
-def test_dilated_conv2d_takes_the_same_arguments(case, backend, served_by):
-    with convext.backend(backend), served_by(backend, nothing_to_compute=0 in case.x):
-        check(case, torch.float32, conv2d=convext.dilated_conv2d)
+        check(case, torch.float32, conv2d=conv2d)
 
 
 def test_dilated_conv2d_dilates_by_two_where_not_told():
