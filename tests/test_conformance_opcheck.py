@@ -71,11 +71,8 @@ def bn_act_backward(case, o):
 SAMPLES = {
     f.__name__: f for f in (fprop, dgrad, wgrad, fprop_bn_act, fprop_bn_act_train, batch_stats, bn_act, bn_act_backward)
 }
-CASES = [
-    BY_NAME[name]
-    for name in ("three_by_three", "groups_with_multiplier", "depthwise_strided", "channels_last_everything",
-                 "transposed_strides", "dilated")
-]  # fmt: skip
+# opcheck traces with symbolic sizes, seconds a call: two cases that differ in groups and in memory format.
+CASES = [BY_NAME["groups_with_multiplier"], BY_NAME["channels_last_everything"]]
 
 
 def test_every_operator_has_samples():
@@ -83,24 +80,21 @@ def test_every_operator_has_samples():
     assert registered == {f"convext::{name}" for name in SAMPLES}
 
 
-def samples(name, case):
-    """Arguments without and with gradients asked for."""
-    for arguments in SAMPLES[name](case, case.operands()):
-        yield arguments
-        yield tuple(
-            t.detach().requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
-            for t in arguments
-        )
+def recorded(arguments):
+    """The arguments with gradients asked for."""
+    return tuple(
+        t.detach().requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in arguments
+    )
 
 
-@BACKENDS
-@pytest.mark.parametrize("case", CASES[:4], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("name", SAMPLES)
-def test_opcheck(name, case, backend):
+def test_opcheck(name, case):
     operator = getattr(torch.ops.convext, name).default
-    with convext.backend(backend):
-        for arguments in samples(name, case):
-            torch.library.opcheck(operator, arguments)
+    first, *others = SAMPLES[name](case, case.operands())
+    torch.library.opcheck(operator, recorded(first))
+    for arguments in (first, *others):
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def described(results):
