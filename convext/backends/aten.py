@@ -20,7 +20,11 @@ def _batch_norm(y, mean, var, gamma, beta, eps):
 def _convolution_backward(problem, dy, x, w, which):
     stride, padding, dilation, groups = problem.geom
     mask = [which == 0, which == 1, False]
-    return _aten.convolution_backward(dy, x, w, None, stride, padding, dilation, False, (0, 0), groups, mask)[which]
+    dtype = dy.dtype
+    if dtype is torch.float16 and dy.device.type == "cpu":  # where ATen would accumulate in float16
+        dy, x, w = dy.float(), x.float(), w.float()
+    grads = _aten.convolution_backward(dy, x, w, None, stride, padding, dilation, False, (0, 0), groups, mask)
+    return grads[which].to(dtype)
 
 
 class AtenBackend:
