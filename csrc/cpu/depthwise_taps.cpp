@@ -62,6 +62,7 @@ void pack_taps(const ConvProblem& problem, const void* w, void* packed, const Pa
 
 namespace {
 
+constexpr double kStreamBytes = 16 << 20;  // input and output together: more than a cache keeps for one operation
 constexpr int kTileRows = 2, kTileColumns = 7, kNarrowColumns = 4, kGeneralColumns = 8;
 
 // ---- the epilogue of a tile ----
@@ -93,6 +94,7 @@ __attribute__((noinline)) Vec<T> activate(Activation which, Vec<T> z) {
 // Everything a tile needs to know: the first output's place and the steps between neighbours, in elements.
 template <class T>
 struct Tile {
+  TileEpilogue<T> epilogue;
   const T* in;         // image n, channel 0
   const T* packed;     // tap (w_first, w_first) of block 0
   T* out;              // first output of the tile, channel 0
@@ -104,11 +106,17 @@ struct Tile {
   int32_t tap_row_step, tap_column_step;
   int32_t taps_h, taps_w;
   int32_t valid;                        // columns of the tile that exist
+  int32_t tiles;                        // that many side by side
+  bool streams;                         // input and output come from memory, not from a cache
   int32_t block_begin, block_end;
   int64_t k;
   int32_t multiplier;
-  const TileEpilogue<T>* epilogue;
 
+  void advance(int32_t count) {
+    column += count * column_step;
+    out += count * out_column;
+    if (residual) residual += count * out_column;
+  }
   bool row_inside(int32_t h) const { return static_cast<uint32_t>(h) < static_cast<uint32_t>(rows); }
   bool column_inside(int32_t w) const { return static_cast<uint32_t>(w) < static_cast<uint32_t>(columns); }
 };
@@ -116,21 +124,29 @@ struct Tile {
 // epilogue(sums) to memory. Lanes is absent where all W channels exist.
 template <int TH, int TW, bool EDGE, class T, class... MaybeLanes>
 CONVEXT_INLINE void finish(const Tile<T>& t, int64_t k, Vec<T> (&sums)[TH][TW], MaybeLanes... lanes) {
-  const TileEpilogue<T>& e = *t.epilogue;
+  const TileEpilogue<T>& e = t.epilogue;
   const Vec<T> scale = e.scale ? load(e.scale + k, lanes...) : Vec<T>(T(1));
   const Vec<T> shift = e.shift ? load(e.shift + k, lanes...) : Vec<T>::zero();
-  const Vec<T> low(e.low), high(e.high);
-  CONVEXT_UNROLL
-  for (int i = 0; i < TH; ++i) {
+  auto each = [&](auto&& out_of) __attribute__((always_inline)) {
     CONVEXT_UNROLL
-    for (int j = 0; j < TW; ++j) {
-      if (EDGE && j >= t.valid) continue;
-      const int64_t at = i * t.out_row + j * t.out_column + k;
-      Vec<T> z = fma(shift, sums[i][j], scale);
-      if (t.residual) z += load(t.residual + at, lanes...);
-      z = e.clamps ? min_keep_nan(max_keep_nan(z, low), high) : activate(e.activation, z);
-      store(t.out + at, z, lanes...);
+    for (int i = 0; i < TH; ++i) {
+      CONVEXT_UNROLL
+      for (int j = 0; j < TW; ++j) {
+        if (EDGE && j >= t.valid) continue;
+        const int64_t at = i * t.out_row + j * t.out_column + k;
+        store(t.out + at, out_of(at, fma(shift, sums[i][j], scale)), lanes...);
+      }
     }
+  };
+  if (e.clamps && !t.residual) {
+    const Vec<T> low(e.low), high(e.high);
+    each([&](int64_t, Vec<T> z) __attribute__((always_inline)) {
+      return min_keep_nan(max_keep_nan(z, low), high);
+    });
+  } else {
+    each([&](int64_t at, Vec<T> z) __attribute__((always_inline)) {
+      return activate(e.activation, t.residual ? z + load(t.residual + at, lanes...) : z);
+    });
   }
 }
 
@@ -160,41 +176,64 @@ CONVEXT_INLINE void add_row(const Tile<T>& t, const T* in, const T* a, const T* 
   }
 }
 
-template <class T, int S, int STEP, int TH, int TW, bool EDGE>
-void small_tile(const Tile<T>& t) {
-  for (int64_t block = t.block_begin; block < t.block_end; ++block) {
-    const int64_t k = tap_block_begin(block, t.k, Vec<T>::width);
-    const T* const w = t.packed + block * t.w_block;
-    const T* const in = t.in + k;
-    Vec<T> sums[TH][TW];
+// Asks for the input rows that the tile below will be the first to read, and for its outputs, under this tile's columns.
+template <int STEP, int TH, int TW, class T>
+CONVEXT_INLINE void prefetch_below(const Tile<T>& t, int64_t k) {
+  const int32_t next = t.row + (t.taps_h - 1) * t.tap_row_step + (TH - 1) * t.row_step + 1;
+  for (int32_t h = next; h < next + TH * t.row_step; ++h) {
+    if (!t.row_inside(h)) continue;
+    const T* const row = t.in + h * t.in_row + t.column * t.in_column + k;
     CONVEXT_UNROLL
-    for (int i = 0; i < TH; ++i) {
-      CONVEXT_UNROLL
-      for (int j = 0; j < TW; ++j) sums[i][j] = Vec<T>::zero();
+    for (int j = 0; j < TW * STEP; ++j) __builtin_prefetch(row + j * t.in_column, 0);
+  }
+  for (int i = TH; i < 2 * TH; ++i) {
+    CONVEXT_UNROLL
+    for (int j = 0; j < TW; ++j) __builtin_prefetch(t.out + i * t.out_row + j * t.out_column + k, 1);
+  }
+}
+
+template <class T, int S, int STEP, int TH, int TW, bool EDGE>
+CONVEXT_INLINE void small_block(const Tile<T>& t, int64_t block) {
+  const int64_t k = tap_block_begin(block, t.k, Vec<T>::width);
+  const T* const w = t.packed + block * t.w_block;
+  const T* const in = t.in + k;
+  if (t.streams) prefetch_below<STEP, TH, TW>(t, k);
+  Vec<T> sums[TH][TW];
+  CONVEXT_UNROLL
+  for (int i = 0; i < TH; ++i) {
+    CONVEXT_UNROLL
+    for (int j = 0; j < TW; ++j) sums[i][j] = Vec<T>::zero();
+  }
+  if constexpr (TH == 1) {
+    for (int32_t r = 0; r < t.taps_h; ++r) {
+      const int32_t h = t.row + r * t.tap_row_step;
+      if (!t.row_inside(h)) continue;
+      add_row<S, STEP, TH, TW, EDGE, true, false>(t, in + h * t.in_row, w + r * t.w_row, w, sums);
     }
-    if constexpr (TH == 1) {
-      for (int32_t r = 0; r < t.taps_h; ++r) {
-        const int32_t h = t.row + r * t.tap_row_step;
-        if (!t.row_inside(h)) continue;
-        add_row<S, STEP, TH, TW, EDGE, true, false>(t, in + h * t.in_row, w + r * t.w_row, w, sums);
-      }
-    } else {
-      // Input row r meets filter row r in the upper outputs and r - 1 in the lower ones.
-      if (t.row_inside(t.row)) {
-        add_row<S, STEP, TH, TW, EDGE, true, false>(t, in + t.row * t.in_row, w, w, sums);
-      }
-      for (int32_t r = 1; r < t.taps_h; ++r) {
-        const int32_t h = t.row + r * t.tap_row_step;
-        if (!t.row_inside(h)) continue;
-        const T* const a = w + r * t.w_row;
-        add_row<S, STEP, TH, TW, EDGE, true, true>(t, in + h * t.in_row, a, a - t.w_row, sums);
-      }
-      const int32_t last = t.row + t.taps_h * t.tap_row_step;
-      if (t.row_inside(last)) {
-        add_row<S, STEP, TH, TW, EDGE, false, true>(t, in + last * t.in_row, w, w + (t.taps_h - 1) * t.w_row, sums);
-      }
+  } else {
+    // Input row r meets filter row r in the upper outputs and r - 1 in the lower ones.
+    if (t.row_inside(t.row)) {
+      add_row<S, STEP, TH, TW, EDGE, true, false>(t, in + t.row * t.in_row, w, w, sums);
     }
-    finish<TH, TW, EDGE>(t, k, sums);
+    for (int32_t r = 1; r < t.taps_h; ++r) {
+      const int32_t h = t.row + r * t.tap_row_step;
+      if (!t.row_inside(h)) continue;
+      const T* const a = w + r * t.w_row;
+      add_row<S, STEP, TH, TW, EDGE, true, true>(t, in + h * t.in_row, a, a - t.w_row, sums);
+    }
+    const int32_t last = t.row + t.taps_h * t.tap_row_step;
+    if (t.row_inside(last)) {
+      add_row<S, STEP, TH, TW, EDGE, false, true>(t, in + last * t.in_row, w, w + (t.taps_h - 1) * t.w_row, sums);
+    }
+  }
+  finish<TH, TW, EDGE>(t, k, sums);
+}
+
+template <class T, int S, int STEP, int TH, int TW, bool EDGE>
+void small_tile(const Tile<T>& first) {
+  Tile<T> t = first;  // a copy that no store can alias
+  for (int32_t i = 0; i < t.tiles; ++i, t.advance(TW)) {
+    for (int64_t block = t.block_begin; block < t.block_end; ++block) small_block<T, S, STEP, TH, TW, EDGE>(t, block);
   }
 }
 
@@ -223,17 +262,23 @@ CONVEXT_INLINE void general_sums(const Tile<T>& t, const Input& input, int64_t k
 }
 
 template <class T, class Input, bool EDGE>
-void general_tile(const Tile<T>& t) {
-  for (int64_t block = t.block_begin; block < t.block_end; ++block) {
-    const int64_t k = tap_block_begin(block, t.k, Vec<T>::width);
-    const Input input(k, t.k, t.multiplier);
-    Vec<T> sums[1][kGeneralColumns];
-    general_sums<EDGE>(t, input, k, t.packed + block * t.w_block, sums);
-    if constexpr (Input::kWhole) {
-      finish<1, kGeneralColumns, EDGE>(t, k, sums);
-    } else {
-      finish<1, kGeneralColumns, EDGE>(t, k, sums, input.lanes);
-    }
+CONVEXT_INLINE void general_block(const Tile<T>& t, int64_t block) {
+  const int64_t k = tap_block_begin(block, t.k, Vec<T>::width);
+  const Input input(k, t.k, t.multiplier);
+  Vec<T> sums[1][kGeneralColumns];
+  general_sums<EDGE>(t, input, k, t.packed + block * t.w_block, sums);
+  if constexpr (Input::kWhole) {
+    finish<1, kGeneralColumns, EDGE>(t, k, sums);
+  } else {
+    finish<1, kGeneralColumns, EDGE>(t, k, sums, input.lanes);
+  }
+}
+
+template <class T, class Input, bool EDGE>
+void general_tile(const Tile<T>& first) {
+  Tile<T> t = first;  // a copy that no store can alias
+  for (int32_t i = 0; i < t.tiles; ++i, t.advance(kGeneralColumns)) {
+    for (int64_t block = t.block_begin; block < t.block_end; ++block) general_block<T, Input, EDGE>(t, block);
   }
 }
 
@@ -304,13 +349,20 @@ Tiles<T> tiles_for(const TapSum<T>& sum, const TapAxis& w, bool two_rows) {
 template <class T>
 struct RowTask {
   const TapSum<T>& sum;
-  const TileEpilogue<T>& epilogue;
+  const TileEpilogue<T> epilogue;
+  const bool streams;
+
+  explicit RowTask(const TapSum<T>& s)
+      : sum(s),
+        epilogue(s.epilogue),
+        streams((double(s.h.in_size) * s.w.in_size / s.multiplier + double(s.h.out_size) * s.w.out_size) * s.n * s.k *
+                    sizeof(T) > kStreamBytes) {}
 
   // The part of a tile that the row decides. Strides are in elements; `out_channels` a pixel of the output.
   Tile<T> tile(const TapAxis& h, const TapAxis& w, int64_t n, int32_t i, int64_t in_channels,
                int64_t out_channels) const {
     constexpr int64_t width = Vec<T>::width;
-    Tile<T> t{};
+    Tile<T> t{epilogue};
     const int64_t taps_w = sum.w.taps;
     t.in_column = in_channels;
     t.in_row = t.in_column * sum.w.in_size;
@@ -332,7 +384,7 @@ struct RowTask {
     t.taps_w = w.taps;
     t.k = sum.k;
     t.multiplier = sum.multiplier;
-    t.epilogue = &epilogue;
+    t.streams = streams;
     return t;
   }
 
@@ -361,15 +413,20 @@ struct RowTask {
       t.block_end = block_end;
       for (int32_t j = 0; j < w.count;) {
         const int32_t left = w.count - j;
-        const bool narrow = left <= tiles.narrow || (left < tiles.wide + tiles.narrow - 2 && left == 2 * tiles.narrow);
+        const bool narrow = left <= tiles.narrow || left == 2 * tiles.narrow;
         const int32_t columns = narrow ? tiles.narrow : tiles.wide;
         t.valid = left < columns ? left : columns;
+        const bool edge = t.valid < columns || !interior(w, j, columns);
+        t.tiles = 1;
+        while (!edge && !narrow && (t.tiles + 1) * columns <= left && interior(w, j + t.tiles * columns, columns)) {
+          ++t.tiles;
+        }
         t.column = w.in_first + j * w.in_step;
         const int64_t at = out_offset(h, w, n, i, j, sum.k);
         t.out = sum.out + at;
         t.residual = epilogue.residual ? epilogue.residual + at : nullptr;
-        tiles.run[narrow][t.valid < columns || !interior(w, j, columns)](t);
-        j += columns;
+        tiles.run[narrow][edge](t);
+        j += t.tiles * columns;
       }
     }
   }
@@ -400,8 +457,7 @@ Parallel threads_for(const TapSum<T>& sum, const Parallel& parallel) {
 template <class T>
 void sum_taps(const TapSum<T>& sum, const Parallel& all_threads) {
   const Parallel parallel = threads_for(sum, all_threads);
-  const TileEpilogue<T> epilogue(sum.epilogue);
-  const RowTask<T> rows{sum, epilogue};
+  const RowTask<T> rows(sum);
   // Rows are taken in pairs where there is one class of them and the tile can.
   const bool pairs = sum.h.count() == 1 && sum.w.count() == 1 && pairs_rows(sum, sum.h.at(0), sum.w.at(0));
   const int64_t row_tasks = pairs ? (sum.h.out_size + 1) / 2 : sum.h.out_size;
@@ -426,8 +482,7 @@ template <class T>
 void sum_taps_and_filters(const TapSum<T>& sum, const Parallel& all_threads) {
   constexpr int64_t width = Vec<T>::width, kChannels = 64;  // whole blocks of filters for any multiplier
   const Parallel parallel = threads_for(sum, all_threads);
-  const TileEpilogue<T> epilogue(sum.epilogue);
-  const RowTask<T> rows{sum, epilogue};
+  const RowTask<T> rows(sum);
   const int64_t m = sum.multiplier, channels = sum.k / m;
   parallel.for_each(int64_t{sum.n} * sum.h.out_size, [&](int64_t task) {
     const int64_t n = task / sum.h.out_size;
