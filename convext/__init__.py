@@ -9,11 +9,10 @@
 
 from __future__ import annotations
 
-import importlib
-
 from . import autograd, backends, functional, nn, ops, problem
 from .backends import backend
 from .functional import conv2d, conv_act, conv_bn_relu, depthwise_conv2d, dilated_conv2d
+from .swap import report, revert, swap, verify  # from here on `convext.swap` is the function, not the package
 
 __version__ = "0.1.0"
 
@@ -21,15 +20,3 @@ __all__ = [
     "autograd", "backend", "backends", "conv2d", "conv_act", "conv_bn_relu", "depthwise_conv2d", "dilated_conv2d",
     "functional", "nn", "ops", "problem", "report", "revert", "swap", "verify",
 ]
-
-# Loaded on first use: `import convext` stays quick.
-_FROM_SWAP = ("swap", "revert", "report", "verify")
-
-
-def __getattr__(name: str):
-    if name in _FROM_SWAP:
-        module = importlib.import_module("convext.swap")
-        for each in _FROM_SWAP:  # the function, not the module of the same name
-            globals()[each] = getattr(module, each)
-        return globals()[name]
-    raise AttributeError(f"module 'convext' has no attribute {name!r}")

@@ -17,14 +17,19 @@ def check_tensor(name: str, value, optional: bool = False) -> None:
         raise TypeError(f"{name}: expected a Tensor{' or None' if optional else ''}, got {type(value).__name__}")
 
 
+_BOUND = {0: "zero or greater", 1: "greater than zero"}
+
+
 def check_geom(geom: Geom) -> None:
     for name, values, least in (("stride", geom.stride, 1), ("padding", geom.padding, 0), ("dilation", geom.dilation, 1)):
         for value in values:
             if value < least:
                 what = "negative" if least == 0 else "non-positive"
-                raise RuntimeError(f"{what} {name} is not supported: {name} is {tuple(values)}, expected at least {least}")
+                raise RuntimeError(f"{what} {name} is not supported, {name} should be {_BOUND[least]}: "
+                                   f"{name} is {tuple(values)}")
     if geom.groups < 1:
-        raise RuntimeError(f"non-positive groups is not supported: groups is {geom.groups}, expected at least 1")
+        raise RuntimeError("non-positive groups is not supported, groups should be greater than zero: "
+                           f"groups is {geom.groups}")
 
 
 def check_conv(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, geom: Geom) -> None:
@@ -36,8 +41,11 @@ def check_conv(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, geom
         raise RuntimeError(f"input: expected 3D (unbatched) or 4D (batched) input to conv2d, but got {_shape(x)}")
     groups = geom.groups
     k, c_per_group, r, s = w.shape
-    if k < 1 or k % groups:
-        raise RuntimeError(f"weight: expected dimension 0 to be a positive multiple of groups={groups}, "
+    if k < groups:
+        raise RuntimeError(f"weight: given groups={groups}, expected weight to be at least {groups} at dimension 0, "
+                           f"but got weight of size {_shape(w)}")
+    if k % groups:
+        raise RuntimeError(f"weight: expected dimension 0 to be divisible by groups={groups}, "
                            f"but got weight of size {_shape(w)}")
     if x.shape[1] != c_per_group * groups:
         raise RuntimeError(f"input: given groups={groups} and weight of size {_shape(w)}, expected input {_shape(x)} "
@@ -58,7 +66,7 @@ def check_conv(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, geom
         if t is None:
             continue
         if t.dtype != x.dtype:
-            raise RuntimeError(f"{name}: expected the dtype of input, {x.dtype}, got {t.dtype}")
+            raise RuntimeError(f"{name}: input type ({x.dtype}) and {name} type ({t.dtype}) should be the same")
         if t.device != x.device:
             raise RuntimeError(f"{name}: expected to be on the device of input, {x.device}, got {t.device}")
 
