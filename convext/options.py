@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from pathlib import Path
 
 import torch
 
@@ -49,6 +50,13 @@ def device(text: str) -> torch.device:
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise OptionError("--device", text, f"a GPU that torch sees ({torch.cuda.device_count()} found)")
     return found
+
+
+def output(option: str, path: Path | None) -> Path | None:
+    """A file that is to be written, if its folder exists."""
+    if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
+        raise OptionError(option, path, "a file in an existing folder")
+    return path
 
 
 def integer(option: str, text: str) -> int:

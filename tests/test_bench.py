@@ -1,0 +1,208 @@
+"""The benchmarks' own arithmetic: turns, medians, ratios, agreement, and what counts as the same result."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import convext
+from convext import zoo
+from convext.bench import inference, layers, model, problems, timing, training
+from convext.bench.agreement import Agreement, bound, distance
+from convext.bench.candidate import Skipped
+from convext.bench.tables import Grid
+from convext.bench.timing import Timing
+from convext.problem import ConvProblem, Pass
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+
+
+class Clock:
+    """Stands in for time.perf_counter; calls advance it."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+
+    def call(self, *seconds):
+        steps = itertools.cycle(seconds)
+
+        def run():
+            self.now += next(steps)
+
+        return run
+
+
+def test_median_and_quartiles():
+    sample = Timing((1.0, 2.0, 3.0, 4.0, 100.0))
+    assert sample.median == 3.0
+    assert sample.iqr == 2.0
+    assert Timing((5.0,)).iqr == 0.0
+
+
+def test_a_ratio_is_taken_round_by_round():
+    # Both slow down threefold half way; a ratio of medians over unequal halves would not be 2.
+    slow, fast = Timing((2.0, 2.0, 6.0)), Timing((1.0, 1.0, 3.0))
+    assert fast.times_faster_than(slow) == 2.0
+
+
+def test_turns_give_every_candidate_every_round(monkeypatch):
+    clock = Clock(monkeypatch)
+    timings = timing.interleave({"a": clock.call(1.0), "b": clock.call(0.5)}, seconds=0.0, min_rounds=4)
+    assert timings["a"].seconds == (1.0,) * 4
+    assert timings["b"].seconds == (0.5,) * 4
+
+
+def test_short_calls_are_repeated_within_a_visit(monkeypatch):
+    clock, calls = Clock(monkeypatch), []
+    tick = clock.call(0.001)
+    timing.interleave({"a": lambda: (calls.append(1), tick())}, seconds=0.0, min_rounds=1)
+    # Two to warm up, one before the clock starts, then as many as fill the visit.
+    assert len(calls) == 3 + round(timing.VISIT_SECONDS / 0.001)
+
+
+def test_time_is_up_after_the_seconds_given(monkeypatch):
+    clock = Clock(monkeypatch)
+    timings = timing.interleave({"a": clock.call(1.0)}, seconds=10.0, min_rounds=2, max_rounds=100)
+    assert len(timings["a"].seconds) == 6  # each visit takes two seconds: one untimed call, one timed
+
+
+def test_distance_is_relative_and_knows_what_is_not_comparable():
+    ones = torch.ones(4)
+    assert distance(ones, ones) == 0.0
+    assert distance(1.5 * ones, ones) == 0.5
+    assert distance(torch.ones(3), ones) == math.inf
+    assert distance(torch.tensor([1.0, math.nan, 1.0, 1.0]), ones) == math.inf
+
+
+def test_bound_follows_dtype_and_depth():
+    shallow, deep = small_network(), nn.Sequential(*(small_network() for _ in range(4)))
+    assert bound(deep, torch.float32) == pytest.approx(2 * bound(shallow, torch.float32))
+    assert bound(shallow, torch.float64) < bound(shallow, torch.float32) < bound(shallow, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_bound_holds_for_eager_itself_and_catches_a_wrong_weight(name):
+    network, _ = zoo.build(name)
+    x = zoo.sample(name, 1, size=96)
+    with torch.no_grad():
+        result = network(x)
+        exact = network.double()(x.double())
+        limit = bound(network, torch.float32)
+        assert Agreement(distance(result, exact), limit).ok
+        last = [m for m in network.modules() if isinstance(m, nn.Conv2d)][-1]
+        last.weight[0] += 0.1
+        assert not Agreement(distance(network(x.double()), exact), limit).ok
+
+
+def test_seeded_networks_are_the_same_at_every_call_and_leave_the_generator_alone():
+    state = torch.get_rng_state()
+    first, provenance = zoo.build("resnet18")
+    second, _ = zoo.build("resnet18")
+    assert "seeded" in provenance
+    assert torch.equal(torch.get_rng_state(), state)
+    for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_seeded_networks_have_activations_of_a_trained_networks_scale():
+    network, _ = zoo.build("resnet18")
+    with torch.no_grad():
+        spread = network(zoo.sample("resnet18", 2)).std().item()
+    assert 0.05 < spread < 20
+
+
+def test_collect_finds_resnet50s_convolutions():
+    network, _ = zoo.build("resnet50")
+    found = problems.collect(network, zoo.sample("resnet50", 1))
+    assert sum(found.values()) == 53
+    assert problems.title(next(iter(found))) == "3×224×224 -> 64, 7×7 /2"
+    # 4.09 GMAC, the figure usually quoted, less the classifier's two million.
+    assert sum(p.flops * count for p, count in found.items()) / 2 == pytest.approx(4.087e9, rel=1e-3)
+    assert not any(m._forward_pre_hooks for m in network.modules())
+
+
+def test_collect_resolves_padding_given_as_a_word():
+    found = problems.collect(nn.Sequential(nn.Conv2d(2, 2, 5, padding="same", dilation=2)), torch.zeros(1, 2, 9, 9))
+    (problem,) = found
+    assert (problem.pad_h, problem.pad_w, problem.p) == (4, 4, 9)
+
+
+@pytest.mark.parametrize("pass_", list(Pass))
+def test_measuring_a_layer_names_who_is_selected(pass_):
+    problem = ConvProblem(1, 8, 7, 7, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1)
+    measured = layers.measure(problem, 2, pass_, seconds=0.0)
+    assert {"aten", measured.selected} <= set(measured.timings)
+    assert measured.regret >= 0.0
+    assert ("native" in measured.timings) == (measured.native_off is None) == (measured.ratio is not None)
+    assert layers.table([measured]).rows[0][:3] == ["8×7×7 -> 8, 3×3", "2", pass_.name.lower()]
+    assert pass_.name.lower() in layers.summary([measured])
+    assert measured.as_json()["pass"] == pass_.name.lower()
+
+
+def test_regret_is_what_the_selection_gives_away():
+    problem = ConvProblem(1, 8, 7, 7, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1)
+    timings = {"aten": Timing((2.0,)), "native": Timing((3.0,))}
+    assert layers.Measurement(problem, 1, Pass.FPROP, timings, "native", "v", None).regret == pytest.approx(0.5)
+    assert layers.Measurement(problem, 1, Pass.FPROP, timings, "aten", "v", None).regret == 0.0
+
+
+def test_markdown_aligns_figures_to_the_right():
+    grid = Grid(["network", "ms"], rows=[["resnet18", "3.2"]])
+    assert grid.markdown() == "| network | ms |\n| --- | --: |\n| resnet18 | 3.2 |"
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_case_gives_timings_of_eager_and_convext(train):
+    case = model.Case("resnet18", 1 + train, 1, train=train)
+    threads = torch.get_num_threads()
+    outcome = model.run(case, with_peers=False, seconds=0.0)
+    assert torch.get_num_threads() == threads
+    assert set(outcome.timings) == {"eager", "convext"}
+    assert outcome.agreement["convext"].ok
+    assert "resnet18" in model.images_per_second(outcome)
+    assert model.table([outcome]).rows[0][:3] == ["resnet18", str(1 + train), "1"]
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch):
+    def broken(network):
+        with torch.no_grad():
+            network.conv1.weight[0] += 0.1
+        return network
+
+    monkeypatch.setattr(convext, "swap", broken)
+    with pytest.raises(model.Disagreement, match="rounding explains"):
+        model.run(model.Case("resnet18", 1, 1), with_peers=False, seconds=0.0)
+
+
+@pytest.mark.parametrize("name", ["eager channels-last", "ONNX Runtime", "OpenVINO"])
+def test_peers_compute_the_same(name):
+    network, x = small_network().eval(), torch.randn(2, 3, 16, 16)
+    expected = inference.prepare(network, x).result()
+    try:
+        candidate = inference.PEERS[name](network, x, 1)
+    except Skipped as reason:
+        pytest.skip(str(reason))
+    assert distance(candidate.result(), expected) <= bound(network, torch.float32)
+
+
+def test_a_peer_that_is_not_installed_is_skipped_with_the_reason(monkeypatch):
+    monkeypatch.setattr(inference.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Skipped, match="openvino not installed"):
+        inference.PEERS["OpenVINO"](small_network(), torch.randn(1, 3, 8, 8), 1)
+
+
+def test_a_training_step_moves_weights_and_result_puts_them_back():
+    network = nn.Sequential(small_network(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5))
+    before = [p.clone() for p in network.parameters()]
+    candidate = training.prepare(network, torch.randn(4, 3, 8, 8))
+    first, second = candidate.result(), candidate.result()
+    assert torch.equal(first, second) and first.norm() > 0
+    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+    candidate.call()
+    assert not all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))

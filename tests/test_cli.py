@@ -1,0 +1,130 @@
+"""The command line: what it prints, and how it refuses."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from convext import cli, doctor, dry_run, options
+from convext.bench import problems
+from convext.problem import ConvProblem, DType, Pass
+
+
+@pytest.mark.parametrize(
+    ("given", "joined"),
+    [
+        (["bench", "model", "--batch", "1", "8"], ["bench", "model", "--batch", "1,8"]),
+        (["--batch", "1", "8", "--threads", "1", "2"], ["--batch", "1,8", "--threads", "1,2"]),
+        (["--batch", "4", "resnet18", "8"], ["--batch", "4", "resnet18", "8"]),
+        (["--batch", "1,8", "9"], ["--batch", "1,8,9"]),
+        (["--seconds", "1", "2"], ["--seconds", "1", "2"]),
+        ([], []),
+    ],
+)
+def test_options_take_several_integers(given, joined):
+    assert options.gather_integers(given) == joined
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("demo --image nowhere.jpg", "--image: got 'nowhere.jpg', expected an existing picture"),
+        ("demo --batch 0", "--batch: got '0', expected an integer of at least 1"),
+        ("demo --threads two", "--threads: got 'two', expected an integer of at least 1"),
+        ("demo --dtype float7", "'float7' is not one of"),
+        ("demo --device tpu", "--device: got 'tpu', expected cpu, cuda or cuda:N"),
+        ("demo --device cuda:99", "--device: got 'cuda:99', expected a GPU that torch sees"),
+        ("demo --output nowhere/picture.png", "--output: got 'nowhere/picture.png', expected a file in an existing folder"),
+        ("demo --epochs 3", "No such option: --epochs"),
+        ("bench model resnet51", "got 'resnet51', expected a network of torchvision's"),
+        ("bench model --batch 1 x", "x"),
+        ("bench layers resnet18 --passes fprop,sideways", "--passes: got 'fprop,sideways', expected some of"),
+        ("report --model resnet51", "got 'resnet51'"),
+        ("report --model resnet18 --device tpu --dry-run", "--device: got 'tpu', expected cpu or cuda"),
+        ("frobnicate", "frobnicate"),
+    ],
+)
+def test_a_wrong_option_gives_one_line_and_status_2(arguments, expected, capsys):
+    assert cli.main(arguments.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("convext: ") and expected in error
+    assert error.count("\n") == 1
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.main(["bench", "model"]) == 2
+    assert "pip install 'convext[demo]'" in capsys.readouterr().err
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("command", ["", "demo", "doctor", "report", "verify", "bench", "bench model", "bench layers"])
+def test_every_command_has_help(command, capsys):
+    assert cli.main([*command.split(), "--help"]) == 0
+    assert "Usage" in capsys.readouterr().out
+
+
+@pytest.mark.smoke
+def test_without_arguments_the_module_prints_the_doctors_report():
+    found = subprocess.run([sys.executable, "-m", "convext"], capture_output=True, text=True, check=True)
+    assert found.stdout.startswith("convext ")
+    assert "running with: torch" in found.stdout
+
+
+@pytest.mark.smoke
+def test_doctor_names_versions_cpu_and_every_backend():
+    import torch
+
+    report = doctor.report()
+    assert torch.__version__ in report
+    for line in ("built with: ", "CPU: ", "threads: ", "GPUs", "backends:", "native on cpu: ", "aten on cpu: available"):
+        assert line in report
+
+
+def test_doctor_says_why_the_library_is_missing_and_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "convext._C", None)
+    report = doctor.report()
+    assert "does not load" in report and "pip install ." in report
+
+
+def test_dry_run_asks_for_every_layer_pass_and_dtype(capsys):
+    status = cli.main(["report", "--model", "resnet18", "--device", "cuda", "--dry-run"])
+    printed = capsys.readouterr().out
+    for dtype in DType:
+        assert dtype.name.lower() in printed
+    assert "7×7 /2" in printed
+    assert (status == 0) == ("all served" in printed)
+
+
+def test_dry_run_counts_what_nobody_serves():
+    problem = ConvProblem(1, 8, 4, 4, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1)
+    served = [dry_run.kernel(problem, pass_)[0] for pass_ in Pass]
+    grid, unserved = dry_run.table({problem: 2}, "cpu", [DType.FLOAT32])
+    assert unserved == served.count(None)
+    assert grid.rows[0][:2] == [problems.title(problem), "2"]
+
+
+def test_report_prints_a_line_for_a_layer(capsys):
+    assert cli.main(["report", "--model", "resnet18"]) == 0
+    assert "layer1.0.conv1" in capsys.readouterr().out
+
+
+def test_verify_compares(capsys):
+    assert cli.main(["verify", "--model", "resnet18", "--batch", "1", "--threads", "1"]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_json_has_machine_and_results(tmp_path, capsys):
+    path = tmp_path / "figures.json"
+    line = f"bench model resnet18 --batch 1 --threads 1 --seconds 0 --markdown --json {path}"
+    assert cli.main(line.split()) == 0
+    assert "| resnet18 | 1 | 1 |" in capsys.readouterr().out
+    written = json.loads(path.read_text())
+    assert {"cpu", "cores", "versions", "commit"} <= written["machine"].keys()
+    assert written["results"][0]["candidates"]["convext"]["median_s"] > 0
+
+
+def test_json_that_cannot_be_written_is_named_before_anything_is_timed(tmp_path, capsys):
+    assert cli.main(f"bench model resnet18 --json {tmp_path}/nowhere/figures.json".split()) == 2
+    assert "--json" in capsys.readouterr().err
