@@ -149,9 +149,11 @@ def bench_layers(
                     progress.update(task, description=f"{pass_.name.lower()} {problems.title(problem)}")
                     measured.append(layers.measure(problem, count, pass_, seconds))
                     progress.advance(task)
-        _print_table(layers.table(measured), markdown)
+        ceilings = machine.ceilings(torch.get_num_threads()) if place.type == "cpu" else None
+        _print_table(layers.table(measured, ceilings), markdown)
         print(layers.summary(measured))
-        print(machine.ceilings(torch.get_num_threads()))
+        if ceilings:
+            print(ceilings)
     _print_machine(machine.record())
     _write_json(output, machine.record(), [m.as_json() for m in measured])
 
@@ -203,7 +205,7 @@ def verify(
     batch: Batch = "2",
     threads: Threads = None,
 ) -> None:
-    """Run a network swapped and unswapped, forward and backward, and tell how far apart they are."""
+    """Run a network swapped and unswapped, forward and backward, and tell how far apart they are (status 1: too far)."""
     _needs("demo", "torchvision")
     import convext
 
@@ -212,7 +214,9 @@ def verify(
     place, images = options.device(device), options.integer("--batch", batch)
     with _threads(threads):
         network = convext.swap(zoo.build(model)[0].to(place, dtype.torch))
-        print(convext.verify(network, zoo.sample(model, images).to(place, dtype.torch)))
+        verification = convext.verify(network, zoo.sample(model, images).to(place, dtype.torch))
+    print(verification)
+    raise typer.Exit(0 if verification.ok else 1)
 
 
 # ---- what commands share --------------------------------------------------------------------------------------------

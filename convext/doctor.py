@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from . import backends
+from . import __version__, backends
 from .bench.machine import commit, cpu_name, version
 
 PACKAGES = ("torchvision", "triton", "numpy", "onnxruntime", "openvino")
@@ -23,7 +23,7 @@ def _versions() -> list[str]:
     source = commit()
     versions = ", ".join(f"{name} {found}" for name in PACKAGES if (found := version(name)))
     return [
-        f"convext {version('convext') or 'not installed'}" + (f", source tree at {source}" if source else ""),
+        f"convext {__version__}" + (f", source tree at {source}" if source else ""),
         f"running with: torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}",
         f"beside: {versions}",
     ]
@@ -42,9 +42,9 @@ def _build() -> list[str]:
     if isinstance(library, ImportError):
         return [f"built with: the compiled library does not load ({library}); fix: pip install . from the source tree"]
     info = dict(library.build_info())
-    cuda = info.pop("cuda", "unknown")
+    cuda = info.pop("cuda", "CUDA library: unknown")
     built = ", ".join(f"{key} {value}" for key, value in info.items())
-    return [f"built with: {built}", f"CUDA library: {cuda}"]
+    return [f"built with: {built}", cuda]
 
 
 def _cpu() -> list[str]:

@@ -12,6 +12,7 @@ from convext import zoo
 from convext.bench import inference, layers, model, problems, timing, training
 from convext.bench.agreement import Agreement, bound, distance
 from convext.bench.candidate import Skipped
+from convext.bench.machine import Ceilings
 from convext.bench.tables import Grid
 from convext.bench.timing import Timing
 from convext.problem import ConvProblem, Pass
@@ -150,6 +151,12 @@ def test_regret_is_what_the_selection_gives_away():
     timings = {"aten": Timing((2.0,)), "native": Timing((3.0,))}
     assert layers.Measurement(problem, 1, Pass.FPROP, timings, "native", "v", None).regret == pytest.approx(0.5)
     assert layers.Measurement(problem, 1, Pass.FPROP, timings, "aten", "v", None).regret == 0.0
+
+
+def test_the_ceiling_that_binds_first_is_the_one_named():
+    ceilings = Ceilings(1, fma_flops=100.0, copy_bytes=10.0)
+    assert ceilings.share(flops=50.0, bytes_=1.0, seconds=1.0) == (0.5, "fma")
+    assert ceilings.share(flops=50.0, bytes_=8.0, seconds=1.0) == (0.8, "copy")
 
 
 def test_markdown_aligns_figures_to_the_right():

@@ -35,7 +35,10 @@ def test_options_take_several_integers(given, joined):
         ("demo --dtype float7", "'float7' is not one of"),
         ("demo --device tpu", "--device: got 'tpu', expected cpu, cuda or cuda:N"),
         ("demo --device cuda:99", "--device: got 'cuda:99', expected a GPU that torch sees"),
-        ("demo --output nowhere/picture.png", "--output: got 'nowhere/picture.png', expected a file in an existing folder"),
+        (
+            "demo --output nowhere/picture.png",
+            "--output: got 'nowhere/picture.png', expected a file in an existing folder",
+        ),
         ("demo --epochs 3", "No such option: --epochs"),
         ("bench model resnet51", "got 'resnet51', expected a network of torchvision's"),
         ("bench model --batch 1 x", "x"),
@@ -78,7 +81,15 @@ def test_doctor_names_versions_cpu_and_every_backend():
 
     report = doctor.report()
     assert torch.__version__ in report
-    for line in ("built with: ", "CPU: ", "threads: ", "GPUs", "backends:", "native on cpu: ", "aten on cpu: available"):
+    for line in (
+        "built with: ",
+        "CPU: ",
+        "threads: ",
+        "GPUs",
+        "backends:",
+        "native on cpu: ",
+        "aten on cpu: available",
+    ):
         assert line in report
 
 

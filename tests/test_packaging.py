@@ -27,7 +27,10 @@ def bare_machine(tmp_path):
     tools.mkdir()
     for tool in ("sh", "dirname", "cat", "find", "cksum", "sort", "rm", "grep", "ls", "tail"):
         (tools / tool).symlink_to(shutil.which(tool))
-    shutil.copy(ROOT / "dev", tmp_path / "dev")
+    for name in ("dev", "setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for name in ("csrc", "convext"):
+        (tmp_path / name).mkdir()
 
     def run(verb, **environment):
         environment = {"PATH": str(tools), "HOME": str(tmp_path), **environment}

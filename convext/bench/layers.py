@@ -13,6 +13,7 @@ import torch
 from .. import backends
 from ..memory_format import memory_format
 from ..problem import ConvProblem, Epilogue, Layout, Pass
+from .machine import Ceilings
 from .problems import title
 from .tables import Grid
 from .timing import Timing, interleave
@@ -43,6 +44,11 @@ class Measurement:
     def gflops(self, backend: str) -> float:
         """GFLOP/s, taps in the padding counted as if they were computed."""
         return self.problem.flops / self.timings[backend].median / 1e9
+
+    def bytes_(self) -> float:
+        """Bytes that must move: each operand and the result once."""
+        p = self.problem
+        return float((p.x_size + p.y_size + p.w_size) * p.dtype.torch.itemsize)
 
     def as_json(self) -> dict:
         seconds = {name: {"median_s": timing.median, "iqr_s": timing.iqr} for name, timing in self.timings.items()}
@@ -94,15 +100,20 @@ def _call(name: str, pass_: Pass, problem: ConvProblem, operands: tuple) -> Call
     return lambda: run(problem, *operands, *extra)
 
 
-def table(measurements: Iterable[Measurement]) -> Grid:
-    """One row a measurement: milliseconds, ratio, GFLOP/s, and who is selected, marked where that loses over 5 %."""
-    grid = Grid(["layer", "n", "pass", "aten, ms", "native, ms", "native, ×", "GFLOP/s", "selected"])
+def table(measurements: Iterable[Measurement], ceilings: Ceilings | None = None) -> Grid:
+    """One row a measurement: milliseconds, ratio, native's (else ATen's) GFLOP/s and, with `ceilings`, its share of the
+    one that binds; and who is selected, marked where that loses over 5 %."""
+    grid = Grid(["layer", "n", "pass", "aten, ms", "native, ms", "native, ×", "GFLOP/s", "of ceiling", "selected"])
     for m in measurements:
         cells = [title(m.problem), str(m.count), m.pass_.name.lower(), f"{m.timings['aten'].median * 1e3:.3f}"]
-        if m.ratio is None:
-            cells += ["–", "–", f"{m.gflops('aten'):.0f}"]
+        shown = "aten" if m.ratio is None else "native"
+        cells += ["–", "–"] if m.ratio is None else [f"{m.timings['native'].median * 1e3:.3f}", f"{m.ratio:.2f}"]
+        cells.append(f"{m.gflops(shown):.0f}")
+        if ceilings is None:
+            cells.append("–")
         else:
-            cells += [f"{m.timings['native'].median * 1e3:.3f}", f"{m.ratio:.2f}", f"{m.gflops('native'):.0f}"]
+            share, which = ceilings.share(m.problem.flops, m.bytes_(), m.timings[shown].median)
+            cells.append(f"{share:.0%} {which}")
         cells.append(m.variant + (f" (loses {m.regret:.0%})" if m.regret > 0.05 else ""))
         grid.rows.append(cells)
     return grid

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -59,36 +60,50 @@ def record() -> dict:
     }
 
 
-def _best_rate(work: float, call, seconds: float) -> float:
-    call()
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
-    return work / best
+@dataclass(frozen=True)
+class Ceilings:
+    """What a number of threads reaches at most on this machine, measured."""
+
+    threads: int
+    fma_flops: float  # FLOP/s of float32 FMAs on registers
+    copy_bytes: float  # bytes/s, read plus written, of a copy far larger than the caches
+
+    def share(self, flops: float, bytes_: float, seconds: float) -> tuple[float, str]:
+        """How much of the ceiling that binds first was reached, as (share, "fma" or "copy").
+
+        Above 1 is possible: taps in the padding count as FLOPs but need not be computed, fast algorithms multiply less,
+        and tensors that stay in the caches are not bound by the copy.
+        """
+        by_fma, by_copy = flops / self.fma_flops, bytes_ / self.copy_bytes
+        return max((by_fma / seconds, "fma"), (by_copy / seconds, "copy"))
+
+    def __str__(self) -> str:
+        plural = "s" if self.threads > 1 else ""
+        return (
+            f"{self.threads} thread{plural}: float32 FMA {self.fma_flops / 1e9:.0f} GFLOP/s, "
+            f"copy {self.copy_bytes / 1e9:.1f} GB/s"
+        )
 
 
-def gemm_rate(seconds: float = 0.5, size: int = 1024) -> float:
-    """FLOP/s of the best float32 torch.mm of two size x size matrices, with the current number of threads."""
-    a, b, out = torch.randn(size, size), torch.randn(size, size), torch.empty(size, size)
-    return _best_rate(2.0 * size**3, lambda: torch.mm(a, b, out=out), seconds)
+def ceilings(threads: int) -> Ceilings:
+    """Measures both, in about a second. FMA speed is one thread's times their number."""
+    from .. import _C
 
-
-def copy_rate(seconds: float = 0.5, megabytes: int = 128) -> float:
-    """Bytes/s read plus written by the best copy of a buffer far larger than the caches."""
-    source = torch.zeros(megabytes << 20, dtype=torch.uint8)
-    target = torch.ones_like(source)
-    return _best_rate(2.0 * source.numel(), lambda: target.copy_(source), seconds)
-
-
-def ceilings(threads: int) -> str:
-    """What this machine reaches at most with that many threads, measured now, in words."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        gemm, copy = gemm_rate(), copy_rate()
+        return Ceilings(threads, threads * _C.fma_peak(), copy_rate())
     finally:
         torch.set_num_threads(before)
-    plural = "s" if threads > 1 else ""
-    return f"{threads} thread{plural}: float32 matrix product {gemm / 1e9:.0f} GFLOP/s, copy {copy / 1e9:.1f} GB/s"
+
+
+def copy_rate(seconds: float = 0.5, megabytes: int = 128) -> float:
+    """Bytes/s of the best torch copy of that size, with the current number of threads."""
+    source = torch.zeros(megabytes << 20, dtype=torch.uint8)
+    target = torch.ones_like(source)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        target.copy_(source)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * source.numel() / best
