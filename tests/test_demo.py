@@ -14,6 +14,15 @@ from convext.demo import digits, photos, picture
 from convext.demo.profile import LayerTime, layer_times
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small networks on several threads spend their time waiting where a machine runs other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def small_demo(monkeypatch, tmp_path):
     """A demo of one small network without time to spend, and the settings for it."""

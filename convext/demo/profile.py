@@ -45,7 +45,8 @@ def _one_pass(model: nn.Module, x: torch.Tensor) -> list[LayerTime]:
             continue
         end = event.time_range.end
         if _is_convolution(event.name):
-            layers.append(LayerTime(*(tuple(shape) for shape in event.input_shapes[:2])))
+            x_shape, w_shape, *_ = (tuple(shape) for shape in event.input_shapes if len(shape) == 4)
+            layers.append(LayerTime(x_shape, w_shape))
         if layers:
             microseconds = event.device_time_total if x.is_cuda else event.cpu_time_total
             layers[-1].seconds += microseconds * 1e-6
