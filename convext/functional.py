@@ -12,6 +12,7 @@ from .activation import FORWARD
 from .problem import DTYPES, Geom
 
 _PLAIN = ops._PLAIN
+_strided = torch.strided
 _jit_tracing = ops._jit_tracing  # a TorchScript trace gets ATen's operators: it runs without convext
 
 
@@ -110,7 +111,8 @@ def _conv2d(function, x, w, bias, stride, padding, dilation, groups):
         return _conv2d_traced(x, w, bias, stride, padding, dilation, groups)
     if not (type(x) in _PLAIN and type(w) in _PLAIN and type(bias) in _PLAIN) or x is None or w is None:
         _check_tensors(x, w, bias)
-    if x.dtype not in DTYPES or w.dtype not in DTYPES or _is_foreign(x, w, bias) or _jit_tracing():
+    if x.dtype not in DTYPES or w.dtype not in DTYPES or x.layout is not _strided or w.layout is not _strided \
+            or _is_foreign(x, w, bias) or _jit_tracing():
         return torch.conv2d(x, w, bias, stride, padding, dilation, groups)
     x, geom = _normalise(x, w, stride, padding, dilation, groups)
     if ops._autocast_active():
@@ -292,7 +294,7 @@ def _prepare_fused(input, weight, bias, residual, batch_norm, stride, padding, d
         if ops._functorch_active() or autograd.carries_tangents() or _is_foreign(*tensors) or _jit_tracing():
             return None
     x, w, b = input, weight, bias
-    if x.dtype not in DTYPES or w.dtype not in DTYPES:
+    if x.dtype not in DTYPES or w.dtype not in DTYPES or x.layout is not _strided or w.layout is not _strided:
         return None
     if ops._autocast_active():
         x, w, b = _autocast(x, w, b)
