@@ -111,8 +111,8 @@ def _conv2d(function, x, w, bias, stride, padding, dilation, groups):
         return _conv2d_traced(x, w, bias, stride, padding, dilation, groups)
     if not (type(x) in _PLAIN and type(w) in _PLAIN and type(bias) in _PLAIN) or x is None or w is None:
         _check_tensors(x, w, bias)
-    if x.dtype not in DTYPES or w.dtype not in DTYPES or x.layout is not _strided or w.layout is not _strided \
-            or _is_foreign(x, w, bias) or _jit_tracing():
+    known = x.dtype in DTYPES or w.dtype in DTYPES  # one alone is an error, which the checks explain
+    if not known or x.layout is not _strided or w.layout is not _strided or _is_foreign(x, w, bias) or _jit_tracing():
         return torch.conv2d(x, w, bias, stride, padding, dilation, groups)
     x, geom = _normalise(x, w, stride, padding, dilation, groups)
     if ops._autocast_active():

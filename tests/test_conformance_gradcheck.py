@@ -1,7 +1,8 @@
 """First and second derivatives of every public function, checked numerically; forward mode right or refusing.
 
 Numerical derivatives mean nothing on the kink of an activation, so the inputs are drawn until no pre-activation lies
-near one: `away_from_kinks` searches, and says so where it finds nothing.
+near one: `away_from_kinks` searches, and says so where it finds nothing. First derivatives are checked element by
+element, second ones along random directions (`fast_mode`), which is what keeps this within seconds.
 """
 
 import convext
@@ -29,14 +30,14 @@ def doubles(*shapes, seed=0):
 
 
 CONVOLUTIONS = {
-    "conv2d": (convext.conv2d, (2, 4, 5, 4), (6, 2, 3, 2), dict(stride=(2, 1), padding=(1, 2), groups=2)),
-    "conv2d_same_even_kernel": (convext.conv2d, (1, 2, 4, 5), (3, 2, 2, 4), dict(padding="same")),
-    "conv2d_unbatched": (convext.conv2d, (2, 5, 4), (3, 2, 3, 3), dict(padding=1)),
+    "conv2d": (convext.conv2d, (2, 4, 4, 3), (2, 2, 3, 2), dict(stride=(2, 1), padding=(1, 2), groups=2)),
+    "conv2d_same_even_kernel": (convext.conv2d, (1, 2, 3, 4), (2, 2, 2, 4), dict(padding="same")),
+    "conv2d_unbatched": (convext.conv2d, (2, 4, 3), (2, 2, 3, 3), dict(padding=1)),
     "conv2d_strided_dgrad_hole": (convext.conv2d, (1, 2, 6, 5), (2, 2, 1, 2), dict(stride=(3, 3))),
     "conv2d_pointwise": (convext.conv2d, (2, 3, 3, 3), (4, 3, 1, 1), {}),
     "depthwise_conv2d": (convext.depthwise_conv2d, (2, 3, 5, 4), (3, 1, 3, 3), dict(stride=2, padding=1)),
     "depthwise_conv2d_multiplier": (convext.depthwise_conv2d, (1, 2, 4, 4), (6, 1, 3, 2), dict(padding=1)),
-    "dilated_conv2d": (convext.dilated_conv2d, (1, 2, 6, 6), (3, 2, 3, 3), dict(padding=2, dilation=(2, 3))),
+    "dilated_conv2d": (convext.dilated_conv2d, (1, 2, 5, 5), (2, 2, 3, 3), dict(padding=2, dilation=(2, 3))),
 }  # fmt: skip
 
 
@@ -53,7 +54,7 @@ def test_convolution(name, backend, served_by):
     function, inputs = convolution(name)
     with convext.backend(backend), served_by(backend):
         assert gradcheck(function, inputs)
-        assert gradgradcheck(function, inputs)
+        assert gradgradcheck(function, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("backend", ["aten", "native"])
@@ -65,7 +66,7 @@ def test_convolution_where_only_some_inputs_need_gradients(needed, backend):
     with convext.backend(backend):
         assert gradcheck(function, inputs)
         # Linear in each input alone: only a product of two has second derivatives.
-        assert needed == (2,) or gradgradcheck(function, inputs)
+        assert needed == (2,) or gradgradcheck(function, inputs, fast_mode=True)
 
 
 def batch_norm(x, w, bias, gamma, beta, residual, mean, var, training, activation, geometry):
@@ -79,7 +80,7 @@ def away_from_kinks(activation, training, residual, affine, geometry):
     """Inputs (x, w, bias, gamma, beta, residual) and running statistics, no pre-activation within MARGIN of a kink."""
     statistics = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64), torch.tensor([0.5, 1.5, 1.0], dtype=torch.float64)
     for seed in range(200):
-        x, w, bias, gamma, beta, r = doubles((3, 2, 4, 3), (3, 2, 2, 3), 3, 3, 3, (3, 3, 3, 3), seed=seed)
+        x, w, bias, gamma, beta, r = doubles((2, 2, 3, 3), (3, 2, 2, 3), 3, 3, 3, (2, 3, 2, 3), seed=seed)
         inputs = [x, w, bias, gamma if affine else None, beta if affine else None, r if residual else None]
         with torch.no_grad():
             if affine:
@@ -116,7 +117,7 @@ def test_conv_bn_relu(activation, residual, training, backend, served_by):
             batch_norm(*inputs, *(s.clone() for s in statistics), training, activation, GEOMETRY)[1],
         )
         assert gradcheck(function, inputs)
-        assert gradgradcheck(function, inputs)
+        assert gradgradcheck(function, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("backend", ["aten", "native"])
@@ -126,7 +127,7 @@ def test_conv_bn_relu_without_affine_or_bias(training, backend):
     function = fused("silu", training, statistics)
     with convext.backend(backend):
         assert gradcheck(function, [x, w, None, None, None, None])
-        assert gradgradcheck(function, [x, w, None, None, None, None])
+        assert gradgradcheck(function, [x, w, None, None, None, None], fast_mode=True)
 
 
 @pytest.mark.parametrize("backend", ["aten", "native"])
@@ -155,7 +156,7 @@ def test_module(momentum, training, backend):
 
     with convext.backend(backend):
         assert gradcheck(function, [x, *parameters.values()])
-        assert gradgradcheck(function, [x, *parameters.values()])
+        assert gradgradcheck(function, [x, *parameters.values()], fast_mode=True)
 
 
 def jvp_or_refusal(function, inputs):
