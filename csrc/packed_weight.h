@@ -1,10 +1,11 @@
 // Packed weights that outlive a call, and how they notice that the weights behind them have changed.
 //
 // A packed buffer is kHeader bytes followed by what Variant::pack writes. The header holds a fingerprint of the
-// weights it was packed from: torch's version counter, which every in-place operation bumps, mixed with the weights
-// themselves, because a change through `weight.data` leaves the counter as it was. Up to kHashedWhole bytes every word
-// counts; beyond, kSamples words spread evenly do, which notices a change of the whole tensor (an optimizer, a loaded
-// checkpoint, a scaling) but may miss a single element written through `.data` of a large tensor.
+// weights it was packed from: torch's version counter, which every in-place operation bumps, mixed with a sample of
+// the weights themselves, because a change through `weight.data` leaves the counter as it was. The sample is every
+// word up to kHashedWhole bytes and kSamples words spread evenly beyond: few, because the original weights are not in
+// any cache while a network runs on the packed ones. It notices a change of the whole tensor (an optimizer, a loaded
+// checkpoint, a scaling); a single element written through `.data` of a large tensor it may miss.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -15,29 +16,24 @@
 namespace convext {
 
 constexpr int64_t kPackedHeader = 64;
-constexpr int64_t kHashedWhole = int64_t{64} << 10;
-constexpr int64_t kSamples = 1024;
+constexpr int64_t kHashedWhole = 2048;
+constexpr int64_t kSamples = 64;
 
-// FNV-like multiply and xor over four lanes, so that the multiplications overlap.
+// Multiply and xor, as in FNV, over every word or over a sample of them, and the last one.
 inline uint64_t fingerprint(const void* data, int64_t bytes, uint64_t seed) {
   constexpr uint64_t kPrime = 0x9E3779B97F4A7C15ull;
   const char* const base = static_cast<const char*>(data);
   const int64_t words = bytes / 8;
   const int64_t step = bytes <= kHashedWhole ? 1 : words / kSamples;
-  uint64_t lane[4] = {seed, seed ^ kPrime, ~seed, seed * kPrime};
-  int64_t index = 0;
-  for (int64_t i = 0; i < words; i += step, ++index) {
-    uint64_t word;
-    std::memcpy(&word, base + 8 * i, 8);
-    uint64_t& h = lane[index & 3];
+  uint64_t h = seed ^ static_cast<uint64_t>(bytes);
+  const auto mix = [&](const char* from, int64_t size) {
+    uint64_t word = 0;
+    std::memcpy(&word, from, size);
     h = (h ^ word) * kPrime;
     h ^= h >> 29;
-  }
-  uint64_t tail = 0;  // the last, perhaps partial, word
-  const int64_t last = bytes >= 8 ? bytes - 8 : 0;
-  std::memcpy(&tail, base + last, bytes - last);
-  uint64_t h = tail ^ static_cast<uint64_t>(bytes);
-  for (uint64_t part : lane) h = (h ^ part) * kPrime, h ^= h >> 32;
+  };
+  for (int64_t i = 0; i < words; i += step) mix(base + 8 * i, 8);
+  mix(bytes >= 8 ? base + bytes - 8 : base, bytes >= 8 ? 8 : bytes);
   return h | 1;  // never 0, which marks an empty buffer
 }
 
