@@ -16,6 +16,8 @@ A backend is one object, `BACKEND` in its module, with these members:
 
 and, where it has something to say, these:
 
+    prepared_fprop(problem, activation) -> call
+        as `Choice.prepared_fprop`, with everything looked up beforehand that does not depend on the tensors
     slower(pass_, problem) -> str|None    what was measured to be faster; only an automatic choice listens
     reject_batch_norm(y) -> str|None      why it cannot run the last three on tensors like y
 
@@ -32,7 +34,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..problem import ConvProblem, Pass, accumulate_dtype
+from ..problem import ConvProblem, Epilogue, Pass, accumulate_dtype
 
 # Order of preference by device type. A device type that is not here has ATen alone.
 PRIORITY = {"cpu": ("native", "aten"), "cuda": ("native", "triton", "aten")}
@@ -66,6 +68,15 @@ class Choice:
         self.counter = counter(backend.name, pass_.name.lower(), self.variant)
         self.run = getattr(backend, pass_.name.lower())
 
+    def prepared_fprop(self, activation: str):
+        """call(x, w, bias, mean, var, gamma, beta, residual, eps) -> y of this problem, for who calls it again and
+        again. It checks nothing, and must not be kept beyond the present `epoch`."""
+        if hasattr(self.backend, "prepared_fprop"):
+            return self.backend.prepared_fprop(self.problem, activation)
+        run, problem = self.run, self.problem
+        return lambda x, w, bias, mean, var, gamma, beta, residual, eps: run(
+            problem, x, w, Epilogue(bias, mean, var, gamma, beta, residual, eps, activation))
+
     def __repr__(self) -> str:
         return f"<{self.pass_.name.lower()} of {self.problem}: {self.backend.name}, {self.variant}>"
 
@@ -93,6 +104,7 @@ _forced: str | None = None
 # Choices by the properties of the tensors of a call, for the direct path of ops.py. Holds what `select` answers, so it
 # goes whenever `_choices` goes.
 CALL_CACHE: dict[tuple, Choice] = {}
+epoch = object()  # another one whenever kept choices cease to hold
 CACHE_LIMIT = 4096  # a service with ever new shapes must not grow without bound
 
 
@@ -134,7 +146,9 @@ def backends() -> list[BackendStatus]:
 
 def forget() -> None:
     """Drops every cached choice: call after something that selection depends on has changed."""
+    global epoch
     with _lock:
+        epoch = object()
         _choices.clear()
         CALL_CACHE.clear()
         _batch_norm.clear()

@@ -131,6 +131,17 @@ class NativeBackend:
             e.residual, plan.geom, e.eps, ACTIVATIONS[e.activation], problem.y_layout == _NHWC,
         )  # fmt: skip
 
+    def prepared_fprop(self, problem: ConvProblem, activation: str):
+        plan = _plan(Pass.FPROP, problem)
+        op, variant, geom, code = torch.ops.convext_cpu.fprop.default._op, plan.variant, plan.geom, ACTIVATIONS[activation]
+        nhwc = problem.y_layout == _NHWC
+
+        def call(x, w, bias, mean, var, gamma, beta, residual, eps):
+            return op(variant, x, w, _packed_buffer(w, plan), _version(w), bias, mean, var, gamma, beta, residual, geom,
+                      eps, code, nhwc)
+
+        return call
+
     def dgrad(self, problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         plan = _plan(Pass.DGRAD, problem)
         return torch.ops.convext_cpu.dgrad.default(

@@ -9,23 +9,29 @@ from operator import itemgetter
 import torch
 from torch.autograd import forward_ad
 
-from .. import functional, nn, ops
-from ..problem import Geom
+from .. import backends, functional, nn, ops
+from ..problem import DTYPES, ConvProblem, Geom, Pass
 
 _settings = itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
 _grad_enabled = torch.is_grad_enabled
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
 class _Convolution:
-    """A Conv2d module's dictionaries, and the geometry of its present settings."""
+    """A Conv2d module's dictionaries, the geometry of its present settings, and the last call.
 
-    __slots__ = ("attributes", "parameters", "settings", "geom", "last", "channels_last")
+    last     shape, strides, dtype and device of the last input
+    weight   shape, strides and dtype of the weight then; y_shape: the result's shape
+    call     the prepared call of the kernel chosen then, and counter its count; None until one is"""
+
+    __slots__ = ("attributes", "parameters", "settings", "geom", "last", "channels_last", "weight", "y_shape", "call",
+                 "counter")
 
     def __init__(self, module, channels_last):
         self.channels_last = channels_last
         self.attributes, self.parameters = module.__dict__, module._parameters
         self.settings, self.geom = None, None
-        self.last = None    # shape, strides, dtype and device of the last input, for the report
+        self.last = self.weight = self.y_shape = self.call = self.counter = None
 
     def refresh(self, settings):
         """The Geom, or None where the settings take more than a Geom to say."""
@@ -35,12 +41,61 @@ class _Convolution:
         return self.geom
 
 
-def bind(conv, batch_norm, activation, apart, channels_last):
+    def prepare(self, x, w, activation):
+        """Chooses the kernel for calls like this one, which has just gone well."""
+        choice = backends.select(Pass.FPROP, ConvProblem.of_fprop(x, w, self.geom, self.channels_last))
+        self.last = x.shape, x.stride(), x.dtype, x.device
+        self.weight = w.shape, w.stride(), w.dtype
+        self.y_shape = torch.Size(choice.problem.y_shape)
+        self.counter, self.call = choice.counter, choice.prepared_fprop(activation)
+
+
+def bind(conv, batch_norm, activation, apart, channels_last, direct):
     """function(x, residual=None) of one chain. `apart(x, residual)` runs its modules one by one; `channels_last` asks
-    for a channels-last result whatever x is."""
+    for a channels-last result whatever x is. `direct`: for calls without gradients, modes or transforms, see
+    `runs_direct`."""
     if batch_norm is None:
-        return _conv_act(conv, activation, apart, channels_last)
-    return _conv_bn_act(conv, batch_norm, activation, apart, channels_last)
+        fused = _conv_act(conv, activation, apart, channels_last)
+    else:
+        fused = _conv_bn_act(conv, batch_norm, activation, apart, channels_last)
+    if direct and (batch_norm is None or not batch_norm.training):
+        return _direct(fused, batch_norm, activation)
+    return fused
+
+
+def runs_direct():
+    """True where nothing stands between a call and its kernel."""
+    return not _grad_enabled() and forward_ad._current_level < 0 and ops.dispatcher_is_idle()
+
+
+def _direct(fused, batch_norm, activation):
+    """`fused`, which a call like the one before passes by."""
+    state = fused.state
+    attributes, parameters = state.attributes, state.parameters
+    no_batch_norm = batch_norm is None
+    if no_batch_norm:
+        bn_attributes, affine, statistics = {"eps": 0.0}, {}, {}
+    else:
+        bn_attributes, affine, statistics = batch_norm.__dict__, batch_norm._parameters, batch_norm._buffers
+
+    def direct(x, residual=None):
+        w = parameters.get("weight")
+        mean, var = statistics.get("running_mean"), statistics.get("running_var")
+        if state.call is not None and type(w) in _PLAIN and _settings(attributes) == state.settings \
+                and (x.shape, x.stride(), x.dtype, x.device) == state.last \
+                and (w.shape, w.stride(), w.dtype) == state.weight and (no_batch_norm or mean is not None is not var) \
+                and (residual is None or residual.shape == state.y_shape and residual.dtype is x.dtype):
+            state.counter[0] += 1
+            return state.call(x, w, parameters.get("bias"), mean, var, affine.get("weight"), affine.get("bias"), residual,
+                              bn_attributes["eps"])
+        state.call = None
+        y = fused(x, residual)
+        if type(w) in _PLAIN and state.geom is not None and x.dim() == 4 and x.dtype is w.dtype and x.dtype in DTYPES:
+            state.prepare(x, w, activation)
+        return y
+
+    direct.state = state
+    return direct
 
 
 def _conv_act(conv, activation, apart, channels_last):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as _torch_module
 
+from .. import backends
 from . import calls, chains, codegen, layout, place
 from . import signature as signatures
 from .audit import Untraceable
@@ -30,7 +31,7 @@ class Variant:
 
     function(owner, *tensors); chains; alone: why a convolution has nothing fused; layout: None outside the seam."""
 
-    def __init__(self, plan, opaque, in_seam):
+    def __init__(self, plan, opaque, in_seam, direct):
         trace = plan.trace
         modules = trace.modules
         self.chains, self.alone = chains.find(trace.graph, modules, opaque)
@@ -55,7 +56,8 @@ class Variant:
         def fused(chain):
             free = self.layout is not None and chain.last in self.layout.free and chain.last not in self.layout.pinned
             batch_norm = None if chain.batch_norm is None else modules[chain.batch_norm]
-            self.fused.append(place.bind(modules[chain.conv], batch_norm, chain.activation, _apart(chain, modules), free))
+            self.fused.append(place.bind(modules[chain.conv], batch_norm, chain.activation, _apart(chain, modules), free,
+                                         direct))
             return self.fused[-1]
 
         self.function = codegen.generate(trace.graph, self.chains, self.layout, call_leaf, fused, attribute)
@@ -111,8 +113,7 @@ class Plan:
         telling = [m for m in convs if m.weight is not None and m.weight.dim() == 4
                    and m.weight.shape[1] > 1 and m.weight[0, 0].numel() > 1]
         self.weights = [m.__dict__ for m in telling or convs]
-        self.variants = {}
-        self._seam_signatures = {}
+        self.variants, self.epoch = {}, backends.epoch
 
     def takes_any(self, node):
         """True of a leaf container whose own plan neither minds channels-last arguments nor hides such a result."""
@@ -124,17 +125,20 @@ class Plan:
             return False
         return forward.works_in_any_format(len(node.args))
 
-    def variant(self, in_seam):
+    def variant(self, in_seam, direct=False):
         """The compiled variant for the modules' present state, or None where the plan cannot stand."""
+        if self.epoch is not backends.epoch:     # prepared calls hold the backends' choices
+            self.variants.clear()
+            self.epoch = backends.epoch
         state = self.state()
         if state is None:
             return None
-        key = *state, in_seam
+        key = *state, in_seam, direct
         variant = self.variants.get(key)
         if variant is None:
             if len(self.variants) >= _MOST_VARIANTS:
                 self.variants.clear()
-            variant = self.variants[key] = Variant(self, state[1], in_seam)
+            variant = self.variants[key] = Variant(self, state[1], in_seam, direct)
         return variant
 
     def state(self):
@@ -238,7 +242,7 @@ class PlannedForward:
             return type(owner).forward(owner, *args, **kwargs)
         tensors = args if plan.signature is signatures.ONE_TENSOR else signatures.tensors(args, kwargs)
         in_seam = layout.wanted(tensors) and layout.contiguous_weights(plan.weights)
-        variant = plan.variant(in_seam)
+        variant = plan.variant(in_seam, place.runs_direct())
         if variant is None:
             return type(owner).forward(owner, *args, **kwargs)
         result = variant.function(owner, *tensors)
@@ -249,7 +253,7 @@ class PlannedForward:
         owner = self.owner
         plan = self.plan(owner, signatures.of_call(tensors, {}))
         if plan is not None and layout.contiguous_weights(plan.weights) and not any(_hooks(owner.__dict__)):
-            variant = plan.variant(True)
+            variant = plan.variant(True, place.runs_direct())
             if variant is not None and variant.works_in_any_format:
                 return variant.function(owner, *tensors)
         return _restored(owner, tensors)
