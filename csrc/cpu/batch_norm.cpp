@@ -3,7 +3,8 @@
 //   batch_stats       1 pass: reads y
 //   bn_act            1 pass: reads y, residual; writes out
 //   bn_act_backward   frozen:   1 pass, sums and results together
-//                     training: 2 passes; z and dz are computed again in the second, which costs less than storing them
+//                     training: 2 passes; z and dz are computed again in the second, which costs less than storing
+//                               them, except for silu and gelu, whose dz waits in dy
 //
 // Tile map. NHWC runs along memory, pixel by pixel, W channels at a time; per-channel constants and running sums lie in
 // arrays that stay in L1. NCHW runs along each plane with the channel's constants in registers.
@@ -26,6 +27,9 @@
 namespace convext {
 namespace CONVEXT_ISA {
 namespace {
+
+// Where a lambda takes its attribute.
+#define CONVEXT_LAMBDA_INLINE __attribute__((always_inline))
 
 constexpr int64_t kMaxChunks = 128;          // partial sums kept for a tensor
 constexpr int64_t kChunkElements = 16 * 1024;  // a chunk or a task is at least this much work
@@ -115,6 +119,20 @@ CONVEXT_INLINE void for_vectors(int64_t count, Body&& body) {
   if (i < count) body(i, count - i);
 }
 
+// Calls body(pixel, count, channel, lanes) so that it visits the channels of `count` pixels at a time: what it loads
+// for a channel serves all of them, and memory is still walked in its order, as that many streams.
+template <class T, class Body>
+CONVEXT_INLINE void for_pixels(int64_t begin, int64_t end, int64_t c, Body&& body) {
+  constexpr int64_t kPixels = 4;
+  int64_t pixel = begin;
+  for (; pixel + kPixels <= end; pixel += kPixels) {
+    for_vectors<T>(c, [&](int64_t i, int64_t lanes) CONVEXT_LAMBDA_INLINE { body(pixel, kPixels, i, lanes); });
+  }
+  for (; pixel < end; ++pixel) {
+    for_vectors<T>(c, [&](int64_t i, int64_t lanes) CONVEXT_LAMBDA_INLINE { body(pixel, 1, i, lanes); });
+  }
+}
+
 // The sum of the first `lanes` lanes, in order.
 template <class T>
 CONVEXT_INLINE double sum_lanes(Vec<T> a, int64_t lanes = Vec<T>::width) {
@@ -129,14 +147,17 @@ template <class S>
 void chunk_stats_nhwc(const S* y, int64_t pixels, int64_t c, compute_t<S>* sums) {
   using T = compute_t<S>;
   for (int64_t i = 0; i < 2 * c; ++i) sums[i] = 0;
-  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-    const S* const row = y + pixel * c;
-    for_vectors<T>(c, [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
-      const Vec<T> d = load_as(row + i, lanes) - load_as(y + i, lanes);
-      store_as(sums + i, load_as(sums + i, lanes) + d, lanes);
-      store_as(sums + c + i, fma(load_as(sums + c + i, lanes), d, d), lanes);
-    });
-  }
+  for_pixels<T>(0, pixels, c, [=](int64_t pixel, int64_t count, int64_t i, int64_t lanes) CONVEXT_LAMBDA_INLINE {
+    const Vec<T> first = load_as(y + i, lanes);
+    Vec<T> s1 = load_as(sums + i, lanes), s2 = load_as(sums + c + i, lanes);
+    for (int64_t x = 0; x < count; ++x) {
+      const Vec<T> d = load_as(y + (pixel + x) * c + i, lanes) - first;
+      s1 += d;
+      s2 = fma(s2, d, d);
+    }
+    store_as(sums + i, s1, lanes);
+    store_as(sums + c + i, s2, lanes);
+  });
 }
 
 // One channel of images [begin, end). Planes are cut into pieces so that a lane never sums too much.
@@ -150,7 +171,7 @@ void chunk_stats_nchw(const S* y, int64_t images, int64_t image_stride, int64_t 
     for (int64_t begin = 0; begin < hw; begin += kPiece) {
       const S* const piece = y + image * image_stride + begin;
       Vec<T> s1 = Vec<T>::zero(), s2 = Vec<T>::zero();
-      for_vectors<T>(smaller(kPiece, hw - begin), [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
+      for_vectors<T>(smaller(kPiece, hw - begin), [&](int64_t i, int64_t lanes) CONVEXT_LAMBDA_INLINE {
         const Vec<T> d = load_as(piece + i, lanes) - first;
         if (lanes == Vec<T>::width) {
           s1 += d;
@@ -225,27 +246,28 @@ void bn_act(const Parallel& parallel, const BatchNormArgs& args, void* out_point
   load_constants(args, constants);
   const S *const y = static_cast<const S*>(args.y), *const residual = static_cast<const S*>(args.residual);
   S* const out = static_cast<S*>(out_pointer);
-  auto step = [=](int64_t at, int64_t lanes, Vec<T> mean, Vec<T> scale, Vec<T> shift) __attribute__((always_inline)) {
+  const int64_t channels = args.c, hw = args.hw;
+  auto step = [=](int64_t at, int64_t lanes, Vec<T> mean, Vec<T> scale, Vec<T> shift) CONVEXT_LAMBDA_INLINE {
     Vec<T> z = fma(shift, load_as(y + at, lanes) - mean, scale);
     if (residual) z += load_as(residual + at, lanes);
     store_as(out + at, Act<Vec<T>>::forward(z), lanes);
   };
   if (args.layout == Layout::kNHWC) {
     for_ranges(parallel, args, [&](int64_t begin, int64_t end) {
-      for (int64_t pixel = begin; pixel < end; ++pixel) {
-        for_vectors<T>(args.c, [&](int64_t c, int64_t lanes) __attribute__((always_inline)) {
-          step(pixel * args.c + c, lanes, load_as(constants.mean + c, lanes), load_as(constants.scale + c, lanes),
-               load_as(constants.shift + c, lanes));
-        });
-      }
+      for_pixels<T>(begin, end, channels, [=](int64_t pixel, int64_t count, int64_t c, int64_t lanes)
+                                              CONVEXT_LAMBDA_INLINE {
+        const Vec<T> mean = load_as(constants.mean + c, lanes), scale = load_as(constants.scale + c, lanes);
+        const Vec<T> shift = load_as(constants.shift + c, lanes);
+        for (int64_t x = 0; x < count; ++x) step((pixel + x) * channels + c, lanes, mean, scale, shift);
+      });
     });
   } else {
     for_ranges(parallel, args, [&](int64_t begin, int64_t end) {
       for (int64_t plane = begin; plane < end; ++plane) {
-        const int64_t c = plane % args.c;
+        const int64_t c = plane % channels;
         const Vec<T> mean(constants.mean[c]), scale(constants.scale[c]), shift(constants.shift[c]);
-        for_vectors<T>(args.hw, [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
-          step(plane * args.hw + i, lanes, mean, scale, shift);
+        for_vectors<T>(hw, [=](int64_t i, int64_t lanes) CONVEXT_LAMBDA_INLINE {
+          step(plane * hw + i, lanes, mean, scale, shift);
         });
       }
     });
@@ -254,10 +276,8 @@ void bn_act(const Parallel& parallel, const BatchNormArgs& args, void* out_point
 
 // ---- backward ----
 
-// What one pass over memory does: sums, results, or both.
-struct Work {
-  bool sums, results, through_stats;
-};
+// What one pass over memory does.
+enum class Work { kSums, kSumsKeepingDz, kResults, kResultsFromDz, kSumsAndResults };
 
 template <class S, template <class> class Act>
 struct Backward {
@@ -266,53 +286,70 @@ struct Backward {
   S *dy, *dresidual;
   Work work;
 
+  bool sums_up() const { return work != Work::kResults && work != Work::kResultsFromDz; }
+
+  CONVEXT_INLINE Vec<T> compute_dz(int64_t at, int64_t lanes, const Channel<T>& channel, Vec<T> centered) const {
+    Vec<T> z = fma(channel.shift, centered, channel.scale);
+    if (residual) z += load_as(residual + at, lanes);
+    return load_as(dout + at, lanes) * Act<Vec<T>>::derivative(z);
+  }
+
   // Returns dz, and dz * (y - mean) in `product`.
   CONVEXT_INLINE Vec<T> step(int64_t at, int64_t lanes, const Channel<T>& channel, Vec<T>& product) const {
     const Vec<T> centered = load_as(y + at, lanes) - channel.mean;
-    Vec<T> z = fma(channel.shift, centered, channel.scale);
-    if (residual) z += load_as(residual + at, lanes);
-    const Vec<T> dz = load_as(dout + at, lanes) * Act<Vec<T>>::derivative(z);
-    if (work.results) {
-      if (dresidual) store_as(dresidual + at, dz, lanes);
-      const Vec<T> flow = work.through_stats ? dz - channel.mean_dz - centered * channel.slope : dz;
-      store_as(dy + at, channel.scale * flow, lanes);
+    Vec<T> dz;
+    if (work == Work::kResultsFromDz) {
+      dz = load_as(dy + at, lanes);
+    } else {
+      dz = compute_dz(at, lanes, channel, centered);
+      if (dresidual && work != Work::kSums) store_as(dresidual + at, dz, lanes);
+    }
+    if (work == Work::kSumsKeepingDz) store_as(dy + at, dz, lanes);
+    if (work == Work::kSumsAndResults) store_as(dy + at, channel.scale * dz, lanes);
+    if (work == Work::kResults || work == Work::kResultsFromDz) {
+      store_as(dy + at, channel.scale * (dz - channel.mean_dz - centered * channel.slope), lanes);
     }
     product = dz * centered;
     return dz;
   }
 
   void pixels(int64_t begin, int64_t end, int64_t c, const Constants<T>& constants, T* sums) const {
-    if (work.sums) {
+    if (sums_up()) {
       for (int64_t i = 0; i < 2 * c; ++i) sums[i] = 0;
     }
-    for (int64_t pixel = begin; pixel < end; ++pixel) {
-      for_vectors<T>(c, [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
-        Vec<T> product;
-        const Vec<T> dz = step(pixel * c + i, lanes, Channel<T>::neighbours(constants, i, lanes), product);
-        if (work.sums) {
-          store_as(sums + i, load_as(sums + i, lanes) + dz, lanes);
-          store_as(sums + c + i, load_as(sums + c + i, lanes) + product, lanes);
-        }
-      });
-    }
+    // Copies, so that no store can alias what the loop reads.
+    for_pixels<T>(begin, end, c, [=, self = *this](int64_t pixel, int64_t count, int64_t i, int64_t lanes)
+                                     CONVEXT_LAMBDA_INLINE {
+      const Channel<T> channel = Channel<T>::neighbours(constants, i, lanes);
+      Vec<T> s1 = Vec<T>::zero(), s2 = Vec<T>::zero(), product;
+      for (int64_t x = 0; x < count; ++x) {
+        s1 += self.step((pixel + x) * c + i, lanes, channel, product);
+        s2 += product;
+      }
+      if (self.sums_up()) {
+        store_as(sums + i, load_as(sums + i, lanes) + s1, lanes);
+        store_as(sums + c + i, load_as(sums + c + i, lanes) + s2, lanes);
+      }
+    });
   }
 
   void plane(int64_t at, int64_t hw, const Channel<T>& channel, double& sum, double& sum_products) const {
     constexpr int64_t kPiece = 4096;
+    const Backward self = *this;  // a copy that no store can alias
     for (int64_t begin = 0; begin < hw; begin += kPiece) {
       Vec<T> s1 = Vec<T>::zero(), s2 = Vec<T>::zero();
-      for_vectors<T>(smaller(kPiece, hw - begin), [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
+      for_vectors<T>(smaller(kPiece, hw - begin), [&](int64_t i, int64_t lanes) CONVEXT_LAMBDA_INLINE {
         Vec<T> product;
-        const Vec<T> dz = step(at + begin + i, lanes, channel, product);
+        const Vec<T> dz = self.step(at + begin + i, lanes, channel, product);
         if (lanes == Vec<T>::width) {
           s1 += dz;
           s2 += product;
-        } else if (work.sums) {
+        } else if (sums_up()) {
           sum += sum_lanes(dz, lanes);
           sum_products += sum_lanes(product, lanes);
         }
       });
-      if (work.sums) sum += sum_lanes(s1), sum_products += sum_lanes(s2);
+      if (sums_up()) sum += sum_lanes(s1), sum_products += sum_lanes(s2);
     }
   }
 
@@ -331,7 +368,7 @@ struct Backward {
       for (int64_t n = chunks.begin(chunk); n < chunks.end(chunk); ++n) {
         plane((n * args.c + c) * args.hw, args.hw, channel, sum, sum_products);
       }
-      if (work.sums) {
+      if (sums_up()) {
         constants.partial[chunk * 2 * args.c + c] = static_cast<T>(sum);
         constants.partial[chunk * 2 * args.c + args.c + c] = static_cast<T>(sum_products);
       }
@@ -367,13 +404,16 @@ void bn_act_backward(const Parallel& parallel, const BatchNormArgs& args, const 
   for (int64_t c = 0; c < args.c; ++c) constants.mean_dz[c] = constants.slope[c] = 0;
   Backward<S, Act> pass{static_cast<const S*>(args.y),      static_cast<const S*>(args.residual),
                         static_cast<const S*>(gradients.dout), static_cast<S*>(gradients.dy),
-                        static_cast<S*>(gradients.dresidual),  {}};
+                        static_cast<S*>(gradients.dresidual),  Work::kSums};
   const bool through_stats = gradients.training && args.mean;
-  pass.work = {true, !through_stats, false};
+  // An activation that costs more than a pass over memory is differentiated once, where dy can hold dz unrounded.
+  const bool costly = args.activation == Activation::silu || args.activation == Activation::gelu;
+  const bool keep = costly && sizeof(S) == sizeof(T);
+  pass.work = !through_stats ? Work::kSumsAndResults : keep ? Work::kSumsKeepingDz : Work::kSums;
   pass.run(parallel, args, constants);
   finish_sums(args, gradients, constants);
   if (!through_stats) return;
-  pass.work = {false, true, true};
+  pass.work = keep ? Work::kResultsFromDz : Work::kResults;
   pass.run(parallel, args, constants);
 }
 

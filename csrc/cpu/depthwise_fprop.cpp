@@ -4,8 +4,8 @@
 //                       + shift[k] + residual[n, p, q, k])                                              m = K / C
 //
 // No matrices: there is no reduction over channels, so lanes are channels and a tap is one FMA. The tiles and their
-// register budget are in depthwise_taps.cpp. FLOP per byte of x and y at stride 1: 2 * R * S / 8, 2.25 at 3 x 3, so that
-// beyond the caches memory bounds it and the epilogue is free.
+// register budget are in depthwise_taps.cpp. FLOP per byte of x and y at stride 1: 2 * R * S / 8, 2.25 at 3 x 3: beyond
+// the caches memory bounds it and the epilogue is free.
 //
 // Chosen for every depthwise problem: the direct kernels would leave all lanes but one of a vector idle.
 #include "depthwise.h"

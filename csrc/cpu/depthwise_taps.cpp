@@ -176,7 +176,7 @@ CONVEXT_INLINE void add_row(const Tile<T>& t, const T* in, const T* a, const T* 
   }
 }
 
-// Asks for the input rows that the tile below will be the first to read, and for its outputs, under this tile's columns.
+// Asks for the input rows that the tile below will be the first to read, and for its outputs, in this tile's columns.
 template <int STEP, int TH, int TW, class T>
 CONVEXT_INLINE void prefetch_below(const Tile<T>& t, int64_t k) {
   const int32_t next = t.row + (t.taps_h - 1) * t.tap_row_step + (TH - 1) * t.row_step + 1;
@@ -328,7 +328,8 @@ template <class T>
 Tiles<T> tiles_for(const TapSum<T>& sum, const TapAxis& w, bool two_rows) {
   if (has_small_tile(sum, w)) {
     if (w.in_step == 2) {
-      return w.taps == 3 ? small_tiles<T, 3, 2, 1>() : w.taps == 5 ? small_tiles<T, 5, 2, 1>() : small_tiles<T, 7, 2, 1>();
+      if (w.taps == 3) return small_tiles<T, 3, 2, 1>();
+      return w.taps == 5 ? small_tiles<T, 5, 2, 1>() : small_tiles<T, 7, 2, 1>();
     }
     switch (w.taps) {
       case 1: return small_tiles<T, 1, 1, 1>();

@@ -1,11 +1,11 @@
-// What the forward pass and the input gradient of a depthwise convolution share: a sum over filter taps for every output
-// pixel, all channels of the filter bank side by side in memory,
+// What the forward pass and the input gradient of a depthwise convolution share: a sum over filter taps for every
+// output pixel, all channels of the filter bank side by side in memory,
 //
 //   out[n, i, j, k] = sum_{a, b} in[n, i', j', k / m] * w[k, a, b]
 //
-// Each axis is split into classes of outputs that meet the same taps: one class in fprop, stride classes in dgrad, where
-// only every stride-th tap lands on a dy pixel. Within a class everything is affine in the output's and the tap's index,
-// so one kernel serves both passes and no product with an inserted zero is computed.
+// Each axis is split into classes of outputs that meet the same taps: one class in fprop, stride classes in dgrad,
+// where only every stride-th tap lands on a dy pixel. Within a class everything is affine in the output's and the
+// tap's index, so one kernel serves both passes and no product with an inserted zero is computed.
 #pragma once
 #include "vec.h"
 

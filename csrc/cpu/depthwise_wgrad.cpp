@@ -9,8 +9,8 @@
 //   dw   row r:  [s0 s1 s2] ... KR rows           KR * S registers
 //
 // Registers of 32: 9 + 7 + 1 (3 x 3), 15 + 7 + 1 (5 x 5 in 3 + 2 filter rows), 14 + 7 + 1 (7 x 7 in 2 + 2 + 2 + 1);
-// with 16 registers: 9 + 4 + 1, 10 + 4 + 1, 7 + 7 + 1. Loads per FMA: 34/63, 40/105, 33/98. Filter rows and columns that
-// meet the padding are skipped.
+// with 16 registers: 9 + 4 + 1, 10 + 4 + 1, 7 + 7 + 1. Loads per FMA: 34/63, 40/105, 33/98. Filter rows and columns
+// that meet the padding are skipped.
 //
 // The rows of dy (N * P) are cut into slabs by the shape alone. Each slab has its own sums, which stay in the caches
 // while memory is walked row by row in its own order; at the end slabs are added up in their order. Threads share out
@@ -29,7 +29,8 @@ namespace {
 
 constexpr int64_t kSlabPixels = 512, kMaxSlabs = 32;
 constexpr int kGeneralTaps = 8;
-constexpr double kSerialFlops = 2e5;  // below, threads cost more than they bring
+constexpr double kSerialFlops = 2e5;       // below, threads cost more than they bring
+constexpr double kStreamBytes = 16 << 20;  // dy and x together: more than a cache keeps for one operation
 
 int64_t slabs_of(const ConvProblem& p) {
   const int64_t rows = int64_t{p.n} * p.p(), wanted = rows * p.q() / kSlabPixels;
@@ -56,6 +57,7 @@ struct Row {
   int32_t h;        // input row of filter row 0; may be outside
   const ConvProblem* problem;
   int64_t k;        // the block's first filter
+  bool streams;     // dy and x come from memory, not from a cache
 };
 
 // ---- small filters: S taps one column apart, KR filter rows at a time ----
@@ -80,6 +82,21 @@ CONVEXT_INLINE void add_pixels(const T* dy, int64_t dy_column, const T* const (&
         sums[r][s] = fma(sums[r][s], v, d[(i - s) / STEP]);
       }
     }
+  }
+}
+
+// Asks for what the next row of dy will be the first to read: that row, and the input rows below this row's window.
+template <int STEP, int COUNT, class T>
+CONVEXT_INLINE void prefetch_below(const Row<T>& row, int32_t q, int32_t column) {
+  const ConvProblem& p = *row.problem;
+  const T* const dy = row.dy + (int64_t{p.q()} + q) * row.dy_column;
+  CONVEXT_UNROLL
+  for (int j = 0; j < COUNT; ++j) __builtin_prefetch(dy + j * row.dy_column);
+  const int32_t next = row.h + (p.r - 1) * p.dil_h + 1;
+  for (int32_t h = next; h < next + p.stride_h && h < p.h; ++h) {
+    const T* const x = row.x + h * row.x_row + column * row.x_column;
+    CONVEXT_UNROLL
+    for (int j = 0; j < COUNT * STEP; ++j) __builtin_prefetch(x + j * row.x_column);
   }
 }
 
@@ -110,6 +127,7 @@ void small_row(const Row<T>& row) {
     for (; q + COUNT <= q_count; q += COUNT) {
       const int32_t column = q * STEP - pad_w;
       const T* const dy = row.dy + q * row.dy_column;
+      if (row.streams && r0 == 0) prefetch_below<STEP, COUNT>(row, q, column);
       if (column >= 0 && column + (COUNT - 1) * STEP + S <= w_size) {
         add_pixels<S, STEP, KR, COUNT, false>(dy, row.dy_column, x, row.x_column, column, w_size, sums);
       } else {
@@ -203,6 +221,7 @@ const char* launch(const ConvProblem& problem, const LaunchArgs& args) {
   const int64_t slabs = slabs_of(p), blocks = tap_blocks(p.k, width), taps = int64_t{p.r} * p.s;
   const int64_t rows = int64_t{p.n} * p.p(), size = slab_size<T>(p);
   const RowFunction<T> add_row = row_function<T>(p);
+  const bool streams = double(p.x_size() + p.y_size()) * sizeof(T) > kStreamBytes;
 
   int64_t splits = parallel.threads <= 1 ? 1 : (4 * parallel.threads + slabs - 1) / slabs;
   if (splits > blocks) splits = blocks;
@@ -219,6 +238,7 @@ const char* launch(const ConvProblem& problem, const LaunchArgs& args) {
       r.x_row = int64_t{p.w} * p.c;
       r.h = p.h_of(static_cast<int32_t>(row % p.p()), 0);
       r.problem = &p;
+      r.streams = streams;
       for (int64_t block = first; block < last; ++block) {
         r.k = tap_block_begin(block, p.k, width);
         r.dy = dy + row * p.q() * p.k + r.k;

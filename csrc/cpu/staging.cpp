@@ -2,8 +2,8 @@
 //
 //   dst[sum_a i_a * dst_stride_a] = convert(src[sum_a i_a * src_stride_a])
 //
-// Axes of one element are dropped, the others sorted by dst's strides and merged where both sides allow it. What is left
-// is one of three cases by the innermost axis of dst:
+// Axes of one element are dropped, the others sorted by dst's strides and merged where both sides allow it. What is
+// left is one of three cases by the innermost axis of dst:
 //
 //   rows        src has unit stride there too           vector load, convert, vector store
 //   transpose   src has unit stride on another axis     W x W tiles through registers, W lanes (16 floats in AVX-512)

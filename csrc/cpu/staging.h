@@ -1,5 +1,5 @@
-// Copies between memory layouts and dtypes: how an activation or a weight that a kernel does not read as it lies reaches
-// it, and how the result goes back. One table of functions for each instruction set; staging_for() picks.
+// Copies between memory layouts and dtypes: how an activation or a weight that a kernel does not read as it lies
+// reaches it, and how the result goes back. One table of functions for each instruction set; staging_for() picks.
 #pragma once
 #include "../variant.h"
 

@@ -1,5 +1,6 @@
-// Stand-alone test of the CPU passes that are no convolution: staging (cpu/staging.h) and batch norm (cpu/batch_norm.h),
-// for every instruction set that this CPU has, against plain loops in long double. No torch. Exits non-zero on failure.
+// Stand-alone test of the CPU passes that are no convolution: staging (cpu/staging.h) and batch norm
+// (cpu/batch_norm.h), for every instruction set that this CPU has, against plain loops in long double. No torch.
+// Exits non-zero on failure.
 //
 // Link with the objects of cpu/staging.cpp and cpu/batch_norm.cpp, one for each instruction set, and -pthread.
 #include <algorithm>
@@ -58,7 +59,7 @@ Parallel parallel_with(int threads) {
           threads};
 }
 
-// ---- dtypes, written without the tricks of the code under test -------------------------------------------------------
+// ---- dtypes, written without the tricks of the code under test ----
 
 const char* name_of(DType dtype) {
   static const char* const names[] = {"f32", "f64", "bf16", "f16"};
@@ -130,7 +131,7 @@ struct Buffer {
   }
 };
 
-// ---- staging ---------------------------------------------------------------------------------------------------------
+// ---- staging ----
 
 struct Strides {
   const char* name;
@@ -234,7 +235,9 @@ void halves_round_to_nearest_even(const Staging& staging, const std::string& isa
     for (int i = 0; i + 1 < top; ++i) {
       const uint16_t pair[2] = {static_cast<uint16_t>(i), static_cast<uint16_t>(i + 1)};
       const float tie = static_cast<float>((read(pair, half, 0) + read(pair, half, 1)) / 2);
-      for (float v : {tie, std::nextafterf(tie, 0.0f), std::nextafterf(tie, INFINITY)}) values.push_back(i % 2 ? v : -v);
+      for (float v : {tie, std::nextafterf(tie, 0.0f), std::nextafterf(tie, INFINITY)}) {
+        values.push_back(i % 2 ? v : -v);
+      }
     }
     const int64_t count[4] = {1, 1, 1, static_cast<int64_t>(values.size())};
     std::vector<uint16_t> narrow(values.size());
@@ -263,7 +266,7 @@ void test_staging(const IsaName& isa) {
   halves_round_to_nearest_even(staging, isa.name);
 }
 
-// ---- batch norm ------------------------------------------------------------------------------------------------------
+// ---- batch norm ----
 
 Real forward(Activation a, Real z) {
   switch (a) {
@@ -349,7 +352,8 @@ void test_batch_norm_case(const BatchNorm& table, const Case& test, const std::s
     for (int64_t i = 0; i < count; ++i) b.set(i, normal(random) * scale + shift);
     return b;
   };
-  const Buffer y = fill(size, dtype, 1, test.offset), residual = fill(size, dtype, 1, 0), dout = fill(size, dtype, 1, 0);
+  const Buffer y = fill(size, dtype, 1, test.offset), residual = fill(size, dtype, 1, 0);
+  const Buffer dout = fill(size, dtype, 1, 0);
   const Buffer gamma = fill(C, compute, 0.5, 1), beta = fill(C, compute, 1, 1);
   BatchNormArgs args{N, C, HW, test.layout, dtype, y.data(), test.residual ? residual.data() : nullptr, nullptr,
                      nullptr, test.affine ? gamma.data() : nullptr, test.affine ? beta.data() : nullptr, 1e-5,
@@ -430,7 +434,7 @@ void test_batch_norm_case(const BatchNorm& table, const Case& test, const std::s
           bound += sum_bound / M + std::fabs(centered) * inverse * inverse * product_bound / M;
         }
         const Real tiny = 1e-7L * (dtype == DType::kFloat16) + 1e-30L;  // float16's subnormals
-        bound = std::fabs(scale) * bound + store * std::fabs(dy) * (1 + bound) + store * std::fabs(scale) * bound + tiny;
+        bound = (1 + store) * std::fabs(scale) * bound + store * std::fabs(dy) * (1 + bound) + tiny;
         worst_dy = std::max(worst_dy, std::fabs(got.dy.at(at) - dy) / bound);
         if (test.residual) {
           worst_dy = std::max(worst_dy, std::fabs(got.dresidual.at(at) - dz[j]) /
@@ -452,7 +456,9 @@ void nan_stays_where_it_is(const BatchNorm& table, const std::string& isa) {
                        1e-5, static_cast<Activation>(a)};
     std::vector<double> workspace(table.workspace(args) / 8 + 1);
     table.bn_act(parallel_with(1), args, out.data(), workspace.data());
-    for (int i = 0; i < 70; ++i) check(std::isnan(out[i]) == (i == 33), isa + " NaN through activation " + std::to_string(a));
+    for (int i = 0; i < 70; ++i) {
+      check(std::isnan(out[i]) == (i == 33), isa + " NaN through activation " + std::to_string(a));
+    }
   }
 }
 
