@@ -376,25 +376,38 @@ void bench(const Variant& v, const ConvProblem& p, int threads) {
   std::printf("%-34s %9.1f us %8.1f GFLOP/s\n", v.name, best * 1e6, p.flops() / best * 1e-9);
 }
 
-// Independent chains of FMAs on the widest vectors that the compiler of this file was told of.
-double peak() {
-  typedef float Vector __attribute__((vector_size(64)));
-  constexpr int kChains = 12;
-  double best = 0;
-  for (int repeat = 0; repeat < 10; ++repeat) {
-    Vector acc[kChains] = {}, a = acc[0] + 0.999f, b = acc[0] + 1e-3f;
-    const int64_t steps = 5000000;
-    const double start = now();
-    for (int64_t i = 0; i < steps; ++i) {
-#pragma GCC unroll 12
-      for (int j = 0; j < kChains; ++j) acc[j] = acc[j] * a + b;
-    }
-    const double time = now() - start;
-    volatile float sink = 0;
-    for (const auto& chain : acc) sink = sink + chain[0];
-    best = std::max(best, 2.0 * 16 * kChains * steps / time * 1e-9);
+// Independent chains of FMAs on vectors of BYTES bytes, GFLOP/s.
+#define CONVEXT_PEAK(name, BYTES, target)                                     \
+  target double name() {                                                      \
+    typedef float Vector __attribute__((vector_size(BYTES)));                 \
+    constexpr int kChains = 12;                                               \
+    double best = 0;                                                          \
+    for (int repeat = 0; repeat < 10; ++repeat) {                             \
+      Vector acc[kChains] = {}, a = acc[0] + 0.999f, b = acc[0] + 1e-3f;      \
+      const int64_t steps = 10000000;                                         \
+      const double start = now();                                             \
+      for (int64_t i = 0; i < steps; ++i) {                                   \
+        _Pragma("GCC unroll 12") for (int j = 0; j < kChains; ++j) acc[j] = acc[j] * a + b; \
+      }                                                                       \
+      const double time = now() - start;                                      \
+      volatile float sink = 0;                                                \
+      for (const auto& chain : acc) sink = sink + chain[0];                   \
+      best = std::max(best, 2.0 * BYTES / 4 * kChains * steps / time * 1e-9); \
+    }                                                                         \
+    return best;                                                              \
   }
-  return best;
+#if defined(CONVEXT_HAVE_X86_ISAS)
+CONVEXT_PEAK(peak_avx512, 64, __attribute__((target("avx512f,fma"))))
+CONVEXT_PEAK(peak_avx2, 32, __attribute__((target("avx2,fma"))))
+#endif
+CONVEXT_PEAK(peak_portable, 16, )
+
+double peak() {
+#if defined(CONVEXT_HAVE_X86_ISAS)
+  if (detect_cpu_isa() == Isa::kAVX512) return peak_avx512();
+  if (detect_cpu_isa() == Isa::kAVX2) return peak_avx2();
+#endif
+  return peak_portable();
 }
 
 }  // namespace
