@@ -1,0 +1,160 @@
+"""The triton backend: kernels of convext/triton/, for GPUs that the compiled library does not serve.
+
+It runs on any device that Triton has a compiler for (NVIDIA, AMD, Intel), and on the CPU in Triton's interpreter when
+TRITON_INTERPRET=1, which checks numbers and is far too slow for anything else.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+
+import torch
+
+from ..memory_format import memory_format, suggests_channels_last
+from ..problem import ConvProblem, Epilogue, Layout, Pass, accumulate_dtype
+
+OLDEST = (3, 6)  # what PyTorch 2.10, the oldest supported, ships
+_INSTEAD = "ATen serves {device} instead"
+
+
+def _installed_version() -> tuple[int, int] | None:
+    """Of the triton package, by whichever of its names it was installed; None where there is none."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu", "triton-windows"):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        major, minor = re.match(r"(\d+)\.(\d+)", version).groups()
+        return int(major), int(minor)
+    return OLDEST  # built from source: taken at its word
+
+
+class TritonBackend:
+    name = "triton"
+
+    def unavailable(self, device_type: str) -> str | None:
+        instead = _INSTEAD.format(device=device_type)
+        version = _installed_version()
+        if version is None:
+            return f"Triton is not installed (pip install triton); {instead}"
+        if version < OLDEST:
+            return (f"Triton {'.'.join(map(str, version))} is older than {'.'.join(map(str, OLDEST))} "
+                    f"(pip install -U triton); {instead}")
+        if device_type == "cpu":
+            if os.environ.get("TRITON_INTERPRET") == "1":
+                return None
+            return "Triton has no compiler for the CPU; TRITON_INTERPRET=1 runs its interpreter, to check numbers only"
+        module = getattr(torch, device_type, None)
+        if module is None or not module.is_available():
+            return f"torch sees no {device_type} device"
+        try:
+            import triton
+
+            triton.runtime.driver.active.get_current_target()
+        except Exception as error:  # whatever the driver of this machine raises
+            return f"Triton finds no driver for {device_type} ({error}); {instead}"
+        return None
+
+    def reject(self, pass_: Pass, problem: ConvProblem) -> str | None:
+        tiles = max(problem.x_size, problem.y_size) // 16 * max(1, problem.r * problem.s)
+        if tiles >= 2**31:
+            return "more tiles than the 2^31 - 1 that one launch holds"
+        return None
+
+    def reject_batch_norm(self, y) -> str | None:
+        if y.dim() != 4:
+            return f"the tensor has {y.dim()} dimensions, not 4"
+        return None
+
+    def variant(self, pass_: Pass, problem: ConvProblem) -> str:
+        """<pass>_<family>_<dtype>_triton. Which tile runs is the launch's business."""
+        family = "depthwise" if problem.is_depthwise else "dilated" if problem.is_dilated else "direct"
+        return f"{pass_.name.lower()}_{family}_{problem.dtype.name.lower()}_triton"
+
+    def fprop(self, problem: ConvProblem, x, w, epilogue: Epilogue):
+        from ..triton import depthwise, direct
+
+        y = _empty(x, problem.y_shape, problem.y_layout)
+        family = depthwise if problem.is_depthwise else direct
+        family.fprop(problem, x, w, epilogue, y).run()
+        return y
+
+    def dgrad(self, problem: ConvProblem, dy, w):
+        from ..triton import depthwise, direct
+
+        dx = _empty(dy, problem.x_shape, problem.x_layout)
+        if problem.is_depthwise:
+            _run(depthwise.backward(problem, dy, None, w, dx, None))
+        else:
+            direct.dgrad(problem, dy, w, dx).run()
+        return dx
+
+    def wgrad(self, problem: ConvProblem, dy, x):
+        from ..triton import depthwise, wgrad
+
+        dw = x.new_empty(problem.w_shape)
+        if problem.is_depthwise:
+            _run(depthwise.backward(problem, dy, x, None, None, dw))
+        else:
+            _run(wgrad.wgrad(problem, dy, x, dw))
+        return dw
+
+    def depthwise_backward(self, problem: ConvProblem, dy, x, w):
+        """dgrad(dy, w) and wgrad(dy, x) of a depthwise problem in one pass over dy and x."""
+        from ..triton import depthwise
+
+        dx = _empty(dy, problem.x_shape, problem.x_layout)
+        dw = x.new_empty(problem.w_shape)
+        _run(depthwise.backward(problem, dy, x, w, dx, dw))
+        return dx, dw
+
+    def batch_stats(self, y):
+        from ..triton import batch_norm
+
+        mean, var = y.new_empty((2, y.shape[1]), dtype=accumulate_dtype(y.dtype)).unbind()
+        if y.numel() == 0:
+            return mean.fill_(float("nan")), var.fill_(float("nan"))
+        _run(batch_norm.batch_stats(y, mean, var))
+        return mean, var
+
+    def bn_act(self, y, mean, var, gamma, beta, residual, eps, activation):
+        from ..triton import batch_norm
+
+        out = _empty_like(y)
+        if y.numel():
+            batch_norm.bn_act(y, mean, var, gamma, beta, residual, eps, activation, out).run()
+        return out
+
+    def bn_act_backward(self, dout, y, mean, var, gamma, beta, residual, eps, activation, training):
+        from ..triton import batch_norm
+
+        dy = _empty_like(y)
+        dresidual = None if residual is None else _empty_like(y)
+        sums = y.new_zeros((2, y.shape[1]), dtype=accumulate_dtype(y.dtype))
+        if y.numel():
+            _run(batch_norm.bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training,
+                                            dy, sums, dresidual))
+        dgamma, dbeta = sums.unbind()
+        return dy, dgamma, dbeta, dresidual
+
+
+def _empty(like, shape, layout: Layout):
+    return torch.empty(shape, dtype=like.dtype, device=like.device,
+                       memory_format=memory_format(layout == Layout.NHWC))
+
+
+def _empty_like(t):
+    return torch.empty_like(t, memory_format=memory_format(suggests_channels_last(t)))
+
+
+def _run(launches) -> None:
+    for launch in launches:
+        launch.run()
+
+
+BACKEND = TritonBackend()

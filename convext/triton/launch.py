@@ -1,0 +1,128 @@
+"""Launching: on whose device, with which configuration, in Triton proper or in its interpreter.
+
+A launch is described before it happens (`Launch`), so that what would be compiled can be compiled, and looked at, on a
+machine without a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .configs import cheapest, gemm_configs
+from .interpreter import interpreting
+
+
+@dataclasses.dataclass
+class Launch:
+    """One kernel launch: `grid` takes the configuration's constants, `configs` begins with the one to use where
+    nothing is measured, `arguments` holds everything else by name."""
+
+    kernel: Any
+    grid: Callable[[dict], tuple[int, ...]]
+    configs: tuple[triton.Config, ...]
+    arguments: dict[str, Any]
+
+    def run(self) -> None:
+        """Launches on the device of its tensors."""
+        device = next(a.device for a in self.arguments.values() if isinstance(a, torch.Tensor))
+        kernel, constants = self.kernel, {}
+        if len(self.configs) > 1 and may_measure(device):
+            kernel = _tuned(kernel, tuple(sorted(self.configs, key=str)))
+        else:
+            constants = self.configs[0].all_kwargs()
+        if not interpreting():
+            kernel = torch.library.wrap_triton(kernel)
+        with on_device(device):
+            kernel[self.grid](**self.arguments, **constants)
+
+
+@functools.cache
+def _tuned(kernel, configs):
+    """Measures once for each tuning key, filter, stride, dtype and layout; Triton keeps the timings with its compiled
+    kernels on disk."""
+    key = [name for name in ("tuning_key", "R", "S", "STRIDE_H", "STRIDE_W", "DIL_H", "DIL_W", "FLAT", "PATCH_Q")
+           if name in kernel.arg_names]
+    return triton.autotune(list(configs), key, cache_results=True)(kernel)
+
+
+def may_measure(device: torch.device) -> bool:
+    """Whether this launch may be timed in several configurations: PyTorch's own switch for that is on, it does not
+    promise the same bits in every process, and no graph is being captured or traced."""
+    if not torch.backends.cudnn.benchmark or torch.backends.cudnn.deterministic or interpreting():
+        return False
+    if torch.are_deterministic_algorithms_enabled() or torch.compiler.is_compiling():
+        return False
+    capturing = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
+    return capturing is None or not capturing()
+
+
+def on_device(device: torch.device):
+    """A guard that makes `device` current: Triton launches on the current one."""
+    if device.type in ("cpu", "meta") or device.index is None:
+        return contextlib.nullcontext()
+    return torch.get_device_module(device).device(device.index)
+
+
+@functools.cache
+def target(device_type: str) -> str:
+    """Triton's name of the compiler for a type of device: "cuda", "hip", "xpu"; "cpu" in the interpreter."""
+    return "hip" if device_type == "cuda" and torch.version.hip else device_type
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors, compute units or Xe cores of the device."""
+    if device.type in ("cpu", "meta"):
+        return 4  # small, so that tests of small shapes see splits and larger tiles
+    properties = torch.get_device_module(device).get_device_properties(device)
+    return getattr(properties, "multi_processor_count", 0) or getattr(properties, "gpu_subslice_count", 0) or 64
+
+
+def precision(dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+    """(family of configurations, PRECISION of `multiply_accumulate`) for a dtype. Float32 goes through tf32 exactly
+    where PyTorch would let cuDNN do so: on CUDA, by torch.backends.cudnn.conv.fp32_precision, which
+    torch.backends.cudnn.allow_tf32 sets too."""
+    if dtype is torch.float64:
+        return "sum", "sum"
+    if dtype is torch.float32:
+        tf32 = target(device.type) == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32"
+        return ("tf32", "tf32") if tf32 else ("ieee", "ieee")
+    return "half", "widen" if dtype is torch.bfloat16 and interpreting() else "ieee"
+
+
+def gemm_choice(dtype, device, m: int, n: int, k: int, batch: int):
+    """(configs, PRECISION) for a GEMM, the configuration of least modelled cost first."""
+    family, how = precision(dtype, device)
+    configs = gemm_configs(family, target(device.type))
+    best = cheapest(configs, m, n, k, batch, processors(device))
+    return (best, *(config for config in configs if config is not best)), how
+
+
+def accumulate(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype is torch.float64 else tl.float32
+
+
+def index_type(*tensors: torch.Tensor | None) -> tl.dtype:
+    """32-bit offsets unless an element of some tensor lies further out, measured in elements."""
+    for t in tensors:
+        if t is not None and sum((size - 1) * stride for size, stride in zip(t.shape, t.stride())) >= 2**31 - 2**16:
+            return tl.int64
+    return tl.int32
+
+
+def strides(name: str, axes: str, t: torch.Tensor | None) -> dict[str, int]:
+    """{name_stride_axis: stride} for the letters of `axes`; zeros for a tensor that is not there."""
+    values = (0,) * len(axes) if t is None else t.stride()
+    return {f"{name}_stride_{axis}": value for axis, value in zip(axes, values, strict=True)}
+
+
+def power_of_2_at_least(n: int) -> int:
+    return 1 << (max(n, 1) - 1).bit_length()
