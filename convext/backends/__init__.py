@@ -36,8 +36,9 @@ import torch
 
 from ..problem import ConvProblem, Epilogue, Pass, accumulate_dtype
 
-# Order of preference by device type. A device type that is not here has ATen alone.
-PRIORITY = {"cpu": ("native", "aten"), "cuda": ("native", "triton", "aten")}
+# Order of preference by device type. On the CPU, Triton is there to be asked for by name only: ATen takes everything.
+PRIORITY = {"cpu": ("native", "aten", "triton"), "cuda": ("native", "triton", "aten")}
+ELSEWHERE = ("triton", "aten")
 NAMES = ("native", "triton", "aten")
 
 
@@ -126,7 +127,7 @@ def unavailable(name: str, device_type: str) -> str | None:
     """Why a backend is off for a type of device and what to do about it, or None where it is on."""
     key = name, device_type
     if key not in _unavailable:
-        if name not in PRIORITY.get(device_type, ("aten",)):
+        if name not in PRIORITY.get(device_type, ELSEWHERE):
             _unavailable[key] = f"has no kernels for {device_type}; nothing to do, another backend serves it"
         else:
             _unavailable[key] = get(name).unavailable(device_type)
@@ -212,7 +213,7 @@ def select(pass_: Pass, problem: ConvProblem) -> Choice:
 
 
 def _candidates(device_type: str) -> tuple[str, ...]:
-    return PRIORITY.get(device_type, ("aten",)) if _forced is None else (_forced,)
+    return PRIORITY.get(device_type, ELSEWHERE) if _forced is None else (_forced,)
 
 
 def _is_empty(problem: ConvProblem) -> bool:

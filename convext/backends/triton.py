@@ -134,13 +134,13 @@ class TritonBackend:
         from ..triton import batch_norm
 
         dy = _empty_like(y)
-        dresidual = None if residual is None else _empty_like(y)
+        dz = _empty_like(y)
         sums = y.new_zeros((2, y.shape[1]), dtype=accumulate_dtype(y.dtype))
         if y.numel():
             _run(batch_norm.bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training,
-                                            dy, sums, dresidual))
+                                            dy, sums, dz))
         dgamma, dbeta = sums.unbind()
-        return dy, dgamma, dbeta, dresidual
+        return dy, dgamma, dbeta, dz
 
 
 def _empty(like, shape, layout: Layout):

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from . import reduction
-from .epilogue import activation_derivative, activation_forward, channel_affine
+from .epilogue import activation_derivative, activation_forward
 from .launch import Launch, accumulate, index_type, power_of_2_at_least
 
 # Elements of a tile: 16 a thread of 4 warps for each of the tensors in flight.
@@ -94,41 +94,39 @@ def stats_merge_kernel(slab_ptr, mean_ptr, var_ptr, N, M, C, ACC: tl.constexpr, 
     tl.store(var_ptr + c, m2 / total, c < C)
 
 
-@triton.jit(do_not_specialize=["N"])
-def bn_act_kernel(y_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_ptr, out_ptr, N, M, C,
-                  y_stride_n, y_stride_m, y_stride_c, z_stride_n, z_stride_m, z_stride_c,
-                  out_stride_n, out_stride_m, out_stride_c,
-                  EPS: tl.constexpr, ACTIVATION: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
-                  BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    slot, n, m, c, ok = tile_of(N, M, C, BLOCK_M, BLOCK_C)
-    scale, shift = channel_affine(c, c < C, None, mean_ptr, var_ptr, gamma_ptr, beta_ptr, EPS, ACC)
-    y = tl.load(y_ptr + tile_at(n, m, c, y_stride_n, y_stride_m, y_stride_c, INDEX), ok, 0).to(ACC)
-    z = y * scale[None, :] + shift[None, :]
-    if residual_ptr is not None:
-        z += tl.load(residual_ptr + tile_at(n, m, c, z_stride_n, z_stride_m, z_stride_c, INDEX), ok, 0).to(ACC)
-    out = activation_forward(z, ACTIVATION)
-    at = out_ptr + tile_at(n, m, c, out_stride_n, out_stride_m, out_stride_c, INDEX)
-    tl.store(at, out.to(out_ptr.dtype.element_ty), ok)
-
-
 @triton.jit
-def activation_backward(dout, y, mean_ptr, var_ptr, gamma_ptr, beta_ptr, z_tile_ptr, c, C, ok, EPS: tl.constexpr,
-                        ACTIVATION: tl.constexpr, ACC: tl.constexpr):
-    """dz, xhat and d(gamma * xhat)/dy = gamma * rstd of a tile. z_tile_ptr: the residual's tile or None."""
-    rstd = 1.0 / tl.sqrt(tl.load(var_ptr + c, c < C, 1).to(ACC) + EPS)
-    xhat = (y - tl.load(mean_ptr + c, c < C, 0).to(ACC)[None, :]) * rstd[None, :]
+def normalise(y, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual, c, C, ok, EPS: tl.constexpr, ACC: tl.constexpr):
+    """z, xhat and dz/dy = gamma * rstd of a tile. residual: pointers to the residual's tile, or None."""
+    slope = 1.0 / tl.sqrt(tl.load(var_ptr + c, c < C, 1).to(ACC) + EPS)                  # (BLOCK_C,)
+    xhat = (y - tl.load(mean_ptr + c, c < C, 0).to(ACC)[None, :]) * slope[None, :]       # (BLOCK_M, BLOCK_C)
     z = xhat
-    slope = rstd
     if gamma_ptr is not None:
         gamma = tl.load(gamma_ptr + c, c < C, 0).to(ACC)
         z = z * gamma[None, :]
         slope = slope * gamma
     if beta_ptr is not None:
         z = z + tl.load(beta_ptr + c, c < C, 0).to(ACC)[None, :]
-    if z_tile_ptr is not None:
-        z = z + tl.load(z_tile_ptr, ok, 0).to(ACC)
-    # `where`, for beyond the tile's edge z is beta alone, and its derivative need not be finite times zero.
-    return tl.where(ok, dout * activation_derivative(z, ACTIVATION), 0.0), xhat, slope
+    if residual is not None:
+        z = z + tl.load(residual, ok, 0).to(ACC)
+    return z, xhat, slope
+
+
+@triton.jit(do_not_specialize=["N"])
+def bn_act_kernel(y_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_ptr, out_ptr, N, M, C,
+                  y_stride_n, y_stride_m, y_stride_c, z_stride_n, z_stride_m, z_stride_c,
+                  out_stride_n, out_stride_m, out_stride_c,
+                  EPS: tl.constexpr, ACTIVATION: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+                  BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """out of one tile. z is the residual."""
+    slot, n, m, c, ok = tile_of(N, M, C, BLOCK_M, BLOCK_C)
+    y = tl.load(y_ptr + tile_at(n, m, c, y_stride_n, y_stride_m, y_stride_c, INDEX), ok, 0).to(ACC)
+    residual = None
+    if residual_ptr is not None:
+        residual = residual_ptr + tile_at(n, m, c, z_stride_n, z_stride_m, z_stride_c, INDEX)
+    z, xhat, slope = normalise(y, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual, c, C, ok, EPS, ACC)
+    out = activation_forward(z, ACTIVATION)
+    at = out_ptr + tile_at(n, m, c, out_stride_n, out_stride_m, out_stride_c, INDEX)
+    tl.store(at, out.to(out_ptr.dtype.element_ty), ok)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -141,11 +139,12 @@ def bn_act_backward_sums_kernel(dout_ptr, y_ptr, mean_ptr, var_ptr, gamma_ptr, b
     slot, n, m, c, ok = tile_of(N, M, C, BLOCK_M, BLOCK_C)
     dout = tl.load(dout_ptr + tile_at(n, m, c, g_stride_n, g_stride_m, g_stride_c, INDEX), ok, 0).to(ACC)
     y = tl.load(y_ptr + tile_at(n, m, c, y_stride_n, y_stride_m, y_stride_c, INDEX), ok, 0).to(ACC)
-    z_tile_ptr = None
+    residual = None
     if residual_ptr is not None:
-        z_tile_ptr = residual_ptr + tile_at(n, m, c, z_stride_n, z_stride_m, z_stride_c, INDEX)
-    dz, xhat, slope = activation_backward(dout, y, mean_ptr, var_ptr, gamma_ptr, beta_ptr, z_tile_ptr, c, C, ok,
-                                          EPS, ACTIVATION, ACC)
+        residual = residual_ptr + tile_at(n, m, c, z_stride_n, z_stride_m, z_stride_c, INDEX)
+    z, xhat, slope = normalise(y, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual, c, C, ok, EPS, ACC)
+    # `where`, for beyond the tile's edge z is beta alone, and zero times its derivative need not be zero.
+    dz = tl.where(ok, dout * activation_derivative(z, ACTIVATION), 0.0)
     at = slab_ptr + slot * 2 * C + c
     tl.store(at, tl.sum(tl.where(ok, dz * xhat, 0.0), axis=0), c < C)
     tl.store(at + C, tl.sum(dz, axis=0), c < C)
@@ -153,7 +152,7 @@ def bn_act_backward_sums_kernel(dout_ptr, y_ptr, mean_ptr, var_ptr, gamma_ptr, b
 
 @triton.jit(do_not_specialize=["N"])
 def bn_act_backward_kernel(dout_ptr, y_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_ptr, sums_ptr, dy_ptr,
-                           dresidual_ptr, N, M, C, g_stride_n, g_stride_m, g_stride_c,
+                           dz_ptr, N, M, C, g_stride_n, g_stride_m, g_stride_c,
                            y_stride_n, y_stride_m, y_stride_c, z_stride_n, z_stride_m, z_stride_c,
                            dy_stride_n, dy_stride_m, dy_stride_c, dz_stride_n, dz_stride_m, dz_stride_c,
                            EPS: tl.constexpr, ACTIVATION: tl.constexpr, TRAINING: tl.constexpr, ACC: tl.constexpr,
@@ -162,14 +161,14 @@ def bn_act_backward_kernel(dout_ptr, y_ptr, mean_ptr, var_ptr, gamma_ptr, beta_p
     slot, n, m, c, ok = tile_of(N, M, C, BLOCK_M, BLOCK_C)
     dout = tl.load(dout_ptr + tile_at(n, m, c, g_stride_n, g_stride_m, g_stride_c, INDEX), ok, 0).to(ACC)
     y = tl.load(y_ptr + tile_at(n, m, c, y_stride_n, y_stride_m, y_stride_c, INDEX), ok, 0).to(ACC)
-    z_tile_ptr = None
+    residual = None
     if residual_ptr is not None:
-        z_tile_ptr = residual_ptr + tile_at(n, m, c, z_stride_n, z_stride_m, z_stride_c, INDEX)
-    dz, xhat, slope = activation_backward(dout, y, mean_ptr, var_ptr, gamma_ptr, beta_ptr, z_tile_ptr, c, C, ok,
-                                          EPS, ACTIVATION, ACC)
-    if dresidual_ptr is not None:
-        at = dresidual_ptr + tile_at(n, m, c, dz_stride_n, dz_stride_m, dz_stride_c, INDEX)
-        tl.store(at, dz.to(dresidual_ptr.dtype.element_ty), ok)
+        residual = residual_ptr + tile_at(n, m, c, z_stride_n, z_stride_m, z_stride_c, INDEX)
+    z, xhat, slope = normalise(y, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual, c, C, ok, EPS, ACC)
+    # `where`, for beyond the tile's edge z is beta alone, and zero times its derivative need not be zero.
+    dz = tl.where(ok, dout * activation_derivative(z, ACTIVATION), 0.0)
+    at = dz_ptr + tile_at(n, m, c, dz_stride_n, dz_stride_m, dz_stride_c, INDEX)
+    tl.store(at, dz.to(dz_ptr.dtype.element_ty), ok)
     if TRAINING:
         count = N.to(ACC) * M.to(ACC)
         dgamma = tl.load(sums_ptr + c, c < C, 0) / count
@@ -247,9 +246,9 @@ def bn_act(y, mean, var, gamma, beta, residual, eps, activation, out) -> Launch:
 
 
 def bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training, dy, sums,
-                    dresidual) -> list[Launch]:
-    """dy and dresidual (may be None), with evenly spaced pixels, and sums (2, C), which are dgamma and dbeta."""
-    pixels = Pixels(dout, y, residual, dy, dresidual)
+                    dz) -> list[Launch]:
+    """dy and dz, the residual's gradient, both with evenly spaced pixels, and sums (2, C): dgamma and dbeta."""
+    pixels = Pixels(dout, y, residual, dy, dz)
     dout, y, residual, _, _ = pixels.tensors
     slabs = sums.new_empty((pixels.slots, *sums.shape))
     arguments = {
@@ -262,5 +261,5 @@ def bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, 
                {**arguments, **read_strides, "slab_ptr": slabs}),
         reduction.add_slabs(slabs, sums),
         Launch(bn_act_backward_kernel, pixels.grid, (pixels.config,),
-               {**arguments, **all_strides, "sums_ptr": sums, "dy_ptr": dy, "dresidual_ptr": dresidual,
+               {**arguments, **all_strides, "sums_ptr": sums, "dy_ptr": dy, "dz_ptr": dz,
                 "TRAINING": training})]

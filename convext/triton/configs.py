@@ -13,6 +13,8 @@ A and B must fit into shared memory: 164 KiB an sm_80, 228 KiB an sm_90, 64 KiB 
     float32  by FMA, without matrix units: 64x64x16, 32 accumulators a thread at 128 threads
     float64  by products and sums: 32x16x8, 4096 products in flight over 128 threads
 
+The interpreter pays by the operation, hardly by the element: float32 takes large tiles there, whatever they would need.
+
 AMD keeps one stage in registers and one in its 64 KiB of shared memory, which is what num_stages=2 says there.
 """
 
@@ -33,6 +35,7 @@ _GEMM = {
     "tf32": (_config(128, 128, 32, 8, 3), _config(128, 64, 32, 4, 4), _config(64, 64, 32, 4, 4)),
     "ieee": (_config(64, 64, 16, 4, 3),),
     "sum": (_config(32, 16, 8, 4, 1),),
+    "interpreter": (_config(512, 64, 64, 4, 1), _config(128, 64, 64, 4, 1), _config(64, 32, 32, 4, 1)),
 }
 
 # Products that a multiprocessor's matrix units do while it moves one element in from the second-level cache: about 32

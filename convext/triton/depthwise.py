@@ -151,10 +151,12 @@ def depthwise_backward_kernel(dy_ptr, x_ptr, w_ptr, dx_ptr, slab_ptr, N, H, W, C
         slab_ptr += tile_m.to(tl.int64) * slab_stride
 
     if UNROLL:
-        # Which taps are the class's is known at run time only: t counts up to the most that any class has.
-        for tap in tl.static_range(tl.cdiv(R, R_STEP) * tl.cdiv(S, S_STEP)):
-            t = tap // tl.cdiv(S, S_STEP)
-            u = tap % tl.cdiv(S, S_STEP)
+        # Which taps are the class's is known at run time only: t and u count up to the most that any class has.
+        MOST_T: tl.constexpr = (R + R_STEP - 1) // R_STEP
+        MOST_U: tl.constexpr = (S + S_STEP - 1) // S_STEP
+        for tap in tl.static_range(MOST_T * MOST_U):
+            t = tap // MOST_U
+            u = tap % MOST_U
             r = r0 + t * R_STEP
             s = s0 + u * S_STEP
             if (r < R) & (s < S):

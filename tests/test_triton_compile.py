@@ -1,0 +1,164 @@
+"""Every Triton kernel in every configuration that ships, compiled for sm_80, sm_90 and gfx942 on a machine without any.
+
+Wanted are the matrix instructions: without them a kernel would still be right, and tens of times too slow.
+"""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from convext.problem import ACTIVATIONS, ConvProblem, Epilogue, Geom, accumulate_dtype
+from convext.triton import batch_norm, depthwise, direct, wgrad
+
+from triton_compile import SHARED_MEMORY, TARGETS, aiming_at, compiled
+
+MATRIX = {"sm_80": r"mma\.sync\S+", "sm_90": r"wgmma\.mma_async\S+", "gfx942": r"v_mfma_\w+"}
+OPERANDS = {
+    ("sm_80", torch.bfloat16): "bf16.bf16", ("sm_90", torch.bfloat16): "bf16.bf16", ("gfx942", torch.bfloat16): "bf16",
+    ("sm_80", torch.float16): "f16.f16", ("sm_90", torch.float16): "f16.f16", ("gfx942", torch.float16): "f16",
+}
+
+
+class Layer:
+    """The operands of one convolution, without memory behind them."""
+
+    def __init__(self, dtype, x=(8, 64, 56, 56), w=(128, 64, 3, 3), geom=((1, 1), (1, 1), (1, 1), 1), nhwc=True):
+        self.geom = Geom(*geom)
+        self.format = torch.channels_last if nhwc else torch.contiguous_format
+        self.x, self.w = self.meta(x, dtype), torch.empty(w, dtype=dtype, device="meta")
+        self.problem = ConvProblem.of_fprop(self.x, self.w, self.geom)
+        self.y = self.meta(self.problem.y_shape, dtype)
+
+    def meta(self, shape, dtype):
+        return torch.empty(shape, dtype=dtype, device="meta", memory_format=self.format)
+
+    def launches(self, pass_):
+        problem = self.problem
+        if pass_ == "fprop":
+            return [direct.fprop(problem, self.x, self.w, Epilogue(activation="relu"), self.y)]
+        if pass_ == "dgrad":
+            return [direct.dgrad(problem, self.y, self.w, self.x)]
+        return wgrad.wgrad(problem, self.y, self.x, self.w)
+
+    def depthwise(self):
+        problem = self.problem
+        return [depthwise.fprop(problem, self.x, self.w, self.epilogue("hardswish"), self.y),
+                *depthwise.backward(problem, self.y, self.x, self.w, self.x, self.w),
+                depthwise.backward(problem, self.y, None, self.w, self.x, None)[0],
+                depthwise.backward(problem, self.y, self.x, None, None, self.w)[0]]
+
+    def epilogue(self, activation):
+        k = self.w.shape[0]
+        statistics = torch.empty(k, device="meta", dtype=accumulate_dtype(self.x.dtype))
+        return Epilogue(*[statistics] * 5, residual=self.y, activation=activation)
+
+
+def configurations(launches, only_first=False):
+    for launch in launches:
+        for config in launch.configs[:1] if only_first else launch.configs:
+            yield launch, config
+
+
+def check(target, launches, only_first=False):
+    """Compiles; yields the code of the GEMM kernels."""
+    for launch, config in configurations(launches, only_first):
+        code = compiled(launch, config, target)
+        assert code.shared <= SHARED_MEMORY[target], f"{config} needs {code.shared} B of shared memory on {target}"
+        if "BLOCK_N" in config.kwargs:
+            yield code
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("pass_", ["fprop", "dgrad", "wgrad"])
+class TestMatrixInstructions:
+    def test_bfloat16_in_every_configuration(self, target, pass_):
+        with aiming_at(target):
+            codes = list(check(target, Layer(torch.bfloat16).launches(pass_)))
+        assert len(codes) == 4
+        for code in codes:
+            found = code.instructions(MATRIX[target])
+            assert found and all(OPERANDS[target, torch.bfloat16] in name for name in found)
+
+    def test_float16(self, target, pass_):
+        with aiming_at(target):
+            codes = list(check(target, Layer(torch.float16, nhwc=False).launches(pass_), only_first=True))
+        for code in codes:
+            found = code.instructions(MATRIX[target])
+            assert found and all(OPERANDS[target, torch.float16] in name for name in found)
+
+    def test_tf32_only_where_the_flag_allows(self, target, pass_):
+        for allowed in (False, True):
+            with aiming_at(target, tf32=allowed):
+                launches = Layer(torch.float32).launches(pass_)
+                if target == "gfx942":  # PyTorch has no tf32 convolution there, and float32 has matrix instructions
+                    assert launches[0].arguments["PRECISION"] == "ieee"
+                assert (launches[0].arguments["PRECISION"] == "tf32") == (allowed and target != "gfx942")
+                for code in check(target, launches):
+                    assert bool(code.instructions(MATRIX[target])) == (allowed or target == "gfx942")
+                    assert bool(code.instructions("tf32")) == (allowed and target != "gfx942")
+
+    def test_float64_by_plain_sums(self, target, pass_):
+        with aiming_at(target):
+            for code in check(target, Layer(torch.float64).launches(pass_)):
+                assert code.instructions(r"fma\.rn\.f64|v_fma_f64|v_fmac_f64")
+
+    def test_dilated_strided_grouped_and_few_channels(self, target, pass_):
+        cases = [
+            dict(x=(2, 64, 33, 33), w=(64, 64, 3, 3), geom=((1, 1), (12, 12), (12, 12), 1)),
+            dict(x=(2, 64, 57, 57), w=(64, 64, 3, 3), geom=((2, 2), (1, 1), (1, 1), 1)),
+            dict(x=(2, 64, 28, 28), w=(64, 4, 3, 3), geom=((1, 1), (1, 1), (1, 1), 16), nhwc=False),
+            dict(x=(2, 3, 64, 64), w=(64, 3, 7, 7), geom=((2, 2), (3, 3), (1, 1), 1)),
+        ]
+        with aiming_at(target):
+            for case in cases:
+                for code in check(target, Layer(torch.bfloat16, **case).launches(pass_), only_first=True):
+                    # A tile of 32 pixels or filters is too small for wgmma, which takes 64 rows: mma then.
+                    assert code.instructions(r"(?:wgmma\.mma_async|mma\.sync)\S+|v_mfma_\w+")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+class TestMemoryBoundKernels:
+    @pytest.mark.parametrize("nhwc", [True, False], ids=["nhwc", "nchw"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_depthwise(self, target, dtype, nhwc):
+        layer = Layer(dtype, (4, 96, 56, 56), (96, 1, 3, 3), ((2, 2), (1, 1), (1, 1), 96), nhwc)
+        with aiming_at(target):
+            assert list(check(target, layer.depthwise())) == []
+
+    def test_depthwise_that_loops_over_taps(self, target):
+        for w, dilation, padding in (((96, 1, 7, 7), 1, 3), ((192, 1, 3, 3), 6, 6)):
+            layer = Layer(torch.float16, (4, 96, 28, 28), w, ((1, 1), (padding,) * 2, (dilation,) * 2, 96))
+            with aiming_at(target):
+                assert list(check(target, layer.depthwise())) == []
+
+    @pytest.mark.parametrize("nhwc", [True, False], ids=["nhwc", "nchw"])
+    def test_batch_norm(self, target, nhwc):
+        layer = Layer(torch.bfloat16, nhwc=nhwc)
+        y, e = layer.y, layer.epilogue("relu")
+        with aiming_at(target):
+            launches = [
+                *batch_norm.batch_stats(y, e.mean, e.var),
+                batch_norm.bn_act(y, e.mean, e.var, e.gamma, e.beta, y, 1e-5, "relu", y),
+                *batch_norm.bn_act_backward(y, y, e.mean, e.var, e.gamma, e.beta, y, 1e-5, "silu", True, y,
+                                            torch.empty((2, 128), device="meta"), y)]
+            assert list(check(target, launches)) == []
+
+    def test_every_activation_in_the_epilogue(self, target):
+        layer = Layer(torch.bfloat16, nhwc=False)
+        with aiming_at(target):
+            for activation in ACTIVATIONS:
+                launch = direct.fprop(layer.problem, layer.x, layer.w, layer.epilogue(activation), layer.y)
+                assert len(list(check(target, [launch], only_first=True))) == 1
+
+    def test_offsets_beyond_32_bits(self, target):
+        layer = Layer(torch.bfloat16, (700, 256, 112, 112), (64, 256, 1, 1), ((1, 1), (0, 0), (1, 1), 1))
+        with aiming_at(target):
+            for pass_ in ("fprop", "dgrad", "wgrad"):
+                launches = layer.launches(pass_)
+                assert str(launches[0].arguments["INDEX"]) == "int64"
+                list(check(target, launches, only_first=True))

@@ -1,0 +1,59 @@
+"""Compiles what a `Launch` would launch, for a GPU that is not there, and says what came out."""
+
+import contextlib
+import dataclasses
+import re
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from convext.triton import launch as launching
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Shared memory that one program may have, bytes: CUDA's and AMD's documents.
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+
+
+@dataclasses.dataclass
+class Compiled:
+    assembly: str  # PTX or amdgcn
+    shared: int  # bytes
+
+    def instructions(self, pattern):
+        return set(re.findall(pattern, self.assembly))
+
+
+@contextlib.contextmanager
+def aiming_at(name, tf32=False):
+    """Launches built inside are meant for that target, whichever device their tensors are on."""
+    backend = TARGETS[name].backend
+    with mock.patch.object(launching, "target", lambda device_type: backend), torch.backends.cudnn.flags(
+            allow_tf32=tf32):
+        yield
+
+
+def compiled(launch, config, target):
+    arguments = {**launch.arguments, **config.kwargs}
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = arguments.pop(parameter.name)
+        specialise = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialise and type(value) is int and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[i,] = value
+            continue
+        signature[parameter.name] = triton.runtime.jit.mangle_type(value)
+        if specialise and (isinstance(value, torch.Tensor) or value % 16 == 0):
+            attributes[i,] = [["tt.divisibility", 16]]
+    assert not arguments, f"the kernel has no parameters {sorted(arguments)}"
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    result = triton.compile(source, target=TARGETS[target], options=options)
+    return Compiled(result.asm["ptx"] if "ptx" in result.asm else result.asm["amdgcn"], result.metadata.shared)
