@@ -76,10 +76,24 @@ class TritonBackend:
         family = "depthwise" if problem.is_depthwise else "dilated" if problem.is_dilated else "direct"
         return f"{pass_.name.lower()}_{family}_{problem.dtype.name.lower()}_triton"
 
+    # Allocation: what the operators in convext/triton/ops.py promise as well.
+
+    def empty_y(self, problem: ConvProblem, like):
+        return _empty(like, problem.y_shape, problem.y_layout == Layout.NHWC)
+
+    def empty_x(self, problem: ConvProblem, like):
+        return _empty(like, problem.x_shape, problem.x_layout == Layout.NHWC)
+
+    def empty_like(self, y):
+        return _empty(y, y.shape, suggests_channels_last(y))
+
+    def empty_statistics(self, y):
+        return y.new_empty(y.shape[1], dtype=accumulate_dtype(y.dtype))
+
     def fprop(self, problem: ConvProblem, x, w, epilogue: Epilogue):
         from ..triton import depthwise, direct
 
-        y = _empty(x, problem.y_shape, problem.y_layout)
+        y = self.empty_y(problem, x)
         family = depthwise if problem.is_depthwise else direct
         family.fprop(problem, x, w, epilogue, y).run()
         return y
@@ -87,7 +101,7 @@ class TritonBackend:
     def dgrad(self, problem: ConvProblem, dy, w):
         from ..triton import depthwise, direct
 
-        dx = _empty(dy, problem.x_shape, problem.x_layout)
+        dx = self.empty_x(problem, dy)
         if problem.is_depthwise:
             _run(depthwise.backward(problem, dy, None, w, dx, None))
         else:
@@ -108,15 +122,14 @@ class TritonBackend:
         """dgrad(dy, w) and wgrad(dy, x) of a depthwise problem in one pass over dy and x."""
         from ..triton import depthwise
 
-        dx = _empty(dy, problem.x_shape, problem.x_layout)
-        dw = x.new_empty(problem.w_shape)
+        dx, dw = self.empty_x(problem, dy), x.new_empty(problem.w_shape)
         _run(depthwise.backward(problem, dy, x, w, dx, dw))
         return dx, dw
 
     def batch_stats(self, y):
         from ..triton import batch_norm
 
-        mean, var = y.new_empty((2, y.shape[1]), dtype=accumulate_dtype(y.dtype)).unbind()
+        mean, var = self.empty_statistics(y), self.empty_statistics(y)
         if y.numel() == 0:
             return mean.fill_(float("nan")), var.fill_(float("nan"))
         _run(batch_norm.batch_stats(y, mean, var))
@@ -125,7 +138,7 @@ class TritonBackend:
     def bn_act(self, y, mean, var, gamma, beta, residual, eps, activation):
         from ..triton import batch_norm
 
-        out = _empty_like(y)
+        out = self.empty_like(y)
         if y.numel():
             batch_norm.bn_act(y, mean, var, gamma, beta, residual, eps, activation, out).run()
         return out
@@ -133,23 +146,19 @@ class TritonBackend:
     def bn_act_backward(self, dout, y, mean, var, gamma, beta, residual, eps, activation, training):
         from ..triton import batch_norm
 
-        dy = _empty_like(y)
-        dz = _empty_like(y)
-        sums = y.new_zeros((2, y.shape[1]), dtype=accumulate_dtype(y.dtype))
+        dy = self.empty_like(y)
+        dz = None if residual is None else self.empty_like(y)
+        dgamma, dbeta = self.empty_statistics(y), self.empty_statistics(y)
         if y.numel():
             _run(batch_norm.bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training,
-                                            dy, sums, dz))
-        dgamma, dbeta = sums.unbind()
-        return dy, dgamma, dbeta, dz
+                                            dy, dgamma, dbeta, dz))
+        else:
+            dgamma.zero_(), dbeta.zero_()
+        return dy, dgamma, dbeta, y.new_empty(0) if dz is None else dz
 
 
-def _empty(like, shape, layout: Layout):
-    return torch.empty(shape, dtype=like.dtype, device=like.device,
-                       memory_format=memory_format(layout == Layout.NHWC))
-
-
-def _empty_like(t):
-    return torch.empty_like(t, memory_format=memory_format(suggests_channels_last(t)))
+def _empty(like, shape, channels_last: bool):
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(channels_last))
 
 
 def _run(launches) -> None:

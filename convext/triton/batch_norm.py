@@ -15,7 +15,8 @@ own squared distances from that, and tiles are merged by Chan, Golub and LeVeque
     mean_ab = mean_a + (mean_b - mean_a) * n_b / n_ab
     M2_ab   = M2_a + M2_b + (mean_b - mean_a)^2 * n_a * n_b / n_ab
 
-BLOCK_S tiles at a time, in order. The sums of the backward pass go through slabs (reduction.py), in order too: no atomics.
+BLOCK_S tiles at a time, in order. The sums of the backward pass go through slabs (reduction.py), in order too, without
+atomics.
 z is recomputed from y where it is wanted, so that the forward pass keeps y alone.
 """
 
@@ -135,7 +136,7 @@ def bn_act_backward_sums_kernel(dout_ptr, y_ptr, mean_ptr, var_ptr, gamma_ptr, b
                                 z_stride_n, z_stride_m, z_stride_c,
                                 EPS: tl.constexpr, ACTIVATION: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
                                 BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """A tile's share of dgamma and dbeta into slab (slots, 2, C). g is dout."""
+    """A tile's share of dgamma and dbeta into slab (2, slots, C). g is dout."""
     slot, n, m, c, ok = tile_of(N, M, C, BLOCK_M, BLOCK_C)
     dout = tl.load(dout_ptr + tile_at(n, m, c, g_stride_n, g_stride_m, g_stride_c, INDEX), ok, 0).to(ACC)
     y = tl.load(y_ptr + tile_at(n, m, c, y_stride_n, y_stride_m, y_stride_c, INDEX), ok, 0).to(ACC)
@@ -145,19 +146,20 @@ def bn_act_backward_sums_kernel(dout_ptr, y_ptr, mean_ptr, var_ptr, gamma_ptr, b
     z, xhat, slope = normalise(y, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual, c, C, ok, EPS, ACC)
     # `where`, for beyond the tile's edge z is beta alone, and zero times its derivative need not be zero.
     dz = tl.where(ok, dout * activation_derivative(z, ACTIVATION), 0.0)
-    at = slab_ptr + slot * 2 * C + c
+    slots = N * tl.cdiv(M, BLOCK_M)
+    at = slab_ptr + slot * C + c
     tl.store(at, tl.sum(tl.where(ok, dz * xhat, 0.0), axis=0), c < C)
-    tl.store(at + C, tl.sum(dz, axis=0), c < C)
+    tl.store(at + slots.to(tl.int64) * C, tl.sum(dz, axis=0), c < C)
 
 
 @triton.jit(do_not_specialize=["N"])
-def bn_act_backward_kernel(dout_ptr, y_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_ptr, sums_ptr, dy_ptr,
-                           dz_ptr, N, M, C, g_stride_n, g_stride_m, g_stride_c,
+def bn_act_backward_kernel(dout_ptr, y_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_ptr, dgamma_ptr,
+                           dbeta_ptr, dy_ptr, dz_ptr, N, M, C, g_stride_n, g_stride_m, g_stride_c,
                            y_stride_n, y_stride_m, y_stride_c, z_stride_n, z_stride_m, z_stride_c,
                            dy_stride_n, dy_stride_m, dy_stride_c, dz_stride_n, dz_stride_m, dz_stride_c,
                            EPS: tl.constexpr, ACTIVATION: tl.constexpr, TRAINING: tl.constexpr, ACC: tl.constexpr,
                            INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """dy, and dz as the residual's gradient. sums: (2, C), dgamma and dbeta."""
+    """dy, and dz, the residual's gradient, where there is one."""
     slot, n, m, c, ok = tile_of(N, M, C, BLOCK_M, BLOCK_C)
     dout = tl.load(dout_ptr + tile_at(n, m, c, g_stride_n, g_stride_m, g_stride_c, INDEX), ok, 0).to(ACC)
     y = tl.load(y_ptr + tile_at(n, m, c, y_stride_n, y_stride_m, y_stride_c, INDEX), ok, 0).to(ACC)
@@ -167,12 +169,13 @@ def bn_act_backward_kernel(dout_ptr, y_ptr, mean_ptr, var_ptr, gamma_ptr, beta_p
     z, xhat, slope = normalise(y, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual, c, C, ok, EPS, ACC)
     # `where`, for beyond the tile's edge z is beta alone, and zero times its derivative need not be zero.
     dz = tl.where(ok, dout * activation_derivative(z, ACTIVATION), 0.0)
-    at = dz_ptr + tile_at(n, m, c, dz_stride_n, dz_stride_m, dz_stride_c, INDEX)
-    tl.store(at, dz.to(dz_ptr.dtype.element_ty), ok)
+    if dz_ptr is not None:
+        at = dz_ptr + tile_at(n, m, c, dz_stride_n, dz_stride_m, dz_stride_c, INDEX)
+        tl.store(at, dz.to(dz_ptr.dtype.element_ty), ok)
     if TRAINING:
         count = N.to(ACC) * M.to(ACC)
-        dgamma = tl.load(sums_ptr + c, c < C, 0) / count
-        dbeta = tl.load(sums_ptr + C + c, c < C, 0) / count
+        dgamma = tl.load(dgamma_ptr + c, c < C, 0) / count
+        dbeta = tl.load(dbeta_ptr + c, c < C, 0) / count
         dz = dz - dbeta[None, :] - xhat * dgamma[None, :]
     at = dy_ptr + tile_at(n, m, c, dy_stride_n, dy_stride_m, dy_stride_c, INDEX)
     tl.store(at, (dz * slope[None, :]).to(dy_ptr.dtype.element_ty), ok)
@@ -245,12 +248,12 @@ def bn_act(y, mean, var, gamma, beta, residual, eps, activation, out) -> Launch:
         "out_ptr": out, **pixels.common, **pixels.strides("y", "z", "out"), "EPS": eps, "ACTIVATION": activation})
 
 
-def bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training, dy, sums,
+def bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training, dy, dgamma, dbeta,
                     dz) -> list[Launch]:
-    """dy and dz, the residual's gradient, both with evenly spaced pixels, and sums (2, C): dgamma and dbeta."""
+    """dy and dz, the residual's gradient or None, both with evenly spaced pixels; dgamma and dbeta, (C)."""
     pixels = Pixels(dout, y, residual, dy, dz)
     dout, y, residual, _, _ = pixels.tensors
-    slabs = sums.new_empty((pixels.slots, *sums.shape))
+    slabs = dgamma.new_empty((2, pixels.slots, pixels.c))
     arguments = {
         "dout_ptr": dout, "y_ptr": y, "mean_ptr": mean, "var_ptr": var, "gamma_ptr": gamma, "beta_ptr": beta,
         "residual_ptr": residual, **pixels.common, "EPS": eps, "ACTIVATION": activation}
@@ -259,7 +262,8 @@ def bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, 
     return [
         Launch(bn_act_backward_sums_kernel, pixels.grid, (pixels.config,),
                {**arguments, **read_strides, "slab_ptr": slabs}),
-        reduction.add_slabs(slabs, sums),
+        reduction.add_slabs(slabs[0], dgamma),
+        reduction.add_slabs(slabs[1], dbeta),
         Launch(bn_act_backward_kernel, pixels.grid, (pixels.config,),
-               {**arguments, **all_strides, "sums_ptr": sums, "dy_ptr": dy, "dz_ptr": dz,
-                "TRAINING": training})]
+               {**arguments, **all_strides, "dgamma_ptr": dgamma, "dbeta_ptr": dbeta, "dy_ptr": dy,
+                "dz_ptr": dz, "TRAINING": training})]

@@ -33,15 +33,21 @@ class Launch:
     def run(self) -> None:
         """Launches on the device of its tensors."""
         device = next(a.device for a in self.arguments.values() if isinstance(a, torch.Tensor))
-        kernel, constants = self.kernel, {}
-        if len(self.configs) > 1 and may_measure(device):
-            kernel = _tuned(kernel, tuple(sorted(self.configs, key=str)))
-        else:
-            constants = self.configs[0].all_kwargs()
+        kernel, config = self.kernel, self.configs[0]
+        if tracing():
+            # A traced launch takes its configuration from the kernel. One alone: Inductor would measure them all.
+            kernel, config = _tuned(kernel, (config,)), None
+        elif len(self.configs) > 1 and may_measure(device):
+            kernel, config = _tuned(kernel, tuple(sorted(self.configs, key=str))), None
         if not interpreting():
             kernel = torch.library.wrap_triton(kernel)
         with on_device(device):
-            kernel[self.grid](**self.arguments, **constants)
+            kernel[self.grid](**self.arguments, **(config.all_kwargs() if config else {}))
+
+
+def tracing() -> bool:
+    """Whether the launch is recorded for a compiler, and not done."""
+    return bool(torch._C._len_torch_dispatch_stack()) and not interpreting()
 
 
 @functools.cache
@@ -55,18 +61,18 @@ def _tuned(kernel, configs):
 
 def may_measure(device: torch.device) -> bool:
     """Whether this launch may be timed in several configurations: PyTorch's own switch for that is on, it does not
-    promise the same bits in every process, and no graph is being captured or traced."""
+    promise the same bits in every process, and no graph is being captured."""
     if not torch.backends.cudnn.benchmark or torch.backends.cudnn.deterministic or interpreting():
         return False
-    if torch.are_deterministic_algorithms_enabled() or torch.compiler.is_compiling():
+    if torch.are_deterministic_algorithms_enabled():
         return False
     capturing = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
     return capturing is None or not capturing()
 
 
 def on_device(device: torch.device):
-    """A guard that makes `device` current: Triton launches on the current one."""
-    if device.type in ("cpu", "meta") or device.index is None:
+    """A guard that makes `device` current: Triton launches on the current one. None while tracing, nor on the CPU."""
+    if device.type == "cpu" or device.index is None or tracing():
         return contextlib.nullcontext()
     return torch.get_device_module(device).device(device.index)
 

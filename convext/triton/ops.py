@@ -1,0 +1,105 @@
+"""The Triton kernels as operators, torch.ops.convext_triton.*, that torch.compile sees through.
+
+torch.ops.convext.* are closed boxes to a compiler, whoever serves them. These are the Triton backend's own operators:
+where Inductor meets one it finds the kernel launches inside (torch.library.triton_op), plans their memory along with
+the rest of the graph, and calls the kernels from its own wrapper without the dispatcher in between. They have no
+gradient of their own and take and return what the methods of `convext.backends.triton.BACKEND` do.
+
+In the interpreter there is nothing to see through, and they are closed boxes as well. Importing this module registers
+them.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..backends.triton import BACKEND
+from ..problem import ConvProblem, Epilogue, Geom
+from .interpreter import interpreting
+
+
+def _operator(fake):
+    """Registers a function as convext_triton::<its name>; `fake` gives its results' shapes where nothing is traced."""
+
+    def register(function):
+        name = f"convext_triton::{function.__name__}"
+        if not interpreting():
+            return torch.library.triton_op(name, function, mutates_args=())
+        operator = torch.library.custom_op(name, function, mutates_args=())
+        operator.register_fake(fake)
+        return operator
+
+    return register
+
+
+def _geom(stride, padding, dilation, groups) -> Geom:
+    return Geom(tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+def _fake_fprop(x, w, bias, mean, var, gamma, beta, residual, stride, padding, dilation, groups, eps, activation):
+    return BACKEND.empty_y(ConvProblem.of_fprop(x, w, _geom(stride, padding, dilation, groups)), x)
+
+
+def _fake_dgrad(dy, w, input_size, stride, padding, dilation, groups):
+    return BACKEND.empty_x(ConvProblem.of_dgrad(dy, w, input_size, _geom(stride, padding, dilation, groups)), dy)
+
+
+def _fake_wgrad(dy, x, kernel_size, stride, padding, dilation, groups):
+    return dy.new_empty((dy.shape[1], x.shape[1] // groups, *kernel_size))
+
+
+def _fake_depthwise_backward(dy, x, w, stride, padding, dilation, groups):
+    return _fake_dgrad(dy, w, x.shape[2:], stride, padding, dilation, groups), w.new_empty(w.shape)
+
+
+def _fake_bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training):
+    dresidual = y.new_empty(0) if residual is None else BACKEND.empty_like(y)
+    return BACKEND.empty_like(y), BACKEND.empty_statistics(y), BACKEND.empty_statistics(y), dresidual
+
+
+@_operator(_fake_fprop)
+def fprop(x: Tensor, w: Tensor, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None,
+          beta: Tensor | None, residual: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+          dilation: Sequence[int], groups: int, eps: float, activation: str) -> Tensor:
+    problem = ConvProblem.of_fprop(x, w, _geom(stride, padding, dilation, groups))
+    return BACKEND.fprop(problem, x, w, Epilogue(bias, mean, var, gamma, beta, residual, eps, activation))
+
+
+@_operator(_fake_dgrad)
+def dgrad(dy: Tensor, w: Tensor, input_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+          dilation: Sequence[int], groups: int) -> Tensor:
+    problem = ConvProblem.of_dgrad(dy, w, tuple(input_size), _geom(stride, padding, dilation, groups))
+    return BACKEND.dgrad(problem, dy, w)
+
+
+@_operator(_fake_wgrad)
+def wgrad(dy: Tensor, x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+          dilation: Sequence[int], groups: int) -> Tensor:
+    problem = ConvProblem.of_wgrad(dy, x, tuple(kernel_size), _geom(stride, padding, dilation, groups))
+    return BACKEND.wgrad(problem, dy, x)
+
+
+@_operator(_fake_depthwise_backward)
+def depthwise_backward(dy: Tensor, x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int],
+                       dilation: Sequence[int], groups: int) -> tuple[Tensor, Tensor]:
+    problem = ConvProblem.of_dgrad(dy, w, x.shape[2:], _geom(stride, padding, dilation, groups))
+    return BACKEND.depthwise_backward(problem, dy, x, w)
+
+
+@_operator(lambda y: (BACKEND.empty_statistics(y), BACKEND.empty_statistics(y)))
+def batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
+    return BACKEND.batch_stats(y)
+
+
+@_operator(lambda y, *_: BACKEND.empty_like(y))
+def bn_act(y: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, residual: Tensor | None,
+           eps: float, activation: str) -> Tensor:
+    return BACKEND.bn_act(y, mean, var, gamma, beta, residual, eps, activation)
+
+
+@_operator(_fake_bn_act_backward)
+def bn_act_backward(dout: Tensor, y: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None,
+                    residual: Tensor | None, eps: float, activation: str,
+                    training: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return BACKEND.bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training)
