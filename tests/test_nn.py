@@ -185,9 +185,19 @@ def run(network, x):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiles_without_a_graph_break(backend, training):
+    check_compiled(backend, training)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiles_with_inductor():
+    check_compiled("inductor", training=True)
+
+
+def check_compiled(backend, training):
     torch._dynamo.reset()
     network = Network().double().train(training)
     compiled = torch.compile(copy.deepcopy(network), backend=backend, fullgraph=True)
