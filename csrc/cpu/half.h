@@ -89,15 +89,23 @@ CONVEXT_INLINE void store_as(S* p, Vec<float> a) {
 template <class S>
 CONVEXT_INLINE Vec<float> load_as(const S* p, int64_t n) {
   if (n >= Vec<float>::width) return load_as(p);
+#if defined(__AVX512F__)
+  return widen(S{}, reinterpret_cast<Halves>(_mm256_maskz_loadu_epi16(Lanes<float>(n).bits, p)));
+#else
   Halves h{};
   for (int i = 0; i < n; ++i) h[i] = p[i].bits;
   return widen(S{}, h);
+#endif
 }
 template <class S>
 CONVEXT_INLINE void store_as(S* p, Vec<float> a, int64_t n) {
   if (n >= Vec<float>::width) return store_as(p, a);
   const Halves h = narrow(S{}, a);
+#if defined(__AVX512F__)
+  _mm256_mask_storeu_epi16(p, Lanes<float>(n).bits, reinterpret_cast<__m256i>(h));
+#else
   for (int i = 0; i < n; ++i) p[i].bits = h[i];
+#endif
 }
 
 #define CONVEXT_LOAD_STORE_AS(T)                                                                       \
