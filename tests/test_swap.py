@@ -154,10 +154,9 @@ def test_subclasses_parametrized_and_lazy_layers_are_left_alone_with_a_reason():
     kinds = list(map(type, model))
     convext.swap(model)
     assert list(map(type, model)) == kinds
-    reasons = [row.reason for row in convext.report(model)]
-    for word, reason in zip(["subclass", "parametrized", "not initialised", "Conv1d is no 2-D", "ConvTranspose2d is no"],
-                            [reasons[0], reasons[1], reasons[2] + "not initialised lazy", reasons[3], reasons[4]]):
-        assert word in reason
+    words = "subclass", "parametrized", "lazy", "Conv1d is no 2-D", "ConvTranspose2d is no 2-D"
+    for word, row in zip(words, convext.report(model), strict=True):
+        assert word in row.reason
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -267,8 +266,9 @@ def test_global_module_hooks_hear_every_layer():
 
 
 @pytest.mark.parametrize("change", [
-    lambda bn: None, lambda bn: setattr(bn, "momentum", None), lambda bn: setattr(bn, "momentum", 0.7), lambda bn: bn.eval(),
-    lambda bn: setattr(bn, "eps", 0.1), lambda bn: bn.requires_grad_(False), lambda bn: setattr(bn, "track_running_stats", False),
+    lambda bn: None, lambda bn: setattr(bn, "momentum", None), lambda bn: setattr(bn, "momentum", 0.7),
+    lambda bn: bn.eval(), lambda bn: setattr(bn, "eps", 0.1), lambda bn: bn.requires_grad_(False),
+    lambda bn: setattr(bn, "track_running_stats", False),
     lambda bn: setattr(bn, "weight", None) or setattr(bn, "bias", None), lambda bn: setattr(bn, "bias", None),
     lambda bn: [setattr(bn, n, None) for n in ("running_mean", "running_var", "num_batches_tracked")],
     lambda bn: setattr(bn, "num_batches_tracked", None),
@@ -603,7 +603,8 @@ def test_ordinary_use_from_several_threads():
 def test_report_says_what_became_of_each_layer():
     model = convext.swap(make(LeNet, torch.float32).eval())
     before = convext.report(model)["conv1"]
-    assert (before.layer, before.became, before.fused, before.backend) == ("3 -> 6, 5x5", "convext.nn.Conv2d", "relu", "")
+    assert (before.layer, before.became) == ("3 -> 6, 5x5", "convext.nn.Conv2d")
+    assert (before.fused, before.backend) == ("relu", "")
     model(sample(torch.float32, size=32))
     row = convext.report(model)["conv1"]
     assert row.backend in ("native", "aten") and row.variant

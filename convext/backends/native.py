@@ -133,7 +133,8 @@ class NativeBackend:
 
     def prepared_fprop(self, problem: ConvProblem, activation: str):
         plan = _plan(Pass.FPROP, problem)
-        op, variant, geom, code = torch.ops.convext_cpu.fprop.default._op, plan.variant, plan.geom, ACTIVATIONS[activation]
+        op, code = torch.ops.convext_cpu.fprop.default._op, ACTIVATIONS[activation]
+        variant, geom = plan.variant, plan.geom
         nhwc = problem.y_layout == _NHWC
 
         def call(x, w, bias, mean, var, gamma, beta, residual, eps):

@@ -2,8 +2,8 @@
 
 A symbolic trace sees what happens to tensors. It does not see `self.features = x`, `print(x.shape)`,
 `random.random() < p`, `torch.is_grad_enabled()` or a custom autograd Function: the graph would do none of it again.
-`Audit` follows every Python and C call made from user code during the trace, and raises at whatever is not known
-to be a pure function of its arguments. It errs towards refusing: a refused forward still runs, as it was written.
+`Audit` follows every Python and C call made from user code during the trace, and stops at whatever is not known to be
+a pure function of its arguments, before it runs. It errs towards refusing: a refused forward still runs, as written.
 """
 import contextlib
 import dis
@@ -29,8 +29,8 @@ _TORCH_PYTHON = ("torch.nn.functional", "torch.functional", "torch._tensor", "to
 _MODULE_METHODS = frozenset("__getattr__ __call__ children named_children modules named_modules parameters "
                             "named_parameters buffers named_buffers _named_members __hash__ __dir__ _get_name".split())
 _TORCH_STATE = ("is_", "get_", "set_", "initial_seed", "manual_seed", "seed", "default_generator", "_")
-_VALUES = (list, tuple, dict, set, frozenset, str, int, float, bool, type({}.keys()), type({}.items()), type({}.values()),
-           slice, range, type(None), types.GeneratorType)
+_VALUES = (list, tuple, dict, set, frozenset, str, int, float, bool, type({}.keys()), type({}.items()),
+           type({}.values()), slice, range, type(None), types.GeneratorType)
 _COMPARES_WITH_NONE = ("IS_OP",)
 
 
@@ -81,6 +81,7 @@ class Audit:
     def __init__(self):
         self.problem = None
         self.compares_with_none = False
+        self.calling = self.asked = None    # the C function being called, and the one before the present event
 
     def __enter__(self):
         if sys.getprofile() is not None:
@@ -97,8 +98,11 @@ class Audit:
             raise Untraceable(f"its forward {self.problem}")
 
     def _event(self, frame, event, arg):
-        if self.problem is not None:
-            return
+        self._look(frame, event, arg)
+        self.check()     # raises before the call is made, so that it leaves nothing behind
+
+    def _look(self, frame, event, arg):
+        self.asked, self.calling = self.calling, arg if event == "c_call" else None
         if event == "call":
             if is_user(frame):
                 self._enter_user_code(frame)

@@ -65,7 +65,7 @@ def convext_conv():
 
 
 def last_input(module):
-    """Shape, strides, dtype and device of the last input that a convext.nn.Conv2d was called with by itself, or None."""
+    """Shape, strides, dtype and device of the last input of a convext.nn.Conv2d called by itself, or None."""
     from .. import nn as convext_nn
     return convext_nn.LAST_INPUTS.get(module)
 
@@ -216,7 +216,8 @@ def reads_any_strides(node, modules):
         return "out" not in node.kwargs and not node.kwargs.get("return_indices", False) \
             and node.target in _ELEMENTWISE_FUNCTIONS | _ARITHMETIC | _SPATIAL_FUNCTIONS
     if node.op == "call_method":
-        return node.target in _ELEMENTWISE_METHODS | METADATA_METHODS or node.target == "mean" and _mean_over_space(node)
+        return node.target in _ELEMENTWISE_METHODS | METADATA_METHODS \
+            or node.target == "mean" and _mean_over_space(node)
     return False
 
 

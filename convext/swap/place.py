@@ -86,8 +86,8 @@ def _direct(fused, batch_norm, activation):
                 and (w.shape, w.stride(), w.dtype) == state.weight and (no_batch_norm or mean is not None is not var) \
                 and (residual is None or residual.shape == state.y_shape and residual.dtype is x.dtype):
             state.counter[0] += 1
-            return state.call(x, w, parameters.get("bias"), mean, var, affine.get("weight"), affine.get("bias"), residual,
-                              bn_attributes["eps"])
+            return state.call(x, w, parameters.get("bias"), mean, var, affine.get("weight"), affine.get("bias"),
+                              residual, bn_attributes["eps"])
         state.call = None
         y = fused(x, residual)
         if type(w) in _PLAIN and state.geom is not None and x.dim() == 4 and x.dtype is w.dtype and x.dtype in DTYPES:

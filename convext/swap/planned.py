@@ -56,8 +56,8 @@ class Variant:
         def fused(chain):
             free = self.layout is not None and chain.last in self.layout.free and chain.last not in self.layout.pinned
             batch_norm = None if chain.batch_norm is None else modules[chain.batch_norm]
-            self.fused.append(place.bind(modules[chain.conv], batch_norm, chain.activation, _apart(chain, modules), free,
-                                         direct))
+            apart = _apart(chain, modules)
+            self.fused.append(place.bind(modules[chain.conv], batch_norm, chain.activation, apart, free, direct))
             return self.fused[-1]
 
         self.function = codegen.generate(trace.graph, self.chains, self.layout, call_leaf, fused, attribute)
@@ -297,6 +297,8 @@ class PlannedForward:
         """(variant, modules) of the plans that hold for the owner's present state: those that have run, else what
         would run."""
         owner, found = self.owner, []
+        if not any(plan.trace.current(owner) for plans in self._plans.values() for plan in plans):
+            self.plan(owner, signatures.default(owner))
         for plans in self._plans.values():
             for plan in plans:
                 if plan.trace.current(owner):

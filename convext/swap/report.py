@@ -134,7 +134,8 @@ def _places(model):
                 for chain, fused in zip(variant.chains, variant.fused):
                     place = _Place(chain, fused.state, variant.alone.get(chain.conv, ""))
                     known = places.get(modules[chain.conv])
-                    if known is None or known.state is None or known.state.last is None and fused.state.last is not None:
+                    ran = fused.state.last is not None
+                    if known is None or known.state is None or known.state.last is None and ran:
                         places[modules[chain.conv]] = place
                 for key, reason in variant.alone.items():
                     places.setdefault(modules[key], _Place(reason=reason))

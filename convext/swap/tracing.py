@@ -34,10 +34,14 @@ class _Watched:
 
     @property
     def __class__(self):
+        # torch's C++ asks as well, and would take what says yes for the memory of a tensor: only isinstance() is
+        # answered. A property call is itself an event of the audit, so `calling` is read at the event before it.
+        if self.tracer.audit.asked is not isinstance:
+            return type(self)
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if caller.startswith(_FX_FRAMES):
             return type(self)
-        if object.__getattribute__(self, "tracer").is_tensor(self):
+        if self.tracer.is_tensor(self):
             return torch.Tensor
         raise Untraceable("its forward asks for the type of a value that only running it can tell")
 
@@ -91,6 +95,7 @@ class _Tracer(fx.proxy.TracerBase):
         self.tensors = set()     # nodes whose value is known to be one tensor
         self.guessed = None      # path of a leaf whose result is taken for something else than None
         self.inside = []         # nested inlined containers
+        self.audit = Audit()
 
     # What torch.fx calls.
     def proxy(self, node):
@@ -222,14 +227,13 @@ class Trace:
         args, kwargs = signatures.build(signature, tracer.new_tensor)
         random_state, restore = random.getstate(), snapshot(self.owner)
         try:
-            with _LOCK, _calls_to(tracer), _RecordEverything(tracer), Audit() as audit:
+            with _LOCK, _calls_to(tracer), _RecordEverything(tracer), tracer.audit as audit:
                 result = self.forward(self.owner, *args, **kwargs)
             audit.check()
         except Untraceable:
             raise
         except Exception as error:
-            if audit_problem := _problem_of(locals().get("audit")):
-                raise Untraceable(audit_problem) from error
+            tracer.audit.check()
             raise Untraceable(f"tracing it raised {type(error).__name__}: {_one_line(error)}") from error
         finally:
             changed = restore()
@@ -301,10 +305,6 @@ def _plain_attributes(module):
              if name not in _MODULE_STATE and isinstance(value, _PLAIN + (tuple, list, dict, set, frozenset))}
     values = [value.copy() if isinstance(value, (list, dict, set)) else value for value in found.values()]
     return len(module.__dict__), list(found), values
-
-
-def _problem_of(audit):
-    return f"its forward {audit.problem}" if audit is not None and audit.problem else None
 
 
 def _one_line(error):

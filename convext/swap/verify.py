@@ -209,7 +209,8 @@ def _difference(name, kind, plain, swapped, wide, moved, terms):
     own = _distance(plain, moved) * math.sqrt(terms) if plain.dtype is torch.float64 else \
         max(_distance(plain, wide), _distance(plain, moved))
     size = float(plain.double().nan_to_num(0.0, 0.0, 0.0).abs().max()) if plain.numel() else 0.0
-    return Difference(name, kind, _distance(plain, swapped), own, MARGIN * max(own, torch.finfo(plain.dtype).eps * size))
+    allowed = MARGIN * max(own, torch.finfo(plain.dtype).eps * size)
+    return Difference(name, kind, _distance(plain, swapped), own, allowed)
 
 
 def _distance(a, b):
