@@ -1,4 +1,4 @@
-"""The differentiable form of the operators: torch.autograd.Function classes, and the Autograd kernels of torch.ops.convext.
+"""The differentiable operators: torch.autograd.Function classes, and the Autograd kernels of torch.ops.convext.
 
 fprop, dgrad and wgrad are bilinear and closed under differentiation, so three Functions that call each other in their
 backward and jvp give derivatives of every order, in both modes:
@@ -357,7 +357,7 @@ class ConvActFunction(_Function):
         _refuse_forward_mode("ConvActFunction")
 
 
-# ---- Autograd kernels: the operators themselves are differentiable too --------------------------------------------------
+# ---- Autograd kernels: the operators themselves are differentiable too -----------------------------------------------
 
 
 def carries_tangents() -> bool:
@@ -375,8 +375,8 @@ def needs_function(*tensors) -> bool:
 
 
 def _apply_at_this_level(function, *args):
-    """`function.apply` inside an Autograd kernel: by then the dispatcher has dealt with torch.func's stack of transforms,
-    and it is on its present level alone that `function` has to record."""
+    """`function.apply` inside an Autograd kernel: by then the dispatcher has dealt with torch.func's stack of
+    transforms, and it is on its present level alone that `function` has to record."""
     former = _level.recording
     _level.recording = ops._functorch_active()
     try:

@@ -21,7 +21,8 @@ _BOUND = {0: "zero or greater", 1: "greater than zero"}
 
 
 def check_geom(geom: Geom) -> None:
-    for name, values, least in (("stride", geom.stride, 1), ("padding", geom.padding, 0), ("dilation", geom.dilation, 1)):
+    bounds = ("stride", geom.stride, 1), ("padding", geom.padding, 0), ("dilation", geom.dilation, 1)
+    for name, values, least in bounds:
         for value in values:
             if value < least:
                 what = "negative" if least == 0 else "non-positive"
@@ -59,9 +60,9 @@ def check_conv(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, geom
         if size + 2 * geom.padding[axis] < geom.dilation[axis] * (kernel - 1) + 1:
             padded = tuple(n + 2 * p for n, p in zip(x.shape[2:], geom.padding))
             extent = tuple(d * (n - 1) + 1 for n, d in zip((r, s), geom.dilation))
-            raise RuntimeError(f"input: calculated padded input size per channel: {padded[0]} x {padded[1]}. Kernel size "
-                               f"with dilation: {extent[0]} x {extent[1]}. The kernel can't be greater than the padded "
-                               "input")
+            raise RuntimeError(f"input: calculated padded input size per channel: {padded[0]} x {padded[1]}. Kernel "
+                               f"size with dilation: {extent[0]} x {extent[1]}. The kernel can't be greater than the "
+                               "padded input")
     for name, t in (("weight", w), ("bias", bias)):
         if t is None:
             continue
@@ -81,7 +82,8 @@ def check_batch_norm(dtype: torch.dtype, k: int, mean, var, gamma, beta) -> None
     named = {name: t for name, t in named.items() if t is not None}
     for name, t in named.items():
         if t.dim() != 1 or t.shape[0] != k:
-            raise RuntimeError(f"{name}: should contain {k} elements, one for each output channel, got size {_shape(t)}")
+            raise RuntimeError(f"{name}: should contain {k} elements, one for each output channel, "
+                               f"got size {_shape(t)}")
     reduced = dtype in (torch.float16, torch.bfloat16)
     expected = torch.float32 if reduced and any(t.dtype is torch.float32 for t in named.values()) else dtype
     for name, t in named.items():

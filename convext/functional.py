@@ -41,14 +41,14 @@ def _unusual_pair(name: str, value) -> tuple[int, int]:
     if not isinstance(value, (tuple, list)) or not all(_is_int(v) for v in value):
         raise TypeError(f"{name}: expected an int or a tuple of two ints, got {value!r} ({type(value).__name__})")
     if len(value) not in (1, 2):
-        raise RuntimeError(f"{name}: expected {name} to be a single integer value or a list of 2 values, one for height "
-                           f"and one for width, got {list(value)}")
+        raise RuntimeError(f"{name}: expected {name} to be a single integer value or a list of 2 values, one for "
+                           f"height and one for width, got {list(value)}")
     pair = tuple(_as_int(v) for v in value)
     return pair if len(pair) == 2 else pair * 2
 
 
 def _same_padding(x, w, stride, dilation):
-    """x and the padding of padding="same". Where the two sides differ, x is padded on its far side first, as in ATen."""
+    """x and the padding of padding="same". Where the sides differ, x is padded on its far side first, as in ATen."""
     if stride != (1, 1):
         raise RuntimeError(f"padding='same' is not supported for strided convolutions: stride is {stride}")
     total = [d * (n - 1) for d, n in zip(dilation, w.shape[-2:])]
@@ -169,7 +169,8 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
 def depthwise_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1):
     """Depthwise convolution: every input channel has filters of its own, groups = C.
 
-    Args as in `conv2d`, but weight is (C*m, 1, R, S) with a multiplier m >= 1: filters c*m to c*m + m - 1 see channel c.
+    Args as in `conv2d`, but weight is (C*m, 1, R, S) with a multiplier m >= 1: filters c*m to
+        c*m + m - 1 see channel c.
 
     Raises RuntimeError where weight does not fit, and else as `conv2d`.
     """

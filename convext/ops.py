@@ -49,7 +49,7 @@ _fprop, _dgrad, _wgrad = OPS.fprop.default, OPS.dgrad.default, OPS.wgrad.default
 _fprop_bn_act, _fprop_bn_act_train = OPS.fprop_bn_act.default, OPS.fprop_bn_act_train.default
 _batch_stats, _bn_act, _bn_act_backward = OPS.batch_stats.default, OPS.bn_act.default, OPS.bn_act_backward.default
 
-# ---- straight to the backend ------------------------------------------------------------------------------------------
+# ---- straight to the backend -----------------------------------------------------------------------------------------
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 _is_compiling = torch.compiler.is_compiling
@@ -246,7 +246,7 @@ def bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps: float, activ
     return _bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training)
 
 
-# ---- implementations --------------------------------------------------------------------------------------------------
+# ---- implementations -------------------------------------------------------------------------------------------------
 
 
 def _geom(stride, padding, dilation, groups) -> Geom:
@@ -292,7 +292,7 @@ _impl("batch_stats")(_run_batch_stats)
 _impl("bn_act")(_run_bn_act)
 _impl("bn_act_backward")(_run_bn_act_backward)
 
-# ---- fake kernels: shapes, dtypes and strides without data -------------------------------------------------------------
+# ---- fake kernels: shapes, dtypes and strides without data -----------------------------------------------------------
 
 
 def _fake(name):
@@ -358,7 +358,7 @@ def _(dout, y, mean, var, gamma, beta, residual, eps, activation, training):
     return _empty_dense(y), *_fake_stats(y), _empty_dense(y) if residual is not None else y.new_empty(0)
 
 
-# ---- autocast: for those who call the operators themselves -------------------------------------------------------------
+# ---- autocast: for those who call the operators themselves -----------------------------------------------------------
 
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA)
@@ -387,7 +387,7 @@ _register_autocast("wgrad", _wgrad, (0, 1))
 _register_autocast("fprop_bn_act", _fprop_bn_act, (0, 1, 2, 7))  # the batch norm's parameters stay as they are
 _register_autocast("fprop_bn_act_train", _fprop_bn_act_train, (0, 1, 2, 5))
 
-# ---- vmap: one more batch dimension goes into N, or into the groups -----------------------------------------------------
+# ---- vmap: one more batch dimension goes into N, or into the groups --------------------------------------------------
 
 
 def _vmap(name):
@@ -517,7 +517,7 @@ def _(info, in_dims, *args):
     return reference.bn_act_backward(*_fronts(info, in_dims, *args[:7]), *args[7:]), (0, 0, 0, 0)
 
 
-# ---- FLOPs, as torch.utils.flop_counter counts a convolution's ----------------------------------------------------------
+# ---- FLOPs, as torch.utils.flop_counter counts a convolution's -------------------------------------------------------
 
 
 @register_flop_formula([OPS.fprop, OPS.fprop_bn_act])

@@ -152,7 +152,8 @@ class ConvProblem:
     def __post_init__(self):
         geom = Geom((self.stride_h, self.stride_w), (self.pad_h, self.pad_w), (self.dil_h, self.dil_w), self.groups)
         object.__setattr__(self, "geom", geom)
-        object.__setattr__(self, "_hash", hash((*self.extents(), self.dtype, self.x_layout, self.y_layout, self.device)))
+        fields = (*self.extents(), self.dtype, self.x_layout, self.y_layout, self.device)
+        object.__setattr__(self, "_hash", hash(fields))
 
     def __hash__(self) -> int:
         return self._hash

@@ -43,7 +43,7 @@ def no_slow_fallbacks():
         yield
 
 
-# ---- the three passes --------------------------------------------------------------------------------------------------
+# ---- the three passes ------------------------------------------------------------------------------------------------
 
 PASSES = {
     "fprop": (lambda x, w, b: convext.conv2d(x, w, b, *GEOM), (X, W, B)),
@@ -114,7 +114,7 @@ def test_create_graph_gives_the_same_first_gradient(training):
     close(again, plain)
 
 
-# ---- what is computed and kept -----------------------------------------------------------------------------------------
+# ---- what is computed and kept ---------------------------------------------------------------------------------------
 
 
 def _passes(function, *wanted):
@@ -179,7 +179,7 @@ def test_an_output_of_the_fused_function_beside_the_first_is_not_differentiable(
     close(mean, F.conv2d(X, W, B, *GEOM).mean((0, 2, 3)))
 
 
-# ---- forward mode ------------------------------------------------------------------------------------------------------
+# ---- forward mode ----------------------------------------------------------------------------------------------------
 
 
 def test_fused_functions_refuse_forward_mode_by_name():
@@ -203,7 +203,7 @@ def test_tangents_of_each_operand_alone():
         close(found[1], found[0])
 
 
-# ---- torch.func --------------------------------------------------------------------------------------------------------
+# ---- torch.func ------------------------------------------------------------------------------------------------------
 
 
 def _loss(conv2d):
@@ -230,8 +230,8 @@ OURS = {"function": convext.conv2d, "operator": _op}
     lambda f: vmap(grad(f, 1), (0, None, None))(X[:, None], W, B),
     lambda f: grad(lambda w: vmap(f, (0, None, None))(X[:, None], w, B).sum())(W),
     lambda f: vmap(lambda x: grad(lambda w: vmap(f, (0, None, None))(x, w, B).sum())(W))(X[:, None, None]),
-], ids=["grad", "jacrev", "jacfwd", "hessian", "grad_grad", "jvp_jvp", "jvp_grad", "grad_jvp", "per_sample", "grad_vmap",
-        "vmap_grad_vmap"])
+], ids=["grad", "jacrev", "jacfwd", "hessian", "grad_grad", "jvp_jvp", "jvp_grad", "grad_jvp", "per_sample",
+        "grad_vmap", "vmap_grad_vmap"])
 def test_transforms_are_pytorchs(ours, transform):
     close(transform(_loss(ours)), transform(_loss(F.conv2d)))
 
@@ -293,7 +293,8 @@ def test_vmap_of_the_batch_norm_operators():
 
 
 def test_per_sample_gradients_of_a_network():
-    model = torch.nn.Sequential(convext.nn.Conv2d(4, 6, 3, padding=1), convext.nn.ConvBNReLU(6, 4, 1, activation="silu"),
+    model = torch.nn.Sequential(convext.nn.Conv2d(4, 6, 3, padding=1),
+                                convext.nn.ConvBNReLU(6, 4, 1, activation="silu"),
                                 torch.nn.Flatten(), torch.nn.Linear(4 * 25, 3)).double().eval()
     state = dict(model.named_parameters())
 

@@ -176,11 +176,11 @@ def test_autocast_follows_the_context(dtype):
     assert convext.conv2d(x, w, b, groups=2).dtype == torch.float32
 
 
-# ---- the fused form ----------------------------------------------------------------------------------------------------
+# ---- the fused form --------------------------------------------------------------------------------------------------
 
 
-def unfused(x, w, b, mean, var, gamma, beta, *, training=False, momentum=0.1, eps=1e-5, activation="relu", residual=None,
-            **geom):
+def unfused(x, w, b, mean, var, gamma, beta, *, training=False, momentum=0.1, eps=1e-5, activation="relu",
+            residual=None, **geom):
     y = F.batch_norm(F.conv2d(x, w, b, **geom), mean, var, gamma, beta, training, momentum, eps)
     return FORWARD[activation](y if residual is None else y + residual)
 
@@ -269,7 +269,8 @@ FUSED_BAD = {
     "statistics_of_another_size": (dict(mean=rand(5)), RuntimeError, r"running_mean.*6 elements.*\[5\]"),
     "statistics_of_another_dtype": (dict(var=rand(6).float()), RuntimeError, "running_var.*float64.*float32"),
     "weight_of_another_size": (dict(gamma=rand(5)), RuntimeError, r"bn_weight.*6 elements.*\[5\]"),
-    "one_value_per_channel": (dict(x=X[:1, :, :3, :3], training=True), ValueError, r"1 value per channel.*\[1, 6, 1, 1\]"),
+    "one_value_per_channel": (dict(x=X[:1, :, :3, :3], training=True), ValueError,
+                              r"1 value per channel.*\[1, 6, 1, 1\]"),
     "residual_does_not_fit": (dict(residual=rand(2, 5, 2, 2), training=True), RuntimeError,
                               r"residual.*\[2, 6, 2, 2\].*\[2, 5, 2, 2\]"),
     "residual_widens": (dict(residual=rand(3, 2, 6, 2, 2), training=True), RuntimeError, "residual"),

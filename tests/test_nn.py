@@ -23,7 +23,7 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
-# ---- Conv2d ------------------------------------------------------------------------------------------------------------
+# ---- Conv2d ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate", "circular"])
@@ -83,7 +83,7 @@ def test_weight_changed_in_place_between_calls():
             close(layer(x), F.conv2d(x, layer.weight, layer.bias))
 
 
-# ---- ConvBNReLU --------------------------------------------------------------------------------------------------------
+# ---- ConvBNReLU ------------------------------------------------------------------------------------------------------
 
 
 class Parts(nn.Module):
@@ -162,7 +162,7 @@ def test_half_and_channels_last():
     assert out.dtype == torch.bfloat16 and out.is_contiguous(memory_format=torch.channels_last)
 
 
-# ---- compiled, exported, traced ----------------------------------------------------------------------------------------
+# ---- compiled, exported, traced --------------------------------------------------------------------------------------
 
 
 class Network(nn.Module):
@@ -275,7 +275,7 @@ def test_inference_mode():
         close(network(x.clone()), expected)
 
 
-# ---- operators ---------------------------------------------------------------------------------------------------------
+# ---- operators -------------------------------------------------------------------------------------------------------
 
 X, W, B = torch.ones(2, 4, 5, 6), torch.ones(6, 2, 3, 3), torch.ones(6)
 GEOM = ((2, 1), (1, 1), (1, 1), 2)
