@@ -404,6 +404,7 @@ void bench(const Variant& v, const ConvProblem& p, int threads) {
     double best = 0;                                                          \
     for (int repeat = 0; repeat < 10; ++repeat) {                             \
       Vector acc[kChains] = {}, a = acc[0] + 0.999f, b = acc[0] + 1e-3f;      \
+      for (int j = 0; j < kChains; ++j) acc[j] = acc[j] + float(j);           \
       const int64_t steps = 10000000;                                         \
       const double start = now();                                             \
       for (int64_t i = 0; i < steps; ++i) {                                   \
