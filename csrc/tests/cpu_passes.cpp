@@ -162,7 +162,8 @@ int64_t at(const int64_t* stride, int64_t n, int64_t c, int64_t h, int64_t w) {
 
 void copy_every_layout_and_dtype(const Staging& staging, const std::string& isa) {
   const int64_t sizes[][4] = {{1, 1, 1, 1}, {2, 3, 5, 7},   {1, 16, 4, 4}, {2, 33, 3, 11},
-                              {1, 70, 9, 15}, {3, 17, 1, 66}, {2, 130, 7, 7}, {64, 9, 3, 3}};
+                              {1, 70, 9, 15}, {3, 17, 1, 66}, {2, 130, 7, 7}, {64, 9, 3, 3},
+                              {2, 4, 6, 9},   {1, 2, 5, 33}};
   std::mt19937 random(7);
   std::normal_distribution<double> normal;
   for (const auto& size : sizes) {
