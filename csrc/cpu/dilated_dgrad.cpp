@@ -1,3 +1,6 @@
+// dgrad with a dilated filter: the direct product with tiles that stay within one row of dx, so that a tap that
+// lies above, below or beside dy for the whole tile is skipped. With a dilation near the size of dy most
+// taps are; tiles that straddle rows would keep many of them for the sake of a few pixels.
 #include "gemm_passes.h"
 
 namespace convext::CONVEXT_ISA {
