@@ -58,7 +58,7 @@ using TileKernel = void (*)(const TileArgs<T>&);
 template <class T>
 TileKernel<T> tile_kernel(int rows, int vectors);
 
-// ---- How N columns are cut into panels of at most kMaxVectors vectors: as evenly as they go, 5 vectors into 3 + 2 ----
+// ---- N columns cut into panels of at most kMaxVectors vectors, as evenly as they go: 5 vectors into 3 + 2 ----
 
 template <class T>
 struct Panels {
@@ -67,7 +67,9 @@ struct Panels {
   int32_t count;
 
   CONVEXT_INLINE explicit Panels(int32_t n)
-      : columns(n), vectors((n + Vec<T>::width - 1) / Vec<T>::width), count((vectors + kMaxVectors - 1) / kMaxVectors) {}
+      : columns(n),
+        vectors((n + Vec<T>::width - 1) / Vec<T>::width),
+        count((vectors + kMaxVectors - 1) / kMaxVectors) {}
 
   // First vector of a panel; panels 0 .. vectors % count - 1 are one vector wider than the others.
   CONVEXT_INLINE int32_t begin(int32_t panel) const {

@@ -102,7 +102,8 @@ CONVEXT_INLINE Tile tile_at(const Plan& plan, int64_t index) {
 }
 
 // V of one tile: position i*6+j goes to v + (i*6+j) * position_pitch.
-void gather_tile(const ConvProblem& p, const float* x, const float* zeros, Tile tile, float* v, int64_t position_pitch) {
+void gather_tile(const ConvProblem& p, const float* x, const float* zeros, Tile tile, float* v,
+                 int64_t position_pitch) {
   const float* patch[6][6];
   for (int i = 0; i < 6; ++i) {
     for (int j = 0; j < 6; ++j) {
