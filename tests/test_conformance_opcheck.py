@@ -99,13 +99,23 @@ def test_opcheck(name, case):
 
 def described(results):
     results = results if isinstance(results, tuple) else (results,)
-    return [(tuple(t.shape), t.stride(), t.dtype, t.device.type) for t in results]
+    return [(tuple(t.shape), strides(t), t.dtype, t.device.type) for t in results]
+
+
+def strides(t):
+    """Strides, but for extents of 1, where any stride means the same."""
+    return [stride for extent, stride in zip(t.shape, t.stride(), strict=True) if extent > 1]
+
+
+# A batch norm of no values is not defined: the public functions do not let one reach these operators.
+DEFINED = [
+    (name, case) for case in PROBLEMS for name in SAMPLES if case.x[0] or name in ("fprop", "dgrad", "wgrad")
+]
 
 
 @BACKENDS
-@pytest.mark.parametrize("name", SAMPLES)
-@pytest.mark.parametrize("case", PROBLEMS, ids=str)
-def test_fake_strides_are_the_real_ones(case, name, backend):
+@pytest.mark.parametrize(("name", "case"), DEFINED, ids=str)
+def test_fake_strides_are_the_real_ones(name, case, backend):
     operator = getattr(torch.ops.convext, name).default
     with convext.backend(backend):
         for arguments in SAMPLES[name](case, case.operands()):

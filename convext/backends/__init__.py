@@ -245,6 +245,8 @@ def _nobody(what: str, reasons: dict[str, str]) -> str:
 
 def select_batch_norm(y: torch.Tensor):
     """The backend of batch_stats, bn_act and bn_act_backward for tensors like y."""
+    if y.numel() == 0:  # nothing to compute, as in _select
+        return get("aten")
     key = (y.dtype, y.device.type, y.dim())
     name = _batch_norm.get(key)
     if name is not None:
