@@ -1,5 +1,5 @@
-"""The Triton backend on a machine without a GPU: what it says of itself, how it chooses, what a compiler sees of it, and
-its numbers in Triton's interpreter (triton_interpreter.py, run in a process of its own)."""
+"""The Triton backend on a machine without a GPU: what it says of itself, how it chooses, what a compiler sees of it,
+and its numbers in Triton's interpreter (triton_interpreter.py, run in a process of its own)."""
 
 import os
 import pathlib

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import re
+import subprocess
+import tempfile
 from unittest import mock
 
 import torch
@@ -25,6 +27,7 @@ SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 class Compiled:
     assembly: str  # PTX or amdgcn
     shared: int  # bytes
+    spills: bool  # registers to memory
 
     def instructions(self, pattern):
         return set(re.findall(pattern, self.assembly))
@@ -56,4 +59,20 @@ def compiled(launch, config, target):
     source = ASTSource(launch.kernel, signature, constants, attributes)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     result = triton.compile(source, target=TARGETS[target], options=options)
-    return Compiled(result.asm["ptx"] if "ptx" in result.asm else result.asm["amdgcn"], result.metadata.shared)
+    if target == "gfx942":
+        assembly = result.asm["amdgcn"]
+        spills = any(int(count) for count in re.findall(r"gpr_spill_count:\s+(\d+)", assembly))
+    else:
+        assembly = result.asm["ptx"]
+        spills = has_stack(result.asm["cubin"])
+    return Compiled(assembly, result.metadata.shared, spills)
+
+
+def has_stack(cubin):
+    """Whether a kernel uses local memory, which is where spilled registers go."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return any(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))

@@ -151,8 +151,9 @@ class TestBatchNorm:
         mean, var = convext.ops.OPS.batch_stats(y)
         exact_var, exact_mean = torch.var_mean(y.double(), (0, 2, 3), correction=0)
         # A mean is rounded on each of log2(count) + 2 levels of sums, at about 1000. The variance is that within tiles,
-        # which a mean e off adds e^2 to, and that between the means m_i of tiles, sum share_i (m_i - m)^2, which changes
-        # by no more than sum share_i 2 |m_i - m| 2 e <= 4 e sd. A sum of squares would be off by 1000 times as much.
+        # to which a mean e off adds e^2, and that between the means m_i of tiles, sum share_i (m_i - m)^2, which
+        # changes by no more than sum share_i 2 |m_i - m| 2 e <= 4 e sd. A sum of squares would be off by 1000 times
+        # as much.
         unit, levels = unit_roundoff(accumulate_dtype(dtype)), math.log2(y.numel() / shape[1]) + 2
         error = unit * levels * 1000
         margin = 2 if dtype is torch.float64 else 1  # which is compared with float64 again
@@ -245,7 +246,7 @@ def test_dilation_skips_the_taps_that_only_meet_padding(pass_, monkeypatch):
     monkeypatch.setattr(builder, "create_dot", lambda *args: (steps.append(1), multiply(*args))[1], raising=False)
     x, w = torch.randn(1, 32, 33, 33), torch.randn(32, 32, 3, 3)
     problem = ConvProblem.of_fprop(x, w, Geom((1, 1), (18, 18), (18, 18), 1))
-    configs = direct.gemm_choice(x.dtype, x.device, 1, 1, 1, 1)
+    configs = direct.gemm_choice(x.dtype, x.device, 1, 1, 1, 1, False)
     tile = next(config for config in configs[0] if config.kwargs["BLOCK_M"] == 128)
     each = direct.fprop(problem, x, w, Epilogue(), x) if pass_ == "fprop" else direct.dgrad(problem, x, w, x.clone())
     each.configs = (tile,)

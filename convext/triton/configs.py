@@ -2,20 +2,23 @@
 
 A tile is argued from three sides. BLOCK_M * BLOCK_N / (BLOCK_M + BLOCK_N) products an element moved says whether the
 matrix units or the second-level cache is the limit: 64 for 128 x 128, 43 for 128 x 64, 32 for 64 x 64. The accumulator
-of BLOCK_M * BLOCK_N floats must stay in the registers: 128 x 128 over 8 warps is 64 a thread. And `num_stages` tiles of
+of BLOCK_M * BLOCK_N floats must stay in the registers: 128 x 128 over 8 warps is 64 a thread. And num_stages tiles of
 A and B must fit into shared memory: 164 KiB an sm_80, 228 KiB an sm_90, 64 KiB a gfx942.
 
-    16-bit   128x128x64 s3   96 KiB   large layers
-             128x 64x64 s4   96 KiB   64 filters, and layers too small to fill the GPU with the above
-              64x 64x64 s4   64 KiB   late layers at small batch: few pixels, many filters
-             128x 32x32 s4   40 KiB   MobileNet's projections to 16..32 channels
+    16-bit   128x128x64 s3   large layers                                                          96 KiB
+             128x 64x64 s4   64 filters, and layers too small to fill the GPU with the above       96 KiB
+              64x 64x64 s4   late layers at small batch: few pixels, many filters                  64 KiB
+             128x 32x32 s4   MobileNet's projections to 16..32 channels                            40 KiB
+    flat     16-bit where every element of a tile of A has an address of its own (direct.py, wgrad.py): 32 deep, or
+             the addresses overflow the registers
     tf32     the same bytes: half of BLOCK_K
     float32  by FMA, without matrix units: 64x64x16, 32 accumulators a thread at 128 threads
     float64  by products and sums: 32x16x8, 4096 products in flight over 128 threads
 
-The interpreter pays by the operation, hardly by the element: float32 takes large tiles there, whatever they would need.
+The bytes are those of sm_90; sm_80 holds one stage less. AMD has 64 KiB: num_stages=2 keeps one stage in registers
+there and one in shared memory. No configuration spills a register on any of the three (test_triton_compile.py).
 
-AMD keeps one stage in registers and one in its 64 KiB of shared memory, which is what num_stages=2 says there.
+The interpreter pays by the operation, hardly by the element: float32 takes large tiles there, whatever they would need.
 """
 
 import functools
@@ -30,9 +33,10 @@ def _config(block_m, block_n, block_k, warps, stages):
 
 
 _GEMM = {
-    "half": (_config(128, 128, 64, 8, 3), _config(128, 64, 64, 4, 4), _config(64, 64, 64, 4, 4),
+    "half": (_config(128, 128, 64, 8, 3), _config(128, 64, 64, 8, 4), _config(64, 64, 64, 4, 4),
              _config(128, 32, 32, 4, 4)),
-    "tf32": (_config(128, 128, 32, 8, 3), _config(128, 64, 32, 4, 4), _config(64, 64, 32, 4, 4)),
+    "flat": (_config(128, 64, 32, 8, 3), _config(64, 64, 32, 4, 3), _config(128, 32, 32, 4, 3)),
+    "tf32": (_config(128, 128, 32, 8, 3), _config(128, 64, 32, 8, 4), _config(64, 64, 32, 4, 4)),
     "ieee": (_config(64, 64, 16, 4, 3),),
     "sum": (_config(32, 16, 8, 4, 1),),
     "interpreter": (_config(512, 64, 64, 4, 1), _config(128, 64, 64, 4, 1), _config(64, 32, 32, 4, 1)),
@@ -48,7 +52,7 @@ _FIXED_PRODUCTS = 2 * 128 * 128 * 64
 
 @functools.cache
 def gemm_configs(family: str, target: str) -> tuple[triton.Config, ...]:
-    """The configurations of a family ("half", "tf32", "ieee", "sum") on a Triton target ("cuda", "hip", "xpu")."""
+    """The configurations of a family (a key of _GEMM) on a Triton target ("cuda", "hip", "xpu")."""
     configs = _GEMM[family]
     if target != "hip":
         return configs

@@ -231,6 +231,11 @@ def packed_filter(w):
     return w if w.shape[2] * w.shape[3] == 1 else w.contiguous(memory_format=torch.channels_last)
 
 
+def is_flat(problem, channels: int) -> bool:
+    """Whether taps of so many channels are walked flattened."""
+    return problem.r * problem.s > 1 and channels < FEW_CHANNELS
+
+
 def patches(problem, nhwc: bool, columns: int) -> dict:
     """How tiles lie over a grid of so many columns: flat for channels-last memory, patches for NCHW and where taps can
     be skipped."""
@@ -264,7 +269,8 @@ def epilogue_arguments(epilogue) -> dict:
 def fprop(problem, x, w, epilogue, y) -> Launch:
     """y, of problem.y_shape and any strides, becomes fprop(x, w) with the epilogue applied."""
     m, n, k = problem.gemm_shape(Pass.FPROP)
-    configs, how = gemm_choice(x.dtype, x.device, m, n, k, problem.groups)
+    flat = is_flat(problem, problem.c_per_group)
+    configs, how = gemm_choice(x.dtype, x.device, m, n, k, problem.groups, flat)
     w = packed_filter(w)
     patch = patches(problem, problem.x_layout == Layout.NHWC, problem.q)
 
@@ -275,16 +281,17 @@ def fprop(problem, x, w, epilogue, y) -> Launch:
     return Launch(fprop_kernel, grid, configs, {
         "x_ptr": x, "w_ptr": w, "y_ptr": y, **geometry(problem), **epilogue_arguments(epilogue), **patch,
         **strides("x", "nchw", x), **strides("w", "kcrs", w), **strides("y", "nkpq", y), "tuning_key": bucket(m, n, k),
-        "GROUPS": problem.groups, "FLAT": problem.r * problem.s > 1 and problem.c_per_group < FEW_CHANNELS,
-        "SKIP": problem.is_dilated, "ACC": accumulate(x.dtype), "PRECISION": how,
-        "INDEX": index_type(x, w, y, epilogue.residual)})
+        "GROUPS": problem.groups, "FLAT": flat, "SKIP": problem.is_dilated,
+        "ACC": accumulate(x.dtype), "PRECISION": how, "INDEX": index_type(x, w, y, epilogue.residual)})
 
 
 def dgrad(problem, dy, w, dx) -> Launch:
     """dx, of problem.x_shape and any strides, becomes dgrad(dy, w)."""
     m, n, k = problem.gemm_shape(Pass.DGRAD)
     classes = problem.stride_h * problem.stride_w
-    configs, how = gemm_choice(dy.dtype, dy.device, -(-m // classes), n, -(-k // classes), problem.groups * classes)
+    flat = is_flat(problem, problem.k_per_group)
+    configs, how = gemm_choice(dy.dtype, dy.device, -(-m // classes), n, -(-k // classes), problem.groups * classes,
+                               flat)
     w = packed_filter(w)
     steps, rows, columns = residue_classes(problem)
     patch = patches(problem, problem.y_layout == Layout.NHWC, columns)
@@ -297,5 +304,5 @@ def dgrad(problem, dy, w, dx) -> Launch:
         "dy_ptr": dy, "w_ptr": w, "dx_ptr": dx, **geometry(problem), **steps, **patch,
         **strides("dy", "nkpq", dy), **strides("w", "kcrs", w), **strides("dx", "nchw", dx),
         "tuning_key": bucket(m, n, k), "GROUPS": problem.groups,
-        "FLAT": problem.r * problem.s > 1 and problem.k_per_group < FEW_CHANNELS, "SKIP": problem.is_dilated,
+        "FLAT": flat, "SKIP": problem.is_dilated,
         "ACC": accumulate(dy.dtype), "PRECISION": how, "INDEX": index_type(dy, w, dx)})

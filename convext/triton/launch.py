@@ -106,9 +106,10 @@ def precision(dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
     return "half", "widen" if dtype is torch.bfloat16 and interpreting() else "ieee"
 
 
-def gemm_choice(dtype, device, m: int, n: int, k: int, batch: int):
+def gemm_choice(dtype, device, m: int, n: int, k: int, batch: int, flat: bool):
     """(configs, PRECISION) for a GEMM, the configuration of least modelled cost first."""
     family, how = precision(dtype, device)
+    family = "flat" if flat and family == "half" else family
     configs = gemm_configs(family, target(device.type))
     best = cheapest(configs, m, n, k, batch, processors(device))
     return (best, *(config for config in configs if config is not best)), how

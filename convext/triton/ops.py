@@ -9,6 +9,7 @@ In the interpreter there is nothing to see through, and they are closed boxes as
 them.
 """
 
+import types
 from collections.abc import Sequence
 
 import torch
@@ -34,15 +35,34 @@ def _operator(fake):
 
 
 def _geom(stride, padding, dilation, groups) -> Geom:
-    return Geom(tuple(stride), tuple(padding), tuple(dilation), groups)
+    return Geom(tuple(map(int, stride)), tuple(map(int, padding)), tuple(map(int, dilation)), int(groups))
+
+
+def _concrete(t: Tensor):
+    """What a ConvProblem reads of a tensor, sizes as plain numbers: launches are laid out for one shape, and a compiler
+    that asks for any shape specialises on it here."""
+    sizes, strides = tuple(map(int, t.shape)), tuple(map(int, t.stride()))
+    return types.SimpleNamespace(shape=sizes, stride=lambda: strides, dtype=t.dtype, device=t.device)
+
+
+def _fprop_problem(x, w, *geom) -> ConvProblem:
+    return ConvProblem.of_fprop(_concrete(x), _concrete(w), _geom(*geom))
+
+
+def _dgrad_problem(dy, w, input_size, *geom) -> ConvProblem:
+    return ConvProblem.of_dgrad(_concrete(dy), _concrete(w), tuple(map(int, input_size)), _geom(*geom))
+
+
+def _wgrad_problem(dy, x, kernel_size, *geom) -> ConvProblem:
+    return ConvProblem.of_wgrad(_concrete(dy), _concrete(x), tuple(map(int, kernel_size)), _geom(*geom))
 
 
 def _fake_fprop(x, w, bias, mean, var, gamma, beta, residual, stride, padding, dilation, groups, eps, activation):
-    return BACKEND.empty_y(ConvProblem.of_fprop(x, w, _geom(stride, padding, dilation, groups)), x)
+    return BACKEND.empty_y(_fprop_problem(x, w, stride, padding, dilation, groups), x)
 
 
 def _fake_dgrad(dy, w, input_size, stride, padding, dilation, groups):
-    return BACKEND.empty_x(ConvProblem.of_dgrad(dy, w, input_size, _geom(stride, padding, dilation, groups)), dy)
+    return BACKEND.empty_x(_dgrad_problem(dy, w, input_size, stride, padding, dilation, groups), dy)
 
 
 def _fake_wgrad(dy, x, kernel_size, stride, padding, dilation, groups):
@@ -62,28 +82,28 @@ def _fake_bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activa
 def fprop(x: Tensor, w: Tensor, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None,
           beta: Tensor | None, residual: Tensor | None, stride: Sequence[int], padding: Sequence[int],
           dilation: Sequence[int], groups: int, eps: float, activation: str) -> Tensor:
-    problem = ConvProblem.of_fprop(x, w, _geom(stride, padding, dilation, groups))
+    problem = _fprop_problem(x, w, stride, padding, dilation, groups)
     return BACKEND.fprop(problem, x, w, Epilogue(bias, mean, var, gamma, beta, residual, eps, activation))
 
 
 @_operator(_fake_dgrad)
 def dgrad(dy: Tensor, w: Tensor, input_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
           dilation: Sequence[int], groups: int) -> Tensor:
-    problem = ConvProblem.of_dgrad(dy, w, tuple(input_size), _geom(stride, padding, dilation, groups))
+    problem = _dgrad_problem(dy, w, input_size, stride, padding, dilation, groups)
     return BACKEND.dgrad(problem, dy, w)
 
 
 @_operator(_fake_wgrad)
 def wgrad(dy: Tensor, x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
           dilation: Sequence[int], groups: int) -> Tensor:
-    problem = ConvProblem.of_wgrad(dy, x, tuple(kernel_size), _geom(stride, padding, dilation, groups))
+    problem = _wgrad_problem(dy, x, kernel_size, stride, padding, dilation, groups)
     return BACKEND.wgrad(problem, dy, x)
 
 
 @_operator(_fake_depthwise_backward)
 def depthwise_backward(dy: Tensor, x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int],
                        dilation: Sequence[int], groups: int) -> tuple[Tensor, Tensor]:
-    problem = ConvProblem.of_dgrad(dy, w, x.shape[2:], _geom(stride, padding, dilation, groups))
+    problem = _dgrad_problem(dy, w, x.shape[2:], stride, padding, dilation, groups)
     return BACKEND.depthwise_backward(problem, dy, x, w)
 
 

@@ -19,7 +19,7 @@ the loads need no mask for the border. FLAT tiles span taps and mask instead.
 The reduction over N*P*Q pixels is long and the output small, so it is split over SPLIT_K programs a tile. Each writes
 its partial sum to a slab of its own, and reduction.py adds the slabs in order: no atomics, the same bits every time.
 
-Budget, 16-bit, 128 x 128 x 32 in 4 stages: 4*(128+128)*32*2 B = 64 KiB of shared memory; FLOP per byte as in direct.py.
+Budget and configurations are those of direct.py.
 """
 
 import triton
@@ -28,7 +28,7 @@ import triton.language as tl
 from ..problem import Pass
 from . import reduction
 from .configs import bucket
-from .direct import FEW_CHANNELS, geometry
+from .direct import geometry, is_flat
 from .launch import Launch, accumulate, gemm_choice, index_type, processors, strides
 from .tile import multiply_accumulate
 
@@ -137,10 +137,10 @@ def split_count(tiles: int, pixels: int, dw_bytes: int, processors: int) -> int:
 def wgrad(problem, dy, x, dw) -> list[Launch]:
     """dw, (K, C/groups, R, S) and contiguous, becomes wgrad(dy, x)."""
     m, n, k = problem.gemm_shape(Pass.WGRAD)
-    flat = problem.r * problem.s > 1 and problem.c_per_group < FEW_CHANNELS
+    flat = is_flat(problem, problem.c_per_group)
     batch = problem.groups if flat else problem.groups * problem.r * problem.s
     n = n if flat else problem.c_per_group
-    configs, how = gemm_choice(dy.dtype, dy.device, m, n, k, batch)
+    configs, how = gemm_choice(dy.dtype, dy.device, m, n, k, batch, flat)
 
     def tiles(meta):
         return triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]) * batch
