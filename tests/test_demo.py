@@ -17,10 +17,7 @@ from convext.demo.profile import LayerTime, layer_times
 @pytest.fixture(autouse=True)
 def one_thread():
     """Small networks on several threads spend their time waiting where a machine runs other work."""
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
