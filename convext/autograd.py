@@ -84,6 +84,14 @@ def _wgrad(dy, x, kernel_size, geom):
     return ops.wgrad(dy, x, kernel_size, geom)
 
 
+def _dgrad_and_wgrad(ctx, dy, x, w, x_needed, w_needed):
+    """dx and dw of a Function's convolution, None where not needed."""
+    if x_needed and w_needed and not torch.is_grad_enabled():
+        return ops.dgrad_and_wgrad(dy, x, w, ctx.geom, ctx.channels_last)
+    return (_dgrad(dy, w, ctx.input_size, ctx.geom, ctx.channels_last) if x_needed else None,
+            _wgrad(dy, x, ctx.kernel_size, ctx.geom) if w_needed else None)
+
+
 def _channel_sum(dy):
     return dy.sum((0, 2, 3))
 
@@ -126,8 +134,7 @@ class Conv2dFunction(_Function):
             return None, None, None, None, None
         x, w = ctx.saved_tensors
         x_needed, w_needed, bias_needed = ctx.needs_input_grad[:3]
-        dx = _dgrad(dy, w, ctx.input_size, ctx.geom, ctx.channels_last) if x_needed else None
-        dw = _wgrad(dy, x, ctx.kernel_size, ctx.geom) if w_needed else None
+        dx, dw = _dgrad_and_wgrad(ctx, dy, x, w, x_needed, w_needed)
         db = _channel_sum(dy) if bias_needed else None
         return dx, dw, db, None, None
 
@@ -289,8 +296,7 @@ class ConvBNReLUFunction(_Function):
         if residual is None:  # not saved: the activation is the identity
             dresidual = dout
         return (
-            _dgrad(dy, w, ctx.input_size, ctx.geom, ctx.channels_last) if x_needed else None,
-            _wgrad(dy, x, ctx.kernel_size, ctx.geom) if w_needed else None,
+            *_dgrad_and_wgrad(ctx, dy, x, w, x_needed, w_needed),
             _channel_sum(dy) if bias_needed else None,
             None,
             None,
@@ -345,8 +351,7 @@ class ConvActFunction(_Function):
             z = _add(_fprop(x, w, bias, ctx.geom), residual)
         dy = BACKWARD[ctx.activation](dout, z)
         return (
-            _dgrad(dy, w, ctx.input_size, ctx.geom, ctx.channels_last) if x_needed else None,
-            _wgrad(dy, x, ctx.kernel_size, ctx.geom) if w_needed else None,
+            *_dgrad_and_wgrad(ctx, dy, x, w, x_needed, w_needed),
             _channel_sum(dy) if bias_needed else None,
             dy if residual_needed else None,
             None, None,

@@ -155,6 +155,20 @@ def _run_wgrad(dy, x, kernel_size, geom):
     return choice.run(choice.problem, dy, x)
 
 
+def _run_dgrad_and_wgrad(dy, x, w, geom, channels_last):
+    input_size, kernel_size = tuple(x.shape[2:]), tuple(w.shape[2:])
+    if geom.groups == x.shape[1] > 1:
+        problem = ConvProblem.of_dgrad(dy, w, input_size, geom, channels_last)
+        choice = backends.select(Pass.DGRAD, problem)
+        if problem.is_depthwise and hasattr(choice.backend, "depthwise_backward"):
+            other = backends.select(Pass.WGRAD, problem)
+            if other.backend is choice.backend:
+                choice.counter[0] += 1
+                other.counter[0] += 1
+                return choice.backend.depthwise_backward(problem, dy, x, w)
+    return _run_dgrad(dy, w, input_size, geom, channels_last), _run_wgrad(dy, x, kernel_size, geom)
+
+
 def _check_gradient(name, dy, other, other_name) -> None:
     if dy.dim() != 4 or other.dim() != 4:
         raise RuntimeError(f"{name}: expected dy and {other_name} of 4 dimensions, "
@@ -217,6 +231,13 @@ def wgrad(dy, x, kernel_size, geom: Geom):
     if type(dy) in _PLAIN and type(x) in _PLAIN and dispatcher_is_idle():
         return _run_wgrad(dy, x, kernel_size, geom)
     return _wgrad(dy, x, kernel_size, *geom)
+
+
+def dgrad_and_wgrad(dy, x, w, geom: Geom, channels_last: bool = False):
+    """dx and dw. Depthwise, they come out of one pass over dy and x where the backend has a kernel for that."""
+    if all_plain(dy, x, w):
+        return _run_dgrad_and_wgrad(dy, x, w, geom, channels_last)
+    return _dgrad(dy, w, x.shape[2:], *geom, channels_last), _wgrad(dy, x, w.shape[2:], *geom)
 
 
 def fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom: Geom, eps: float, activation: str,

@@ -64,12 +64,12 @@ def configurations(launches, only_first=False):
             yield launch, config
 
 
-def check(target, launches, only_first=False):
+def check(target, launches, only_first=False, may_spill=False):
     """Compiles; yields the code of the GEMM kernels."""
     for launch, config in configurations(launches, only_first):
         code = compiled(launch, config, target)
         assert code.shared <= SHARED_MEMORY[target], f"{config} needs {code.shared} B of shared memory on {target}"
-        assert not code.spills, f"{config} spills registers on {target}"
+        assert may_spill or not code.spills, f"{config} spills registers on {target}"
         if "BLOCK_N" in config.kwargs:
             yield code
 
@@ -147,11 +147,13 @@ class TestMemoryBoundKernels:
             assert list(check(target, launches)) == []
 
     def test_every_activation(self, target):
-        """bn_act and fprop share the epilogue's code; the smaller kernel compiles sooner."""
+        """bn_act and fprop share the epilogue's code; the smaller kernel compiles sooner. All of it with gelu over a
+        large tile may spill: after the loop, once a tile."""
         layer = Layer(torch.bfloat16)
         y, e = layer.y, layer.epilogue("gelu")
         with aiming_at(target):
-            assert len(list(check(target, [direct.fprop(layer.problem, layer.x, layer.w, e, y)], only_first=True))) == 1
+            fused = direct.fprop(layer.problem, layer.x, layer.w, e, y)
+            assert len(list(check(target, [fused], only_first=True, may_spill=True))) == 1
             launches = [batch_norm.bn_act(y, e.mean, e.var, None, None, None, 1e-5, activation, y)
                         for activation in ACTIVATIONS]
             assert list(check(target, launches)) == []

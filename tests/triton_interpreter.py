@@ -200,6 +200,19 @@ def test_depthwise_backward_in_one_pass_is_the_two_passes(name):
     assert torch.equal(dw, TRITON.wgrad(problem, o.dy, o.x))
 
 
+def test_depthwise_layers_train_in_one_pass(monkeypatch):
+    calls = []
+    both = TRITON.depthwise_backward
+    monkeypatch.setattr(TRITON, "depthwise_backward", lambda *a: (calls.append(1), both(*a))[1], raising=False)
+    x, w = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 8, 7, 7), (8, 1, 3, 3)))
+    convext.depthwise_conv2d(x, w, padding=1).square().sum().backward()
+    got = x.grad, w.grad
+    x.grad = w.grad = None
+    nn.functional.conv2d(x, w, padding=1, groups=8).square().sum().backward()
+    torch.testing.assert_close(got, (x.grad, w.grad), rtol=1e-12, atol=1e-11)
+    assert calls == [1] and {"dgrad", "wgrad"} <= {pass_ for pass_, _ in served()}
+
+
 def test_infinite_x_beside_no_gradient_is_no_nan():
     x, w = torch.full((1, 2, 4, 4), torch.inf), torch.ones(2, 1, 3, 3)
     problem = ConvProblem.of_fprop(x, w, Geom((1, 1), (1, 1), (1, 1), 2))

@@ -20,6 +20,7 @@ and, where it has something to say, these:
         as `Choice.prepared_fprop`, with everything looked up beforehand that does not depend on the tensors
     slower(pass_, problem) -> str|None    what was measured to be faster; only an automatic choice listens
     reject_batch_norm(y) -> str|None      why it cannot run the last three on tensors like y
+    depthwise_backward(problem, dy, x, w) -> dx, dw     both gradients of a depthwise problem in one pass
 
 `convext.backends()` lists the backends; the module is callable for that.
 """

@@ -32,7 +32,7 @@ from .epilogue import finish_tile
 from .launch import Launch, accumulate, index_type, power_of_2_at_least, strides
 from .tile import tile_count, tile_pixels
 
-# Elements of a tile, over 4 warps: 16 registers a thread forward, 32 for each of x, dy and dx backward.
+# Elements of a tile, over 8 warps: 8 registers a thread forward, 16 for each of x, dy and dx backward.
 FPROP_TILE, BACKWARD_TILE = 2048, 4096
 LARGEST_UNROLLED = 25
 
@@ -191,7 +191,7 @@ def tile_shape(elements: int, nhwc: bool, channels: int, rows: int, columns: int
         patch_p, patch_q = min(rows, 16), min(columns, 64)
         block_m = patch_p * patch_q
         block_c = min(channels, elements // block_m)
-    config = triton.Config({"BLOCK_M": block_m, "BLOCK_C": block_c}, num_warps=4, num_stages=1)
+    config = triton.Config({"BLOCK_M": block_m, "BLOCK_C": block_c}, num_warps=8, num_stages=1)
     return config, {"PATCH_P": patch_p, "PATCH_Q": patch_q}
 
 
