@@ -11,7 +11,7 @@ A and B must fit into shared memory: 164 KiB an sm_80, 228 KiB an sm_90, 64 KiB 
              128x 32x32 s4   MobileNet's projections to 16..32 channels                            40 KiB
     flat     16-bit where every element of a tile of A has an address of its own (direct.py, wgrad.py): 32 deep, or
              the addresses overflow the registers
-    tf32     the same bytes: half of BLOCK_K
+    tf32     the same bytes: half of BLOCK_K; 128x64x32 in 3 stages
     float32  by FMA, without matrix units: 64x64x16 s2, 32 accumulators a thread at 128 threads
     float64  by products and sums: 32x16x8, 4096 products in flight over 128 threads
 
@@ -37,7 +37,7 @@ _GEMM = {
     "half": (_config(128, 128, 64, 8, 3), _config(128, 64, 64, 8, 4), _config(64, 64, 64, 4, 4),
              _config(128, 32, 32, 4, 4)),
     "flat": (_config(128, 64, 32, 8, 3), _config(64, 64, 32, 4, 3), _config(128, 32, 32, 4, 3)),
-    "tf32": (_config(128, 128, 32, 8, 3), _config(128, 64, 32, 8, 4), _config(64, 64, 32, 4, 4)),
+    "tf32": (_config(128, 128, 32, 8, 3), _config(128, 64, 32, 4, 3), _config(64, 64, 32, 4, 4)),
     "ieee": (_config(64, 64, 16, 4, 2),),
     "sum": (_config(32, 16, 8, 4, 1),),
     "interpreter": (_config(512, 64, 64, 4, 1), _config(128, 64, 64, 4, 1), _config(64, 32, 32, 4, 1)),
