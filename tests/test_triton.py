@@ -28,6 +28,7 @@ needs_triton = pytest.mark.skipif(not HAVE_TRITON or INTERPRETED, reason="Triton
 class TestInTheInterpreter:
     """Each part of tests/triton_interpreter.py as one test."""
 
+    @pytest.mark.timeout(900)  # about a minute of one core's time each, on a machine that may be busy
     @pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")
     @pytest.mark.parametrize("part", ["cases_float32", "cases_in_other_dtypes or empty_batch", "TestNetworks",
                                       "not cases and not empty_batch and not TestNetworks"])
