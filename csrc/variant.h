@@ -50,6 +50,10 @@ struct LaunchArgs {
   void* workspace;           // workspace(problem) bytes, 64-byte aligned, not cleared
   const Parallel* parallel;  // CPU
   void* stream;              // CUDA: cudaStream_t
+
+  // A wgrad variant with `wgrad_writes_dx` computes dx in the same pass over x and dy where dx is not null.
+  const void* w = nullptr;
+  void* dx = nullptr;
 };
 
 enum class Layouts : int32_t { kNHWCOnly = 0, kAny = 1 };
@@ -78,6 +82,9 @@ struct Variant {
 
   // Runs the kernel. Returns nullptr, or what went wrong in words.
   const char* (*launch)(const ConvProblem&, const LaunchArgs&);
+
+  bool wgrad_writes_dx = false;  // see LaunchArgs
+  int32_t block_m = 0, block_n = 0, block_k = 0;  // the tile of a matrix-product kernel on CUDA, for the cost model
 };
 
 }  // namespace convext

@@ -1,0 +1,122 @@
+// The one door to CUDA for kernels: nvcc's own headers, or, with CONVEXT_CUDA_ON_CPU, the emulation that tests use.
+#pragma once
+
+#if defined(CONVEXT_CUDA_ON_CPU)
+#include "../tests/cuda_on_cpu/cuda_names.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+// All shared memory is dynamic: its size is the launch's, and a test can put its end against a guard page.
+#define CONVEXT_SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
+
+namespace convext::cuda {
+
+// Launches the kernel. nullptr, or the CUDA runtime's words for what went wrong. Legal while a stream is being captured.
+template <class... Parameters, class... Arguments>
+const char* launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+                          Arguments... arguments) {
+  constexpr size_t kSharedWithoutAsking = 48 * 1024;
+  if (shared_bytes > kSharedWithoutAsking) {
+    // Kept for each device by the driver: asking every time is what makes several GPUs work.
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+  }
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(static_cast<Parameters>(arguments)...);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace convext::cuda
+#endif
+
+#define CONVEXT_DEVICE __device__ __forceinline__
+
+#include "../variant.h"
+
+namespace convext::cuda {
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+// float where T is at most 32 bits wide: what a kernel accumulates in.
+template <class T>
+struct AccumulateOf { using type = float; };
+template <>
+struct AccumulateOf<double> { using type = double; };
+template <class T>
+using accumulate_t = typename AccumulateOf<T>::type;
+
+CONVEXT_DEVICE float to_accumulate(float v) { return v; }
+CONVEXT_DEVICE double to_accumulate(double v) { return v; }
+CONVEXT_DEVICE float to_accumulate(bf16 v) { return __bfloat162float(v); }
+CONVEXT_DEVICE float to_accumulate(fp16 v) { return __half2float(v); }
+
+template <class T>
+CONVEXT_DEVICE T from_accumulate(accumulate_t<T> v);
+template <>
+CONVEXT_DEVICE float from_accumulate<float>(float v) { return v; }
+template <>
+CONVEXT_DEVICE double from_accumulate<double>(double v) { return v; }
+template <>
+CONVEXT_DEVICE bf16 from_accumulate<bf16>(float v) { return __float2bfloat16(v); }
+template <>
+CONVEXT_DEVICE fp16 from_accumulate<fp16>(float v) { return __float2half(v); }
+
+template <class T>
+struct DTypeOf;
+template <>
+struct DTypeOf<float> { static constexpr DType value = DType::kFloat32; };
+template <>
+struct DTypeOf<double> { static constexpr DType value = DType::kFloat64; };
+template <>
+struct DTypeOf<bf16> { static constexpr DType value = DType::kBFloat16; };
+template <>
+struct DTypeOf<fp16> { static constexpr DType value = DType::kFloat16; };
+
+// 16 bytes of T, what one thread loads at a time.
+template <class T>
+struct alignas(16) Vector {
+  static constexpr int kSize = 16 / sizeof(T);
+  T v[kSize];
+};
+
+template <class T>
+CONVEXT_DEVICE Vector<T> load_vector(const T* p) {
+  const uint4 raw = __ldg(reinterpret_cast<const uint4*>(p));
+  Vector<T> out;
+  memcpy(&out, &raw, sizeof raw);
+  return out;
+}
+
+template <class T>
+CONVEXT_DEVICE void store_vector(T* p, const Vector<T>& value) {
+  uint4 raw;
+  memcpy(&raw, &value, sizeof raw);
+  *reinterpret_cast<uint4*>(p) = raw;
+}
+
+CONVEXT_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+CONVEXT_HD constexpr int32_t min_of(int32_t a, int32_t b) { return a < b ? a : b; }
+CONVEXT_HD constexpr int32_t max_of(int32_t a, int32_t b) { return a > b ? a : b; }
+
+// Division of 0 <= n < 2^31 by a constant of the launch, as one multiplication and one shift: with
+// l = ceil(log2 d) and m = floor(2^32 (2^l - d) / d) + 1, n / d = (mulhi(m, n) + n) >> l. The sum stays below 2^32
+// because mulhi(m, n) < n. (Granlund and Montgomery, "Division by invariant integers using multiplication", 1994.)
+struct FastDiv {
+  uint32_t divisor = 1, multiplier = 1, shift = 0;
+  FastDiv() = default;
+  explicit FastDiv(int64_t d) : divisor(static_cast<uint32_t>(d)) {
+    while ((uint64_t{1} << shift) < divisor) ++shift;
+    multiplier = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - divisor)) / divisor + 1);
+  }
+  CONVEXT_DEVICE void operator()(uint32_t n, int32_t& quotient, int32_t& remainder) const {
+    quotient = static_cast<int32_t>((__umulhi(multiplier, n) + n) >> shift);
+    remainder = static_cast<int32_t>(n) - quotient * static_cast<int32_t>(divisor);
+  }
+};
+
+}  // namespace convext::cuda
