@@ -109,7 +109,7 @@ CONVEXT_HD constexpr int32_t max_of(int32_t a, int32_t b) { return a > b ? a : b
 struct FastDiv {
   uint32_t divisor = 1, multiplier = 1, shift = 0;
   FastDiv() = default;
-  explicit FastDiv(int64_t d) : divisor(static_cast<uint32_t>(d)) {
+  CONVEXT_HD explicit FastDiv(int64_t d) : divisor(static_cast<uint32_t>(d)) {
     while ((uint64_t{1} << shift) < divisor) ++shift;
     multiplier = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - divisor)) / divisor + 1);
   }

@@ -173,6 +173,8 @@ void report(const Variant& variant, const char* what, const char* why) {
   ++failures;
 }
 
+constexpr double kSmallestHalf = 0x1p-24;  // half precision has no finer step than its smallest subnormal
+
 // Compares with the reference; `slope` bounds the epilogue's own derivative by channel, 1 without an epilogue.
 template <class Expected, class Slope>
 void compare(const Variant& variant, const char* what, const ConvProblem& p, Pass pass, const Tensor& out,
@@ -183,7 +185,7 @@ void compare(const Variant& variant, const char* what, const ConvProblem& p, Pas
     const double bound = slope(i) * reference::sum_bound(p.accumulate_dtype(), gemm_k, sums.magnitude[i],
                                                          sums.square[i], uses_tf32(variant)) +
                          4 * reference::roundoff(p.accumulate_dtype()) * (1 + std::abs(want)) +
-                         1.01 * reference::roundoff(p.dtype) * std::abs(want);
+                         1.01 * reference::roundoff(p.dtype) * std::abs(want) + kSmallestHalf;
     if (std::abs(got - want) <= bound) continue;
     char text[200];
     snprintf(text, sizeof text, "element %ld is %g, should be %g within %.2g", static_cast<long>(i), got, want, bound);

@@ -66,8 +66,8 @@ inline double roundoff(DType dtype) {
   switch (dtype) {
     case DType::kFloat64: return 0x1p-53;
     case DType::kFloat32: return 0x1p-24;
-    case DType::kBFloat16: return 0x1p-9;
-    default: return 0x1p-12;
+    case DType::kBFloat16: return 0x1p-8;
+    default: return 0x1p-11;
   }
 }
 

@@ -22,7 +22,7 @@ template <class T>
 inline float element(uint32_t word, int half) {
   const auto bits = static_cast<uint16_t>(word >> (16 * half));
   T value;
-  memcpy(&value, &bits, sizeof value);
+  memcpy(static_cast<void*>(&value), &bits, sizeof value);
   return to_accumulate(value);
 }
 template <>

@@ -1,6 +1,6 @@
 // What the depthwise kernels share: the shape of a block's tile, and a vector of neighbouring channels.
 #pragma once
-#include "../compat.h"
+#include "strides.h"
 
 namespace convext::cuda {
 
@@ -97,15 +97,6 @@ CONVEXT_DEVICE void store_run(T* p, const accumulate_t<T> (&v)[N]) {
     memcpy(&raw, &out, sizeof raw);
     *reinterpret_cast<unsigned*>(p) = raw;
   }
-}
-
-// Element strides of an activation tensor in either memory order.
-struct Strides {
-  int64_t n, c, h, w;
-};
-inline Strides strides_of(Layout layout, int64_t c, int64_t h, int64_t w) {
-  if (layout == Layout::kNHWC) return {h * w * c, 1, w * c, c};
-  return {c * h * w, h * w, w, 1};
 }
 
 inline const char* reject_unless_depthwise(const ConvProblem& p) {

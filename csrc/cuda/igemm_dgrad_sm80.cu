@@ -1,0 +1,29 @@
+// Direct convolution, gradient of the input, on the tensor cores: dx[n,h,w,c] = sum_{r,s,k} dy[n,p,q,k] * w[k,r,s,c].
+// It is also the forward pass of a transposed convolution.
+//
+//   A (NHW, RSK) = dy gathered around each input pixel; B (RSK, C) = w in KRSC order, N-major; C (NHW, C) = dx
+//   grid: x = (tile of pixels, tile of channels); y = group; z = residue class of the pixels modulo the stride
+//
+// A stride costs nothing: each class is a dense convolution with the taps that reach it (tile/igemm_pixels.h), where a
+// convolution with a dilated dy would multiply stride_h*stride_w - 1 zeros for every product. Budgets: tile/igemm_tiles.h.
+// `gather` collects elements one by one, for channels that are not whole 16-byte chunks, and NCHW.
+#include "tile/igemm_pixels.h"
+#include "tile/igemm_tiles.h"
+
+namespace convext {
+
+#define CONVEXT_IGEMM(T, dtype, k, tile, suffix, vector)                                            \
+  extern const Variant dgrad_igemm_##dtype##_##tile##x##k##suffix##_sm80 =                          \
+      cuda::igemm_pixels_variant<cuda::Tile##tile<T>, true, vector>(                               \
+          "dgrad_igemm_" #dtype "_" #tile "x" #k #suffix "_sm80");
+#define CONVEXT_IGEMM_TILES(T, dtype, k)                  \
+  CONVEXT_IGEMM(T, dtype, k, 256x128, , true)             \
+  CONVEXT_IGEMM(T, dtype, k, 128x128, , true)             \
+  CONVEXT_IGEMM(T, dtype, k, 128x64, , true)              \
+  CONVEXT_IGEMM(T, dtype, k, 64x64, , true)               \
+  CONVEXT_IGEMM(T, dtype, k, 64x32, , true)               \
+  CONVEXT_IGEMM(T, dtype, k, 64x64, _gather, false)       \
+  CONVEXT_IGEMM(T, dtype, k, 64x32, _gather, false)
+CONVEXT_IGEMM_DTYPES(CONVEXT_IGEMM_TILES)
+
+}  // namespace convext

@@ -1,0 +1,25 @@
+// The tiles of the direct tensor-core family, one list for its three passes.
+//
+//   BLOCK_M x BLOCK_N   warps   warp tile   stages   shared memory (64 bytes of reduction a row)
+//   256 x 128           4 x 2   64 x 64     3        3*(256+128)*64 = 72 KiB    -> 2 blocks on 228 KiB, 1 by registers
+//   128 x 128           2 x 4   64 x 32     4        4*(128+128)*64 = 64 KiB    -> 3 blocks
+//   128 x 64            2 x 2   64 x 32     4        4*(128+64)*64  = 48 KiB    -> 4 blocks
+//   64 x 64             2 x 2   32 x 32     4        4*(64+64)*64   = 32 KiB    -> 7 blocks
+//   64 x 32             2 x 2   32 x 16     4        4*(64+32)*64   = 24 KiB    -> 9 blocks
+//
+// FLOP per byte of shared memory filled is BLOCK_M*BLOCK_N / (BLOCK_M + BLOCK_N) for 16-bit elements: 85, 64, 43, 32, 21.
+#pragma once
+#include "gemm.h"
+
+namespace convext::cuda {
+
+template <class T> using Tile256x128 = Tile<T, 256, 128, 4, 2, 3>;
+template <class T> using Tile128x128 = Tile<T, 128, 128, 2, 4, 4>;
+template <class T> using Tile128x64 = Tile<T, 128, 64, 2, 2, 4>;
+template <class T> using Tile64x64 = Tile<T, 64, 64, 2, 2, 4>;
+template <class T> using Tile64x32 = Tile<T, 64, 32, 2, 2, 4>;
+
+// X(T, dtype, k): the element types, their names, BLOCK_K.
+#define CONVEXT_IGEMM_DTYPES(X) X(cuda::bf16, bf16, 32) X(cuda::fp16, f16, 32) X(float, tf32, 16)
+
+}  // namespace convext::cuda
