@@ -36,7 +36,7 @@ struct Patch {
 };
 
 template <class T, int VEC, int R, int STRIDE, bool DW>
-__global__ void __launch_bounds__(kDepthwiseThreads)
+__global__ void __launch_bounds__(kDepthwiseThreads, 1)
     backward(ConvProblem problem, DepthwiseTile tile, int64_t tiles_per_split, const T* __restrict__ dy,
              const T* __restrict__ x, const T* __restrict__ w, T* __restrict__ dx, float* __restrict__ partial) {
   using Pt = Patch<R, STRIDE>;
@@ -246,7 +246,7 @@ CONVEXT_DEVICE int32_t output_of(int32_t i, int32_t tap, int32_t stride, int32_t
 
 // One element of dx a thread; the grid's y walks over images, or over planes for NCHW.
 template <class T>
-__global__ void __launch_bounds__(kDepthwiseThreads)
+__global__ void __launch_bounds__(kDepthwiseThreads, 1)
     dgrad_any(ConvProblem problem, Strides xs, Strides ys, FastDiv div_inner, FastDiv div_w,
               const T* __restrict__ dy, const T* __restrict__ w, T* __restrict__ dx) {
   const bool channels_last = problem.x_layout == Layout::kNHWC;
@@ -282,7 +282,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads)
 
 // One tap of dw a block column: `lanes` filters by 256 / lanes output pixels at a time, one range of pixels a block.
 template <class T>
-__global__ void __launch_bounds__(kDepthwiseThreads)
+__global__ void __launch_bounds__(kDepthwiseThreads, 1)
     wgrad_any(ConvProblem problem, Strides xs, Strides ys, FastDiv div_pq, FastDiv div_q, int32_t lanes,
               int32_t pixels_per_split, const T* __restrict__ dy, const T* __restrict__ x,
               accumulate_t<T>* __restrict__ partial) {

@@ -57,7 +57,7 @@ struct Window {
 };
 
 template <class T, int R, int STRIDE>
-__global__ void __launch_bounds__(kDepthwiseThreads)
+__global__ void __launch_bounds__(kDepthwiseThreads, 1)
     window(ConvProblem problem, DepthwiseTile tile, const T* __restrict__ x, const T* __restrict__ w,
            T* __restrict__ y, Epilogue epilogue) {
   using W = Window<T, R, STRIDE>;
@@ -196,7 +196,7 @@ const char* launch_window(const ConvProblem& p, const LaunchArgs& args) {
 
 // One output a thread. The grid's y walks over what lies outermost: images, or planes for NCHW.
 template <class T>
-__global__ void __launch_bounds__(kDepthwiseThreads)
+__global__ void __launch_bounds__(kDepthwiseThreads, 1)
     any(ConvProblem problem, Strides xs, Strides ys, FastDiv div_inner, FastDiv div_q, const T* __restrict__ x,
         const T* __restrict__ w, T* __restrict__ y, Epilogue epilogue) {
   using Acc = accumulate_t<T>;

@@ -42,7 +42,7 @@ struct PixelSkip {
 };
 
 template <class TILE, bool VECTOR>
-__global__ void __launch_bounds__(TILE::THREADS)
+__global__ void __launch_bounds__(TILE::THREADS, 1)
     igemm_wgrad(ConvProblem problem, Strides y_strides, Strides x_strides, int64_t pixels_per_split,
                 const typename TILE::T* __restrict__ dy, const typename TILE::T* __restrict__ x,
                 float* __restrict__ partial) {

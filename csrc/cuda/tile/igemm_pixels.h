@@ -118,7 +118,7 @@ CONVEXT_DEVICE void store_slab(const float (&acc)[TILE::MMA_N][4], float* slab) 
 // VECTOR: channels of a group come in whole 16-byte chunks and lie side by side. Without it elements are gathered one
 // by one from any strides and the reduction is not padded: the first layer, odd channel counts, NCHW.
 template <class TILE, bool DGRAD, bool VECTOR>
-__global__ void __launch_bounds__(TILE::THREADS)
+__global__ void __launch_bounds__(TILE::THREADS, 1)
     igemm_pixels(ConvProblem problem, Strides in_strides, Strides out_strides, const typename TILE::T* __restrict__ in,
                  const typename TILE::T* __restrict__ w, typename TILE::T* __restrict__ out, Epilogue epilogue,
                  bool vector_out) {
