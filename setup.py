@@ -38,6 +38,7 @@ CXX_FLAGS = [
     # Contraction into FMA and errno-free math, but not -ffast-math: NaN and infinity are values like any other.
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 ]
+NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 ISA_FLAGS = {"portable": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma"]
@@ -138,6 +139,32 @@ class Ninja:
         subprocess.run([program, "-C", self.folder, "-j", str(jobs())], check=True)
 
 
+def build_cuda_library(folder: Path, cpu_library: Path, toolkit: Path, cxx: str, python: str) -> None:
+    """Compiles and links convext/_CUDA beside the CPU library. It needs no torch, and cudart is linked statically, so
+    that the file loads on a machine without a GPU or a toolkit."""
+    archs = [a.strip() for a in os.environ.get("CONVEXT_CUDA_ARCHS", "80;90").split(";") if a.strip()]
+    if not archs:
+        raise BuildError("CONVEXT_CUDA_ARCHS names no architecture: give for example 80;90")
+    targets = [f"-gencode arch=compute_{a},code=sm_{a}" for a in archs]
+    targets.append(f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}")  # PTX for what comes
+    library = next((d for d in (toolkit / "lib64", toolkit / "lib") if (d / "libcudart_static.a").exists()), None)
+    if library is None:
+        raise BuildError(f"libcudart_static.a is in neither lib64 nor lib of {toolkit}")
+    build = Ninja(folder)
+    nvcc = f"{toolkit / 'bin' / 'nvcc'} -ccbin {cxx.split()[0]} {' '.join(NVCC_FLAGS)} {' '.join(targets)}"
+    build.rule("nvcc", f"{nvcc} -MD -MF $out.d $flags -c $in -o $out")
+    build.rule("cxx", f"{cxx} -MMD -MF $out.d {' '.join(CXX_FLAGS)} -DCONVEXT_CUDA_LIBRARY $flags -c $in -o $out")
+    build.rule("link__CUDA", f"{cxx} -shared -o $out $in -L{library} -lcudart_static -ldl -lrt -lpthread", depfile=False)
+    for source in sorted((CSRC / "cuda").glob("*.cu")):
+        build.compile("_CUDA", "nvcc", source)
+    build.compile("_CUDA", "cxx", CSRC / "cuda" / "runtime.cpp", flags=f"-isystem {toolkit / 'include'}")
+    build.compile("_CUDA", "cxx", CSRC / "select.cpp")
+    build.compile("_CUDA", "cxx", CSRC / "select_cuda.cpp")
+    build.compile("_CUDA", "cxx", CSRC / "bindings_cuda.cpp", flags=python)
+    build.link("_CUDA", cpu_library.with_name(cpu_library.name.replace("_C", "_CUDA", 1)))
+    build.run()
+
+
 class BuildWithNinja(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import pybind11
@@ -170,6 +197,8 @@ class BuildWithNinja(build_ext):
         build.compile("_C", "cxx", CSRC / "bindings.cpp", flags=f"-O1 {python} {defines}")  # nothing hot in it
         build.link("_C", output)
         build.run()
+        if toolkit is not None:
+            build_cuda_library(Path(self.build_temp).resolve() / "cuda", output, toolkit, cxx, python)
         isas = ", ".join(reversed(ISA_FLAGS))
         print(f"convext: CPU library built ({isas}) with torch {torch.__version__}; {cuda_line}", file=sys.stderr)
 

@@ -2,10 +2,17 @@
 
 #include <algorithm>
 
+#if defined(CONVEXT_CUDA_LIBRARY)
+#include "select_cuda.h"
+#endif
+
 namespace convext {
 
-// Kernels define their Variant as `extern const` at namespace convext scope.
-#if defined(CONVEXT_HAVE_X86_ISAS)
+// Kernels define their Variant as `extern const` at namespace convext scope. This file is compiled once for each of the
+// two libraries, and each knows its own kernels.
+#if defined(CONVEXT_CUDA_LIBRARY)
+#define CONVEXT_CUDA_VARIANT(base) extern const Variant base;
+#elif defined(CONVEXT_HAVE_X86_ISAS)
 #define CONVEXT_CPU_VARIANT(base) extern const Variant base##_portable, base##_avx2, base##_avx512;
 #else
 #define CONVEXT_CPU_VARIANT(base) extern const Variant base##_portable;
@@ -14,7 +21,9 @@ namespace convext {
 
 const std::vector<const Variant*>& variants() {
   static const std::vector<const Variant*> all = {
-#if defined(CONVEXT_HAVE_X86_ISAS)
+#if defined(CONVEXT_CUDA_LIBRARY)
+#define CONVEXT_CUDA_VARIANT(base) &base,
+#elif defined(CONVEXT_HAVE_X86_ISAS)
 #define CONVEXT_CPU_VARIANT(base) &base##_portable, &base##_avx2, &base##_avx512,
 #else
 #define CONVEXT_CPU_VARIANT(base) &base##_portable,
@@ -37,7 +46,7 @@ Isa detect_cpu_isa() {
 }
 
 Settings& settings() {
-  static Settings current{detect_cpu_isa(), true};
+  static Settings current{detect_cpu_isa(), true, true};
   return current;
 }
 
@@ -74,10 +83,16 @@ const char* reject(const Variant& variant, Device device, Pass pass, const ConvP
     return "this CPU, or the current setting, does not offer its instruction set";
   }
   if (!settings().winograd && is_algo(variant, "winograd")) return "the accuracy setting rules Winograd out";
+  if (!settings().tf32 && std::string(variant.name).find("_tf32_") != std::string::npos) {
+    return "rounding to tf32 is not allowed";
+  }
   return variant.reject ? variant.reject(problem) : nullptr;
 }
 
 double cost(const Variant& variant, const ConvProblem& problem) {
+#if defined(CONVEXT_CUDA_LIBRARY)
+  return cuda_cost(variant, problem);
+#else
   // A family's typical time per multiply-add relative to the direct kernel's; narrower vectors cost in proportion.
   double per_flop = 1.0;
   if (is_algo(variant, "depthwise")) {
@@ -97,6 +112,7 @@ double cost(const Variant& variant, const ConvProblem& problem) {
   }
   const double width = variant.isa == Isa::kAVX512 ? 1.0 : variant.isa == Isa::kAVX2 ? 2.0 : 6.0;
   return problem.flops() * per_flop * width;
+#endif
 }
 
 int select(Device device, Pass pass, const ConvProblem& problem) {

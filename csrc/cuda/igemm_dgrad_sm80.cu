@@ -17,7 +17,6 @@ namespace convext {
       cuda::igemm_pixels_variant<cuda::Tile##tile<T>, true, vector>(                               \
           "dgrad_igemm_" #dtype "_" #tile "x" #k #suffix "_sm80");
 #define CONVEXT_IGEMM_TILES(T, dtype, k)                  \
-  CONVEXT_IGEMM(T, dtype, k, 256x128, , true)             \
   CONVEXT_IGEMM(T, dtype, k, 128x128, , true)             \
   CONVEXT_IGEMM(T, dtype, k, 128x64, , true)              \
   CONVEXT_IGEMM(T, dtype, k, 64x64, , true)               \
@@ -25,5 +24,8 @@ namespace convext {
   CONVEXT_IGEMM(T, dtype, k, 64x64, _gather, false)       \
   CONVEXT_IGEMM(T, dtype, k, 64x32, _gather, false)
 CONVEXT_IGEMM_DTYPES(CONVEXT_IGEMM_TILES)
+// Not for tf32: its N-major fragments are loaded word by word, and the addresses do not fit beside 128 accumulators.
+CONVEXT_IGEMM(cuda::bf16, bf16, 32, 256x128, , true)
+CONVEXT_IGEMM(cuda::fp16, f16, 32, 256x128, , true)
 
 }  // namespace convext

@@ -8,9 +8,6 @@
 #include <cstdio>
 #include <cstring>
 #include <map>
-#include <memory>
-#include <random>
-#include <set>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -18,6 +15,7 @@
 #include "../variant.h"
 #include "cuda_on_cpu/cuda_names.h"
 #include "reference.h"
+#include "tensor.h"
 
 namespace convext {
 #define CONVEXT_CUDA_VARIANT(name) extern const Variant name;
@@ -28,6 +26,8 @@ namespace {
 using cuda_on_cpu::Async;
 using cuda_on_cpu::DeviceBuffer;
 using cuda_on_cpu::Order;
+using testing::kSmallestHalf;
+using testing::Tensor;
 
 const Variant* const kVariants[] = {
 #define CONVEXT_CUDA_VARIANT(name) &name,
@@ -106,45 +106,6 @@ const Case kCases[] = {
     {"direct_nchw", nchw(nhwc(2, 12, 7, 8, 20, 3, 3, 1, 1))},
 };
 
-// ---- values
-
-double read_element(DType dtype, const void* data, int64_t i) {
-  switch (dtype) {
-    case DType::kFloat64: return static_cast<const double*>(data)[i];
-    case DType::kFloat32: return static_cast<const float*>(data)[i];
-    case DType::kBFloat16: return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
-    default: return __half2float(static_cast<const __half*>(data)[i]);
-  }
-}
-void write_element(DType dtype, void* data, int64_t i, double value) {
-  switch (dtype) {
-    case DType::kFloat64: static_cast<double*>(data)[i] = value; break;
-    case DType::kFloat32: static_cast<float*>(data)[i] = static_cast<float>(value); break;
-    case DType::kBFloat16: static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16(static_cast<float>(value)); break;
-    default: static_cast<__half*>(data)[i] = __float2half(static_cast<float>(value));
-  }
-}
-
-// A tensor on the device and, as the kernel will read it, in float64.
-struct Tensor {
-  DType dtype;
-  DeviceBuffer buffer;
-  std::vector<double> host;
-
-  Tensor(DType dtype, int64_t size, bool at_start) : dtype(dtype), buffer(size * dtype_size(dtype), at_start) {}
-  Tensor(DType dtype, int64_t size, bool at_start, unsigned seed) : Tensor(dtype, size, at_start) {
-    std::mt19937 generator(seed);
-    std::uniform_real_distribution<double> uniform(-1, 1);
-    host.resize(size);
-    for (int64_t i = 0; i < size; ++i) {
-      write_element(dtype, buffer.data(), i, uniform(generator));
-      host[i] = read_element(dtype, buffer.data(), i);
-    }
-    buffer.make_read_only();
-  }
-  double operator[](int64_t i) const { return read_element(dtype, buffer.data(), i); }
-};
-
 int64_t size_of_a(Pass pass, const ConvProblem& p) { return pass == Pass::kFprop ? p.x_size() : p.y_size(); }
 int64_t size_of_b(Pass pass, const ConvProblem& p) { return pass == Pass::kWgrad ? p.x_size() : p.w_size(); }
 int64_t size_of_out(Pass pass, const ConvProblem& p) {
@@ -172,8 +133,6 @@ void report(const Variant& variant, const char* what, const char* why) {
   printf("FAIL %s %s: %s\n", variant.name, what, why);
   ++failures;
 }
-
-constexpr double kSmallestHalf = 0x1p-24;  // half precision has no finer step than its smallest subnormal
 
 // Compares with the reference; `slope` bounds the epilogue's own derivative by channel, 1 without an epilogue.
 template <class Expected, class Slope>
