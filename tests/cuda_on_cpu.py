@@ -1,0 +1,97 @@
+"""Builds the CUDA kernels with g++ for the emulator in csrc/tests/cuda_on_cpu, in the forms that the tests run.
+
+    plain   the fast one, for the whole list of cases
+    asan    address sanitizer: shared memory past its end, local arrays
+    align   vector loads and stores at addresses that do not fit them, bad shifts and indices
+    race    every load and store checked for races in shared memory, and counted in global memory
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import platform
+import shutil
+import site
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+EMULATOR = "tests/cuda_on_cpu"
+SANITIZERS = {"plain": [], "asan": ["-fsanitize=address"], "race": [],
+              "align": ["-fsanitize=alignment,bounds,shift,integer-divide-by-zero", "-fno-sanitize-recover=all"]}
+
+
+def cuda_include() -> Path | None:
+    """A folder with CUDA's headers: a toolkit's, or what torch's CUDA wheels or triton bring."""
+    toolkits = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    folders = [Path(t) / "include" for t in toolkits if t]
+    for packages in {*site.getsitepackages(), site.getusersitepackages()}:
+        folders += sorted(Path(packages).glob("nvidia/*/include"))
+        folders.append(Path(packages) / "triton" / "backends" / "nvidia" / "include")
+    needed = ("cuda_bf16.h", "cuda_fp16.h", "vector_types.h")
+    return next((f for f in folders if all((f / name).exists() for name in needed)), None)
+
+
+def why_not() -> str | None:
+    """Why the kernels cannot be built here, or None."""
+    if platform.machine().lower() not in ("x86_64", "amd64", "aarch64", "arm64"):
+        return f"the emulator switches stacks on x86-64 and aarch64, this is {platform.machine()}"
+    if shutil.which("g++") is None:
+        return "g++ was not found"
+    if cuda_include() is None:
+        return "CUDA's headers were not found: no toolkit, and no CUDA wheel of torch"
+    return None
+
+
+def _flags(csrc: Path, form: str) -> list[str]:
+    flags = ["-std=c++20", "-O2" if form == "plain" else "-O1", "-g1", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi",
+             "-fno-strict-aliasing", "-DCONVEXT_CUDA_ON_CPU", f"-I{csrc}", "-isystem", str(cuda_include())]
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and " avx2 " in cpuinfo.read_text():
+        flags.append("-march=x86-64-v3")
+    return flags + SANITIZERS[form]
+
+
+def build(folder: Path, form: str, kernels: list[str], main: str, csrc: Path = CSRC) -> Path:
+    """The program `main` with `kernels` (both relative to csrc) in one form; the path of the executable.
+
+    Raises RuntimeError with the compiler's words where it does not compile.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = _flags(csrc, form)
+    hosts = [f"{EMULATOR}/fiber.cpp", f"{EMULATOR}/emulator.cpp", main]
+    if form == "race":
+        hosts.append(f"{EMULATOR}/race.cpp")  # stands in for the thread sanitizer's library
+    jobs = [(source, []) for source in hosts]
+    jobs += [(source, ["-fsanitize=thread"] if form == "race" else []) for source in kernels]
+
+    def compile_one(job: tuple[str, list[str]]) -> str:
+        source, extra = job
+        output = folder / (source.replace("/", ".") + ".o")
+        _run(["g++", *flags, *extra, "-x", "c++", "-c", str(csrc / source), "-o", str(output)])
+        return str(output)
+
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        objects = list(pool.map(compile_one, sorted(jobs, key=lambda job: job[0] not in kernels)))
+    program = folder / Path(main).stem
+    _run(["g++", *SANITIZERS[form], *objects, "-o", str(program)])
+    return program
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+
+
+def kernel_sources() -> list[str]:
+    """Every .cu that holds variants."""
+    return sorted(f"cuda/{p.name}" for p in (CSRC / "cuda").glob("*.cu") if p.name != "batch_norm_sm80.cu")
+
+
+def run(program: Path, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:handle_segv=0"}
+    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=timeout, env=environment)

@@ -1,0 +1,171 @@
+"""The CUDA kernels on the CPU, from their own sources: correctness, races, alignment, traffic, and planted bugs."""
+
+from __future__ import annotations
+
+import shutil
+from typing import NamedTuple
+
+import cuda_on_cpu as harness
+import pytest
+
+pytestmark = pytest.mark.skipif(harness.why_not() is not None, reason=str(harness.why_not()))
+
+VARIANTS = "tests/cuda_variants.cpp"
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory):
+    """program(form): cuda_variants with every kernel, built once in each form."""
+    built = {}
+
+    def get(form: str):
+        if form not in built:
+            folder = tmp_path_factory.mktemp(f"cuda_{form}")
+            built[form] = harness.build(folder, form, harness.kernel_sources(), VARIANTS)
+        return built[form]
+
+    return get
+
+
+def assert_clean(done):
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+def test_every_variant_under_every_policy(program):
+    done = harness.run(program("plain"))
+    assert_clean(done)
+    assert " 0 failures" in done.stdout
+
+
+@pytest.mark.parametrize("form", ["asan", "align", "race"])
+def test_every_variant_instrumented(program, form):
+    assert_clean(harness.run(program(form), "--one-policy"))
+
+
+def test_global_traffic_of_known_networks(program, capsys):
+    done = harness.run(program("race"), "--traffic")
+    with capsys.disabled():
+        print("\n" + done.stdout)
+    assert_clean(done)
+
+
+@pytest.mark.parametrize("form", ["plain", "asan", "race"])
+def test_batch_norm(tmp_path, form):
+    built = harness.build(tmp_path, form, ["cuda/batch_norm_sm80.cu"], "tests/cuda_batch_norm.cpp")
+    assert_clean(harness.run(built))
+
+
+# ---- planted bugs: a harness that misses them proves nothing
+
+
+class Mutant(NamedTuple):
+    """One edit of the sources that must be caught: by values, poison or guard pages (plain), or by the race check."""
+
+    file: str
+    old: str
+    new: str
+    form: str
+    variant: str
+
+
+IGEMM_FPROP = "fprop_igemm_bf16_64x64x32_sm80"
+IGEMM_WGRAD = "wgrad_igemm_bf16_64x64x32_sm80"
+IGEMM_DGRAD = "dgrad_igemm_bf16_64x64x32_sm80"
+GATHER = "fprop_igemm_bf16_64x64x32_gather_sm80"
+WINDOW = "fprop_depthwise_bf16_window_sm80"
+BACKWARD = "wgrad_depthwise_bf16_window_sm80"
+
+MUTANTS = {
+    "missing_wait": Mutant("cuda/tile/igemm_pixels.h", "cp_async_wait<STAGES - 2>", "cp_async_wait<STAGES - 1>", "plain",
+                           IGEMM_FPROP),
+    "missing_wait_in_wgrad": Mutant("cuda/igemm_wgrad_sm80.cu", "cp_async_wait<STAGES - 2>",
+                                    "cp_async_wait<STAGES - 1>", "plain", IGEMM_WGRAD),
+    "stage_released_early": Mutant("cuda/tile/igemm_pixels.h", "load_stage((step + STAGES - 1) % STAGES)",
+                                   "load_stage((step + STAGES) % STAGES)", "plain", IGEMM_FPROP),
+    "missing_barrier": Mutant("cuda/tile/igemm_pixels.h", "__syncthreads();  // the stage has landed",
+                              "// the stage has landed", "plain", IGEMM_FPROP),
+    "missing_barrier_before_epilogue": Mutant("cuda/tile/igemm_pixels.h", "__syncthreads();  // all have read the last",
+                                              "// all have read the last", "race", IGEMM_FPROP),
+    "missing_slab_barrier": Mutant("cuda/tile/igemm_pixels.h", "__syncwarp();  // the slab is written",
+                                   "// the slab is written", "race", IGEMM_FPROP),
+    "wrong_swizzle": Mutant("cuda/tile/gemm.h", "k_major_offset(row + lane % 16, step * 2 + lane / 16)",
+                            "k_major_offset(row + lane % 16, (step * 2 + lane / 16) ^ (lane & 1))", "plain", IGEMM_FPROP),
+    "wrong_transposed_swizzle": Mutant("cuda/tile/gemm.h", "ROW_BYTES >= 128 ? k & 7 : (k >> 1) & 3;",
+                                       "ROW_BYTES >= 128 ? (k & 7) + (threadIdx.x & 1) : (k >> 1) & 3;", "plain",
+                                       IGEMM_WGRAD),
+    "predicate_off_by_one": Mutant("cuda/tile/igemm_pixels.h", "h >= 0 && h < rows.limit", "h >= 0 && h <= rows.limit",
+                                   "plain", IGEMM_FPROP),
+    "lower_predicate_missing": Mutant("cuda/tile/igemm_pixels.h", "column >= 0 && column < cols.limit",
+                                      "column < cols.limit", "plain", IGEMM_DGRAD),
+    "row_past_the_end": Mutant("cuda/tile/igemm_pixels.h", "if (m >= gemm_m || column >= columns) continue;",
+                               "if (column >= columns) continue;", "plain", IGEMM_FPROP),
+    "residue_class_forgotten": Mutant("cuda/tile/igemm_pixels.h", "(residue + pad - tap_first * dil) / stride,",
+                                      "(pad - tap_first * dil) / stride,", "plain", IGEMM_DGRAD),
+    "tap_skipped_too_early": Mutant("cuda/tile/igemm_pixels.h", "high * axis.mul + axis.off + tap * axis.inc >= 0",
+                                    "low * axis.mul + axis.off + tap * axis.inc >= 0", "plain", IGEMM_FPROP),
+    "chunk_not_gathered_whole": Mutant("cuda/tile/igemm_pixels.h", "if (tap_count) element.advance(1, channels, taps_w);",
+                                       "if (e < CHUNK - 2) element.advance(1, channels, taps_w);", "plain", GATHER),
+    "shared_memory_too_small": Mutant("cuda/tile/igemm_pixels.h", "TILE::SHARED_BYTES, args.stream",
+                                      "TILE::SHARED_BYTES - 256, args.stream", "plain", IGEMM_FPROP),
+    "filters_read_before_barrier": Mutant("cuda/depthwise_fprop_sm80.cu", "__syncthreads();  // orders the filters",
+                                          "// orders the filters", "plain", WINDOW),
+    "window_past_the_row": Mutant("cuda/depthwise_fprop_sm80.cu", "column >= 0 && column < problem.w ? load_run",
+                                  "column >= 0 && column <= problem.w ? load_run", "plain", WINDOW),
+    "sum_overwritten": Mutant("cuda/depthwise_backward_sm80.cu", "__syncthreads();  // orders the sum before",
+                              "// orders the sum before", "race", BACKWARD),
+    "split_forgotten": Mutant("cuda/tile/reduce_splits.h", "split < splits;", "split < splits - (splits > 1);", "plain",
+                              BACKWARD),
+}
+
+# What a variant alone needs of its source file: one instance instead of twenty keeps the mutants quick.
+ONLY = {
+    IGEMM_FPROP: ("cuda/igemm_fprop_sm80.cu", "CONVEXT_IGEMM(cuda::bf16, bf16, 32, 64x64, , true)"),
+    IGEMM_DGRAD: ("cuda/igemm_dgrad_sm80.cu", "CONVEXT_IGEMM(cuda::bf16, bf16, 32, 64x64, , true)"),
+    IGEMM_WGRAD: ("cuda/igemm_wgrad_sm80.cu", "CONVEXT_IGEMM(cuda::bf16, bf16, 32, 64x64, , true)"),
+    GATHER: ("cuda/igemm_fprop_sm80.cu", "CONVEXT_IGEMM(cuda::bf16, bf16, 32, 64x64, _gather, false)"),
+    WINDOW: ("cuda/depthwise_fprop_sm80.cu", None),
+    BACKWARD: ("cuda/depthwise_backward_sm80.cu", None),
+}
+
+
+def build_alone(folder, form: str, variant: str, mutant: Mutant | None = None):
+    """cuda_variants with one variant, its sources edited by the mutant."""
+    csrc = folder / "csrc"
+    shutil.copytree(harness.CSRC, csrc)
+    if mutant is not None:
+        text = (csrc / mutant.file).read_text()
+        assert text.count(mutant.old) == 1, f"{mutant.old!r} is {text.count(mutant.old)} times in {mutant.file}"
+        (csrc / mutant.file).write_text(text.replace(mutant.old, mutant.new))
+    source, instance = ONLY[variant]
+    if instance is not None:
+        text = (csrc / source).read_text()
+        head, tail = text.split("CONVEXT_IGEMM_DTYPES(CONVEXT_IGEMM_TILES)\n")
+        (csrc / source).write_text(f"{head}{instance}\n}}  // namespace convext\n")
+    (csrc / "variants.inc").write_text(
+        f"CONVEXT_CUDA_VARIANT({variant})\n#undef CONVEXT_CPU_VARIANT\n#undef CONVEXT_CUDA_VARIANT\n")
+    return harness.build(folder / form, form, [source], VARIANTS, csrc)
+
+
+@pytest.fixture(scope="session")
+def sound(tmp_path_factory):
+    """sound(variant, form): the same single-variant program without a bug, which must pass, once."""
+    passed = set()
+
+    def check(variant: str, form: str):
+        if (variant, form) not in passed:
+            program = build_alone(tmp_path_factory.mktemp("sound"), form, variant)
+            arguments = [] if form == "plain" else ["--one-policy"]
+            assert_clean(harness.run(program, variant, *arguments))
+            passed.add((variant, form))
+
+    return check
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_bug_is_caught(tmp_path, sound, name):
+    mutant = MUTANTS[name]
+    sound(mutant.variant, mutant.form)
+    program = build_alone(tmp_path, mutant.form, mutant.variant, mutant)
+    arguments = [] if mutant.form == "plain" else ["--one-policy"]
+    done = harness.run(program, mutant.variant, *arguments)
+    assert done.returncode != 0, f"nobody noticed: {done.stdout}"
