@@ -90,7 +90,9 @@ def cuda_plan() -> tuple[Path | None, str]:
         return off("this source tree holds no CUDA kernels")
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), shutil.which("nvcc"), "/usr/local/cuda"]
     toolkits = [Path(h).resolve().parents[1] if h.endswith("nvcc") else Path(h) for h in homes if h]
-    toolkit = next((t for t in toolkits if (t / "bin" / "nvcc").exists()), None)
+    # A launcher on PATH, such as a wrapper in /usr/local/bin, is no toolkit: that has its compiler's parts beside it.
+    parts = ("bin/nvcc", "nvvm")
+    toolkit = next((t for t in toolkits if all((t / part).exists() for part in parts)), None)
     if toolkit is None:
         return off("nvcc was not found (set CUDA_HOME, or put nvcc on PATH)")
     text = subprocess.run([toolkit / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout

@@ -14,6 +14,11 @@ DEVICES = {"cpu": 0, "cuda": 1}  # `Device` in conv_problem.h
 
 def kernel(problem: ConvProblem, pass_: Pass) -> tuple[str | None, str]:
     """(name of the compiled kernel that takes the problem, ""), or (None, why not)."""
+    if problem.device == "cuda":
+        from .backends import native_cuda
+
+        reason = native_cuda.not_built() or native_cuda.reject(pass_, problem)
+        return (native_cuda.variant(pass_, problem), "") if reason is None else (None, reason)
     try:
         from . import _C
     except ImportError as error:

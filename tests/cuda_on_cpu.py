@@ -45,13 +45,14 @@ def why_not() -> str | None:
     return None
 
 
-def _flags(csrc: Path, form: str) -> list[str]:
-    flags = ["-std=c++20", "-O2" if form == "plain" else "-O1", "-g1", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi",
+def flags(csrc: Path, form: str) -> list[str]:
+    """The compiler's flags for one form."""
+    found = ["-std=c++20", "-O2" if form == "plain" else "-O1", "-g1", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi",
              "-fno-strict-aliasing", "-DCONVEXT_CUDA_ON_CPU", f"-I{csrc}", "-isystem", str(cuda_include())]
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists() and " avx2 " in cpuinfo.read_text():
-        flags.append("-march=x86-64-v3")
-    return flags + SANITIZERS[form]
+        found.append("-march=x86-64-v3")
+    return found + SANITIZERS[form]
 
 
 def build(folder: Path, form: str, kernels: list[str], main: str, csrc: Path = CSRC) -> Path:
@@ -60,25 +61,30 @@ def build(folder: Path, form: str, kernels: list[str], main: str, csrc: Path = C
     Raises RuntimeError with the compiler's words where it does not compile.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    flags = _flags(csrc, form)
+    common = flags(csrc, form)
     hosts = [f"{EMULATOR}/fiber.cpp", f"{EMULATOR}/emulator.cpp", main]
     if form == "race":
         hosts.append(f"{EMULATOR}/race.cpp")  # stands in for the thread sanitizer's library
-    jobs = [(source, []) for source in hosts]
-    jobs += [(source, ["-fsanitize=thread"] if form == "race" else []) for source in kernels]
+    sanitized = ["-fsanitize=thread"] if form == "race" else []
+    jobs = [(source, [*common, *sanitized]) for source in kernels] + [(source, common) for source in hosts]
+    objects = compile_all(folder, csrc, jobs)
+    program = folder / Path(main).stem
+    _run(["g++", *SANITIZERS[form], *objects, "-o", str(program)])
+    return program
+
+
+def compile_all(folder: Path, csrc: Path, jobs: list[tuple[str, list[str]]]) -> list[str]:
+    """Compiles (source relative to csrc, flags) pairs, as many at a time as there are cores; the object files."""
 
     def compile_one(job: tuple[str, list[str]]) -> str:
-        source, extra = job
+        source, arguments = job
         output = folder / (source.replace("/", ".") + ".o")
-        _run(["g++", *flags, *extra, "-x", "c++", "-c", str(csrc / source), "-o", str(output)])
+        _run(["g++", *arguments, "-x", "c++", "-c", str(csrc / source), "-o", str(output)])
         return str(output)
 
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        objects = list(pool.map(compile_one, sorted(jobs, key=lambda job: job[0] not in kernels)))
-    program = folder / Path(main).stem
-    _run(["g++", *SANITIZERS[form], *objects, "-o", str(program)])
-    return program
+        return list(pool.map(compile_one, jobs))
 
 
 def _run(command: list[str]) -> None:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import cuda_on_cpu as harness
 import pytest
 
-pytestmark = pytest.mark.skipif(harness.why_not() is not None, reason=str(harness.why_not()))
+pytestmark = [pytest.mark.skipif(harness.why_not() is not None, reason=str(harness.why_not())),
+              pytest.mark.timeout(1200)]  # the first test of a form waits for its build
 
 VARIANTS = "tests/cuda_variants.cpp"
 

@@ -2,7 +2,7 @@
 
 On the CPU they are in ``convext/_C`` (C++ with AVX-512, AVX2 and portable forms, picked at run time). Which kernel
 serves a problem is decided in C++ (``csrc/select.cpp``); this file turns tensors and problems into calls, and keeps
-packed weights between calls.
+packed weights between calls. What concerns CUDA tensors is in ``native_cuda.py``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ..problem import ACTIVATIONS, ConvProblem, Epilogue, Pass
+from . import native_cuda
 
 try:
     from .. import _C
@@ -58,6 +59,7 @@ def _plan(pass_: Pass, problem: ConvProblem) -> _Plan | None:
 def forget_plans() -> None:
     """Drops cached selections; call after a setting that selection depends on has changed."""
     _plan.cache_clear()
+    native_cuda.forget_plans()
 
 
 # Packed weights by the identity of the weight tensor: id -> (weak reference, {pack format: buffer}). The C++ side
@@ -86,12 +88,14 @@ def _version(w: torch.Tensor) -> int:
 
 
 class NativeBackend:
-    """Hand-written kernels of ``convext/_C``, on CPU tensors."""
+    """Hand-written kernels: those of ``convext/_C`` on CPU tensors, those of ``convext/_CUDA`` on CUDA tensors."""
 
     name = "native"
 
     def unavailable(self, device_type: str) -> str | None:
         """Why the backend cannot serve a device type, with the remedy, or None."""
+        if device_type == "cuda":
+            return native_cuda.unavailable()
         if device_type != "cpu":
             return f"there are no compiled kernels for {device_type} tensors in this build"
         if _C is None:
@@ -105,6 +109,8 @@ class NativeBackend:
             return why
         if min(problem.c, problem.k, problem.r, problem.s) == 0:
             return "it has no channels or no filter taps"
+        if problem.device == "cuda":
+            return native_cuda.reject(pass_, problem)
         if max(problem.extents()) >= 2**31:
             return "an extent exceeds 32 bits"
         if _plan(pass_, problem) is not None:
@@ -121,9 +127,13 @@ class NativeBackend:
 
     def variant(self, pass_: Pass, problem: ConvProblem) -> str:
         """Name of the kernel that serves the problem."""
+        if problem.device == "cuda":
+            return native_cuda.variant(pass_, problem)
         return _plan(pass_, problem).name
 
     def fprop(self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
+        if problem.device == "cuda":
+            return native_cuda.fprop(problem, x, w, epilogue)
         plan = _plan(Pass.FPROP, problem)
         e = epilogue
         return torch.ops.convext_cpu.fprop.default(
@@ -132,6 +142,8 @@ class NativeBackend:
         )  # fmt: skip
 
     def prepared_fprop(self, problem: ConvProblem, activation: str):
+        if problem.device == "cuda":
+            return native_cuda.prepared_fprop(problem, activation)
         plan = _plan(Pass.FPROP, problem)
         op, code = torch.ops.convext_cpu.fprop.default._op, ACTIVATIONS[activation]
         variant, geom = plan.variant, plan.geom
@@ -144,6 +156,8 @@ class NativeBackend:
         return call
 
     def dgrad(self, problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        if problem.device == "cuda":
+            return native_cuda.dgrad(problem, dy, w)
         plan = _plan(Pass.DGRAD, problem)
         return torch.ops.convext_cpu.dgrad.default(
             plan.variant, dy, w, _packed_buffer(w, plan), _version(w), problem.h, problem.w, plan.geom,
@@ -151,22 +165,32 @@ class NativeBackend:
         )  # fmt: skip
 
     def wgrad(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if problem.device == "cuda":
+            return native_cuda.wgrad(problem, dy, x)
         plan = _plan(Pass.WGRAD, problem)
         return torch.ops.convext_cpu.wgrad.default(plan.variant, dy, x, problem.r, problem.s, plan.geom)
 
     def batch_stats(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if y.is_cuda:
+            return native_cuda.batch_stats(y)
         return torch.ops.convext_cpu.batch_stats.default(y)
 
     def bn_act(self, y, mean, var, gamma, beta, residual, eps: float, activation: str) -> torch.Tensor:
+        if y.is_cuda:
+            return native_cuda.bn_act(y, mean, var, gamma, beta, residual, eps, activation)
         return torch.ops.convext_cpu.bn_act.default(
             y, mean, var, gamma, beta, residual, eps, ACTIVATIONS[activation])
 
     def bn_act_backward(self, dout, y, mean, var, gamma, beta, residual, eps: float, activation: str, training: bool):
+        if y.is_cuda:
+            return native_cuda.bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training)
         return torch.ops.convext_cpu.bn_act_backward.default(
             dout, y, mean, var, gamma, beta, residual, eps, ACTIVATIONS[activation], training)
 
     def reject_batch_norm(self, y: torch.Tensor) -> str | None:
         """Why the batch-norm passes cannot take a tensor like y, in words, or None."""
+        if y.is_cuda:
+            return native_cuda.reject_batch_norm(y)
         return None if y.dim() == 4 else f"y has {y.dim()} dimensions, not 4"
 
 

@@ -238,7 +238,11 @@ struct Layer {
   ConvProblem problem;
 };
 
-ConvProblem depthwise(int c, int size, int stride) { return nhwc(1, c, size, size, c, 3, 3, stride, 1, 1, c); }
+// Batches at which a GPU is busy: on a single small image the fixed costs, filters and fp32 slabs for each of a few
+// hundred blocks, would hide what the loops do.
+ConvProblem depthwise(int c, int size, int stride) {
+  return nhwc(size >= 56 ? 4 : size >= 28 ? 16 : 32, c, size, size, c, 3, 3, stride, 1, 1, c);
+}
 
 const Layer kLayers[] = {
     {"MobileNetV2", "depthwise 32 112x112", depthwise(32, 112, 1)},

@@ -1,0 +1,278 @@
+"""The CUDA half of the native backend: hand-written kernels of ``convext/_CUDA``, on CUDA tensors.
+
+The library knows no torch: it gets addresses, the device and the stream. This file owns what has to do with memory: it
+brings tensors into the order a kernel reads, allocates results and scratch memory from torch's caching allocator (so
+that calls can be captured in a CUDA graph), and passes the current stream of the tensors' device.
+
+Which kernel serves a problem is decided in C++ (``csrc/select.cpp``, ``csrc/select_cuda.cpp``). Tensors that arrive in
+NCHW are either read as they are or transposed first, whatever the model of the costs says is cheaper.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from ..problem import ACTIVATIONS, ConvProblem, DType, Epilogue, Layout, Pass, accumulate_dtype
+
+try:
+    from .. import _CUDA
+except ImportError as error:  # not built, or built for another Python
+    _CUDA = None
+    _import_error = str(error)
+
+_FORMATS = {Layout.NCHW: torch.contiguous_format, Layout.NHWC: torch.channels_last}
+_ALIGNMENT = 16  # bytes: the kernels' widest access
+
+
+class _Plan(NamedTuple):
+    """What a launch needs beyond its tensors, decided once for a pass and problem."""
+
+    variant: int
+    name: str
+    fields: list[int]
+    x_layout: Layout  # as the kernel reads and writes them
+    y_layout: Layout
+    krsc: bool  # weights lie in channels-last order
+    workspace: int  # bytes
+    writes_dx: bool  # the wgrad kernel can write dx in the same pass
+
+
+def _fields(problem: ConvProblem, x_layout: Layout, y_layout: Layout) -> list[int]:
+    return [*problem.extents(), int(problem.dtype), int(x_layout), int(y_layout)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_for(pass_: Pass, problem: ConvProblem, tf32: bool) -> _Plan | None:
+    _CUDA.set_tf32(tf32)
+    size = problem.dtype.torch.itemsize
+    best = None
+    for x_layout in {problem.x_layout, Layout.NHWC}:
+        for y_layout in {problem.y_layout, Layout.NHWC}:
+            index, cost = _CUDA.select(int(pass_), _fields(problem, x_layout, y_layout))
+            if index < 0:
+                continue
+            cost += (x_layout != problem.x_layout) * _CUDA.copy_cost(problem.x_size * size)
+            cost += (y_layout != problem.y_layout) * _CUDA.copy_cost(problem.y_size * size)
+            if best is None or cost < best[0]:
+                best = cost, index, x_layout, y_layout
+    if best is None:
+        return None
+    _, index, x_layout, y_layout = best
+    fields = _fields(problem, x_layout, y_layout)
+    known = _CUDA.variants()[index]
+    return _Plan(index, known["name"], fields, x_layout, y_layout, _CUDA.weight_order(index, fields) == "krsc",
+                 _CUDA.workspace(index, fields), known["writes_dx"])
+
+
+def _plan(pass_: Pass, problem: ConvProblem) -> _Plan | None:
+    tf32 = problem.dtype is not DType.FLOAT32 or torch.backends.cudnn.allow_tf32
+    return _plan_for(pass_, problem, tf32)
+
+
+def forget_plans() -> None:
+    """Drops cached selections; call after a setting that selection depends on has changed."""
+    _plan_for.cache_clear()
+
+
+def _dense(t: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """t in the layout, without gaps, and aligned as the kernels need it."""
+    t = t.contiguous(memory_format=_FORMATS[layout])
+    return t if t.data_ptr() % _ALIGNMENT == 0 else t.clone(memory_format=_FORMATS[layout])
+
+
+def _weights(w: torch.Tensor, plan: _Plan) -> torch.Tensor:
+    return _dense(w, Layout.NHWC if plan.krsc else Layout.NCHW)
+
+
+def _empty(like: torch.Tensor, shape: tuple[int, ...], layout: Layout) -> torch.Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=_FORMATS[layout])
+
+
+def _scratch(like: torch.Tensor, size: int) -> torch.Tensor | None:
+    return torch.empty(size, dtype=torch.uint8, device=like.device) if size else None
+
+
+def _address(t: torch.Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _where(t: torch.Tensor) -> tuple[int, int]:
+    """Index of the tensor's device, and that device's current stream."""
+    index = t.device.index
+    return index, torch._C._cuda_getCurrentRawStream(index)
+
+
+def _launch(plan: _Plan, a, b, out, scale=None, shift=None, residual=None, activation="identity", w=None, dx=None):
+    workspace = _scratch(out, plan.workspace)
+    _CUDA.launch(plan.variant, plan.fields, *_where(out), _address(a), _address(b), _address(out), _address(workspace),
+                 _address(scale), _address(shift), _address(residual), ACTIVATIONS[activation], _address(w), _address(dx))
+
+
+def _channels(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A per-channel tensor as the kernels read it."""
+    return None if t is None else t.to(dtype).contiguous()
+
+
+def _folded(epilogue: Epilogue, k: int, like: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """scale and shift of the epilogue, in the accumulate dtype."""
+    dtype = accumulate_dtype(like.dtype)
+    bias = _channels(epilogue.bias, dtype)
+    if epilogue.mean is None:
+        return None, bias
+    norm = [_channels(t, dtype) for t in (epilogue.mean, epilogue.var, epilogue.gamma, epilogue.beta)]
+    scale, shift = torch.empty(2, k, dtype=dtype, device=like.device)
+    number = DType.FLOAT64 if dtype is torch.float64 else DType.FLOAT32
+    _CUDA.fold(k, int(number), *_where(like), [_address(t) for t in norm], epilogue.eps, _address(bias),
+               _address(scale), _address(shift))
+    return scale, shift
+
+
+def not_built() -> str | None:
+    """Why the library is not there and what to do about it, or None. Selection needs the library, but no GPU."""
+    if _CUDA is not None:
+        return None
+    return (f"convext/_CUDA did not load ({_import_error}): build convext from source with nvcc on the PATH, of the same "
+            "major version as torch's CUDA")
+
+
+def unavailable() -> str | None:
+    """Why there are no CUDA kernels on this machine and what to do about it, or None."""
+    reason = not_built()
+    if reason is not None:
+        return reason
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"the kernels need compute capability 8.0, the device has {major}.{minor}"
+    return None
+
+
+def reject(pass_: Pass, problem: ConvProblem) -> str | None:
+    """Why no kernel takes the problem, in words, or None."""
+    if max(problem.extents()) >= 2**31:
+        return "an extent exceeds 32 bits"
+    if _plan(pass_, problem) is not None:
+        return None
+    reasons = _CUDA.reject_reasons(int(pass_), _fields(problem, Layout.NHWC, Layout.NHWC))
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons) or "no kernel is compiled for it"
+
+
+def variant(pass_: Pass, problem: ConvProblem) -> str:
+    """Name of the kernel that serves the problem."""
+    return _plan(pass_, problem).name
+
+
+def fprop(problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
+    plan = _plan(Pass.FPROP, problem)
+    y = _empty(x, problem.y_shape, plan.y_layout)
+    scale, shift = _folded(epilogue, problem.k, x)
+    residual = None if epilogue.residual is None else _dense(epilogue.residual, plan.y_layout)
+    _launch(plan, _dense(x, plan.x_layout), _weights(w, plan), y, scale, shift, residual, epilogue.activation)
+    return y.contiguous(memory_format=_FORMATS[problem.y_layout])
+
+
+def prepared_fprop(problem: ConvProblem, activation: str):
+    """fprop as a function of its tensors alone."""
+
+    def call(x, w, bias, mean, var, gamma, beta, residual, eps):
+        return fprop(problem, x, w, Epilogue(bias, mean, var, gamma, beta, residual, eps, activation))
+
+    return call
+
+
+def dgrad(problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    plan = _plan(Pass.DGRAD, problem)
+    dx = _empty(dy, problem.x_shape, plan.x_layout)
+    _launch(plan, _dense(dy, plan.y_layout), _weights(w, plan), dx)
+    return dx.contiguous(memory_format=_FORMATS[problem.x_layout])
+
+
+def wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    plan = _plan(Pass.WGRAD, problem)
+    dw = _empty(x, problem.w_shape, Layout.NHWC if plan.krsc else Layout.NCHW)
+    _launch(plan, _dense(dy, plan.y_layout), _dense(x, plan.x_layout), dw)
+    return dw.contiguous()
+
+
+def backward_in_one_pass(problem: ConvProblem) -> bool:
+    """Whether `backward` reads x and dy once for both gradients: depthwise, channels-last."""
+    plan = _plan(Pass.WGRAD, problem)
+    return plan is not None and plan.writes_dx
+
+
+def backward(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor):
+    """(dx, dw) in one pass over x and dy, where `backward_in_one_pass` says so."""
+    plan = _plan(Pass.WGRAD, problem)
+    dx = _empty(x, problem.x_shape, plan.x_layout)
+    dw = _empty(x, problem.w_shape, Layout.NHWC if plan.krsc else Layout.NCHW)
+    _launch(plan, _dense(dy, plan.y_layout), _dense(x, plan.x_layout), dw, w=_weights(w, plan), dx=dx)
+    return dx.contiguous(memory_format=_FORMATS[problem.x_layout]), dw.contiguous()
+
+
+# ---- batch norm
+
+
+def _norm_layout(y: torch.Tensor) -> Layout:
+    channels_last = y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
+    return Layout.NHWC if channels_last else Layout.NCHW
+
+
+def _norm_shape(y: torch.Tensor, layout: Layout) -> list[int]:
+    return [*y.shape, int(DType[str(y.dtype).removeprefix("torch.").upper()]), int(layout)]
+
+
+def _norm_parameters(y, mean, var, gamma, beta) -> tuple[list[torch.Tensor | None], list[int]]:
+    tensors = [_channels(t, accumulate_dtype(y.dtype)) for t in (mean, var, gamma, beta)]
+    return tensors, [_address(t) for t in tensors]
+
+
+def batch_stats(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    layout = _norm_layout(y)
+    y = _dense(y, layout)
+    shape = _norm_shape(y, layout)
+    mean, var = (torch.empty(y.shape[1], dtype=accumulate_dtype(y.dtype), device=y.device) for _ in range(2))
+    workspace = _scratch(y, _CUDA.norm_workspace(shape))
+    _CUDA.batch_stats(shape, *_where(y), _address(y), _address(mean), _address(var), _address(workspace))
+    return mean, var
+
+
+def bn_act(y, mean, var, gamma, beta, residual, eps: float, activation: str) -> torch.Tensor:
+    layout = _norm_layout(y)
+    y = _dense(y, layout)
+    residual = None if residual is None else _dense(residual, layout)
+    out = _empty(y, tuple(y.shape), layout)
+    kept, parameters = _norm_parameters(y, mean, var, gamma, beta)
+    _CUDA.bn_act(_norm_shape(y, layout), *_where(y), parameters, eps, ACTIVATIONS[activation], _address(y),
+                 _address(residual), _address(out))
+    return out
+
+
+def bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps: float, activation: str, training: bool):
+    layout = _norm_layout(y)
+    y, dout = _dense(y, layout), _dense(dout, layout)
+    residual = None if residual is None else _dense(residual, layout)
+    shape = _norm_shape(y, layout)
+    dy = _empty(y, tuple(y.shape), layout)
+    dresidual = y.new_empty(0) if residual is None else _empty(y, tuple(y.shape), layout)
+    dgamma, dbeta = (torch.empty(y.shape[1], dtype=accumulate_dtype(y.dtype), device=y.device) for _ in range(2))
+    kept, parameters = _norm_parameters(y, mean, var, gamma, beta)
+    workspace = _scratch(y, _CUDA.norm_workspace(shape))
+    _CUDA.bn_act_backward(shape, *_where(y), parameters, eps, ACTIVATIONS[activation], training, _address(dout),
+                          _address(y), _address(residual), _address(dy), _address(dgamma), _address(dbeta),
+                          _address(dresidual) if residual is not None else 0, _address(workspace))
+    return dy, dgamma, dbeta, dresidual
+
+
+def reject_batch_norm(y: torch.Tensor) -> str | None:
+    """Why the batch-norm kernels cannot take a tensor like y, in words, or None."""
+    if y.dim() != 4:
+        return f"y has {y.dim()} dimensions, not 4"
+    if y.numel() == 0:
+        return "there is nothing to normalise"
+    if y.numel() // y.shape[1] >= 2**31:
+        return "there are more than 2^31 pixels"
+    return None

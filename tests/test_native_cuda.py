@@ -1,0 +1,186 @@
+"""convext/backends/native_cuda.py without a GPU: convext/_CUDA is built over the emulator, and the tensors are the CPU's.
+
+Everything runs as on a GPU but the memory and the stream: selection, layouts, weight orders, workspaces, epilogues.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import subprocess
+import sysconfig
+
+import cuda_on_cpu as harness
+import pytest
+import torch
+import torch.nn.functional as F
+
+from convext.backends import native_cuda
+from convext.problem import ConvProblem, Epilogue, Geom, Layout, Pass
+
+pytestmark = [pytest.mark.skipif(harness.why_not() is not None, reason=str(harness.why_not())),
+              pytest.mark.timeout(1200)]  # the first test of a form waits for its build
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """The module convext._CUDA with its kernels on the CPU."""
+    import pybind11
+
+    folder = tmp_path_factory.mktemp("cuda_module")
+    python = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
+    flags = [f for f in harness.flags(harness.CSRC, "plain") if f != "-O2"]
+    flags += ["-O1", "-fPIC", "-fvisibility=hidden", "-DCONVEXT_CUDA_LIBRARY"]
+    sources = [*harness.kernel_sources(), "cuda/batch_norm_sm80.cu", "select.cpp", "select_cuda.cpp",
+               "bindings_cuda.cpp", *(f"{harness.EMULATOR}/{name}.cpp" for name in ("fiber", "emulator", "runtime"))]
+    objects = harness.compile_all(folder, harness.CSRC, [(s, [*flags, *python]) for s in sources])
+    library = folder / "_CUDA.so"
+    subprocess.run(["g++", "-shared", *objects, "-o", library], check=True)
+    spec = importlib.util.spec_from_file_location("_CUDA", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def cuda(emulated, monkeypatch):
+    monkeypatch.setattr(native_cuda, "_CUDA", emulated)
+    monkeypatch.setattr(native_cuda, "_where", lambda t: (0, 0))
+    native_cuda.forget_plans()
+    yield native_cuda
+    native_cuda.forget_plans()
+
+
+CASES = {
+    "direct": ((2, 16, 9, 8), (24, 16, 3, 3), Geom((1, 1), (1, 1))),
+    "direct_stride_2": ((1, 16, 9, 10), (16, 16, 3, 3), Geom((2, 2), (1, 1))),
+    "pointwise": ((2, 32, 5, 6), (16, 32, 1, 1), Geom()),
+    "first_layer": ((1, 3, 12, 11), (16, 3, 5, 5), Geom((2, 2), (2, 2))),
+    "odd_channels": ((1, 5, 7, 6), (7, 5, 3, 3), Geom((1, 1), (1, 1))),
+    "grouped": ((1, 32, 6, 6), (32, 16, 3, 3), Geom((1, 1), (1, 1), (1, 1), 2)),
+    "dilated": ((1, 16, 9, 9), (16, 16, 3, 3), Geom((1, 1), (4, 4), (4, 4))),
+    "depthwise": ((2, 16, 9, 8), (16, 1, 3, 3), Geom((1, 1), (1, 1), (1, 1), 16)),
+    "depthwise_stride_2": ((1, 24, 9, 9), (24, 1, 5, 5), Geom((2, 2), (2, 2), (1, 1), 24)),
+    "depthwise_multiplier": ((1, 6, 7, 8), (12, 1, 3, 3), Geom((1, 1), (1, 1), (1, 1), 6)),
+}
+FORMATS = {Layout.NCHW: torch.contiguous_format, Layout.NHWC: torch.channels_last}
+
+
+def make(name, dtype, layout):
+    x_shape, w_shape, geom = CASES[name]
+    generator = torch.Generator().manual_seed(1)
+    x, w = (torch.rand(s, generator=generator, dtype=torch.float64).mul(2).sub(1).to(dtype) for s in (x_shape, w_shape))
+    x = x.contiguous(memory_format=FORMATS[layout])
+    p, q = geom.output_size(x_shape[2:], w_shape[2:])
+    dy = torch.rand(x_shape[0], w_shape[0], p, q, generator=generator).mul(2).sub(1).to(dtype)
+    problem = ConvProblem.of_fprop(x, w, geom)
+    return dataclasses.replace(problem, device="cuda", x_layout=layout, y_layout=layout), x, w, dy, geom
+
+
+def reference(x, w, dy, geom):
+    x, w = (t.detach().double().requires_grad_() for t in (x, w))
+    y = F.conv2d(x, w, None, *geom)
+    return y.detach(), *torch.autograd.grad(y, (x, w), dy.double())
+
+
+def assert_close(got, want, magnitude, gemm_k, dtype):
+    """Within 4 sqrt(gemm_k) u sum|ab| (Higham and Mary, 2019) for either side, the rounding of the result, and, as
+    float32 goes through tf32, 2^-11 for each operand below 1."""
+    roundoff = 2.0**-53 if dtype is torch.float64 else 2.0**-24
+    bound = 8 * gemm_k**0.5 * roundoff * magnitude + 1.01 * torch.finfo(dtype).eps * want.abs()
+    if dtype is torch.float32:
+        bound += 4 * (2 * gemm_k) ** 0.5 * 2.0**-11
+    assert got.shape == want.shape and got.dtype is dtype
+    error = (got.double() - want).abs()
+    assert bool((error <= bound).all()), f"off by {error.max():.3g}"
+
+
+@pytest.mark.parametrize("layout", Layout)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CASES)
+def test_passes(cuda, name, dtype, layout):
+    problem, x, w, dy, geom = make(name, dtype, layout)
+    wanted = reference(x, w, dy, geom)
+    magnitudes = reference(x.abs(), w.abs(), dy.abs(), geom)
+
+    def check(pass_, got):
+        assert_close(got, wanted[pass_], magnitudes[pass_], problem.gemm_shape(pass_).k, dtype)
+
+    assert all(cuda.reject(pass_, problem) is None for pass_ in Pass)
+    y = cuda.fprop(problem, x, w, Epilogue())
+    check(Pass.FPROP, y)
+    assert y.is_contiguous(memory_format=FORMATS[layout])
+    dx = cuda.dgrad(problem, dy, w)
+    check(Pass.DGRAD, dx)
+    assert dx.is_contiguous(memory_format=FORMATS[layout])
+    check(Pass.WGRAD, cuda.wgrad(problem, dy, x))
+    if cuda.backward_in_one_pass(problem):
+        dx, dw = cuda.backward(problem, dy, x, w)
+        check(Pass.DGRAD, dx)
+        check(Pass.WGRAD, dw)
+
+
+def test_one_pass_serves_depthwise_channels_last(cuda):
+    assert cuda.backward_in_one_pass(make("depthwise", torch.bfloat16, Layout.NHWC)[0])
+    assert not cuda.backward_in_one_pass(make("direct", torch.bfloat16, Layout.NHWC)[0])
+
+
+@pytest.mark.parametrize("layout", Layout)
+@pytest.mark.parametrize("name", ["direct", "depthwise", "first_layer"])
+def test_epilogue(cuda, name, layout):
+    problem, x, w, _, geom = make(name, torch.float64, layout)
+    k = problem.k
+    bias, mean, gamma, beta = torch.rand(4, k, dtype=torch.float64)
+    var = torch.rand(k, dtype=torch.float64) + 0.5
+    residual = torch.rand(problem.y_shape, dtype=torch.float64)
+    want = F.batch_norm(F.conv2d(x, w, bias, *geom), mean, var, gamma, beta, eps=1e-3) + residual
+    got = cuda.fprop(problem, x, w, Epilogue(bias, mean, var, gamma, beta, residual, 1e-3, "silu"))
+    torch.testing.assert_close(got, F.silu(want))
+    got = cuda.fprop(problem, x, w, Epilogue(bias=bias))
+    torch.testing.assert_close(got, F.conv2d(x, w, bias, *geom))
+
+
+def test_tf32_only_where_it_is_allowed(cuda):
+    problem, *_ = make("direct", torch.float32, Layout.NHWC)
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = True
+        assert "_tf32_" in cuda.variant(Pass.FPROP, problem)
+        torch.backends.cudnn.allow_tf32 = False
+        assert "_simt_f32_" in cuda.variant(Pass.FPROP, problem)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def test_views_that_are_not_aligned_are_copied(cuda):
+    problem, x, w, _, geom = make("direct", torch.bfloat16, Layout.NHWC)
+    raw = torch.empty(x.numel() + 1, dtype=x.dtype)
+    shifted = raw[1:].as_strided(x.shape, x.stride()).copy_(x)
+    assert shifted.data_ptr() % 16
+    torch.testing.assert_close(cuda.fprop(problem, shifted, w, Epilogue()), cuda.fprop(problem, x, w, Epilogue()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", Layout)
+def test_batch_norm(cuda, layout, training):
+    generator = torch.Generator().manual_seed(2)
+    y, dout, residual = (torch.randn(2, 6, 5, 4, generator=generator, dtype=torch.float64)
+                         .contiguous(memory_format=FORMATS[layout]) for _ in range(3))
+    gamma, beta = torch.rand(2, 6, generator=generator, dtype=torch.float64)
+    mean, var = cuda.batch_stats(y)
+    torch.testing.assert_close(mean, y.mean((0, 2, 3)))
+    torch.testing.assert_close(var, y.var((0, 2, 3), unbiased=False))
+    leaves = [t.clone().requires_grad_() for t in (y, gamma, beta, residual)]
+    statistics = (None, None) if training else (mean, var)
+    want = F.silu(F.batch_norm(leaves[0], *statistics, leaves[1], leaves[2], training, eps=1e-3) + leaves[3])
+    torch.testing.assert_close(cuda.bn_act(y, mean, var, gamma, beta, residual, 1e-3, "silu"), want.detach())
+    got = cuda.bn_act_backward(dout, y, mean, var, gamma, beta, residual, 1e-3, "silu", training)
+    for g, w in zip(got, torch.autograd.grad(want, leaves, dout)):
+        torch.testing.assert_close(g, w)
+
+
+def test_a_kernel_that_rejects_says_so(emulated):
+    names = [v["name"] for v in emulated.variants()]
+    index = names.index("fprop_depthwise_bf16_window_sm80")
+    with pytest.raises(ValueError, match="fprop_depthwise_bf16_window_sm80 rejects the problem: it serves depthwise"):
+        emulated.launch(index, [1, 8, 4, 4, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1, 2, 1, 1], 0, 0, *[0] * 7, 0, 0, 0)
