@@ -50,7 +50,9 @@ std::string describe(const ConvProblem& p) {
   const char* const names[] = {"n",        "c",     "h",     "w",     "k",     "r",     "s", "stride_h",
                                "stride_w", "pad_h", "pad_w", "dil_h", "dil_w", "groups"};
   std::string text;
-  for (size_t i = 0; i < values.size(); ++i) text += std::string(i ? " " : "") + names[i] + "=" + std::to_string(values[i]);
+  for (size_t i = 0; i < values.size(); ++i) {
+    text += std::string(i ? " " : "") + names[i] + "=" + std::to_string(values[i]);
+  }
   return text;
 }
 
@@ -72,7 +74,8 @@ void launch(int index, const Fields& fields, int device, uintptr_t stream, uintp
   const cuda::OnDevice on_device(device);
   const char* error = on_device.error() ? on_device.error() : variant.launch(problem, args);
   if (error) {
-    throw std::runtime_error(std::string("convext: ") + variant.name + " failed on " + describe(problem) + ": " + error);
+    throw std::runtime_error(std::string("convext: ") + variant.name + " failed on " + describe(problem) + ": " +
+                             error);
   }
 }
 
@@ -82,7 +85,9 @@ using Channels = std::array<uintptr_t, 4>;
 
 cuda::NormShape shape_of(const Shape& s) {
   const cuda::NormShape shape{s[0], s[1], s[2], s[3], static_cast<DType>(s[4]), static_cast<Layout>(s[5])};
-  if (const char* why = cuda::reject_norm(shape)) throw std::invalid_argument(std::string("convext: batch norm: ") + why);
+  if (const char* why = cuda::reject_norm(shape)) {
+    throw std::invalid_argument(std::string("convext: batch norm: ") + why);
+  }
   return shape;
 }
 cuda::NormParameters parameters_of(const Channels& c, double eps) {
@@ -96,14 +101,16 @@ void run_norm(const char* pass, const cuda::NormShape& s, int device, F&& f) {
   const char* error = on_device.error() ? on_device.error() : f();
   if (!error) return;
   throw std::runtime_error(std::string("convext: ") + pass + " failed on n=" + std::to_string(s.n) + " c=" +
-                           std::to_string(s.c) + " h=" + std::to_string(s.h) + " w=" + std::to_string(s.w) + ": " + error);
+                           std::to_string(s.c) + " h=" + std::to_string(s.h) + " w=" + std::to_string(s.w) + ": " +
+                           error);
 }
 
 void batch_stats(const Shape& s, int device, uintptr_t stream, uintptr_t y, uintptr_t mean, uintptr_t var,
                  uintptr_t workspace) {
   const cuda::NormShape shape = shape_of(s);
   run_norm("batch_stats", shape, device, [&] {
-    return cuda::launch_batch_stats(shape, pointer(y), pointer(mean), pointer(var), pointer(workspace), pointer(stream));
+    return cuda::launch_batch_stats(shape, pointer(y), pointer(mean), pointer(var), pointer(workspace),
+                                    pointer(stream));
   });
 }
 

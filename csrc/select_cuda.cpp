@@ -50,7 +50,8 @@ double tiled_cost(const Variant& variant, const ConvProblem& p) {
   const double area = double(variant.block_m) * variant.block_n;
   const double multiply = area * variant.block_k / multiply_adds(variant);
   const bool gathers = has(variant, "_gather_") || has(variant, "_simt_");
-  const double load = (variant.block_m + variant.block_n) * variant.block_k * bytes / kCacheBytes * (gathers ? kGather : 1);
+  const double filled = (variant.block_m + variant.block_n) * variant.block_k * bytes;
+  const double load = filled / kCacheBytes * (gathers ? kGather : 1);
   const double block = steps * std::max(multiply, load) + area * bytes / kMemoryBytes + kBlockOverhead;
   return ceil_ratio(tiles, kProcessors) * block + extra;
 }

@@ -35,8 +35,8 @@ def compiled(tmp_path_factory):
     def get(source: Path, arch: str) -> tuple[Path, str]:
         if (source, arch) not in done:
             output = folder / f"{source.stem}.{arch}.cubin"
-            command = [NVCC, "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-cubin", f"-arch={arch}", "-Xptxas", "-v",
-                       str(source), "-o", str(output)]
+            command = [NVCC, "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-cubin", f"-arch={arch}", "-Xptxas",
+                       "-v", str(source), "-o", str(output)]
             run = subprocess.run(command, capture_output=True, text=True)
             assert run.returncode == 0, run.stderr
             done[source, arch] = output, run.stderr

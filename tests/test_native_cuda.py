@@ -1,4 +1,4 @@
-"""convext/backends/native_cuda.py without a GPU: convext/_CUDA is built over the emulator, and the tensors are the CPU's.
+"""convext/backends/native_cuda.py without a GPU: convext/_CUDA built over the emulator, and tensors of the CPU.
 
 Everything runs as on a GPU but the memory and the stream: selection, layouts, weight orders, workspaces, epilogues.
 """

@@ -108,7 +108,8 @@ def _where(t: torch.Tensor) -> tuple[int, int]:
 def _launch(plan: _Plan, a, b, out, scale=None, shift=None, residual=None, activation="identity", w=None, dx=None):
     workspace = _scratch(out, plan.workspace)
     _CUDA.launch(plan.variant, plan.fields, *_where(out), _address(a), _address(b), _address(out), _address(workspace),
-                 _address(scale), _address(shift), _address(residual), ACTIVATIONS[activation], _address(w), _address(dx))
+                 _address(scale), _address(shift), _address(residual), ACTIVATIONS[activation], _address(w),
+                 _address(dx))
 
 
 def _channels(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -134,8 +135,8 @@ def not_built() -> str | None:
     """Why the library is not there and what to do about it, or None. Selection needs the library, but no GPU."""
     if _CUDA is not None:
         return None
-    return (f"convext/_CUDA did not load ({_import_error}): build convext from source with nvcc on the PATH, of the same "
-            "major version as torch's CUDA")
+    return (f"convext/_CUDA did not load ({_import_error}): build convext from source with nvcc on the PATH, of the "
+            "same major version as torch's CUDA")
 
 
 def unavailable() -> str | None:

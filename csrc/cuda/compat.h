@@ -13,7 +13,8 @@
 
 namespace convext::cuda {
 
-// Launches the kernel. nullptr, or the CUDA runtime's words for what went wrong. Legal while a stream is being captured.
+// Launches the kernel. nullptr, or the CUDA runtime's words for what went wrong. Legal while a stream is being
+// captured.
 template <class... Parameters, class... Arguments>
 const char* launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
                           Arguments... arguments) {

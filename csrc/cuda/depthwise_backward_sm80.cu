@@ -8,15 +8,17 @@
 // kernels need 4. 36 FLOP for 6 bytes at 3x3 in bf16: memory decides; from 5x5 up the FMA units do.
 //
 // backward<T, VEC, R, STRIDE, DW>: NHWC, multiplier 1. A thread owns VEC channels and, at a time, a patch of STRIDE x 4
-//   input pixels that starts at a multiple of the stride, so that which taps meet which pixels is known to the compiler:
+//   input pixels that starts at a multiple of the stride, so that which taps meet which pixels is known to the
+//   compiler:
 //
 //       x    | 0 1 2 3 |          stride 2, R = 3: pixel 0 meets taps 0 and 2, pixel 1 meets tap 1, ...
 //       dy   | -1  0  1 |         columns of dy: (pixel - tap) / stride
 //
 //   A block walks over a contiguous range of tiles, so that halos hit the first-level cache, and keeps dw in registers
-//   all the while: R*R*VEC accumulators, 72 of 255 registers at 3x3 with 8 channels, 100 at 5x5 with 4, 98 at 7x7 with 2.
-//   At the end the block's threads add up through shared memory, 256*VEC*4 B = 8 KiB, and write one fp32 slab; the slabs
-//   are added in fixed order. The number of blocks depends on the problem alone, so results repeat to the bit anywhere.
+//   all the while: R*R*VEC accumulators, 72 of 255 registers at 3x3 with 8 channels, 100 at 5x5 with 4, 98 at 7x7 with
+//   2. At the end the block's threads add up through shared memory, 256*VEC*4 B = 8 KiB, and write one fp32 slab; the
+//   slabs are added in fixed order. The number of blocks depends on the problem alone, so results repeat to the bit
+//   anywhere.
 // dgrad_any<T>, wgrad_any<T>: either memory order, any size, stride, dilation, multiplier, and float64.
 #include "tile/depthwise.h"
 #include "tile/reduce_splits.h"

@@ -4,8 +4,8 @@
 // once. At 3x3 in bf16 that is 18 FLOP for 4 bytes, far below what the FMA units would take: memory decides.
 //
 // window<T, R, STRIDE>: NHWC, m = 1. A thread owns 16 bytes of neighbouring channels (8 bf16) and PATCH_P x 4 outputs.
-//   Input row by input row it loads the columns that its outputs see, once, into registers, and adds each row's share to
-//   the accumulators of the output rows that the row belongs to:
+//   Input row by input row it loads the columns that its outputs see, once, into registers, and adds each row's share
+//   to the accumulators of the output rows that the row belongs to:
 //
 //       input row h     | c0 c1 c2 c3 c4 c5 |      4 outputs, 3 taps, stride 1: 6 loads of 16 bytes
 //       output rows       p (tap r = h - p), p + 1 (tap r - 1)

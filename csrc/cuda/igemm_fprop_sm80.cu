@@ -1,7 +1,9 @@
-// Direct convolution, forward, on the tensor cores: y[n,p,q,k] = sum_{r,s,c} x[n,h,w,c] * w[k,r,s,c], then the epilogue.
+// Direct convolution, forward, on the tensor cores: y[n,p,q,k] = sum_{r,s,c} x[n,h,w,c] * w[k,r,s,c], then the
+// epilogue.
 //
 //   A (NPQ, RSC) = im2col of x, built chunk by chunk while loading; B (RSC, K) = w in KRSC order; C (NPQ, K) = y
-//   grid: x = (tile of pixels, tile of filters), filters innermost: neighbours in time share the pixels in L2; y = group
+//   grid: x = (tile of pixels, tile of filters), filters innermost: neighbours in time share the pixels in L2; y =
+//   group
 //
 // The main loop, the tile map and the skipped taps are in tile/igemm_pixels.h, the budgets in tile/igemm_tiles.h.
 // Bytes: x and y once through memory, w once a row of tiles through L2. At 128x128 a block computes 64 FLOP for each

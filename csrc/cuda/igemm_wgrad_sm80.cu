@@ -3,9 +3,9 @@
 //   A (K, NPQ) = dy, M-major; B (NPQ, RSC) = im2col of x, N-major; C (K, RSC) = dw in KRSC order
 //   grid: x = (tile of filters, tile of taps and channels); y = group; z = split of the NPQ pixels
 //
-// The reduction is long (NPQ) and the result small, so it is split over blocks: each writes an fp32 slab of its own, and
-// reduce_splits adds the slabs in a fixed order. No atomics: results repeat to the bit. The number of splits aims at two
-// blocks for each multiprocessor of the largest GPU and depends on the problem alone.
+// The reduction is long (NPQ) and the result small, so it is split over blocks: each writes an fp32 slab of its own,
+// and reduce_splits adds the slabs in a fixed order. No atomics: results repeat to the bit. The number of splits aims
+// at two blocks for each multiprocessor of the largest GPU and depends on the problem alone.
 //
 //   pixels     a thread's column of the B tile is one (r, s, c) for the whole loop; only the pixel moves
 //     |        +-----+ dy (BLOCK_K, BLOCK_M)     +-----+ im2col(x) (BLOCK_K, BLOCK_N)

@@ -11,8 +11,8 @@
 //   Shared memory: 2 * 16 * (64 + 4) * 2 buffers * 4 B = 17 KiB (fp32), 34 KiB (fp64). Registers: 16 accumulators and
 //   8 values of the next tile, loaded while the current one is multiplied.
 //
-// The FMA units decide: one block does 4 FLOP for each byte of shared memory read, 16 for each byte loaded. Operands are
-// gathered one element at a time from any strides, so any layout, channel count and group count is served.
+// The FMA units decide: one block does 4 FLOP for each byte of shared memory read, 16 for each byte loaded. Operands
+// are gathered one element at a time from any strides, so any layout, channel count and group count is served.
 #include "tile/epilogue.h"
 #include "tile/reduce_splits.h"
 #include "tile/strides.h"

@@ -270,12 +270,16 @@ int print_traffic() {
       const bool one_pass = variant->wgrad_writes_dx;
       Tensor a(p.dtype, size_of_a(variant->pass, p), false, 1), b(p.dtype, size_of_b(variant->pass, p), false, 2);
       Tensor out(p.dtype, size_of_out(variant->pass, p), false), w(p.dtype, p.w_size(), false, 3);
-      Tensor dx(p.dtype, p.x_size(), false), shift(DType::kFloat32, p.k, false, 4), scale(DType::kFloat32, p.k, false, 5);
+      Tensor dx(p.dtype, p.x_size(), false);
+      Tensor shift(DType::kFloat32, p.k, false, 4), scale(DType::kFloat32, p.k, false, 5);
       DeviceBuffer workspace(variant->workspace ? variant->workspace(p, 1) : 0);
       LaunchArgs args{};
       args.a = a.buffer.data(), args.b = b.buffer.data(), args.out = out.buffer.data();
       args.workspace = workspace.data();
-      if (variant->pass == Pass::kFprop) args.epilogue.scale = scale.buffer.data(), args.epilogue.shift = shift.buffer.data();
+      if (variant->pass == Pass::kFprop) {
+        args.epilogue.scale = scale.buffer.data();
+        args.epilogue.shift = shift.buffer.data();
+      }
       if (one_pass) args.w = w.buffer.data(), args.dx = dx.buffer.data();
       cuda_on_cpu::reset_counters();
       if (const char* error = variant->launch(p, args)) {

@@ -1,4 +1,5 @@
-// cp.async: global to shared memory, past the registers. A thread's copies are committed in groups, waited for in order.
+// cp.async: global to shared memory, past the registers. A thread's copies are committed in groups, waited for in
+// order.
 #pragma once
 #include "../compat.h"
 

@@ -38,7 +38,7 @@ inline DepthwiseTile choose_depthwise_tile(int32_t n, int32_t height, int32_t wi
       t.tiles_h = static_cast<int32_t>(ceil_div(height, tile_h));
       t.tiles_n = static_cast<int32_t>(ceil_div(n, t.across_n));
       // What the tiles read: every border between two of them is read by both.
-      const double read = (double(height) + (t.tiles_h - 1.0) * halo_h) * (double(width) + (t.tiles_w - 1.0) * halo_w) * n;
+      const double read = (height + (t.tiles_h - 1.0) * halo_h) * (width + (t.tiles_w - 1.0) * halo_w) * n;
       const double padded = double(t.tiles_w) * tile_w * t.tiles_h * tile_h * t.tiles_n * t.across_n;
       // An idle thread loads nothing, but holds a place.
       const double traffic = read + double(n) * height * width + 0.125 * padded;

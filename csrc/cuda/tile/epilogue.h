@@ -4,8 +4,8 @@
 
 namespace convext::cuda {
 
-// v[i] is the accumulator of channel k + i and becomes the value of y[offset + i], for i < count. With VECTOR, y and the
-// residual may be read 16 bytes at a time at this offset.
+// v[i] is the accumulator of channel k + i and becomes the value of y[offset + i], for i < count. With VECTOR, y and
+// the residual may be read 16 bytes at a time at this offset.
 template <class T, bool VECTOR, int N>
 CONVEXT_DEVICE void apply_epilogue(const Epilogue& epilogue, accumulate_t<T> (&v)[N], int32_t k, int64_t offset,
                                    int32_t count = N) {

@@ -7,7 +7,8 @@
 //   64 x 64             2 x 2   32 x 32     4        4*(64+64)*64   = 32 KiB    -> 7 blocks
 //   64 x 32             2 x 2   32 x 16     4        4*(64+32)*64   = 24 KiB    -> 9 blocks
 //
-// FLOP per byte of shared memory filled is BLOCK_M*BLOCK_N / (BLOCK_M + BLOCK_N) for 16-bit elements: 85, 64, 43, 32, 21.
+// FLOP per byte of shared memory filled is BLOCK_M*BLOCK_N / (BLOCK_M + BLOCK_N) for 16-bit elements: 85, 64, 43, 32,
+// 21.
 #pragma once
 #include "gemm.h"
 

@@ -1,9 +1,9 @@
 // The shared-memory race check, and the counting of global traffic.
 //
-// Kernels are compiled with -fsanitize=thread and linked without its library: every load and store then calls one of the
-// __tsan_ functions below. Shared memory is checked with vector clocks: an access races with an earlier one of another
-// thread unless a barrier (__syncthreads, __syncwarp) lies between. A copy under way (cp.async issued, not yet waited
-// for) may not be read at all. Everything else that falls into a DeviceBuffer is counted.
+// Kernels are compiled with -fsanitize=thread and linked without its library: every load and store then calls one of
+// the __tsan_ functions below. Shared memory is checked with vector clocks: an access races with an earlier one of
+// another thread unless a barrier (__syncthreads, __syncwarp) lies between. A copy under way (cp.async issued, not yet
+// waited for) may not be read at all. Everything else that falls into a DeviceBuffer is counted.
 //
 // This file itself must be compiled without the sanitizer.
 #include <algorithm>
