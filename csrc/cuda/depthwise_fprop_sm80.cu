@@ -29,7 +29,6 @@ struct Window {
   static constexpr int VEC = Vector<T>::kSize;
   static constexpr int PATCH_P = R == 0 ? 1 : R <= 5 ? 2 : 1;
   static constexpr int PATCH_Q = R == 0 ? 1 : kPatchQ;
-  [[maybe_unused]] static constexpr int ROWS = (PATCH_P - 1) * STRIDE + R;
   static constexpr int COLS = (PATCH_Q - 1) * STRIDE + R;
 
   // Adds input row `columns` through filter row `weights` (R, channels of the block) to one row of outputs.
@@ -101,7 +100,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 1)
 
   if constexpr (R > 0) {
 #pragma unroll
-    for (int row = 0; row < W::ROWS; ++row) {
+    for (int row = 0; row < (W::PATCH_P - 1) * STRIDE + R; ++row) {
       const int32_t h = h0 + row;
       if (h < 0 || h >= problem.h) continue;
       const T* line = image + int64_t{h} * problem.w * C;
