@@ -98,6 +98,6 @@ def kernel_sources() -> list[str]:
     return sorted(f"cuda/{p.name}" for p in (CSRC / "cuda").glob("*.cu") if p.name != "batch_norm_sm80.cu")
 
 
-def run(program: Path, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
+def run(program: Path, *arguments: str, timeout: float = 900) -> subprocess.CompletedProcess:
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:handle_segv=0"}
     return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=timeout, env=environment)

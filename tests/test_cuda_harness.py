@@ -38,9 +38,14 @@ def test_every_variant_under_every_policy(program):
     assert " 0 failures" in done.stdout
 
 
-@pytest.mark.parametrize("form", ["asan", "align", "race"])
+@pytest.mark.parametrize("form", ["asan", "align"])
 def test_every_variant_instrumented(program, form):
     assert_clean(harness.run(program(form), "--one-policy"))
+
+
+def test_no_variant_races(program):
+    # Not for fp16, which shares its templates with bf16 instruction for instruction: the check is slow.
+    assert_clean(harness.run(program("race"), "--one-policy", "bf16", "f32", "f64"))
 
 
 def test_global_traffic_of_known_networks(program, capsys):
