@@ -170,8 +170,11 @@ inline BackwardPlan plan_backward(const ConvProblem& p, int vec, int bytes) {
   const DepthwiseTile tile = choose_depthwise_tile(p.n, height, width, p.c / vec, 128 / (vec * bytes), p.stride_h,
                                                    kPatchW, p.r - 1, p.s - 1);
   const int64_t tiles = tile.pixel_tiles();
+  // A slab is written and read once, 8 bytes a weight; x, dy and dx are worth ten times that to a split, or more.
+  const int64_t least_pixels = ceil_div(10 * 8 * int64_t{p.r} * p.s, 3 * bytes);
+  const int64_t most = ceil_div(p.nhw(), least_pixels) < tiles ? ceil_div(p.nhw(), least_pixels) : tiles;
   const int64_t wanted = ceil_div(kTargetBlocks, tile.tiles_c);
-  const int64_t per_split = ceil_div(tiles, wanted < tiles ? wanted : tiles);
+  const int64_t per_split = ceil_div(tiles, wanted < most ? wanted : most);
   return {tile, ceil_div(tiles, per_split), per_split};
 }
 template <class T>
