@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..problem import ACTIVATIONS, ConvProblem, Epilogue, Pass
+from ..problem import ACTIVATIONS, ConvProblem, DType, Epilogue, Pass
 from . import native_cuda
 
 try:
@@ -35,6 +35,11 @@ class _Plan(NamedTuple):
     geom: list[int]
     pack_format: str | None
     packed_bytes: int
+
+
+@functools.cache
+def _has_bf16_dot() -> bool:
+    return _C.isa() == "avx512" and _C.cpu_features().get("avx512bf16", False)
 
 
 def _fields(problem: ConvProblem) -> tuple[int, ...]:
@@ -60,6 +65,7 @@ def forget_plans() -> None:
     """Drops cached selections; call after a setting that selection depends on has changed."""
     _plan.cache_clear()
     native_cuda.forget_plans()
+    _has_bf16_dot.cache_clear()
 
 
 # Packed weights by the identity of the weight tensor: id -> (weak reference, {pack format: buffer}). The C++ side
@@ -121,8 +127,22 @@ class NativeBackend:
     def slower(self, pass_: Pass, problem: ConvProblem) -> str | None:
         """Why ATen is expected to be faster for a problem that a kernel here takes, in words, or None.
 
-        Each rule stands for a class of problems that was measured (``convext bench layers``), not for a guess.
+        Each rule stands for a class of problems that `convext bench layers` showed to lose, on a CPU with AVX-512.
         """
+        p = problem
+        if p.device != "cpu" or p.is_depthwise:
+            return None
+        if p.dtype is DType.BFLOAT16 and _has_bf16_dot():
+            if p.npq > 64 or pass_ is Pass.WGRAD:
+                return "ATen multiplies bfloat16 with this CPU's bfloat16 instructions, twice as fast as float32"
+        elif p.groups > 1:
+            columns = p.c_per_group if pass_ is Pass.DGRAD else p.k_per_group
+            if columns <= (16 if pass_ is Pass.WGRAD else 8 if p.is_unit_stride else 4):
+                return f"{columns} channels a group leave most lanes of a vector empty"
+        elif p.c <= 4 and not p.is_pointwise and pass_ is not Pass.FPROP:
+            return f"{p.c} input channels leave most lanes of a vector empty"
+        if p.flops <= 1.2e5 and pass_ is not Pass.DGRAD:
+            return "so few multiplications cost less than the call"
         return None
 
     def variant(self, pass_: Pass, problem: ConvProblem) -> str:
