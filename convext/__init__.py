@@ -4,12 +4,14 @@
     convext.nn.Conv2d(...)               layers, drop-in for torch.nn
     convext.swap(model)                  a whole model, in place
     convext.backend("native"), backends  who computes, and why
+    convext.accuracy("strict")           which algorithms may
     torch.ops.convext.*                  the operators
 """
 
 from __future__ import annotations
 
 from . import autograd, backends, functional, nn, ops, problem
+from .accuracy import accuracy
 from .backends import backend
 from .functional import conv2d, conv_act, conv_bn_relu, depthwise_conv2d, dilated_conv2d
 from .swap import report, revert, swap, verify  # from here on `convext.swap` is the function, not the package
@@ -17,6 +19,6 @@ from .swap import report, revert, swap, verify  # from here on `convext.swap` is
 __version__ = "0.1.0"
 
 __all__ = [
-    "autograd", "backend", "backends", "conv2d", "conv_act", "conv_bn_relu", "depthwise_conv2d", "dilated_conv2d",
-    "functional", "nn", "ops", "problem", "report", "revert", "swap", "verify",
+    "accuracy", "autograd", "backend", "backends", "conv2d", "conv_act", "conv_bn_relu", "depthwise_conv2d",
+    "dilated_conv2d", "functional", "nn", "ops", "problem", "report", "revert", "swap", "verify",
 ]

@@ -104,11 +104,15 @@ double cost(const Variant& variant, const ConvProblem& problem) {
     per_flop = 0.02 + share;
   } else if (is_algo(variant, "winograd")) {
     // F(4x4, 3x3) needs 36 multiplications where the direct form needs 144, plus the transforms, whose share falls
-    // with the channels; the last tile of a row is only partly used.
+    // with the channels; the last tile of a row is only partly used. The transformed weights are four times larger,
+    // and with few tiles reading them is what takes the time: 2 FLOP go by for a byte from the third-level cache,
+    // 6 for one from memory.
     const double used = (double(problem.p()) / ((problem.p() + 3) / 4 * 4)) *
                         (double(problem.q()) / ((problem.q() + 3) / 4 * 4));
     const double channels = double(problem.c) * problem.k / (double(problem.c) + problem.k);
-    per_flop = 0.25 / std::max(used, 0.05) * (1.0 + 24.0 / std::max(channels, 1.0)) + 0.05;
+    const double weight_bytes = 36.0 * 4 * problem.c * problem.k;
+    const double reading = weight_bytes * (weight_bytes > 24e6 ? 6 : 2) / std::max(problem.flops(), 1.0);
+    per_flop = 0.25 / std::max(used, 0.05) * (1.0 + 12.0 / std::max(channels, 1.0)) + 0.05 + reading;
   }
   const double width = variant.isa == Isa::kAVX512 ? 1.0 : variant.isa == Isa::kAVX2 ? 2.0 : 6.0;
   return problem.flops() * per_flop * width;

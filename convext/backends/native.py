@@ -145,6 +145,16 @@ class NativeBackend:
             return "so few multiplications cost less than the call"
         return None
 
+    def winograd(self) -> bool:
+        """Whether Winograd kernels may be selected."""
+        return _C is not None and _C.winograd()
+
+    def allow_winograd(self, on: bool) -> None:
+        """Allows or forbids Winograd kernels; without the compiled library there are none to forbid."""
+        if _C is not None:
+            _C.set_winograd(on)
+            forget_plans()
+
     def variant(self, pass_: Pass, problem: ConvProblem) -> str:
         """Name of the kernel that serves the problem."""
         if problem.device == "cuda":
