@@ -73,6 +73,10 @@ class AtenBackend:
         return FORWARD_[activation](out)
 
     def bn_act_backward(self, dout, y, mean, var, gamma, beta, residual, eps, activation, training):
+        if y.numel() == 0:  # native_batch_norm_backward divides by the count of an empty batch
+            channels = mean.new_zeros(y.shape[1])
+            return (torch.empty_like(y), channels, channels.clone(),
+                    y.new_empty(0) if residual is None else torch.empty_like(y))
         dz = dout
         if activation != "identity":
             z = _batch_norm(y, mean, var, gamma, beta, eps)
@@ -80,7 +84,10 @@ class AtenBackend:
         gamma = None if gamma is None else gamma.to(mean.dtype)
         dy, dgamma, dbeta = _aten.native_batch_norm_backward(
             dz, y, gamma, mean, var, mean, (var + eps).rsqrt_(), training, eps, [True, True, True])
-        return dy, dgamma, dbeta, dz.new_empty(0) if residual is None else dz
+        if residual is None:
+            return dy, dgamma, dbeta, y.new_empty(0)
+        dense = memory_format(suggests_channels_last(y))  # a new tensor, dense in the format of y
+        return dy, dgamma, dbeta, dz.clone(memory_format=dense) if dz is dout else dz.contiguous(memory_format=dense)
 
 
 BACKEND = AtenBackend()
