@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..activation import BACKWARD, FORWARD_
-from ..memory_format import memory_format
+from ..memory_format import memory_format, suggests_channels_last
 from ..problem import ConvProblem, Epilogue, Pass, accumulate_dtype
 
 _aten = torch.ops.aten
