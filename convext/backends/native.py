@@ -200,6 +200,12 @@ class NativeBackend:
         plan = _plan(Pass.WGRAD, problem)
         return torch.ops.convext_cpu.wgrad.default(plan.variant, dy, x, problem.r, problem.s, plan.geom)
 
+    def depthwise_backward(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor):
+        """dgrad(dy, w) and wgrad(dy, x) of a depthwise problem; on CUDA in one pass over dy and x where a kernel does."""
+        if problem.device == "cuda" and native_cuda.backward_in_one_pass(problem):
+            return native_cuda.backward(problem, dy, x, w)
+        return self.dgrad(problem, dy, w), self.wgrad(problem, dy, x)
+
     def batch_stats(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if y.is_cuda:
             return native_cuda.batch_stats(y)
