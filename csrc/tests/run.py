@@ -1,4 +1,5 @@
-"""Builds and runs the stand-alone C++ tests, `csrc/tests/*.cpp`, each linked with every CPU kernel and the selection.
+"""Builds and runs the stand-alone C++ tests of the CPU, `csrc/tests/cpu_*.cpp`, each linked with every CPU kernel and the
+selection. Those of the CUDA kernels, which run on an emulator, are built by tests/cuda_on_cpu.py.
 
     python csrc/tests/run.py                 with the flags of the library
     python csrc/tests/run.py --sanitize      under the address and undefined-behaviour sanitizers
@@ -30,7 +31,7 @@ def build(folder: Path, extra: list[str]) -> list[Path]:
             ninja.compile("library", "cxx", source, f".{isa}", " ".join([f"-DCONVEXT_ISA={isa}", *isa_flags]))
     ninja.compile("library", "cxx", CSRC / "select.cpp")
     programs = []
-    for source in sorted((CSRC / "tests").glob("*.cpp")):
+    for source in sorted((CSRC / "tests").glob("cpu_*.cpp")):
         test = source.stem
         ninja.compile(test, "cxx", source)
         ninja.objects[test] += ninja.objects["library"]
