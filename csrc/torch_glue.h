@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <cstring>
 #include <optional>
@@ -125,6 +127,12 @@ struct ScratchScope {
   ~ScratchScope() { scratch().trim(); }
 };
 
+inline float widen(float value) { return value; }
+inline double widen(double value) { return value; }
+inline float widen(torch::headeronly::Half value) { return static_cast<float>(value); }
+inline float widen(torch::headeronly::BFloat16 value) { return static_cast<float>(value); }
+
+// Per-channel parameters of any dtype and stride as k values of T, `absent` where there is no tensor.
 template <class T>
 void load_channels(const OptionalTensor& t, const char* name, int64_t k, T absent, T* out) {
   if (!t) {
@@ -133,28 +141,20 @@ void load_channels(const OptionalTensor& t, const char* name, int64_t k, T absen
   }
   STD_TORCH_CHECK(t->is_cpu() && t->dim() == 1 && t->numel() == k, "convext_cpu: ", name, " must hold ", k,
                   " values on the CPU, got ", t->numel());
-  const void* data = t->const_data_ptr();
   const int64_t stride = t->stride(0);
+  const auto copy = [&](const auto* data) {
+    if (stride == 1) {  // the common case, and one the compiler vectorises
+      for (int64_t i = 0; i < k; ++i) out[i] = static_cast<T>(widen(data[i]));
+    } else {
+      for (int64_t i = 0; i < k; ++i) out[i] = static_cast<T>(widen(data[i * stride]));
+    }
+  };
+  const void* data = t->const_data_ptr();
   switch (dtype_of(*t)) {
-    case DType::kFloat32:
-      for (int64_t i = 0; i < k; ++i) out[i] = static_cast<T>(static_cast<const float*>(data)[i * stride]);
-      break;
-    case DType::kFloat64:
-      for (int64_t i = 0; i < k; ++i) out[i] = static_cast<T>(static_cast<const double*>(data)[i * stride]);
-      break;
-    case DType::kBFloat16:
-      for (int64_t i = 0; i < k; ++i) {
-        const uint32_t bits = uint32_t{static_cast<const uint16_t*>(data)[i * stride]} << 16;
-        float value;
-        std::memcpy(&value, &bits, sizeof value);
-        out[i] = static_cast<T>(value);
-      }
-      break;
-    case DType::kFloat16:
-      for (int64_t i = 0; i < k; ++i) {
-        out[i] = static_cast<T>(static_cast<float>(static_cast<const torch::headeronly::Half*>(data)[i * stride]));
-      }
-      break;
+    case DType::kFloat32: copy(static_cast<const float*>(data)); break;
+    case DType::kFloat64: copy(static_cast<const double*>(data)); break;
+    case DType::kBFloat16: copy(static_cast<const torch::headeronly::BFloat16*>(data)); break;
+    case DType::kFloat16: copy(static_cast<const torch::headeronly::Half*>(data)); break;
   }
 }
 
