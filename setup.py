@@ -6,7 +6,7 @@ Two libraries come out of `csrc/`:
   ``csrc/cpu/`` is compiled once for each instruction set; which copy runs is decided at run time.
 * ``convext/_CUDA``: the CUDA kernels. Built when nvcc is there and agrees with torch's CUDA on the major version.
 
-Both use torch's stable ABI (target 2.10), so a build survives another torch release.
+The first uses torch's stable ABI (target 2.10), the second no torch at all: a build survives another torch release.
 
 Environment:
     CONVEXT_BUILD_CUDA  auto (default): build the CUDA library where it can be built; 1: fail with the reason where it
@@ -156,7 +156,8 @@ def build_cuda_library(folder: Path, cpu_library: Path, toolkit: Path, cxx: str,
     nvcc = f"{toolkit / 'bin' / 'nvcc'} -ccbin {cxx.split()[0]} {' '.join(NVCC_FLAGS)} {' '.join(targets)}"
     build.rule("nvcc", f"{nvcc} -MD -MF $out.d $flags -c $in -o $out")
     build.rule("cxx", f"{cxx} -MMD -MF $out.d {' '.join(CXX_FLAGS)} -DCONVEXT_CUDA_LIBRARY $flags -c $in -o $out")
-    build.rule("link__CUDA", f"{cxx} -shared -o $out $in -L{library} -lcudart_static -ldl -lrt -lpthread", depfile=False)
+    libraries = f"-L{library} -lcudart_static -ldl -lrt -lpthread"
+    build.rule("link__CUDA", f"{cxx} -shared -o $out $in {libraries}", depfile=False)
     for source in sorted((CSRC / "cuda").glob("*.cu")):
         build.compile("_CUDA", "nvcc", source)
     build.compile("_CUDA", "cxx", CSRC / "cuda" / "runtime.cpp", flags=f"-isystem {toolkit / 'include'}")

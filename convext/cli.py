@@ -205,7 +205,7 @@ def verify(
     batch: Batch = "2",
     threads: Threads = None,
 ) -> None:
-    """Run a network swapped and unswapped, forward and backward, and tell how far apart they are (status 1: too far)."""
+    """Run a network swapped and unswapped, forward and backward, and tell how far apart they are (status 1: far)."""
     _needs("demo", "torchvision")
     import convext
 

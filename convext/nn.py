@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 from . import checks, functional
 
-
 # What each Conv2d was last called with by itself: shape, strides, dtype and device of its input. For convext.report.
 LAST_INPUTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 

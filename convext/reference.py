@@ -10,7 +10,6 @@ import torch
 from .activation import BACKWARD, FORWARD
 from .problem import accumulate_dtype
 
-
 _NHW = (-4, -2, -1)
 
 

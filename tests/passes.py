@@ -2,10 +2,11 @@
 
 import functools
 
-import convext
 import torch
 from cases import BY_NAME
 from reference import Nest
+
+import convext
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 PASSES = ["fprop", "dgrad", "wgrad", "dbias"]

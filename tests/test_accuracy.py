@@ -1,9 +1,10 @@
 """The accuracy setting, and how far Winograd's results may be from exact."""
 
-import convext
 import pytest
 import torch
 import torch.nn.functional as F
+
+import convext
 from convext import backends
 from convext.problem import ConvProblem, Geom, Pass
 

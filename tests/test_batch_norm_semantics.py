@@ -2,11 +2,12 @@
 
 import copy
 
-import convext
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+import convext
 
 BACKENDS = pytest.mark.parametrize("backend", ["aten", "native"])
 
@@ -220,7 +221,7 @@ def same_state(fused, plain):
 def test_module_trains_and_infers_as_batch_norm_does(arguments, backend):
     fused, plain = both(**arguments)
     with convext.backend(backend):
-        for step in range(3):
+        for _ in range(3):
             x = torch.randn(2, 4, 6, 5, dtype=torch.float64)
             a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
             y, expected = fused(a), plain(b)

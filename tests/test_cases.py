@@ -1,11 +1,12 @@
 """Every edge case, in every pass and dtype, on every backend of the CPU, against float64."""
 
-import convext
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES
 from passes import DTYPES, EVEN_SAME, PASSES, check
+
+import convext
 
 pytestmark = pytest.mark.filterwarnings(EVEN_SAME)
 EVERY_PASS = [(case, pass_) for case in CASES for pass_ in PASSES if pass_ != "dbias" or case.bias]

@@ -3,13 +3,14 @@
 import os
 import zlib
 
-import convext
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import MEMORY, Case
 from passes import DTYPES, EVEN_SAME, run
 from reference import Nest, unit_roundoff
+
+import convext
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, assume, given, settings  # noqa: E402

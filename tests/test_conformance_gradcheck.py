@@ -5,11 +5,12 @@ near one: `away_from_kinks` searches, and says so where it finds nothing. First 
 element, second ones along random directions (`fast_mode`), which is what keeps this within seconds.
 """
 
-import convext
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
+
+import convext
 
 # Where each activation, or its derivative, is not differentiable.
 KINKS = {"identity": (), "relu": (0,), "relu6": (0, 6), "silu": (), "hardswish": (-3, 3), "gelu": ()}

@@ -8,9 +8,10 @@ or take them as inputs.
 from pathlib import Path
 from warnings import catch_warnings, simplefilter
 
-import convext
 import pytest
 import torch
+
+import convext
 
 onnx = pytest.importorskip("onnx")
 from onnx import helper, numpy_helper  # noqa: E402

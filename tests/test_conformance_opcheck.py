@@ -1,11 +1,12 @@
 """torch.library.opcheck for every operator in torch.ops.convext, and fake against real strides, which opcheck does not
 compare on the CPU."""
 
-import convext
 import pytest
 import torch
 from cases import BY_NAME, PROBLEMS
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+import convext
 
 BACKENDS = pytest.mark.parametrize("backend", ["aten", "native"])
 ACTIVATIONS = ["identity", "relu", "relu6", "silu", "hardswish", "gelu"]

@@ -1,6 +1,5 @@
 """PyTorch's own samples and error inputs for conv2d (OpInfo), through `convext.conv2d`."""
 
-import convext
 import pytest
 import torch
 from cases import Case, Operands
@@ -9,6 +8,8 @@ from reference import Nest
 from torch.nn.functional import conv2d as aten_conv2d
 from torch.nn.modules.utils import _pair as pair
 from torch.testing._internal.common_methods_invocations import op_db
+
+import convext
 
 pytestmark = pytest.mark.filterwarnings(EVEN_SAME, "ignore:.*:UserWarning:torch")
 (CONV2D,) = [op for op in op_db if op.name == "nn.functional.conv2d"]

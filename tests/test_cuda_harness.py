@@ -82,8 +82,8 @@ WINDOW = "fprop_depthwise_bf16_window_sm80"
 BACKWARD = "wgrad_depthwise_bf16_window_sm80"
 
 MUTANTS = {
-    "missing_wait": Mutant("cuda/tile/igemm_pixels.h", "cp_async_wait<STAGES - 2>", "cp_async_wait<STAGES - 1>", "plain",
-                           IGEMM_FPROP),
+    "missing_wait": Mutant("cuda/tile/igemm_pixels.h", "cp_async_wait<STAGES - 2>", "cp_async_wait<STAGES - 1>",
+                           "plain", IGEMM_FPROP),
     "missing_wait_in_wgrad": Mutant("cuda/igemm_wgrad_sm80.cu", "cp_async_wait<STAGES - 2>",
                                     "cp_async_wait<STAGES - 1>", "plain", IGEMM_WGRAD),
     "stage_released_early": Mutant("cuda/tile/igemm_pixels.h", "load_stage((step + STAGES - 1) % STAGES)",

@@ -3,12 +3,13 @@ stale."""
 
 import copy
 
-import convext
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES
 from passes import EVEN_SAME, check, run
+
+import convext
 
 pytestmark = pytest.mark.filterwarnings(EVEN_SAME)
 NATIVE_DTYPES = [torch.float32, torch.float64]  # bfloat16 and float16 are computed by the kernels of float32

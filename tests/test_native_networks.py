@@ -1,9 +1,10 @@
 """ResNet-50 and MobileNetV2 swapped, on the native backend alone: every layer in every pass, and not one convolution of
 ATen's."""
 
-import convext
 import pytest
 import torch
+
+import convext
 
 torchvision = pytest.importorskip("torchvision")
 

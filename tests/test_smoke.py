@@ -3,11 +3,12 @@
 import subprocess
 import sys
 
-import convext
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+import convext
 
 pytestmark = pytest.mark.smoke
 

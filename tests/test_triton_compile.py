@@ -12,10 +12,10 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+from triton_compile import SHARED_MEMORY, TARGETS, aiming_at, compiled
+
 from convext.problem import ACTIVATIONS, ConvProblem, Epilogue, Geom, accumulate_dtype
 from convext.triton import batch_norm, depthwise, direct, wgrad
-
-from triton_compile import SHARED_MEMORY, TARGETS, aiming_at, compiled
 
 MATRIX = {"sm_80": r"mma\.sync\S+", "sm_90": r"wgmma\.mma_async\S+", "gfx942": r"v_mfma_\w+"}
 OPERANDS = {

@@ -201,7 +201,7 @@ class NativeBackend:
         return torch.ops.convext_cpu.wgrad.default(plan.variant, dy, x, problem.r, problem.s, plan.geom)
 
     def depthwise_backward(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor):
-        """dgrad(dy, w) and wgrad(dy, x) of a depthwise problem; on CUDA in one pass over dy and x where a kernel does."""
+        """dgrad(dy, w) and wgrad(dy, x) of a depthwise problem; on CUDA in one pass over both where a kernel does."""
         if problem.device == "cuda" and native_cuda.backward_in_one_pass(problem):
             return native_cuda.backward(problem, dy, x, w)
         return self.dgrad(problem, dy, w), self.wgrad(problem, dy, x)

@@ -1,5 +1,5 @@
-"""Builds and runs the stand-alone C++ tests of the CPU, `csrc/tests/cpu_*.cpp`, each linked with every CPU kernel and the
-selection. Those of the CUDA kernels, which run on an emulator, are built by tests/cuda_on_cpu.py.
+"""Builds and runs the stand-alone C++ tests of the CPU, `csrc/tests/cpu_*.cpp`, each linked with every CPU kernel and
+the selection. Those of the CUDA kernels, which run on an emulator, are built by tests/cuda_on_cpu.py.
 
     python csrc/tests/run.py                 with the flags of the library
     python csrc/tests/run.py --sanitize      under the address and undefined-behaviour sanitizers
