@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..problem import ConvProblem, Epilogue, Pass, accumulate_dtype
+from ..problem import ConvProblem, Epilogue, Pass
 
 # Order of preference by device type. On the CPU, Triton is there to be asked for by name only: ATen takes everything.
 PRIORITY = {"cpu": ("native", "aten", "triton"), "cuda": ("native", "triton", "aten")}
