@@ -10,37 +10,13 @@
 #include <string>
 #include <vector>
 
+#include "bindings_problem.h"
 #include "cpu/roofline.h"
-#include "select.h"
 
 namespace py = pybind11;
 
 namespace convext {
 namespace {
-
-// The fields of ConvProblem in order: n c h w  k r s  stride pad dil (h, w each)  groups dtype x_layout y_layout.
-using Fields = std::array<int64_t, 17>;
-
-ConvProblem problem_of(const Fields& f) {
-  for (int64_t value : f) {
-    if (value < 0 || value > INT32_MAX) throw std::invalid_argument("convext: a field of the problem exceeds 32 bits");
-  }
-  ConvProblem p{};
-  int32_t* const slots[] = {&p.n,        &p.c,     &p.h,     &p.w,     &p.k,     &p.r,     &p.s, &p.stride_h,
-                            &p.stride_w, &p.pad_h, &p.pad_w, &p.dil_h, &p.dil_w, &p.groups};
-  for (size_t i = 0; i < 14; ++i) *slots[i] = static_cast<int32_t>(f[i]);
-  p.dtype = static_cast<DType>(f[14]);
-  p.x_layout = static_cast<Layout>(f[15]);
-  p.y_layout = static_cast<Layout>(f[16]);
-  return p;
-}
-
-const Variant& variant_at(int index) {
-  if (index < 0 || index >= static_cast<int>(variants().size())) {
-    throw std::out_of_range("convext: there is no variant " + std::to_string(index));
-  }
-  return *variants()[index];
-}
 
 const std::map<std::string, Isa>& isa_names() {
   static const std::map<std::string, Isa> names = {
@@ -127,12 +103,8 @@ PYBIND11_MODULE(_C, m) {
     }
     return taken;
   }, "(index, modelled cost) of every kernel that takes the problem.");
-  m.def("pack_format", [](int index, const Fields& problem) -> std::optional<std::string> {
-    const Variant& v = variant_at(index);
-    if (!v.pack_format) return std::nullopt;
-    const char* format = v.pack_format(problem_of(problem));
-    return format ? std::optional<std::string>(format) : std::nullopt;
-  }, "Name of the packed order that the kernel wants its weights in, or None for KCRS as it is.");
+  m.def("pack_format", &pack_format,
+        "Name of the packed order that the kernel wants its weights in, or None for KCRS as it is.");
   m.def("packed_size", [](int index, const Fields& problem) {
     const Variant& v = variant_at(index);
     return v.packed_size ? v.packed_size(problem_of(problem)) : int64_t{0};
@@ -149,7 +121,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", &cpu_features, "What the CPU offers, by name.");
   m.def("isa", [] { return isa_name(settings().cpu_isa); }, "The instruction set in use.");
   m.def("best_isa", [] { return isa_name(detect_cpu_isa()); }, "The best instruction set of this CPU and build.");
-  m.def("set_isa", &set_isa, py::arg("name"), "Caps the instruction set: portable, avx2, avx512, or None for the best.");
+  m.def("set_isa", &set_isa, py::arg(
+        "name"), "Caps the instruction set: portable, avx2, avx512, or None for the best.");
   m.def("fma_peak", [](int dtype, double seconds) {
     return roofline_for(settings().cpu_isa).fma_flops(static_cast<DType>(dtype), seconds);
   }, py::arg("dtype") = 0, py::arg("seconds") = 0.2, py::call_guard<py::gil_scoped_release>(),
@@ -164,13 +137,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("winograd", [] { return settings().winograd; }, "Whether Winograd kernels may be selected.");
   m.def("set_winograd", [](bool on) { settings().winograd = on; }, py::arg("on"),
         "Allows or forbids Winograd kernels.");
-  m.def("activations", [] {
-    std::vector<std::string> names;
-#define CONVEXT_X(name) names.emplace_back(#name);
-    CONVEXT_ACTIVATIONS(CONVEXT_X)
-#undef CONVEXT_X
-    return names;
-  }, "Names of the fused activations; the position is the number that the ops take.");
+  m.def("activations", &activation_names,
+        "Names of the fused activations; the position is the number that the ops take.");
   m.def("build_info", [] {
     return std::map<std::string, std::string>{{"torch", CONVEXT_BUILT_WITH_TORCH},
                                               {"compiler", CONVEXT_BUILT_WITH_COMPILER},

@@ -12,35 +12,15 @@
 #include <utility>
 #include <vector>
 
+#include "bindings_problem.h"
 #include "cuda/batch_norm.h"
 #include "cuda/runtime.h"
-#include "select.h"
 #include "select_cuda.h"
 
 namespace py = pybind11;
 
 namespace convext {
 namespace {
-
-// The fields of ConvProblem in order: n c h w  k r s  stride pad dil (h, w each)  groups dtype x_layout y_layout.
-using Fields = std::array<int64_t, 17>;
-
-ConvProblem problem_of(const Fields& f) {
-  for (int64_t value : f) {
-    if (value < 0 || value > INT32_MAX) throw std::invalid_argument("convext: a field of the problem exceeds 32 bits");
-  }
-  const auto at = [&](int i) { return static_cast<int32_t>(f[i]); };
-  return {at(0), at(1), at(2),  at(3),  at(4),  at(5),  at(6),  at(7), at(8), at(9),
-          at(10), at(11), at(12), at(13), static_cast<DType>(f[14]), static_cast<Layout>(f[15]),
-          static_cast<Layout>(f[16])};
-}
-
-const Variant& variant_at(int index) {
-  if (index < 0 || index >= static_cast<int>(variants().size())) {
-    throw std::out_of_range("convext: there is no CUDA variant " + std::to_string(index));
-  }
-  return *variants()[index];
-}
 
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
@@ -171,12 +151,8 @@ PYBIND11_MODULE(_CUDA, m) {
   m.def("reject_reasons", [](int pass, const Fields& fields) {
     return reject_reasons(Device::kCUDA, static_cast<Pass>(pass), problem_of(fields));
   }, "(kernel, reason) for every kernel of the pass that does not take the problem.");
-  m.def("weight_order", [](int index, const Fields& fields) -> std::optional<std::string> {
-    const Variant& v = variant_at(index);
-    if (!v.pack_format) return std::nullopt;
-    const char* format = v.pack_format(problem_of(fields));
-    return format ? std::optional<std::string>(format) : std::nullopt;
-  }, "\"krsc\" where the kernel reads (or, for wgrad, writes) weights in that order, None for KCRS.");
+  m.def("weight_order", &pack_format,
+        "\"krsc\" where the kernel reads (or, for wgrad, writes) weights in that order, None for KCRS.");
   m.def("workspace", [](int index, const Fields& fields) {
     const Variant& v = variant_at(index);
     return v.workspace ? v.workspace(problem_of(fields), 1) : int64_t{0};
@@ -190,13 +166,8 @@ PYBIND11_MODULE(_CUDA, m) {
   m.def("bn_act", &bn_act, "Launches normalisation, residual and activation.");
   m.def("bn_act_backward", &bn_act_backward, "Launches the gradients of bn_act.");
   m.def("fold", &fold, "Launches scale, shift = the epilogue of a bias and a batch norm in inference.");
-  m.def("activations", [] {
-    std::vector<std::string> names;
-#define CONVEXT_X(name) names.emplace_back(#name);
-    CONVEXT_ACTIVATIONS(CONVEXT_X)
-#undef CONVEXT_X
-    return names;
-  }, "Names of the fused activations; the position is the number that launch takes.");
+  m.def("activations", &activation_names,
+        "Names of the fused activations; the position is the number that launch takes.");
 }
 
 }  // namespace convext
