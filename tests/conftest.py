@@ -26,6 +26,23 @@ def settings_restored():
         convext.backend(forced)
 
 
+# Suites whose bounds are those of a plain sum. Winograd's own bound is in test_accuracy.py, and the other suites run
+# with the default setting.
+PLAIN_SUMS = {"test_cases", "test_isa", "test_conformance_fuzz", "test_conformance_opinfo", "test_conformance_onnx"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def direct_forms(request):
+    """No Winograd where the bounds know nothing of it."""
+    import convext
+
+    if request.module.__name__ not in PLAIN_SUMS:
+        yield
+        return
+    with convext.accuracy("strict"):
+        yield
+
+
 @pytest.fixture
 def count_native():
     """A function that tells how often convext's own kernels ran since the test began: {(pass, kernel): calls}."""
