@@ -14,7 +14,7 @@ const std::vector<const Variant*>& variants();
 // What the user allows; process-wide, set through bindings.cpp.
 struct Settings {
   Isa cpu_isa;    // at most what the CPU offers
-  bool winograd;  // Winograd kernels trade a few bits of accuracy for 2.25 to 4 times fewer multiplications
+  bool winograd;  // Winograd kernels trade a few bits of accuracy for 4 times fewer multiplications
   bool tf32;      // tensor-core kernels for float32 on CUDA round their operands to tf32
 };
 Settings& settings();
