@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -46,7 +47,21 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
         "-mprefer-vector-width=512",
     ]
+    ISA_FLAGS["avx512_bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
     CXX_FLAGS.append("-DCONVEXT_HAVE_X86_ISAS")
+# Files of csrc/cpu that multiply bfloat16: AVX512-BF16 offers nothing to the others.
+BF16_SOURCES = {
+    *("roofline", "gemm", "implicit_gemm", "direct_fprop", "direct_dgrad", "dilated_fprop", "dilated_dgrad"),
+    *("depthwise_taps", "depthwise_fprop", "depthwise_dgrad"),
+}
+
+
+def cpu_kernels() -> Iterator[tuple[Path, str, str]]:
+    """(source, instruction set, flags) of everything that the files in csrc/cpu are compiled to."""
+    for source in sorted((CSRC / "cpu").glob("*.cpp")):
+        for isa, flags in ISA_FLAGS.items():
+            if isa != "avx512_bf16" or source.stem in BF16_SOURCES:
+                yield source, isa, " ".join([f"-DCONVEXT_ISA={isa}", *flags])
 
 
 class BuildError(RuntimeError):
@@ -141,9 +156,10 @@ class Ninja:
         subprocess.run([program, "-C", self.folder, "-j", str(jobs())], check=True)
 
 
-def build_cuda_library(folder: Path, cpu_library: Path, toolkit: Path, cxx: str, python: str) -> None:
-    """Compiles and links convext/_CUDA beside the CPU library. It needs no torch, and cudart is linked statically, so
-    that the file loads on a machine without a GPU or a toolkit."""
+def compile_cuda(build: Ninja, product: str, toolkit: Path, cxx: str) -> str:
+    """Adds the CUDA kernels and their selection, for CONVEXT_CUDA_ARCHS, to the objects of `product`; the flags to link
+    them with. They need no torch, and cudart is linked statically, so that what comes out loads on a machine without a
+    GPU or a toolkit."""
     archs = [a.strip() for a in os.environ.get("CONVEXT_CUDA_ARCHS", "80;90").split(";") if a.strip()]
     if not archs:
         raise BuildError("CONVEXT_CUDA_ARCHS names no architecture: give for example 80;90")
@@ -152,23 +168,38 @@ def build_cuda_library(folder: Path, cpu_library: Path, toolkit: Path, cxx: str,
     library = next((d for d in (toolkit / "lib64", toolkit / "lib") if (d / "libcudart_static.a").exists()), None)
     if library is None:
         raise BuildError(f"libcudart_static.a is in neither lib64 nor lib of {toolkit}")
-    build = Ninja(folder)
     nvcc = f"{toolkit / 'bin' / 'nvcc'} -ccbin {cxx.split()[0]} {' '.join(NVCC_FLAGS)} {' '.join(targets)}"
     build.rule("nvcc", f"{nvcc} -MD -MF $out.d $flags -c $in -o $out")
     build.rule("cxx", f"{cxx} -MMD -MF $out.d {' '.join(CXX_FLAGS)} -DCONVEXT_CUDA_LIBRARY $flags -c $in -o $out")
-    libraries = f"-L{library} -lcudart_static -ldl -lrt -lpthread"
-    build.rule("link__CUDA", f"{cxx} -shared -o $out $in {libraries}", depfile=False)
     for source in sorted((CSRC / "cuda").glob("*.cu")):
-        build.compile("_CUDA", "nvcc", source)
+        build.compile(product, "nvcc", source)
+    build.compile(product, "cxx", CSRC / "select.cpp")
+    build.compile(product, "cxx", CSRC / "select_cuda.cpp")
+    return f"-L{library} -lcudart_static -ldl -lrt -lpthread"
+
+
+def build_cuda_library(folder: Path, cpu_library: Path, toolkit: Path, cxx: str, python: str) -> Path:
+    """Compiles and links convext/_CUDA beside the CPU library; the path of it."""
+    build = Ninja(folder)
+    libraries = compile_cuda(build, "_CUDA", toolkit, cxx)
+    build.rule("link__CUDA", f"{cxx} -shared -o $out $in {libraries}", depfile=False)
     build.compile("_CUDA", "cxx", CSRC / "cuda" / "runtime.cpp", flags=f"-isystem {toolkit / 'include'}")
-    build.compile("_CUDA", "cxx", CSRC / "select.cpp")
-    build.compile("_CUDA", "cxx", CSRC / "select_cuda.cpp")
     build.compile("_CUDA", "cxx", CSRC / "bindings_cuda.cpp", flags=python)
-    build.link("_CUDA", cpu_library.with_name(cpu_library.name.replace("_C", "_CUDA", 1)))
+    library = cpu_library.with_name(cpu_library.name.replace("_C", "_CUDA", 1))
+    build.link("_CUDA", library)
     build.run()
+    return library
 
 
 class BuildWithNinja(build_ext):
+    cuda_library: Path | None = None  # what was built besides the declared extension
+
+    def copy_extensions_to_source(self) -> None:
+        """The last step of --inplace, which knows of the declared extension alone."""
+        super().copy_extensions_to_source()
+        if self.cuda_library is not None:
+            self.copy_file(str(self.cuda_library), str(ROOT / "convext"))
+
     def build_extension(self, ext: Extension) -> None:
         import pybind11
         import torch
@@ -191,17 +222,18 @@ class BuildWithNinja(build_ext):
         build = Ninja(Path(self.build_temp).resolve())
         build.rule("cxx", f"{cxx} -MMD -MF $out.d {' '.join(CXX_FLAGS)} $flags -c $in -o $out")
         build.rule("link__C", f"{cxx} -shared -o $out $in -L{torch_root / 'lib'} -ltorch_cpu", depfile=False)
-        for source in sorted((CSRC / "cpu").glob("*.cpp")):
-            for isa, flags in ISA_FLAGS.items():
-                build.compile("_C", "cxx", source, f".{isa}", " ".join([f"-DCONVEXT_ISA={isa}", *flags]))
-        build.compile("_C", "cxx", CSRC / "select.cpp")
+        for source, isa, flags in cpu_kernels():
+            build.compile("_C", "cxx", source, f".{isa}", flags)
+        for host in ("select.cpp", "block.cpp"):
+            build.compile("_C", "cxx", CSRC / host)
         for source in sorted(CSRC.glob("ops_*.cpp")):
             build.compile("_C", "cxx", source, flags=stable_abi)
         build.compile("_C", "cxx", CSRC / "bindings.cpp", flags=f"-O1 {python} {defines}")  # nothing hot in it
         build.link("_C", output)
         build.run()
         if toolkit is not None:
-            build_cuda_library(Path(self.build_temp).resolve() / "cuda", output, toolkit, cxx, python)
+            folder = Path(self.build_temp).resolve() / "cuda"
+            self.cuda_library = build_cuda_library(folder, output, toolkit, cxx, python)
         isas = ", ".join(reversed(ISA_FLAGS))
         print(f"convext: CPU library built ({isas}) with torch {torch.__version__}; {cuda_line}", file=sys.stderr)
 

@@ -5,20 +5,32 @@
     convext.swap(model)                  a whole model, in place
     convext.backend("native"), backends  who computes, and why
     convext.accuracy("strict")           which algorithms may
+    convext.layer_by_layer()             no two layers of a swapped model in one call, for profilers
     torch.ops.convext.*                  the operators
 """
 
 from __future__ import annotations
 
-from . import autograd, backends, functional, nn, ops, problem
+from . import (
+    autograd,
+    backends,
+    compiling,  # noqa: F401 (registers what a compiler sees)
+    functional,
+    nn,
+    ops,
+    problem,
+)
 from .accuracy import accuracy
 from .backends import backend
 from .functional import conv2d, conv_act, conv_bn_relu, depthwise_conv2d, dilated_conv2d
-from .swap import report, revert, swap, verify  # from here on `convext.swap` is the function, not the package
+
+# From here on `convext.swap` is the function, not the package.
+from .swap import layer_by_layer, report, revert, swap, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "accuracy", "autograd", "backend", "backends", "conv2d", "conv_act", "conv_bn_relu", "depthwise_conv2d",
-    "dilated_conv2d", "functional", "nn", "ops", "problem", "report", "revert", "swap", "verify",
+    "dilated_conv2d", "functional", "layer_by_layer", "nn", "ops", "problem", "report", "revert",
+    "swap", "verify",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import backends
 
-NAMES = ("fast", "strict")
+NAMES = ("fast", "strict", "direct")  # in the order of Accuracy, csrc/select.h
 
 
 class accuracy:
@@ -13,10 +13,12 @@ class accuracy:
         convext.accuracy("strict")            # from here on
         with convext.accuracy("fast"): ...    # inside only
 
-    "fast", the default, allows Winograd's F(4x4, 3x3) in the forward pass of 3x3 convolutions of stride 1 on the CPU:
-    fewer multiplications, and an error several times that of the direct form (bounded in tests/test_accuracy.py).
-    "strict" allows the direct forms alone. float64 never runs Winograd. The report names the kernel of every layer, and
-    so those that use it. The setting is the process's, as `convext.backend` is.
+    It concerns 3x3 convolutions of stride 1 on the CPU, their outputs and the gradients of their inputs. "fast", the
+    default, allows Winograd's F(4x4, 3x3): a quarter of the multiplications, and about 3 times the error of a plain
+    sum. "strict" allows F(2x2, 3x3), whose error is no larger than a plain sum's where there are enough channels for
+    that (derived in docs/design.md, tested in tests/test_accuracy.py). "direct" allows the direct forms alone. float64
+    never runs Winograd. The report names the kernel of every layer, and so those that use it. The setting is the
+    process's, as `convext.backend` is.
 
     Raises ValueError for any other name.
     """
@@ -39,7 +41,7 @@ class accuracy:
 
 def _set(name: str) -> str:
     native = backends.get("native")
-    former = "fast" if native.winograd() else "strict"
-    native.allow_winograd(name == "fast")
+    former = NAMES[native.accuracy()]
+    native.set_accuracy(NAMES.index(name))
     backends.forget()
     return former

@@ -63,7 +63,12 @@ _NO_EPILOGUE = Epilogue()
 
 def dispatcher_is_idle() -> bool:
     """True when no compiler, tracer, mode, transform or autocast stands between a call and its kernel."""
-    return not (_is_compiling() or _jit_tracing() or _dispatch_modes() or _functorch_active() or _autocast_active())
+    return not _autocast_active() and idle_but_for_autocast()
+
+
+def idle_but_for_autocast() -> bool:
+    """dispatcher_is_idle(), whatever autocast does."""
+    return not (_is_compiling() or _jit_tracing() or _dispatch_modes() or _functorch_active())
 
 
 def all_plain(*tensors) -> bool:
@@ -83,14 +88,31 @@ def _choose_fprop(x, w, bias, geom, channels_last) -> backends.Choice:
     return backends.select(Pass.FPROP, ConvProblem.of_fprop(x, w, geom, channels_last))
 
 
-def _run_fprop(x, w, bias, geom, channels_last):
+def _fprop_choice(x, w, bias, geom, channels_last) -> backends.Choice:
     key = (x.shape, x.stride(), x.dtype, x.device, w.shape, w.stride(), w.dtype, w.device,
            None if bias is None else (bias.shape, bias.dtype, bias.device), geom, channels_last)
     choice = _calls.get(key)
     if choice is None:
         choice = _remember(key, _choose_fprop(x, w, bias, geom, channels_last))
     choice.counter[0] += 1
+    return choice
+
+
+def _run_fprop(x, w, bias, geom, channels_last):
+    choice = _fprop_choice(x, w, bias, geom, channels_last)
     return choice.run(choice.problem, x, w, _NO_EPILOGUE if bias is None else Epilogue(bias))
+
+
+def _run_fprop_batch_stats(x, w, bias, geom):
+    """fprop, and batch_stats of what it returns."""
+    choice = _fprop_choice(x, w, bias, geom, False)
+    if hasattr(choice.backend, "fprop_batch_stats"):
+        found = choice.backend.fprop_batch_stats(choice.problem, x, w, bias)
+        if found is not None:
+            backends.counter(choice.backend.name, "batch_stats", choice.variant)[0] += 1
+            return found
+    y = choice.run(choice.problem, x, w, _NO_EPILOGUE if bias is None else Epilogue(bias))
+    return y, *_run_batch_stats(y)
 
 
 def _signature(t):
@@ -206,9 +228,8 @@ def _run_bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activat
 
 
 def _run_fprop_bn_act_train(x, w, bias, gamma, beta, residual, geom, eps, activation):
-    y = _run_fprop(x, w, bias, geom, False)
+    y, mean, var = _run_fprop_batch_stats(x, w, bias, geom)
     checks.check_batch_norm(y.dtype, y.shape[1], None, None, gamma, beta)
-    mean, var = _run_batch_stats(y)
     return _run_bn_act(y, mean, var, gamma, beta, residual, eps, activation), y, mean, var
 
 
@@ -390,6 +411,14 @@ def autocast_cast(t, device_type: str, dtype: torch.dtype):
     if t is None or not t.is_floating_point() or t.dtype is torch.float64 or t.device.type != device_type:
         return t
     return t.to(dtype)
+
+
+def autocast_dtype(t) -> torch.dtype:
+    """The dtype in which a convolution sees t: autocast's, where it is on for t's device and concerns t."""
+    device_type = t.device.type
+    if not torch.is_autocast_enabled(device_type) or not t.is_floating_point() or t.dtype is torch.float64:
+        return t.dtype
+    return torch.get_autocast_dtype(device_type)
 
 
 def _register_autocast(name: str, op, cast_positions: tuple[int, ...]) -> None:

@@ -11,7 +11,9 @@
 #include <vector>
 
 #include "bindings_problem.h"
+#include "block.h"
 #include "cpu/roofline.h"
+#include "watch.h"
 
 namespace py = pybind11;
 
@@ -20,7 +22,10 @@ namespace {
 
 const std::map<std::string, Isa>& isa_names() {
   static const std::map<std::string, Isa> names = {
-      {"portable", Isa::kPortable}, {"avx2", Isa::kAVX2}, {"avx512", Isa::kAVX512}};
+      {"portable", Isa::kPortable},
+      {"avx2", Isa::kAVX2},
+      {"avx512", Isa::kAVX512},
+      {"avx512_bf16", Isa::kAVX512BF16}};
   return names;
 }
 
@@ -38,7 +43,7 @@ void set_isa(const std::optional<std::string>& name) {
   }
   const auto found = isa_names().find(*name);
   if (found == isa_names().end()) {
-    throw std::invalid_argument("isa must be portable, avx2 or avx512, got '" + *name + "'");
+    throw std::invalid_argument("isa must be portable, avx2, avx512 or avx512_bf16, got '" + *name + "'");
   }
   if (found->second > detect_cpu_isa()) {
     throw std::invalid_argument("isa '" + *name + "' is not offered by this CPU and build (" +
@@ -73,6 +78,7 @@ py::dict describe(const Variant& v) {
   d["pass"] = static_cast<int>(v.pass);
   d["dtype"] = static_cast<int>(v.dtype);
   d["isa"] = isa_name(v.isa);
+  d["reads_nchw"] = v.layouts == Layouts::kAny;
   return d;
 }
 
@@ -109,6 +115,17 @@ PYBIND11_MODULE(_C, m) {
     const Variant& v = variant_at(index);
     return v.packed_size ? v.packed_size(problem_of(problem)) : int64_t{0};
   }, "Bytes of the packed weights.");
+  m.def("reject_block", [](const std::vector<Fields>& problems, const std::vector<bool>& excites)
+                            -> std::optional<std::string> {
+    std::vector<BlockStep> steps(problems.size());
+    for (size_t i = 0; i < problems.size(); ++i) {
+      steps[i].problem = problem_of(problems[i]);
+      steps[i].excites = excites.at(i);
+      steps[i].excite.c = steps[i].problem.c;
+    }
+    if (const char* why = reject_block(steps)) return why;
+    return std::nullopt;
+  }, "Why forward convolutions in a row cannot run as one block, or None; `excites`: squeeze and excitation before it.");
   m.def("output_size", [](const Fields& fields) {
     const ConvProblem p = problem_of(fields);
     return std::pair<int32_t, int32_t>(p.p(), p.q());
@@ -121,8 +138,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", &cpu_features, "What the CPU offers, by name.");
   m.def("isa", [] { return isa_name(settings().cpu_isa); }, "The instruction set in use.");
   m.def("best_isa", [] { return isa_name(detect_cpu_isa()); }, "The best instruction set of this CPU and build.");
-  m.def("set_isa", &set_isa, py::arg(
-        "name"), "Caps the instruction set: portable, avx2, avx512, or None for the best.");
+  m.def("set_isa", &set_isa, py::arg("name"),
+        "Caps the instruction set: portable, avx2, avx512, avx512_bf16, or None for the best.");
   m.def("fma_peak", [](int dtype, double seconds) {
     return roofline_for(settings().cpu_isa).fma_flops(static_cast<DType>(dtype), seconds);
   }, py::arg("dtype") = 0, py::arg("seconds") = 0.2, py::call_guard<py::gil_scoped_release>(),
@@ -134,9 +151,25 @@ PYBIND11_MODULE(_C, m) {
   }, py::arg("bytes") = int64_t{128} << 20, py::arg("seconds") = 0.2, py::call_guard<py::gil_scoped_release>(),
         "Bytes a second, read plus written, that one thread copies between buffers of this size.");
 
-  m.def("winograd", [] { return settings().winograd; }, "Whether Winograd kernels may be selected.");
-  m.def("set_winograd", [](bool on) { settings().winograd = on; }, py::arg("on"),
-        "Allows or forbids Winograd kernels.");
+  py::class_<Watch>(m, "Watch", "Facts about Python objects, checked together; it keeps the objects alive.")
+      .def(py::init<>())
+      .def("item", &Watch::item, py::arg("dict"), py::arg("key"), py::arg("value"), py::arg("absent") = false,
+           "dict[key] is value; absent: there is no such key")
+      .def("empty", &Watch::empty, py::arg("dict"), py::arg("key"), "dict[key] is an empty dictionary")
+      .def("length", &Watch::length, py::arg("dict"), py::arg("length"), "len(dict) == length")
+      .def("values", &Watch::values, py::arg("dict"), py::arg("values"), "dict.values() are these objects, in order")
+      .def("type", &Watch::type, py::arg("object"), py::arg("kind"), "type(object) is kind")
+      .def("attribute", &Watch::attribute, py::arg("object"), py::arg("name"), py::arg("value"),
+           "getattr(object, name) is value")
+      .def("holds", &Watch::holds, "whether every fact still holds")
+      .def("__len__", &Watch::size);
+
+  m.def("accuracy", [] { return static_cast<int>(settings().accuracy); },
+        "Which float32 algorithms may run: 0 all, 1 those within a plain sum's error, 2 plain sums.");
+  m.def("set_accuracy", [](int accuracy) {
+    if (accuracy < 0 || accuracy > 2) throw std::invalid_argument("no accuracy " + std::to_string(accuracy));
+    settings().accuracy = static_cast<Accuracy>(accuracy);
+  }, py::arg("accuracy"));
   m.def("activations", &activation_names,
         "Names of the fused activations; the position is the number that the ops take.");
   m.def("build_info", [] {

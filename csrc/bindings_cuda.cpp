@@ -38,7 +38,7 @@ std::string describe(const ConvProblem& p) {
 
 void launch(int index, const Fields& fields, int device, uintptr_t stream, uintptr_t a, uintptr_t b, uintptr_t out,
             uintptr_t workspace, uintptr_t scale, uintptr_t shift, uintptr_t residual, int activation, uintptr_t w,
-            uintptr_t dx) {
+            uintptr_t dx, uintptr_t stats) {
   const Variant& variant = variant_at(index);
   const ConvProblem problem = problem_of(fields);
   if (const char* why = reject(variant, Device::kCUDA, variant.pass, problem)) {
@@ -50,7 +50,7 @@ void launch(int index, const Fields& fields, int device, uintptr_t stream, uintp
   args.epilogue.residual = pointer(residual);
   args.epilogue.activation = static_cast<Activation>(activation);
   args.stream = pointer(stream);
-  args.w = pointer(w), args.dx = pointer(dx);
+  args.w = pointer(w), args.dx = pointer(dx), args.stats = pointer(stats);
   const cuda::OnDevice on_device(device);
   const char* error = on_device.error() ? on_device.error() : variant.launch(problem, args);
   if (error) {
@@ -90,6 +90,14 @@ void batch_stats(const Shape& s, int device, uintptr_t stream, uintptr_t y, uint
   const cuda::NormShape shape = shape_of(s);
   run_norm("batch_stats", shape, device, [&] {
     return cuda::launch_batch_stats(shape, pointer(y), pointer(mean), pointer(var), pointer(workspace),
+                                    pointer(stream));
+  });
+}
+
+void merge_stats(int64_t k, int64_t rows, int dtype, int device, uintptr_t stream, uintptr_t partial, uintptr_t mean,
+                 uintptr_t var) {
+  run_norm("merge_stats", {rows, k, 1, 1, static_cast<DType>(dtype), Layout::kNHWC}, device, [&] {
+    return cuda::launch_merge_stats(k, rows, static_cast<DType>(dtype), pointer(partial), pointer(mean), pointer(var),
                                     pointer(stream));
   });
 }
@@ -163,6 +171,11 @@ PYBIND11_MODULE(_CUDA, m) {
   m.def("norm_workspace", [](const Shape& s) { return cuda::norm_workspace(shape_of(s)); },
         "Bytes of scratch memory for batch_stats and bn_act_backward.");
   m.def("batch_stats", &batch_stats, "Launches the per-channel statistics of y.");
+  m.def("stats_rows", [](int index, const Fields& fields) {
+    const Variant& v = variant_at(index);
+    return v.stats_rows ? v.stats_rows(problem_of(fields)) : int64_t{0};
+  }, "Rows of partial statistics that the fprop kernel writes where asked to; 0 where it cannot.");
+  m.def("merge_stats", &merge_stats, "Launches mean and biased variance out of an fprop kernel's partial statistics.");
   m.def("bn_act", &bn_act, "Launches normalisation, residual and activation.");
   m.def("bn_act_backward", &bn_act_backward, "Launches the gradients of bn_act.");
   m.def("fold", &fold, "Launches scale, shift = the epilogue of a bias and a batch norm in inference.");

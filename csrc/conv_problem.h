@@ -27,6 +27,9 @@ CONVEXT_HD constexpr int64_t dtype_size(DType t) {
   return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : 2;
 }
 
+// What sums of products, and per-channel arrays, are kept in.
+CONVEXT_HD constexpr DType accumulate_dtype(DType t) { return t == DType::kFloat64 ? t : DType::kFloat32; }
+
 // The GEMM that a pass amounts to, per group.
 struct GemmShape {
   int64_t m, n, k;
@@ -64,9 +67,7 @@ struct ConvProblem {
   CONVEXT_HD constexpr int32_t h_of(int32_t p_, int32_t r_) const { return p_ * stride_h - pad_h + r_ * dil_h; }
   CONVEXT_HD constexpr int32_t w_of(int32_t q_, int32_t s_) const { return q_ * stride_w - pad_w + s_ * dil_w; }
 
-  CONVEXT_HD constexpr DType accumulate_dtype() const {
-    return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-  }
+  CONVEXT_HD constexpr DType accumulate_dtype() const { return convext::accumulate_dtype(dtype); }
 
   CONVEXT_HD constexpr GemmShape gemm_shape(Pass pass) const {
     const int64_t cg = c_per_group(), kg = k_per_group(), rs = int64_t{r} * s;

@@ -14,6 +14,7 @@ namespace convext {
 #define CONVEXT_CUDA_VARIANT(base) extern const Variant base;
 #elif defined(CONVEXT_HAVE_X86_ISAS)
 #define CONVEXT_CPU_VARIANT(base) extern const Variant base##_portable, base##_avx2, base##_avx512;
+#define CONVEXT_CPU_BF16_VARIANT(base) extern const Variant base##_avx512_bf16;
 #else
 #define CONVEXT_CPU_VARIANT(base) extern const Variant base##_portable;
 #endif
@@ -25,6 +26,7 @@ const std::vector<const Variant*>& variants() {
 #define CONVEXT_CUDA_VARIANT(base) &base,
 #elif defined(CONVEXT_HAVE_X86_ISAS)
 #define CONVEXT_CPU_VARIANT(base) &base##_portable, &base##_avx2, &base##_avx512,
+#define CONVEXT_CPU_BF16_VARIANT(base) &base##_avx512_bf16,
 #else
 #define CONVEXT_CPU_VARIANT(base) &base##_portable,
 #endif
@@ -39,14 +41,14 @@ Isa detect_cpu_isa() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx2 && avx512) return Isa::kAVX512;
+  if (avx2 && avx512) return __builtin_cpu_supports("avx512bf16") ? Isa::kAVX512BF16 : Isa::kAVX512;
   if (avx2) return Isa::kAVX2;
 #endif
   return Isa::kPortable;
 }
 
 Settings& settings() {
-  static Settings current{detect_cpu_isa(), true, true};
+  static Settings current{detect_cpu_isa(), Accuracy::kFast, true};
   return current;
 }
 
@@ -54,10 +56,13 @@ namespace {
 
 bool is_algo(const Variant& variant, const char* algo) { return std::string(variant.algo) == algo; }
 
-// The dtype a CPU kernel computes in: halves are staged through float32 (csrc/cpu/staging.h).
-DType compute_dtype(Device device, DType dtype) {
-  return device == Device::kCPU && dtype != DType::kFloat64 ? DType::kFloat32 : dtype;
+// Whether a kernel serves problems of the dtype: its own, or on the CPU halves staged through float32 (cpu/staging.h).
+bool serves(const Variant& variant, DType dtype) {
+  if (variant.dtype == dtype) return true;
+  return variant.device == Device::kCPU && variant.dtype == DType::kFloat32 && dtype_size(dtype) == 2;
 }
+
+constexpr double kTransforms = 2.5;  // measured: time of Winograd's, times channels, over the direct kernel's
 
 // Share of the filter taps that meet the image rather than the padding, averaged over the outputs. Dilated kernels
 // skip the others.
@@ -74,15 +79,43 @@ double in_bounds_share(int32_t out, int32_t taps, int32_t stride, int32_t pad, i
   return static_cast<double>(inside) / (static_cast<double>(out) * taps);
 }
 
+// Outputs along an axis over those of the tiles that cover it, of m outputs a dilation apart.
+double tiled_share(int32_t out, int32_t dil, int32_t m) {
+  if (out <= 0) return 1.0;
+  const int32_t phases = std::min(out, dil), longest = (out + dil - 1) / dil;
+  return static_cast<double>(out) / (static_cast<double>(phases) * ((longest + m - 1) / m) * m);
+}
+
+// Winograd's F(m x m, 3 x 3): (m+2)^2 multiplications where the direct form needs 9 m^2; a fixed time for the
+// transforms, which weighs less with more channels; and reading the transformed weights, which are (m+2)^2 / 9 times
+// larger and come from memory while 6 FLOP go by for a byte: with few tiles that takes longer than the multiplications.
+// dgrad runs in training, where the weights are new at every call and their transform counts: 50 FLOP an element more
+// than the direct form's packing.
+double winograd_per_flop(const ConvProblem& p, Pass pass, int32_t m) {
+  const bool fprop = pass == Pass::kFprop;
+  const double positions = (m + 2.0) * (m + 2.0);
+  const double used = tiled_share(fprop ? p.p() : p.h, p.dil_h, m) * tiled_share(fprop ? p.q() : p.w, p.dil_w, m);
+  const double channels = static_cast<double>(p.c) * p.k / (static_cast<double>(p.c) + p.k);
+  const double arithmetic = (positions / (9.0 * m * m) + kTransforms / channels) / used;
+  const double weights = positions * p.c * p.k / p.flops();
+  const double reading = (6 * 4 + (fprop ? 0 : 50)) * weights;
+  return std::max(arithmetic, reading) + 0.25 * std::min(arithmetic, reading);
+}
+
 }  // namespace
 
 const char* reject(const Variant& variant, Device device, Pass pass, const ConvProblem& problem) {
   if (variant.device != device || variant.pass != pass) return "it serves another device or pass";
-  if (variant.dtype != compute_dtype(device, problem.dtype)) return "it computes in another dtype";
+  if (!serves(variant, problem.dtype)) return "it computes in another dtype";
   if (device == Device::kCPU && variant.isa > settings().cpu_isa) {
     return "this CPU, or the current setting, does not offer its instruction set";
   }
-  if (!settings().winograd && is_algo(variant, "winograd")) return "the accuracy setting rules Winograd out";
+  if (settings().accuracy != Accuracy::kFast && is_algo(variant, "winograd4x4")) {
+    return "the accuracy setting rules F(4x4, 3x3) out";
+  }
+  if (settings().accuracy == Accuracy::kDirect && is_algo(variant, "winograd2x2")) {
+    return "the accuracy setting rules Winograd out";
+  }
   if (!settings().tf32 && std::string(variant.name).find("_tf32_") != std::string::npos) {
     return "rounding to tf32 is not allowed";
   }
@@ -96,26 +129,34 @@ double cost(const Variant& variant, const ConvProblem& problem) {
   // A family's typical time per multiply-add relative to the direct kernel's; narrower vectors cost in proportion.
   double per_flop = 1.0;
   if (is_algo(variant, "depthwise")) {
-    per_flop = 0.1;  // the direct kernel computes one channel a group: a vector's other lanes are wasted
+    // The direct kernel computes one channel a group: a vector's other lanes are wasted. A single channel spread over
+    // many filters is what the stem kernels are for.
+    per_flop = problem.groups == 1 ? 3.0 : 0.1;
+  } else if (is_algo(variant, "stem")) {
+    per_flop = 0.8;  // the direct kernel's tiles are set up for longer reductions, and x would be staged for it
+  } else if (is_algo(variant, "pointwise")) {
+    per_flop = 0.9;  // the direct kernel's tiles are set up for longer reductions
+  } else if (is_algo(variant, "grouped")) {
+    per_flop = 0.3;  // the direct kernel fills a vector's lanes from one group alone
   } else if (is_algo(variant, "dilated")) {
     const double share =
         in_bounds_share(problem.p(), problem.r, problem.stride_h, problem.pad_h, problem.dil_h, problem.h) *
         in_bounds_share(problem.q(), problem.s, problem.stride_w, problem.pad_w, problem.dil_w, problem.w);
-    per_flop = 0.02 + share;
-  } else if (is_algo(variant, "winograd")) {
-    // F(4x4, 3x3) needs 36 multiplications where the direct form needs 144, plus the transforms, whose share falls
-    // with the channels; the last tile of a row is only partly used. The transformed weights are four times larger,
-    // and with few tiles reading them is what takes the time: 2 FLOP go by for a byte from the third-level cache,
-    // 6 for one from memory.
-    const double used = (double(problem.p()) / ((problem.p() + 3) / 4 * 4)) *
-                        (double(problem.q()) / ((problem.q() + 3) / 4 * 4));
-    const double channels = double(problem.c) * problem.k / (double(problem.c) + problem.k);
-    const double weight_bytes = 36.0 * 4 * problem.c * problem.k;
-    const double reading = weight_bytes * (weight_bytes > 24e6 ? 6 : 2) / std::max(problem.flops(), 1.0);
-    per_flop = 0.25 / std::max(used, 0.05) * (1.0 + 12.0 / std::max(channels, 1.0)) + 0.05 + reading;
+    // A register tile keeps every tap that one of its pixels needs.
+    per_flop = std::min(0.99, 0.02 + 1.1 * share);
+  } else if (is_algo(variant, "winograd2x2")) {
+    per_flop = winograd_per_flop(problem, variant.pass, 2);
+  } else if (is_algo(variant, "winograd4x4")) {
+    per_flop = winograd_per_flop(problem, variant.pass, 4);
   }
-  const double width = variant.isa == Isa::kAVX512 ? 1.0 : variant.isa == Isa::kAVX2 ? 2.0 : 6.0;
-  return problem.flops() * per_flop * width;
+  // AVX512-BF16 kernels add two products at once and read half the bytes.
+  const double width = variant.isa == Isa::kAVX512BF16 ? 0.5
+                       : variant.isa == Isa::kAVX512   ? 1.0
+                       : variant.isa == Isa::kAVX2     ? 2.0
+                                                       : 6.0;
+  // Activations in another type are copied on the way in and out, which takes an element about as long as 50 FLOP.
+  const double staging = variant.dtype == problem.dtype ? 0 : 50.0 * (problem.x_size() + problem.y_size());
+  return (problem.flops() * per_flop + staging) * width;
 #endif
 }
 

@@ -11,11 +11,14 @@ namespace convext {
 // Every variant compiled into this library, in the order of variants.inc. The index is the variant's handle in Python.
 const std::vector<const Variant*>& variants();
 
+// Which float32 algorithms may run (docs/design.md): all; those whose error stays within a plain sum's; plain sums.
+enum class Accuracy : int32_t { kFast = 0, kStrict = 1, kDirect = 2 };
+
 // What the user allows; process-wide, set through bindings.cpp.
 struct Settings {
-  Isa cpu_isa;    // at most what the CPU offers
-  bool winograd;  // Winograd kernels trade a few bits of accuracy for 4 times fewer multiplications
-  bool tf32;      // tensor-core kernels for float32 on CUDA round their operands to tf32
+  Isa cpu_isa;  // at most what the CPU offers
+  Accuracy accuracy;
+  bool tf32;  // tensor-core kernels for float32 on CUDA round their operands to tf32
 };
 Settings& settings();
 

@@ -62,9 +62,10 @@ double cuda_copy_cost(double bytes) { return kLaunch + 2 * bytes / (kProcessors 
 
 double cuda_cost(const Variant& variant, const ConvProblem& p) {
   const double traffic = double(p.x_size() + p.y_size()) * dtype_size(p.dtype) / (kProcessors * kMemoryBytes);
-  if (variant.block_m == 0) {  // depthwise: memory decides for `window`, instructions for `any`
+  if (variant.block_m == 0) {  // depthwise: memory decides for `window` and `planes`, instructions for `any`
     const double instructions = p.flops() / 2 * 8 / (kProcessors * kFp32Fma);
-    return kLaunch + (has(variant, "_window_") ? traffic : std::max(2 * traffic, instructions));
+    const bool any = has(variant, "_any_");
+    return kLaunch + (any ? std::max(2 * traffic, instructions) : traffic);
   }
   return kLaunch + std::max(traffic, tiled_cost(variant, p));
 }

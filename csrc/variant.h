@@ -10,7 +10,7 @@
 namespace convext {
 
 // Instruction sets, each implying the ones before it on its device.
-enum class Isa : int32_t { kPortable = 0, kAVX2 = 1, kAVX512 = 2, kSM80 = 10, kSM90 = 11 };
+enum class Isa : int32_t { kPortable = 0, kAVX2 = 1, kAVX512 = 2, kAVX512BF16 = 3, kSM80 = 10, kSM90 = 11 };
 
 // A body that works on the half-open range [begin, end).
 using RangeBody = void (*)(void* context, int64_t begin, int64_t end);
@@ -54,13 +54,19 @@ struct LaunchArgs {
   // A wgrad variant with `wgrad_writes_dx` computes dx in the same pass over x and dy where dx is not null.
   const void* w = nullptr;
   void* dx = nullptr;
+
+  // An fprop variant with `stats_rows` writes partial batch statistics of y, as stored, where stats is not null: for
+  // each row, which is some of the pixels, mean and sum of squared deviations by channel, (rows, K, 2), then the number
+  // of pixels of each row, all in the accumulate dtype.
+  void* stats = nullptr;
 };
 
-enum class Layouts : int32_t { kNHWCOnly = 0, kAny = 1 };
+// The memory orders that a kernel takes: kAnyX leaves the choice for x (dx), not for y (dy).
+enum class Layouts : int32_t { kNHWCOnly = 0, kAny = 1, kAnyX = 2 };
 
 struct Variant {
   const char* name;  // <pass>_<algo>_<dtype>_<isa>: the specification in short
-  const char* algo;  // "direct", "depthwise", "dilated", "winograd": the family, for reports and the cost model
+  const char* algo;  // "direct", "depthwise", "dilated", "winograd4x4": the family, for reports and the cost model
   Device device;
   Pass pass;
   DType dtype;
@@ -83,7 +89,11 @@ struct Variant {
   // Runs the kernel. Returns nullptr, or what went wrong in words.
   const char* (*launch)(const ConvProblem&, const LaunchArgs&);
 
+  bool takes_nchw_x() const { return layouts != Layouts::kNHWCOnly; }
+  bool takes_nchw_y() const { return layouts == Layouts::kAny; }
+
   bool wgrad_writes_dx = false;  // see LaunchArgs
+  int64_t (*stats_rows)(const ConvProblem&) = nullptr;  // see LaunchArgs
   int32_t block_m = 0, block_n = 0, block_k = 0;  // the tile of a matrix-product kernel on CUDA, for the cost model
 };
 

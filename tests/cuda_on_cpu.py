@@ -55,14 +55,15 @@ def flags(csrc: Path, form: str) -> list[str]:
     return found + SANITIZERS[form]
 
 
-def build(folder: Path, form: str, kernels: list[str], main: str, csrc: Path = CSRC) -> Path:
-    """The program `main` with `kernels` (both relative to csrc) in one form; the path of the executable.
+def build(folder: Path, form: str, kernels: list[str], main: str, csrc: Path = CSRC, more: tuple = ()) -> Path:
+    """The program `main` with `kernels` and `more` sources (relative to csrc) in one form; the path of the executable.
+    A second program in the same folder uses the objects of the first.
 
     Raises RuntimeError with the compiler's words where it does not compile.
     """
     folder.mkdir(parents=True, exist_ok=True)
     common = flags(csrc, form)
-    hosts = [f"{EMULATOR}/fiber.cpp", f"{EMULATOR}/emulator.cpp", main]
+    hosts = [f"{EMULATOR}/fiber.cpp", f"{EMULATOR}/emulator.cpp", *more, main]
     if form == "race":
         hosts.append(f"{EMULATOR}/race.cpp")  # stands in for the thread sanitizer's library
     sanitized = ["-fsanitize=thread"] if form == "race" else []
@@ -79,7 +80,8 @@ def compile_all(folder: Path, csrc: Path, jobs: list[tuple[str, list[str]]]) -> 
     def compile_one(job: tuple[str, list[str]]) -> str:
         source, arguments = job
         output = folder / (source.replace("/", ".") + ".o")
-        _run(["g++", *arguments, "-x", "c++", "-c", str(csrc / source), "-o", str(output)])
+        if not output.exists():
+            _run(["g++", *arguments, "-x", "c++", "-c", str(csrc / source), "-o", str(output)])
         return str(output)
 
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

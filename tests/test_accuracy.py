@@ -1,5 +1,7 @@
 """The accuracy setting, and how far Winograd's results may be from exact."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,23 +10,25 @@ import convext
 from convext import backends
 from convext.problem import ConvProblem, Geom, Pass
 
-P, Q = 0.75, 1.5  # the points of csrc/cpu/winograd_fprop.cpp: 0, +-P, +-Q, infinity
-POINTS = (0.0, P, -P, Q, -Q)
+# The finite points of csrc/cpu/winograd.cpp.
+POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.75, -0.75, 1.5, -1.5)}
 
 
-def transforms():
-    """A^T (4, 6), G (6, 3), B^T (6, 6) in float64, from the points (Toom-Cook)."""
+def transforms(m):
+    """A^T (m, m + 2), G (m + 2, 3), B^T (m + 2, m + 2) in float64, from the points (Toom-Cook)."""
+    points = POINTS[m]
+
     def others(i):
-        return [x for j, x in enumerate(POINTS) if j != i]
+        return [x for j, x in enumerate(points) if j != i]
 
-    a = torch.tensor([[x**k for x in POINTS] + [float(k == 3)] for k in range(4)], dtype=torch.float64)
-    g = torch.zeros(6, 3, dtype=torch.float64)
-    b = torch.zeros(6, 6, dtype=torch.float64)
-    for i, x in enumerate(POINTS):
+    a = torch.tensor([[x**k for x in points] + [float(k == m - 1)] for k in range(m)], dtype=torch.float64)
+    g = torch.zeros(m + 2, 3, dtype=torch.float64)
+    b = torch.zeros(m + 2, m + 2, dtype=torch.float64)
+    for i, x in enumerate(points):
         g[i] = torch.tensor([1.0, x, x * x], dtype=torch.float64) / torch.tensor([x - y for y in others(i)]).prod()
-        b[i, :5] = _coefficients(others(i))
-    g[5, 2] = 1
-    b[5] = _coefficients(POINTS)
+        b[i, : m + 1] = _coefficients(others(i))
+    g[m + 1, 2] = 1
+    b[m + 1] = _coefficients(points)
     return a, g, b
 
 
@@ -38,11 +42,12 @@ def _coefficients(roots):
 
 
 def winograd(x, w, a, g, b):
-    """F(4x4, 3x3) with padding 1 in float64; x (N, C, 4i, 4j)."""
-    tiles = F.pad(x, (1, 1, 1, 1)).unfold(2, 6, 4).unfold(3, 6, 4)  # (N, C, i, j, 6, 6)
+    """F(m x m, 3x3) with padding 1 in float64; x (N, C, m * i, m * j)."""
+    m = a.shape[0]
+    tiles = F.pad(x, (1, 1, 1, 1)).unfold(2, m + 2, m).unfold(3, m + 2, m)  # (N, C, i, j, m + 2, m + 2)
     v = b @ tiles @ b.T
     u = g @ w @ g.T
-    y = a @ torch.einsum("ncijpq,kcpq->nkijpq", v, u) @ a.T  # (N, K, i, j, 4, 4)
+    y = a @ torch.einsum("ncijpq,kcpq->nkijpq", v, u) @ a.T  # (N, K, i, j, m, m)
     return y.permute(0, 1, 2, 4, 3, 5).reshape(x.shape[0], w.shape[0], *x.shape[2:])
 
 
@@ -51,52 +56,110 @@ def operands(c, k):
     return (torch.randn(2, c, 16, 16, generator=generator), torch.randn(k, c, 3, 3, generator=generator))
 
 
-def variant(x, w):
-    return backends.select(Pass.FPROP, ConvProblem.of_fprop(x, w, Geom((1, 1), (1, 1)))).variant
+def variant(x, w, pass_=Pass.FPROP):
+    return backends.select(pass_, ConvProblem.of_fprop(x, w, Geom((1, 1), (1, 1)))).variant
 
 
-def test_the_transforms_of_this_file_compute_a_convolution():
+@contextmanager
+def running(m):
+    """F(m x m, 3x3) where m is 2 or 4, the direct form where it is 0; on operands of 64 channels and more."""
+    with convext.backend("native"), convext.accuracy({4: "fast", 2: "strict", 0: "direct"}[m]):
+        name = variant(*operands(64, 64))
+        assert f"winograd{m}x{m}" in name if m else "direct" in name
+        yield
+
+
+@pytest.mark.parametrize("m", [2, 4])
+def test_the_transforms_of_this_file_compute_a_convolution(m):
     x, w = (t.double() for t in operands(5, 3))
-    torch.testing.assert_close(winograd(x, w, *transforms()), F.conv2d(x, w, padding=1))
+    torch.testing.assert_close(winograd(x, w, *transforms(m)), F.conv2d(x, w, padding=1))
 
 
-@pytest.mark.parametrize("c", [16, 64, 200])
-def test_winograd_error_within_the_bound_of_its_transforms(c):
+@pytest.mark.parametrize("m", [2, 4])
+@pytest.mark.parametrize("c", [64, 200])
+def test_winograd_error_within_the_bound_of_its_transforms(m, c):
     """Every product and sum rounds once, relative to its size. The sizes are bounded by the same computation on
     absolute values; rounding errors of a chain of n operations add up like a random walk, eps * sqrt(n) (Higham and
     Mary, 2019), with a factor of 4 for the largest of many outputs. A chain is the sum over c and at most 6 operations
     in each of two dimensions of three transforms."""
-    x, w = operands(c, 48)
-    with convext.backend("native"), convext.accuracy("fast"):
-        assert "winograd" in variant(x, w)
+    x, w = operands(c, 64)
+    with running(m):
         y = convext.conv2d(x, w, padding=1)
-    size = winograd(x.double().abs(), w.double().abs(), *(t.abs() for t in transforms()))
+    size = winograd(x.double().abs(), w.double().abs(), *(t.abs() for t in transforms(m)))
     bound = 4 * torch.finfo(torch.float32).eps / 2 * (c + 36) ** 0.5 * size
     error = (y.double() - F.conv2d(x.double(), w.double(), padding=1)).abs()
     assert (error <= bound).all(), (error / bound).max().item()
 
 
-def test_strict_takes_the_direct_form_and_the_setting_is_put_back():
+def test_the_factors_of_the_accuracy_policy_follow_from_the_transforms():
+    """The figures of docs/design.md: for each output of a tile, what the variance of a sum's rounding errors is
+    multiplied by in one dimension (3 for plain sums, which are 9 times as long), and the same for sizes."""
+    for m, variance, size in [(2, 5.0, 8.0), (4, 26.32, 27.42)]:
+        a, g, b = transforms(m)
+        assert (a**2 @ ((g**2).sum(1) * (b**2).sum(1))).max().item() == pytest.approx(variance, abs=0.005)
+        assert (a.abs() @ (g.abs().sum(1) * b.abs().sum(1))).max().item() == pytest.approx(size, abs=0.005)
+
+
+def plain_sum(x, w):
+    """conv2d with padding 1 in float32, one product after the other."""
+    n, c, h, width = x.shape
+    x, y = F.pad(x, (1, 1, 1, 1)), torch.zeros(n, w.shape[0], h, width)
+    for i in range(c):
+        for r in range(3):
+            for s in range(3):
+                y += w[:, i, r, s].view(-1, 1, 1) * x[:, i : i + 1, r : r + h, s : s + width]
+    return y
+
+
+@pytest.mark.parametrize("c", [32, 64, 256])
+def test_rms_error_beside_that_of_plain_sums(c):
+    """docs/design.md: factor / 9 of a plain sum's, times sqrt(1 + 2 * roundings / c) for the transforms' own."""
+    x, w = operands(c, 64)
+    exact = F.conv2d(x.double(), w.double(), padding=1)
+
+    def rms(y):
+        return (y - exact).square().mean().sqrt().item()
+
+    plain = rms(plain_sum(x, w))
+    for m, factor, roundings in [(2, 5.0, 7), (4, 26.32, 17)]:
+        with running(m):
+            y = convext.conv2d(x, w, padding=1)
+            # The gradient of a convolution with the transposed filters turned by half a turn is the same convolution.
+            dx = torch.ops.convext.dgrad(x, w.flip(2, 3).transpose(0, 1), [16, 16], [1, 1], [1, 1], [1, 1], 1)
+        bound = 1.1 * factor / 9 * (1 + 2 * roundings / c) ** 0.5 * plain
+        assert rms(y) <= bound and rms(dx) <= bound
+        if m == 2:
+            assert rms(y) < plain and rms(dx) < plain
+
+
+def test_the_setting_chooses_and_is_put_back():
     x, w = operands(64, 64)
     with convext.backend("native"), convext.accuracy("fast"):
-        with convext.accuracy("strict"):
-            assert "direct" in variant(x, w)
-            strict = convext.conv2d(x, w, padding=1)
-        assert "winograd" in variant(x, w)
-        fast = convext.conv2d(x, w, padding=1)
-    exact = F.conv2d(x.double(), w.double(), padding=1)
-    assert (strict.double() - exact).abs().max() < (fast.double() - exact).abs().max() < 1e-4 * exact.abs().max()
+        for pass_ in (Pass.FPROP, Pass.DGRAD):
+            with convext.accuracy("strict"):
+                assert "winograd2x2" in variant(x, w, pass_)
+                with convext.accuracy("direct"):
+                    assert "direct" in variant(x, w, pass_)
+                assert "winograd2x2" in variant(x, w, pass_)
+            assert "winograd4x4" in variant(x, w, pass_)
 
 
-def test_float64_never_runs_winograd():
+def test_too_few_channels_for_the_bound_are_summed_directly():
+    with convext.backend("native"), convext.accuracy("strict"):
+        assert "direct" in variant(*operands(31, 64))
+
+
+@pytest.mark.parametrize("accuracy", ["fast", "strict"])
+def test_float64_never_runs_winograd(accuracy):
     x, w = (t.double() for t in operands(64, 64))
-    with convext.backend("native"), convext.accuracy("fast"):
-        assert "winograd" not in variant(x, w)
+    with convext.backend("native"), convext.accuracy(accuracy):
+        for pass_ in (Pass.FPROP, Pass.DGRAD):
+            assert "winograd" not in variant(x, w, pass_)
 
 
 def test_an_unknown_name_is_refused_and_changes_nothing():
     x, w = operands(64, 64)
-    with convext.backend("native"), convext.accuracy("strict"):
-        with pytest.raises(ValueError, match="accuracy: unknown name 'exact', expected one of 'fast', 'strict'"):
+    with convext.backend("native"), convext.accuracy("direct"):
+        with pytest.raises(ValueError, match="unknown name 'exact', expected one of 'fast', 'strict', 'direct'"):
             convext.accuracy("exact")
         assert "direct" in variant(x, w)

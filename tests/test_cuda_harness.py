@@ -11,19 +11,21 @@ import pytest
 pytestmark = [pytest.mark.skipif(harness.why_not() is not None, reason=str(harness.why_not())),
               pytest.mark.timeout(1200)]  # the first test of a form waits for its build
 
-VARIANTS = "tests/cuda_variants.cpp"
+VARIANTS, TRAFFIC = "tests/cuda_variants.cpp", "tests/cuda_on_cpu/traffic.cpp"
 
 
 @pytest.fixture(scope="session")
 def program(tmp_path_factory):
-    """program(form): cuda_variants with every kernel, built once in each form."""
-    built = {}
+    """program(form, main=VARIANTS): a program with every kernel, built once in each form."""
+    folders, built = {}, {}
 
-    def get(form: str):
-        if form not in built:
-            folder = tmp_path_factory.mktemp(f"cuda_{form}")
-            built[form] = harness.build(folder, form, harness.kernel_sources(), VARIANTS)
-        return built[form]
+    def get(form: str, main: str = VARIANTS):
+        if form not in folders:
+            folders[form] = tmp_path_factory.mktemp(f"cuda_{form}")
+        if (form, main) not in built:
+            more = ("select_cuda.cpp",) if main == TRAFFIC else ()
+            built[form, main] = harness.build(folders[form], form, harness.kernel_sources(), main, more=more)
+        return built[form, main]
 
     return get
 
@@ -49,7 +51,7 @@ def test_no_variant_races(program):
 
 
 def test_global_traffic_of_known_networks(program, capsys):
-    done = harness.run(program("race"), "--traffic")
+    done = harness.run(program("race", TRAFFIC))
     with capsys.disabled():
         print("\n" + done.stdout)
     assert_clean(done)
@@ -80,6 +82,7 @@ IGEMM_DGRAD = "dgrad_igemm_bf16_64x64x32_sm80"
 GATHER = "fprop_igemm_bf16_64x64x32_gather_sm80"
 WINDOW = "fprop_depthwise_bf16_window_sm80"
 BACKWARD = "wgrad_depthwise_bf16_window_sm80"
+BACKWARD_ANY = "wgrad_depthwise_bf16_any_sm80"
 
 MUTANTS = {
     "missing_wait": Mutant("cuda/tile/igemm_pixels.h", "cp_async_wait<STAGES - 2>", "cp_async_wait<STAGES - 1>",
@@ -122,6 +125,23 @@ MUTANTS = {
                                   "column >= 0 && column <= problem.w ? load_run", "plain", WINDOW),
     "sum_overwritten": Mutant("cuda/depthwise_backward_sm80.cu", "__syncthreads();  // orders the sum before",
                               "// orders the sum before", "race", BACKWARD),
+    "offset_of_32_bits": Mutant("cuda/tile/igemm_pixels.h", "int64_t{a_h[i]} * in_strides.h",
+                                "a_h[i] * static_cast<int32_t>(in_strides.h)", "plain", IGEMM_FPROP),
+    "shares_summed_too_early": Mutant("cuda/depthwise_backward_sm80.cu",
+                                      "__syncthreads();  // orders the threads'", "// orders the threads'", "race",
+                                      BACKWARD_ANY),
+    "part_of_a_large_filter_forgotten": Mutant("cuda/depthwise_backward_sm80.cu", "while (begin < entries)",
+                                               "while (false)", "plain", BACKWARD_ANY),
+    "statistics_of_what_was_not_stored": Mutant("cuda/tile/igemm_pixels.h", "seen.template add_stored<T>(v)",
+                                                "seen.add(v)", "plain", IGEMM_FPROP),
+    "statistics_row_forgotten": Mutant("cuda/tile/statistics.h", "table.join_rows(0, rows, c,",
+                                       "table.join_rows(0, rows - (rows > 1), c,", "plain", IGEMM_FPROP),
+    "statistics_before_the_slabs_are_read": Mutant("cuda/tile/igemm_pixels.h",
+                                                   "__syncthreads();  // all have read their slabs",
+                                                   "// all have read their slabs", "race", IGEMM_FPROP),
+    "statistics_over_rows_not_yet_read": Mutant("cuda/tile/statistics.h",
+                                                "__syncthreads();  // the rows are read before",
+                                                "// the rows are read before", "race", WINDOW),
     "split_forgotten": Mutant("cuda/tile/reduce_splits.h", "split < splits;", "split < splits - (splits > 1);", "plain",
                               BACKWARD),
 }
@@ -134,6 +154,7 @@ ONLY = {
     GATHER: ("cuda/igemm_fprop_sm80.cu", "CONVEXT_IGEMM(cuda::bf16, bf16, 32, 64x64, _gather, false)"),
     WINDOW: ("cuda/depthwise_fprop_sm80.cu", None),
     BACKWARD: ("cuda/depthwise_backward_sm80.cu", None),
+    BACKWARD_ANY: ("cuda/depthwise_backward_sm80.cu", None),
 }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import re
 import subprocess
 import sysconfig
 
@@ -15,6 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import convext
+from convext import backends
 from convext.backends import native_cuda
 from convext.problem import ConvProblem, Epilogue, Geom, Layout, Pass
 
@@ -61,6 +64,7 @@ CASES = {
     "dilated": ((1, 16, 9, 9), (16, 16, 3, 3), Geom((1, 1), (4, 4), (4, 4))),
     "depthwise": ((2, 16, 9, 8), (16, 1, 3, 3), Geom((1, 1), (1, 1), (1, 1), 16)),
     "depthwise_stride_2": ((1, 24, 9, 9), (24, 1, 5, 5), Geom((2, 2), (2, 2), (1, 1), 24)),
+    "depthwise_dilated": ((1, 16, 9, 8), (16, 1, 3, 3), Geom((1, 1), (2, 2), (2, 2), 16)),
     "depthwise_multiplier": ((1, 6, 7, 8), (12, 1, 3, 3), Geom((1, 1), (1, 1), (1, 1), 6)),
 }
 FORMATS = {Layout.NCHW: torch.contiguous_format, Layout.NHWC: torch.channels_last}
@@ -120,9 +124,29 @@ def test_passes(cuda, name, dtype, layout):
         check(Pass.WGRAD, dw)
 
 
-def test_one_pass_serves_depthwise_channels_last(cuda):
-    assert cuda.backward_in_one_pass(make("depthwise", torch.bfloat16, Layout.NHWC)[0])
-    assert not cuda.backward_in_one_pass(make("direct", torch.bfloat16, Layout.NHWC)[0])
+@pytest.mark.parametrize("layout", Layout)
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("depthwise")])
+def test_one_pass_serves_depthwise(cuda, name, layout):
+    assert cuda.backward_in_one_pass(make(name, torch.bfloat16, layout)[0])
+    assert not cuda.backward_in_one_pass(make("direct", torch.bfloat16, layout)[0])
+
+
+def test_depthwise_contiguous_tensors_are_read_as_they_are(cuda):
+    problem, *_ = make("depthwise", torch.bfloat16, Layout.NCHW)
+    large = dataclasses.replace(problem, n=32, h=56, w=56)
+    for pass_ in Pass:
+        assert "_planes_" in cuda.variant(pass_, large)
+
+
+def test_direct_contiguous_tensors_are_transposed_where_that_pays(cuda):
+    problem, *_ = make("direct", torch.bfloat16, Layout.NCHW)
+    large = dataclasses.replace(problem, n=32, c=256, k=256, h=28, w=28)
+    for pass_ in Pass:
+        assert "_gather_" not in cuda.variant(pass_, large)
+    rgb = dataclasses.replace(problem, n=32, c=3, k=64, h=224, w=224, r=7, s=7, stride_h=2, stride_w=2)
+    for pass_ in (Pass.FPROP, Pass.WGRAD):
+        assert "_gather_" in cuda.variant(pass_, rgb)
+        assert cuda._plan(pass_, rgb).x_layout is Layout.NCHW  # the first layer reads images as they come
 
 
 @pytest.mark.parametrize("layout", Layout)
@@ -140,12 +164,79 @@ def test_epilogue(cuda, name, layout):
     torch.testing.assert_close(got, F.conv2d(x, w, bias, *geom))
 
 
+@pytest.mark.parametrize("layout", Layout)
+@pytest.mark.parametrize("name", CASES)
+def test_batch_stats_out_of_the_convolution(cuda, name, layout):
+    problem, x, w, _, geom = make(name, torch.float64, layout)
+    bias = torch.rand(problem.k, dtype=torch.float64)
+    y, mean, var = cuda.fprop_batch_stats(problem, x, w, bias)
+    want = F.conv2d(x, w, bias, *geom)
+    torch.testing.assert_close(y, want)
+    torch.testing.assert_close(mean, want.mean((0, 2, 3)))
+    torch.testing.assert_close(var, want.var((0, 2, 3), unbiased=False))
+    assert y.is_contiguous(memory_format=FORMATS[layout])
+
+
+@pytest.mark.parametrize("name", ["direct", "first_layer", "depthwise"])
+def test_batch_stats_are_those_of_y_as_stored(cuda, name):
+    problem, x, w, *_ = make(name, torch.bfloat16, Layout.NHWC)
+    y, mean, var = cuda.fprop_batch_stats(problem, x, w, None)
+    want_mean, want_var = cuda.batch_stats(y)
+    torch.testing.assert_close((mean, var), (want_mean, want_var))
+
+
+def test_training_takes_the_statistics_from_the_convolution(cuda, monkeypatch):
+    """Conv + BN + ReLU in training through the public operator, with the emulated kernels as the CPU's native ones."""
+    backend = backends.get("native")
+
+    def on_cuda(problem):
+        return dataclasses.replace(problem, device="cuda")
+
+    def use(name, served):
+        monkeypatch.setattr(backend, name, served)
+
+    use("reject", lambda pass_, problem: cuda.reject(pass_, on_cuda(problem)))
+    use("variant", lambda pass_, problem: cuda.variant(pass_, on_cuda(problem)))
+    use("fprop_batch_stats", lambda problem, *tensors: cuda.fprop_batch_stats(on_cuda(problem), *tensors))
+    use("dgrad", lambda problem, dy, w: cuda.dgrad(on_cuda(problem), dy, w))
+    use("wgrad", lambda problem, dy, x: cuda.wgrad(on_cuda(problem), dy, x))
+    use("bn_act", cuda.bn_act)
+    use("bn_act_backward", cuda.bn_act_backward)
+    use("unavailable", lambda device_type: None)
+    use("batch_stats", None)  # y must not be read again
+    problem, x, w, dy, geom = make("direct", torch.float64, Layout.NHWC)
+    gamma, beta = torch.rand(2, problem.k, dtype=torch.float64)
+    leaves = [t.clone().requires_grad_() for t in (x, w, gamma, beta)]
+    with convext.backend("native"):
+        out, *_ = torch.ops.convext.fprop_bn_act_train(*leaves[:2], None, *leaves[2:], None, *geom, 1e-3, "relu")
+        got = torch.autograd.grad(out, leaves, dy)
+    y = F.batch_norm(F.conv2d(*leaves[:2], None, *geom), None, None, *leaves[2:], True, eps=1e-3)
+    torch.testing.assert_close(out, y.relu())
+    for g, want in zip(got, torch.autograd.grad(y.relu(), leaves, dy)):
+        torch.testing.assert_close(g, want)
+
+
 def test_tf32_only_where_it_is_allowed(cuda):
     problem, *_ = make("direct", torch.float32, Layout.NHWC)
     with torch.backends.cudnn.flags(allow_tf32=True):  # not the attribute: OpInfo's suite, once imported, forbids it
         assert "_tf32_" in cuda.variant(Pass.FPROP, problem)
     with torch.backends.cudnn.flags(allow_tf32=False):
         assert "_simt_f32_" in cuda.variant(Pass.FPROP, problem)
+
+
+@pytest.mark.parametrize("model", ["resnet50", "mobilenet_v2"])
+def test_every_layer_pass_and_dtype_has_a_kernel(cuda, model, capsys):
+    pytest.importorskip("torchvision")
+    from convext import cli
+
+    assert cli.main(["report", "--model", model, "--device", "cuda", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "all served" in printed
+    names = set(re.findall(r"\b(?:[fdw]prop|dgrad|wgrad)_[a-z]+_(?:bf16|f16|tf32|f32|f64)_\w+", printed))
+    for pass_ in ("fprop", "dgrad", "wgrad"):
+        assert {n.split("_")[2] for n in names if n.startswith(pass_)} >= {"bf16", "f16", "tf32", "f64"}
+        assert any(n.startswith(f"{pass_}_igemm_bf16") for n in names)
+        assert model == "resnet50" or f"{pass_}_depthwise_bf16_window_sm80" in names
 
 
 def test_views_that_are_not_aligned_are_copied(cuda):
@@ -179,4 +270,4 @@ def test_a_kernel_that_rejects_says_so(emulated):
     names = [v["name"] for v in emulated.variants()]
     index = names.index("fprop_depthwise_bf16_window_sm80")
     with pytest.raises(ValueError, match="fprop_depthwise_bf16_window_sm80 rejects the problem: it serves depthwise"):
-        emulated.launch(index, [1, 8, 4, 4, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1, 2, 1, 1], 0, 0, *[0] * 7, 0, 0, 0)
+        emulated.launch(index, [1, 8, 4, 4, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1, 2, 1, 1], 0, 0, *[0] * 7, 0, 0, 0, 0)

@@ -404,6 +404,60 @@ def test_autocast_follows_the_context():
         close(a.float(), b.float(), 8 * torch.finfo(torch.bfloat16).eps)
 
 
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.bn = nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.second, self.norm = nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16)
+
+    def forward(self, x):
+        x = torch.relu(self.bn(self.first(x)))
+        return torch.relu(self.norm(self.second(x)) + x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_rounds_the_weights_once_for_calls_without_gradients(dtype):
+    plain = Residual().eval()
+    swapped = convext.swap(copy.deepcopy(plain))
+    x = torch.randn(2, 8, 9, 9)
+    with torch.no_grad():
+        before = swapped(x)
+        for change in (1.0, -2.0):  # the copies in half precision follow the weights
+            for model in (plain, swapped):
+                model.first.weight.mul_(change)
+            for _ in range(3):
+                with torch.autocast("cpu", dtype):
+                    found, expected = swapped(x), plain(x)
+                assert found.dtype == expected.dtype == dtype
+                close(found.float(), expected.float(), 8 * torch.finfo(dtype).eps)
+        close(swapped(x), plain(x), 1e-5)  # and out of the context nothing is cast
+        assert not torch.equal(before, swapped(x))
+        with pytest.raises(RuntimeError):
+            swapped(x.to(dtype))
+
+
+def test_autocast_fuses_the_residual(count_native):
+    swapped = convext.swap(Residual().eval())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), convext.backend("native"):
+        for _ in range(3):
+            swapped(torch.randn(2, 8, 9, 9))
+    assert sum(count_native().values()) == 6
+
+
+def test_autocast_with_a_residual_in_float32_adds_in_float32():
+    class Outside(nn.Sequential):
+        def forward(self, x):
+            return self[1](self[0](x)) + x
+
+    plain = Outside(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)).eval()
+    swapped, x = convext.swap(copy.deepcopy(plain)), torch.randn(1, 8, 5, 5)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            found, expected = swapped(x), plain(x)
+            assert found.dtype == expected.dtype == torch.float32
+            close(found, expected, 8 * torch.finfo(torch.bfloat16).eps)
+
+
 def test_frozen_parameters_get_no_gradient():
     model = convext.swap(make())
     model.conv.weight.requires_grad_(False)
@@ -637,6 +691,13 @@ def test_verify_agrees_and_leaves_no_trace(training, dtype):
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert "agree" in str(found)
+
+
+def test_verify_draws_its_numbers_wherever_the_default_device_is():
+    """A generator of the CPU's draws on the CPU alone."""
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), torch.randn(2, 3, 6, 6)
+    with torch.device("meta"):
+        assert convext.verify(model, x).ok
 
 
 def test_verify_sees_a_difference(monkeypatch):

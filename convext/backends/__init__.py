@@ -18,9 +18,15 @@ and, where it has something to say, these:
 
     prepared_fprop(problem, activation) -> call
         as `Choice.prepared_fprop`, with everything looked up beforehand that does not depend on the tensors
+    takes_float_weights(problem) -> bool
+        whether that call takes float32 weights for a problem in half precision
+    prepared_sequence(blocks) -> native_sequence.Prepared|None
+        fprops in a row as one call: swap/sequences.py
     slower(pass_, problem) -> str|None    what was measured to be faster; only an automatic choice listens
     reject_batch_norm(y) -> str|None      why it cannot run the last three on tensors like y
     depthwise_backward(problem, dy, x, w) -> dx, dw     both gradients of a depthwise problem in one pass
+    fprop_batch_stats(problem, x, w, bias) -> y, mean, var | None
+        fprop and batch_stats(y) without reading y again, where a kernel does that
 
 `convext.backends()` lists the backends; the module is callable for that.
 """
@@ -70,9 +76,15 @@ class Choice:
         self.counter = counter(backend.name, pass_.name.lower(), self.variant)
         self.run = getattr(backend, pass_.name.lower())
 
-    def prepared_fprop(self, activation: str):
+    def prepared_fprop(self, activation: str, rounds_weights: bool = False):
         """call(x, w, bias, mean, var, gamma, beta, residual, eps) -> y of this problem, for who calls it again and
-        again. It checks nothing, and must not be kept beyond the present `epoch`."""
+        again. It checks nothing, and must not be kept beyond the present `epoch`. `rounds_weights`: w and bias may be
+        float32 where the problem is in half precision."""
+        if rounds_weights and not (hasattr(self.backend, "takes_float_weights")
+                                   and self.backend.takes_float_weights(self.problem)):
+            call = self.prepared_fprop(activation)
+            return lambda x, w, bias, *others: call(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype),
+                                                    *others)
         if hasattr(self.backend, "prepared_fprop"):
             return self.backend.prepared_fprop(self.problem, activation)
         run, problem = self.run, self.problem
@@ -137,10 +149,13 @@ def unavailable(name: str, device_type: str) -> str | None:
 
 def backends() -> list[BackendStatus]:
     """Every backend on every type of device this torch knows here: name, device, available, and the reason if not."""
-    devices = ["cpu"] + [device for device in PRIORITY if device != "cpu"]
+    devices = list(PRIORITY)
+    here = torch.accelerator.current_accelerator(check_available=True)
+    if here is not None and here.type not in devices:
+        devices.append(here.type)
     status = []
     for device in devices:
-        for name in PRIORITY[device]:
+        for name in PRIORITY.get(device, ELSEWHERE):
             reason = unavailable(name, device)
             status.append(BackendStatus(name, device, reason is None, reason))
     return status

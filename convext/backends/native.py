@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ..problem import ACTIVATIONS, ConvProblem, DType, Epilogue, Pass
-from . import native_cuda
+from . import native_cuda, native_sequence
 
 try:
     from .. import _C
@@ -39,7 +39,7 @@ class _Plan(NamedTuple):
 
 @functools.cache
 def _has_bf16_dot() -> bool:
-    return _C.isa() == "avx512" and _C.cpu_features().get("avx512bf16", False)
+    return _C.cpu_features().get("avx512bf16", False)
 
 
 def _fields(problem: ConvProblem) -> tuple[int, ...]:
@@ -59,6 +59,11 @@ def _plan(pass_: Pass, problem: ConvProblem) -> _Plan | None:
     pack_format = _C.pack_format(index, fields) if packs else None
     size = _PACKED_HEADER + _C.packed_size(index, fields) if pack_format else 0
     return _Plan(index, _C.variants()[index]["name"], geom, pack_format, size)
+
+
+def _rejects_block(block) -> bool:
+    return _C.reject_block([_fields(step.problem) for step in block.steps],
+                           [step.excite is not None for step in block.steps]) is not None
 
 
 def forget_plans() -> None:
@@ -133,26 +138,28 @@ class NativeBackend:
         if p.device != "cpu" or p.is_depthwise:
             return None
         if p.dtype is DType.BFLOAT16 and _has_bf16_dot():
-            if p.npq > 64 or pass_ is Pass.WGRAD:
+            kernel = self.variant(pass_, p)
+            staged = "_bf16_" not in kernel and "_winograd" not in kernel
+            if staged and (p.npq > 64 or pass_ is Pass.WGRAD):
                 return "ATen multiplies bfloat16 with this CPU's bfloat16 instructions, twice as fast as float32"
-        elif p.groups > 1:
+        if p.groups > 1 and "_grouped_" not in self.variant(pass_, p):
             columns = p.c_per_group if pass_ is Pass.DGRAD else p.k_per_group
             if columns <= (16 if pass_ is Pass.WGRAD else 8 if p.is_unit_stride else 4):
                 return f"{columns} channels a group leave most lanes of a vector empty"
-        elif p.c <= 4 and not p.is_pointwise and pass_ is not Pass.FPROP:
+        elif p.c <= 4 and not p.is_pointwise and pass_ is Pass.DGRAD:
             return f"{p.c} input channels leave most lanes of a vector empty"
         if p.flops <= 1.2e5 and pass_ is not Pass.DGRAD:
             return "so few multiplications cost less than the call"
         return None
 
-    def winograd(self) -> bool:
-        """Whether Winograd kernels may be selected."""
-        return _C is not None and _C.winograd()
+    def accuracy(self) -> int:
+        """The accuracy setting, a position in convext.accuracy's names; 0 without the compiled library."""
+        return 0 if _C is None else _C.accuracy()
 
-    def allow_winograd(self, on: bool) -> None:
-        """Allows or forbids Winograd kernels; without the compiled library there are none to forbid."""
+    def set_accuracy(self, accuracy: int) -> None:
+        """Sets it; without the compiled library there are no algorithms to choose among."""
         if _C is not None:
-            _C.set_winograd(on)
+            _C.set_accuracy(accuracy)
             forget_plans()
 
     def variant(self, pass_: Pass, problem: ConvProblem) -> str:
@@ -171,6 +178,14 @@ class NativeBackend:
             e.residual, plan.geom, e.eps, ACTIVATIONS[e.activation], problem.y_layout == _NHWC,
         )  # fmt: skip
 
+    def takes_float_weights(self, problem: ConvProblem) -> bool:
+        """On the CPU weights are rounded as they are packed, once, and not at every call."""
+        return problem.device == "cpu"
+
+    def fprop_batch_stats(self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None):
+        """(y, mean, var) where a kernel has the statistics of y before y leaves it, or None: CUDA."""
+        return native_cuda.fprop_batch_stats(problem, x, w, bias) if problem.device == "cuda" else None
+
     def prepared_fprop(self, problem: ConvProblem, activation: str):
         if problem.device == "cuda":
             return native_cuda.prepared_fprop(problem, activation)
@@ -184,6 +199,33 @@ class NativeBackend:
                       eps, code, nhwc)
 
         return call
+
+    def prepared_sequence(self, blocks):
+        steps = [step for block in blocks for step in block.steps]
+        if any(step.problem.device == "cuda" for step in steps):
+            return None
+        plans = [_plan(Pass.FPROP, step.problem) for step in steps]
+        kernels = [_C.variants()[plan.variant] for plan in plans]
+        if any(kernel["dtype"] != step.problem.dtype or step.problem.y_layout != _NHWC
+               for kernel, step in zip(kernels, steps)) or any(step.problem.x_layout != _NHWC for step in steps[1:]) \
+                or steps[0].problem.x_layout != _NHWC and not kernels[0]["reads_nchw"] \
+                or any(len(block.steps) > 1 and _rejects_block(block) for block in blocks):
+            return None
+        op, program = torch.ops.convext_cpu.sequence.default._op, native_sequence.program(blocks, plans)
+
+        def arrange(tensors):
+            operands = []
+            for plan, step in zip(plans, tensors):
+                operands.append(step[0])
+                if plan.pack_format is not None:
+                    operands.append(_packed_buffer(step[0], plan))
+                operands += [t for t in step[1:] if t is not None]
+            return operands, [step[0] for step in tensors]
+
+        def run(x, operands, weights, eps):
+            return op(program, x, operands, [_version(w) for w in weights], eps)
+
+        return native_sequence.Prepared(arrange, run, _C.Watch)
 
     def dgrad(self, problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         if problem.device == "cuda":

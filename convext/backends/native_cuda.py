@@ -38,6 +38,7 @@ class _Plan(NamedTuple):
     krsc: bool  # weights lie in channels-last order
     workspace: int  # bytes
     writes_dx: bool  # the wgrad kernel can write dx in the same pass
+    stats_rows: int  # of partial batch statistics that the fprop kernel can write
 
 
 def _fields(problem: ConvProblem, x_layout: Layout, y_layout: Layout) -> list[int]:
@@ -64,7 +65,7 @@ def _plan_for(pass_: Pass, problem: ConvProblem, tf32: bool) -> _Plan | None:
     fields = _fields(problem, x_layout, y_layout)
     known = _CUDA.variants()[index]
     return _Plan(index, known["name"], fields, x_layout, y_layout, _CUDA.weight_order(index, fields) == "krsc",
-                 _CUDA.workspace(index, fields), known["writes_dx"])
+                 _CUDA.workspace(index, fields), known["writes_dx"], _CUDA.stats_rows(index, fields))
 
 
 def _plan(pass_: Pass, problem: ConvProblem) -> _Plan | None:
@@ -105,16 +106,22 @@ def _where(t: torch.Tensor) -> tuple[int, int]:
     return index, torch._C._cuda_getCurrentRawStream(index)
 
 
-def _launch(plan: _Plan, a, b, out, scale=None, shift=None, residual=None, activation="identity", w=None, dx=None):
+def _launch(plan: _Plan, a, b, out, scale=None, shift=None, residual=None, activation="identity", w=None, dx=None,
+            stats=None):
     workspace = _scratch(out, plan.workspace)
     _CUDA.launch(plan.variant, plan.fields, *_where(out), _address(a), _address(b), _address(out), _address(workspace),
                  _address(scale), _address(shift), _address(residual), ACTIVATIONS[activation], _address(w),
-                 _address(dx))
+                 _address(dx), _address(stats))
 
 
 def _channels(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """A per-channel tensor as the kernels read it."""
     return None if t is None else t.to(dtype).contiguous()
+
+
+def _number(dtype: torch.dtype) -> int:
+    """The dtype as C++ numbers it."""
+    return int(DType[str(dtype).removeprefix("torch.").upper()])
 
 
 def _folded(epilogue: Epilogue, k: int, like: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -125,8 +132,7 @@ def _folded(epilogue: Epilogue, k: int, like: torch.Tensor) -> tuple[torch.Tenso
         return None, bias
     norm = [_channels(t, dtype) for t in (epilogue.mean, epilogue.var, epilogue.gamma, epilogue.beta)]
     scale, shift = torch.empty(2, k, dtype=dtype, device=like.device)
-    number = DType.FLOAT64 if dtype is torch.float64 else DType.FLOAT32
-    _CUDA.fold(k, int(number), *_where(like), [_address(t) for t in norm], epilogue.eps, _address(bias),
+    _CUDA.fold(k, _number(dtype), *_where(like), [_address(t) for t in norm], epilogue.eps, _address(bias),
                _address(scale), _address(shift))
     return scale, shift
 
@@ -176,6 +182,21 @@ def fprop(problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Epil
     return y.contiguous(memory_format=_FORMATS[problem.y_layout])
 
 
+def fprop_batch_stats(problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None):
+    """(y, mean, var) of y = x * w + bias, the statistics out of the kernel's registers; None where it has none."""
+    plan = _plan(Pass.FPROP, problem)
+    if not plan.stats_rows:
+        return None
+    y = _empty(x, problem.y_shape, plan.y_layout)
+    acc = accumulate_dtype(x.dtype)
+    stats = torch.empty(plan.stats_rows * (2 * problem.k + 1), dtype=acc, device=x.device)
+    mean, var = (torch.empty(problem.k, dtype=acc, device=x.device) for _ in range(2))
+    _launch(plan, _dense(x, plan.x_layout), _weights(w, plan), y, shift=_channels(bias, acc), stats=stats)
+    _CUDA.merge_stats(problem.k, plan.stats_rows, _number(acc), *_where(y), _address(stats), _address(mean),
+                      _address(var))
+    return y.contiguous(memory_format=_FORMATS[problem.y_layout]), mean, var
+
+
 def prepared_fprop(problem: ConvProblem, activation: str):
     """fprop as a function of its tensors alone."""
 
@@ -223,7 +244,7 @@ def _norm_layout(y: torch.Tensor) -> Layout:
 
 
 def _norm_shape(y: torch.Tensor, layout: Layout) -> list[int]:
-    return [*y.shape, int(DType[str(y.dtype).removeprefix("torch.").upper()]), int(layout)]
+    return [*y.shape, _number(y.dtype), int(layout)]
 
 
 def _norm_parameters(y, mean, var, gamma, beta) -> tuple[list[torch.Tensor | None], list[int]]:

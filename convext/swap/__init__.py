@@ -19,9 +19,10 @@ from . import calls
 from . import signature as signatures
 from .planned import PlannedForward
 from .report import Report, report
+from .sequences import layer_by_layer
 from .verify import Verification, verify
 
-__all__ = ["Report", "Verification", "report", "revert", "swap", "verify"]
+__all__ = ["Report", "Verification", "layer_by_layer", "report", "revert", "swap", "verify"]
 
 
 def swap(model: nn.Module) -> nn.Module:

@@ -32,8 +32,8 @@ _ELEMENTWISE_FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_, F.relu6, F.s
                           F.softplus}
 _ARITHMETIC = {operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul, operator.truediv,
                operator.itruediv, operator.neg, torch.add, torch.sub, torch.mul, torch.div}
-_SPATIAL_FUNCTIONS = {F.max_pool2d, torch.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d,
-                      F.interpolate}
+_POOLING = {F.max_pool2d, torch.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
+_SPATIAL_FUNCTIONS = _POOLING | {F.interpolate}
 _CAT = {torch.cat, torch.concat, torch.concatenate}
 _ELEMENTWISE_METHODS = {"relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_", "add", "add_", "sub", "sub_", "mul",
                         "mul_", "div", "div_"}
@@ -172,7 +172,7 @@ def makes_new_tensor(node, modules):
         return is_conv(module) or type(module) is not nn.Identity and type(module) in _ELEMENTWISE_MODULES \
             or type(module) in _SPATIAL_MODULES or type(module) is nn.Linear
     if node.op == "call_function":
-        return node.target in _ELEMENTWISE_FUNCTIONS | _ARITHMETIC | _CAT
+        return node.target in _ELEMENTWISE_FUNCTIONS | _ARITHMETIC | _CAT | _POOLING
     return node.op == "call_method" and node.target in _ELEMENTWISE_METHODS
 
 

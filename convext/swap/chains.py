@@ -28,6 +28,11 @@ class Chain:
         return self.nodes[-1]
 
     @property
+    def inputs(self):
+        """What it reads: the source, and the residual if there is one."""
+        return [self.source] if self.residual is None else [self.source, self.residual]
+
+    @property
     def parts(self):
         """What was fused with the convolution, in words."""
         parts = ["bn"] if self.batch_norm is not None else []

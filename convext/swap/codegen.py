@@ -14,16 +14,17 @@ from torch import fx
 _PLAIN = (int, str, bool, type(None))
 
 
-def generate(graph, chains, layout, call_leaf, fused, attribute):
+def generate(graph, units, layout, call_leaf, fused, attribute):
     """The compiled function of (owner, *tensors).
 
-    call_leaf(node) -> callable of a call_module node; fused(chain) -> callable of (x[, residual]);
-    attribute(node) -> callable of (owner) for a get_attr node. `layout` is None outside the seam.
+    units: the chains, blocks and sequences, each called at its last node with its inputs; call_leaf(node) -> callable
+    of a call_module node; fused(unit) -> callable of its inputs; attribute(node) -> callable of (owner) for a get_attr
+    node. `layout` is None outside the seam.
     """
     writer = _Writer()
-    last = {chain.last: (position, chain) for position, chain in enumerate(chains)}
-    skipped = {node for chain in chains for node in chain.nodes}
-    reads = _last_reads(graph, {chain.last: chain for chain in chains}, skipped)
+    last = {unit.last: (position, unit) for position, unit in enumerate(units)}
+    skipped = {node for unit in units for node in unit.nodes}
+    reads = _last_reads(graph, {unit.last: unit for unit in units}, skipped)
     for node in graph.nodes:
         if node.op == "placeholder":
             writer.arguments.append(node.name)
@@ -31,9 +32,8 @@ def generate(graph, chains, layout, call_leaf, fused, attribute):
             writer.lines.append(f"return {writer.text(node.args[0])}")
             break
         if node in last:
-            position, chain = last[node]
-            given = [chain.source] + ([chain.residual] if chain.residual is not None else [])
-            value = f"{writer.name(f'fused_{position}', fused(chain))}({', '.join(n.name for n in given)})"
+            position, unit = last[node]
+            value = f"{writer.name(f'fused_{position}', fused(unit))}({', '.join(n.name for n in unit.inputs)})"
         elif node in skipped or node.op == "placeholder":
             value = None
         elif node.op == "call_module":
@@ -57,13 +57,12 @@ def generate(graph, chains, layout, call_leaf, fused, attribute):
     return writer.compile()
 
 
-def _last_reads(graph, chains, skipped):
+def _last_reads(graph, units, skipped):
     """{node: names of the values that nobody reads after it}"""
     last = {}
     for node in graph.nodes:
-        if node in chains:
-            chain = chains[node]
-            inputs = [chain.source] + ([chain.residual] if chain.residual is not None else [])
+        if node in units:
+            inputs = units[node].inputs
         elif node in skipped or node.op == "placeholder":
             continue
         else:

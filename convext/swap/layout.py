@@ -70,8 +70,7 @@ class Layout:
             self.plain.add(node)
             return
         chain = self.last.get(node)
-        inputs = node.all_input_nodes if chain is None else \
-            [chain.source] + ([chain.residual] if chain.residual is not None else [])
+        inputs = node.all_input_nodes if chain is None else chain.inputs
         if chain is None and self._is_metadata(node, inputs):
             self.plain.add(node)
             return

@@ -12,9 +12,10 @@ from torch.autograd import forward_ad
 from .. import backends, functional, nn, ops
 from ..problem import DTYPES, ConvProblem, Geom, Pass
 
-_settings = itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
+SETTINGS = "stride", "padding", "dilation", "groups", "padding_mode"
+settings_of = itemgetter(*SETTINGS)
 _grad_enabled = torch.is_grad_enabled
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
 class _Convolution:
@@ -22,16 +23,16 @@ class _Convolution:
 
     last     shape, strides, dtype and device of the last input
     weight   shape, strides and dtype of the weight then; y_shape: the result's shape
-    call     the prepared call of the kernel chosen then, and counter its count; None until one is"""
+    call     the prepared call of the choice made then, and counter its count; None until one is"""
 
     __slots__ = ("attributes", "parameters", "settings", "geom", "last", "channels_last", "weight", "y_shape", "call",
-                 "counter")
+                 "counter", "choice")
 
     def __init__(self, module, channels_last):
         self.channels_last = channels_last
         self.attributes, self.parameters = module.__dict__, module._parameters
         self.settings, self.geom = None, None
-        self.last = self.weight = self.y_shape = self.call = self.counter = None
+        self.last = self.weight = self.y_shape = self.call = self.counter = self.choice = None
 
     def refresh(self, settings):
         """The Geom, or None where the settings take more than a Geom to say."""
@@ -40,36 +41,43 @@ class _Convolution:
         self.settings, self.geom = settings, Geom(stride, padding, dilation, groups) if plain else None
         return self.geom
 
-
     def prepare(self, x, w, activation):
-        """Chooses the kernel for calls like this one, which has just gone well."""
-        choice = backends.select(Pass.FPROP, ConvProblem.of_fprop(x, w, self.geom, self.channels_last))
+        """Chooses the kernel for calls like this one, which has just gone well. Under autocast x is in its dtype, and w
+        may be as it was."""
+        self.choice = choice = backends.select(
+            Pass.FPROP, ConvProblem.of_fprop(x, w, self.geom, self.channels_last))
         self.last = x.shape, x.stride(), x.dtype, x.device
         self.weight = w.shape, w.stride(), w.dtype
         self.y_shape = torch.Size(choice.problem.y_shape)
-        self.counter, self.call = choice.counter, choice.prepared_fprop(activation)
+        self.counter = choice.counter
+        self.call = choice.prepared_fprop(activation, rounds_weights=w.dtype is not x.dtype)
 
 
 def bind(conv, batch_norm, activation, apart, channels_last, direct):
     """function(x, residual=None) of one chain. `apart(x, residual)` runs its modules one by one; `channels_last` asks
-    for a channels-last result whatever x is. `direct`: for calls without gradients, modes or transforms, see
-    `runs_direct`."""
+    for a channels-last result whatever x is. `direct`: for calls without gradients, modes or transforms, as
+    `runs_direct` says."""
     if batch_norm is None:
         fused = _conv_act(conv, activation, apart, channels_last)
     else:
         fused = _conv_bn_act(conv, batch_norm, activation, apart, channels_last)
     if direct and (batch_norm is None or not batch_norm.training):
-        return _direct(fused, batch_norm, activation)
+        return _direct(fused, batch_norm, activation, None if direct is True else direct)
     return fused
 
 
 def runs_direct():
-    """True where nothing stands between a call and its kernel."""
-    return not _grad_enabled() and forward_ad._current_level < 0 and ops.dispatcher_is_idle()
+    """True where nothing stands between a call and its kernel, autocast's dtype where that on the CPU alone does."""
+    if _grad_enabled() or forward_ad._current_level >= 0 or not ops.idle_but_for_autocast():
+        return False
+    if not ops._autocast_active():
+        return True
+    return torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda") \
+        and torch.get_autocast_dtype("cpu")
 
 
-def _direct(fused, batch_norm, activation):
-    """`fused`, which a call like the one before passes by."""
+def _direct(fused, batch_norm, activation, autocast):
+    """`fused`, which a call like the one before passes by. `autocast`: what tensors on the CPU are cast to."""
     state = fused.state
     attributes, parameters = state.attributes, state.parameters
     no_batch_norm = batch_norm is None
@@ -79,9 +87,11 @@ def _direct(fused, batch_norm, activation):
         bn_attributes, affine, statistics = batch_norm.__dict__, batch_norm._parameters, batch_norm._buffers
 
     def direct(x, residual=None):
+        if autocast is not None and x.dtype is not autocast:
+            x = ops.autocast_cast(x, "cpu", autocast)
         w = parameters.get("weight")
         mean, var = statistics.get("running_mean"), statistics.get("running_var")
-        if state.call is not None and type(w) in _PLAIN and _settings(attributes) == state.settings \
+        if state.call is not None and type(w) in PLAIN and settings_of(attributes) == state.settings \
                 and (x.shape, x.stride(), x.dtype, x.device) == state.last \
                 and (w.shape, w.stride(), w.dtype) == state.weight and (no_batch_norm or mean is not None is not var) \
                 and (residual is None or residual.shape == state.y_shape and residual.dtype is x.dtype):
@@ -90,7 +100,8 @@ def _direct(fused, batch_norm, activation):
                               residual, bn_attributes["eps"])
         state.call = None
         y = fused(x, residual)
-        if type(w) in _PLAIN and state.geom is not None and x.dim() == 4 and x.dtype is w.dtype and x.dtype in DTYPES:
+        if type(w) in PLAIN and state.geom is not None and x.dim() == 4 and x.dtype in DTYPES \
+                and x.dtype is ops.autocast_dtype(w):
             state.prepare(x, w, activation)
         return y
 
@@ -104,7 +115,7 @@ def _conv_act(conv, activation, apart, channels_last):
 
     def fused(x, residual=None):
         w, bias = parameters.get("weight"), parameters.get("bias")
-        settings = _settings(attributes)
+        settings = settings_of(attributes)
         geom = state.geom if settings == state.settings else state.refresh(settings)
         if w is None or geom is None or x.dim() != 4:
             return apart(x, residual)
@@ -130,7 +141,7 @@ def _conv_bn_act(conv, batch_norm, activation, apart, channels_last):
         w, bias = parameters.get("weight"), parameters.get("bias")
         gamma, beta = affine.get("weight"), affine.get("bias")
         mean, var = statistics.get("running_mean"), statistics.get("running_var")
-        settings = _settings(attributes)
+        settings = settings_of(attributes)
         geom = state.geom if settings == state.settings else state.refresh(settings)
         if w is None or geom is None or x.dim() != 4 or gamma is None and affine.get("bias") is not None \
                 or (mean is None) is not (var is None):
@@ -153,7 +164,8 @@ def _conv_bn_act(conv, batch_norm, activation, apart, channels_last):
 def _fits(residual, x, w, geom):
     """True where a residual needs neither broadcasting nor another dtype."""
     shape = residual.shape
-    return residual.dtype is x.dtype is w.dtype and len(shape) == 4 and shape[0] == x.shape[0] \
+    return residual.dtype is ops.autocast_dtype(x) is ops.autocast_dtype(w) \
+        and len(shape) == 4 and shape[0] == x.shape[0] \
         and shape[1] == w.shape[0] and tuple(shape[2:]) == geom.output_size(x.shape[2:], w.shape[2:])
 
 

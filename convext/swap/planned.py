@@ -3,6 +3,7 @@
 It traces the container's own forward once for each form in which it is called, and runs the compiled plan. Whenever
 a plan cannot stand for the forward that the class defines, that forward runs instead.
 """
+import functools
 import inspect
 import itertools
 import operator
@@ -13,14 +14,15 @@ from torch import nn
 from torch.nn.modules import module as _torch_module
 
 from .. import backends
-from . import calls, chains, codegen, layout, place
+from . import calls, chains, codegen, layout, place, sequences, squeeze_excite
 from . import signature as signatures
 from .audit import Untraceable
 from .tracing import Trace
 
 _GLOBAL_HOOKS = tuple(getattr(_torch_module, name) for name in (
     "_global_backward_pre_hooks", "_global_backward_hooks", "_global_forward_hooks", "_global_forward_pre_hooks"))
-_hooks = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+_hooks = operator.itemgetter(*_HOOKS)
 _training = operator.itemgetter("training")
 _is_tracing = torch._C._get_tracing_state
 _MOST_SIGNATURES, _MOST_TRACES, _MOST_VARIANTS = 8, 4, 16
@@ -53,14 +55,50 @@ class Variant:
 
         self.fused = []    # the function of each chain
 
-        def fused(chain):
-            free = self.layout is not None and chain.last in self.layout.free and chain.last not in self.layout.pinned
+        def is_free(node):
+            return self.layout is None or node in self.layout.free and node not in self.layout.pinned
+
+        def fused_chain(chain):
             batch_norm = None if chain.batch_norm is None else modules[chain.batch_norm]
-            apart = _apart(chain, modules)
-            self.fused.append(place.bind(modules[chain.conv], batch_norm, chain.activation, apart, free, direct))
+            channels_last = self.layout is not None and is_free(chain.last)
+            self.fused.append(place.bind(modules[chain.conv], batch_norm, chain.activation, _apart(chain, modules),
+                                         channels_last, direct))
             return self.fused[-1]
 
-        self.function = codegen.generate(trace.graph, self.chains, self.layout, call_leaf, fused, attribute)
+        def planned(node):
+            """The PlannedForward of the container that a node calls, where nothing else sees the call, or None."""
+            module = modules[node.target] if node.op == "call_module" and node.target not in opaque else None
+            forward = module.__dict__.get("forward") if module is not None else None
+            if not isinstance(forward, PlannedForward) or node.kwargs or len(node.args) != 1 \
+                    or type(module).__call__ is not nn.Module.__call__ or "_compiled_call_impl" in module.__dict__ \
+                    or self.layout is not None and not (node in self.layout.free and plan.takes_any(node)):
+                return None
+            return forward
+
+        self.whole = None  # what runs all of the forward as a member of a sequence, where one unit does
+        units, runners = self.chains, {}
+        if direct:
+            excites = {n: squeeze_excite.match(f.owner, f.plan(f.owner, signatures.ONE_TENSOR))
+                       for n in trace.graph.nodes if (f := planned(n)) is not None}
+            nested = {n: (call_leaf(n), functools.partial(_whole_of, modules[n.target], in_seam, direct))
+                      for n in excites}
+            units = sequences.find_blocks(trace.graph, units, modules, is_free, lambda n: excites.get(n) is not None)
+            units = sequences.find(trace.graph, units, is_free, lambda n: n in nested)
+            parts = sequences.Parts(modules, fused_chain, excites, nested, None if direct is True else direct)
+            runners = {unit.last: parts.runner(unit) for unit in units}
+        if len(units) == len(runners) == 1:
+            first, *inner, output = trace.graph.nodes
+            if first.op == "placeholder" and set(inner) == set(units[0].nodes) and units[0].inputs == [first] \
+                    and output.args[0] is units[0].last:
+                self.whole = runners[units[0].last]
+
+        def fused(unit):
+            if not direct:
+                return fused_chain(unit)
+            runner = runners[unit.last]
+            return runner.function if isinstance(unit, chains.Chain) else runner
+
+        self.function = codegen.generate(trace.graph, units, self.layout, call_leaf, fused, attribute)
 
     @property
     def works_in_any_format(self):
@@ -93,6 +131,16 @@ def _apart(chain, modules):
         return x
 
     return apart
+
+
+def _whole_of(module, in_seam, direct):
+    """(what runs all of a container's forward as a member of a sequence, its plan, the container), or None."""
+    forward = module.__dict__.get("forward")
+    if not isinstance(forward, PlannedForward) or in_seam and not forward.works_in_any_format(1):
+        return None
+    plan = forward.plan(module, signatures.ONE_TENSOR)
+    variant = plan.variant(in_seam, direct) if plan is not None else None
+    return None if variant is None or variant.whole is None else (variant.whole, plan, module)
 
 
 class Plan:
@@ -155,6 +203,21 @@ class Plan:
         else:
             opaque = self._foreign
         return training, opaque
+
+    def watch(self, watch, owner):
+        """Adds to a Watch that this plan, in the state it is in, stands for the owner's forward; False where the state
+        is one that a Watch cannot tell."""
+        if self.state() is None or self.state()[1] or not self.trace.watch(watch, owner):
+            return False
+        for module, kind, attributes in zip(self.leaves, self.types, self.attributes):
+            watch.type(module, kind)
+            watch.item(attributes, "training", attributes["training"])
+        for attributes in [*self.attributes, *self.sequences]:
+            watch.item(attributes, "forward", attributes.get("forward"), "forward" not in attributes)
+        for attributes in self.watched:
+            for kind in _HOOKS:
+                watch.empty(attributes, kind)
+        return True
 
     def _opaque(self):
         """Keys of the modules that must be called as they are; None where a looked-through one listens."""

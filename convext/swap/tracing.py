@@ -288,6 +288,22 @@ class Trace:
                 return False
         return [*map(type, self.sequences)] == self.sequence_types
 
+    def watch(self, watch, owner):
+        """Adds what `current` checks to a Watch; False where it cannot: a value that may change in place."""
+        watch.type(owner, self.owner_type)
+        watch.attribute(self.owner_type, "forward", self.forward)
+        for modules, values in [(owner._modules, self.children), *self.containers]:
+            watch.values(modules, tuple(values))
+        for module in self.sequences:
+            watch.type(module, type(module))
+        for attributes, (count, names, values) in [(owner.__dict__, self.own_attributes), *self.attributes]:
+            if any(isinstance(value, (list, dict, set)) for value in values):
+                return False
+            watch.length(attributes, count)
+            for name in names:
+                watch.item(attributes, name, attributes[name])
+        return True
+
 
 def _same(attributes, expected):
     count, names, values = expected

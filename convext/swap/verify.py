@@ -164,9 +164,10 @@ class _Run:
     @staticmethod
     def _backward(outputs, seed):
         if outputs:
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator("cpu").manual_seed(seed)
             torch.autograd.backward(outputs, [
-                torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, t.dtype) for t in outputs])
+                torch.randn(t.shape, generator=generator, dtype=torch.float64, device="cpu").to(t.device, t.dtype)
+                for t in outputs])
 
 
 def _tensors_of(result):
@@ -192,13 +193,13 @@ def _eps(dtype):
 
 def _move(t, generator, by):
     """t with every element up or down by the relative amount `by(dtype)`."""
-    signs = torch.randint(0, 2, t.shape, generator=generator).to(t.device, torch.float64) * 2 - 1
+    signs = torch.randint(0, 2, t.shape, generator=generator, device="cpu").to(t.device, torch.float64) * 2 - 1
     return (t.double() * (1 + signs * by(t.dtype))).to(t.dtype)
 
 
 @torch.no_grad()
 def _moved(model, seed, by):
-    generator = torch.Generator().manual_seed(seed + 1)
+    generator = torch.Generator("cpu").manual_seed(seed + 1)
     for p in model.parameters():
         if p.is_floating_point():
             p.copy_(_move(p, generator, by))
@@ -206,7 +207,7 @@ def _moved(model, seed, by):
 
 
 def _moved_values(values, seed, by):
-    generator = torch.Generator().manual_seed(seed + 2)
+    generator = torch.Generator("cpu").manual_seed(seed + 2)
     return pytree.tree_map(
         lambda v: _move(v.detach(), generator, by) if isinstance(v, torch.Tensor) and v.is_floating_point() else v,
         values)

@@ -57,7 +57,7 @@ extern const BatchNorm batch_norm_avx2, batch_norm_avx512;
 // The table for an instruction set that this CPU has.
 inline const BatchNorm& batch_norm_for([[maybe_unused]] Isa isa) {
 #if defined(CONVEXT_HAVE_X86_ISAS)
-  if (isa == Isa::kAVX512) return batch_norm_avx512;
+  if (isa >= Isa::kAVX512) return batch_norm_avx512;
   if (isa == Isa::kAVX2) return batch_norm_avx2;
 #endif
   return batch_norm_portable;

@@ -17,8 +17,23 @@ inline TapClasses w_classes(const ConvProblem& p, bool transposed) {
   return {transposed ? p.w : p.q(), transposed ? p.q() : p.w, p.s, p.stride_w, p.pad_w, p.dil_w, transposed};
 }
 
-// The packed order is the same in fprop and dgrad, so that one packed copy serves both.
-inline const char* taps_f32_format(const ConvProblem&) { return CONVEXT_VARIANT_NAME(depthwise_f32); }
-inline const char* taps_f64_format(const ConvProblem&) { return CONVEXT_VARIANT_NAME(depthwise_f64); }
+// The Variant of fprop or dgrad. The packed order is the same in both, so that one packed copy serves both.
+template <class T>
+constexpr Variant taps_variant(const char* name, Pass pass,
+                               const char* (*launch)(const ConvProblem&, const LaunchArgs&)) {
+  return {name,
+          "depthwise",
+          Device::kCPU,
+          pass,
+          kDType<T>,
+          CONVEXT_ISA_ENUM,
+          Layouts::kNHWCOnly,
+          reject_unless_depthwise,
+          nullptr,
+          [](const ConvProblem&) { return CONVEXT_FORMAT_NAME(T, depthwise); },
+          packed_taps_size<T>,
+          pack_taps<T>,
+          launch};
+}
 
 }  // namespace convext::CONVEXT_ISA

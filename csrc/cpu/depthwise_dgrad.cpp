@@ -5,7 +5,7 @@
 //
 // At stride 1 this is the forward pass with its taps walked backwards. At stride 2 each of the 2 x 2 classes of dx
 // pixels meets its own quarter of the taps (3 x 3: 2x2, 2x1, 1x2 and 1x1 of them), so that no product with an inserted
-// zero is computed: 9 FMAs for 4 pixels of dx, as few as in the forward pass. Tiles: depthwise_taps.cpp.
+// zero is computed: 9 FMAs for 4 pixels of dx, as few as in the forward pass. Tiles: depthwise_window.h.
 //
 // Chosen for every depthwise problem. A channel multiplier sums its filters' lanes at the end of a tile.
 #include "depthwise.h"
@@ -18,7 +18,8 @@ template <class T>
 const char* launch(const ConvProblem& problem, const LaunchArgs& args) {
   const int32_t m = problem.k / problem.c;
   const TapSum<T> sum{h_classes(problem, true), w_classes(problem, true), problem.n, problem.k, m,
-                      static_cast<const T*>(args.a), static_cast<const T*>(args.b), static_cast<T*>(args.out), {}};
+                      static_cast<const T*>(args.a), static_cast<const compute_t<T>*>(args.b),
+                      static_cast<T*>(args.out), {}};
   if (m == 1) {
     sum_taps(sum, *args.parallel);
   } else {
@@ -30,18 +31,11 @@ const char* launch(const ConvProblem& problem, const LaunchArgs& args) {
 }  // namespace
 }  // namespace CONVEXT_ISA
 
-extern const Variant CONVEXT_VARIANT(dgrad_depthwise_f32);
-const Variant CONVEXT_VARIANT(dgrad_depthwise_f32) = {
-    CONVEXT_VARIANT_NAME(dgrad_depthwise_f32), "depthwise", Device::kCPU, Pass::kDgrad, DType::kFloat32,
-    CONVEXT_ISA_ENUM, Layouts::kNHWCOnly, CONVEXT_ISA::reject_unless_depthwise, nullptr,
-    CONVEXT_ISA::taps_f32_format, CONVEXT_ISA::packed_taps_size<float>, CONVEXT_ISA::pack_taps<float>,
-    CONVEXT_ISA::launch<float>};
-
-extern const Variant CONVEXT_VARIANT(dgrad_depthwise_f64);
-const Variant CONVEXT_VARIANT(dgrad_depthwise_f64) = {
-    CONVEXT_VARIANT_NAME(dgrad_depthwise_f64), "depthwise", Device::kCPU, Pass::kDgrad, DType::kFloat64,
-    CONVEXT_ISA_ENUM, Layouts::kNHWCOnly, CONVEXT_ISA::reject_unless_depthwise, nullptr,
-    CONVEXT_ISA::taps_f64_format, CONVEXT_ISA::packed_taps_size<double>, CONVEXT_ISA::pack_taps<double>,
-    CONVEXT_ISA::launch<double>};
+#define CONVEXT_DEFINE(T, type)                                                                               \
+  extern const Variant CONVEXT_VARIANT(dgrad_depthwise_##type);                                               \
+  const Variant CONVEXT_VARIANT(dgrad_depthwise_##type) = CONVEXT_ISA::taps_variant<T>(                       \
+      CONVEXT_VARIANT_NAME(dgrad_depthwise_##type), Pass::kDgrad, CONVEXT_ISA::launch<T>);
+CONVEXT_FOR_ELEMENTS(CONVEXT_DEFINE)
+#undef CONVEXT_DEFINE
 
 }  // namespace convext

@@ -4,7 +4,7 @@
 //                       + shift[k] + residual[n, p, q, k])                                              m = K / C
 //
 // No matrices: there is no reduction over channels, so lanes are channels and a tap is one FMA. The tiles and their
-// register budget are in depthwise_taps.cpp. FLOP per byte of x and y at stride 1: 2 * R * S / 8, 2.25 at 3 x 3: beyond
+// register budget are in depthwise_window.h. FLOP per byte of x and y at stride 1: 2 * R * S / 8, 2.25 at 3 x 3: beyond
 // the caches memory bounds it and the epilogue is free.
 //
 // Chosen for every depthwise problem: the direct kernels would leave all lanes but one of a vector idle.
@@ -17,7 +17,7 @@ namespace {
 template <class T>
 const char* launch(const ConvProblem& problem, const LaunchArgs& args) {
   sum_taps<T>({h_classes(problem, false), w_classes(problem, false), problem.n, problem.k, problem.k / problem.c,
-               static_cast<const T*>(args.a), static_cast<const T*>(args.b), static_cast<T*>(args.out),
+               static_cast<const T*>(args.a), static_cast<const compute_t<T>*>(args.b), static_cast<T*>(args.out),
                args.epilogue},
               *args.parallel);
   return nullptr;
@@ -26,18 +26,11 @@ const char* launch(const ConvProblem& problem, const LaunchArgs& args) {
 }  // namespace
 }  // namespace CONVEXT_ISA
 
-extern const Variant CONVEXT_VARIANT(fprop_depthwise_f32);
-const Variant CONVEXT_VARIANT(fprop_depthwise_f32) = {
-    CONVEXT_VARIANT_NAME(fprop_depthwise_f32), "depthwise", Device::kCPU, Pass::kFprop, DType::kFloat32,
-    CONVEXT_ISA_ENUM, Layouts::kNHWCOnly, CONVEXT_ISA::reject_unless_depthwise, nullptr,
-    CONVEXT_ISA::taps_f32_format, CONVEXT_ISA::packed_taps_size<float>, CONVEXT_ISA::pack_taps<float>,
-    CONVEXT_ISA::launch<float>};
-
-extern const Variant CONVEXT_VARIANT(fprop_depthwise_f64);
-const Variant CONVEXT_VARIANT(fprop_depthwise_f64) = {
-    CONVEXT_VARIANT_NAME(fprop_depthwise_f64), "depthwise", Device::kCPU, Pass::kFprop, DType::kFloat64,
-    CONVEXT_ISA_ENUM, Layouts::kNHWCOnly, CONVEXT_ISA::reject_unless_depthwise, nullptr,
-    CONVEXT_ISA::taps_f64_format, CONVEXT_ISA::packed_taps_size<double>, CONVEXT_ISA::pack_taps<double>,
-    CONVEXT_ISA::launch<double>};
+#define CONVEXT_DEFINE(T, type)                                                                               \
+  extern const Variant CONVEXT_VARIANT(fprop_depthwise_##type);                                               \
+  const Variant CONVEXT_VARIANT(fprop_depthwise_##type) = CONVEXT_ISA::taps_variant<T>(                       \
+      CONVEXT_VARIANT_NAME(fprop_depthwise_##type), Pass::kFprop, CONVEXT_ISA::launch<T>);
+CONVEXT_FOR_ELEMENTS(CONVEXT_DEFINE)
+#undef CONVEXT_DEFINE
 
 }  // namespace convext

@@ -1,29 +1,14 @@
 // The kernels behind depthwise_fprop and depthwise_dgrad (depthwise_taps.h has the formula and the classes of outputs).
 //
-// Tile: 2 rows x 7 columns of outputs x W channels (1 x 7 where rows share no input row, 4 columns for remainders),
-// channels innermost over all blocks, so that memory is walked in its own order:
+// Here: the classes, the packing of filters, which tile serves a class, and the walk over rows. The tiles themselves:
 //
-//            j ->                              input rows   filter rows that use them
-//   i   [ o o o o o o o ]                          0           a0
-//       [ o o o o o o o ]                          1           a1, b0        a: upper output row, b: lower
-//   each o: W channels in one register             2           a2, b1
-//                                                  3               b2
-//
-// An input vector is loaded once for both rows and all taps: 4 * 9 loads for 2 * 7 * 9 FMAs in the 3 x 3 case.
-// Registers at S taps a row: 14 sums + 2 S taps + 1 input = 21 (3 x 3), 25 (5 x 5), 29 (7 x 7) of 32; with 16 registers
-// the taps are memory operands. Columns and rows in the padding are skipped, not multiplied by zero.
-//
-// Anything else (dilated columns, filters wider than 7, stride above 2, fewer channels than W, a channel multiplier)
-// takes the general tile: 1 x 8 outputs x W channels, taps at run time, one load for each FMA.
-//
-// Tried and lost, 3 x 3 with batch norm and ReLU6, 144 channels at 56 x 56, batch 1, one thread (74 us):
-//   - groups of channels whose window of input rows stays in L1: 92 us;
-//   - prefetching the next tile's input: 79 us; its outputs too: 90 us.
-// Prefetching the rows below pays where operands stream from memory, and there alone: batch 8, 32 channels at 112 x 112
-// from 2300 to 700 us.
+//   depthwise_window.h    filters up to 7 wide, columns one apart, stride 1 or 2: a window of sums in registers
+//   depthwise_general.h   everything else
+//   depthwise_tile.h      what both know of their place, and the epilogue
 #include "depthwise_taps.h"
 
-#include "depthwise_input.h"
+#include "depthwise_general.h"
+#include "depthwise_window.h"
 
 namespace convext {
 namespace CONVEXT_ISA {
@@ -52,15 +37,15 @@ TapAxis TapClasses::at(int32_t index) const {
 
 template <class T>
 void pack_taps(const ConvProblem& problem, const void* w, void* packed, const Parallel& parallel) {
-  constexpr int64_t width = Vec<T>::width;
+  constexpr int64_t width = VecOf<T>::width;
   const int64_t k = problem.k, taps = int64_t{problem.r} * problem.s;
   const T* const from = static_cast<const T*>(w);
   parallel.for_each(tap_blocks(k, width), [&](int64_t block) {
     const int64_t begin = tap_block_begin(block, k, width);
-    T* const to = static_cast<T*>(packed) + block * taps * width;
+    compute_t<T>* const to = static_cast<compute_t<T>*>(packed) + block * taps * width;
     for (int64_t tap = 0; tap < taps; ++tap) {
       for (int64_t lane = 0; lane < width; ++lane) {
-        to[tap * width + lane] = begin + lane < k ? from[(begin + lane) * taps + tap] : T(0);
+        to[tap * width + lane] = begin + lane < k ? to_compute(from[(begin + lane) * taps + tap]) : 0;
       }
     }
   });
@@ -68,225 +53,10 @@ void pack_taps(const ConvProblem& problem, const void* w, void* packed, const Pa
 
 namespace {
 
-constexpr double kStreamBytes = 16 << 20;  // input and output together: more than a cache keeps for one operation
-constexpr int kTileRows = 2, kTileColumns = 7, kNarrowColumns = 4, kGeneralColumns = 8;
-
-// ---- the epilogue of a tile ----
-
-template <class T>
-struct TileEpilogue {
-  const T *scale, *shift, *residual;  // residual points at the tile's first output
-  bool clamps;                        // the activation is min(max(z, low), high)
-  T low, high;
-  Activation activation;
-
-  explicit TileEpilogue(const Epilogue& e)
-      : scale(static_cast<const T*>(e.scale)),
-        shift(static_cast<const T*>(e.shift)),
-        residual(static_cast<const T*>(e.residual)),
-        clamps(e.activation == Activation::identity || e.activation == Activation::relu ||
-               e.activation == Activation::relu6),
-        low(e.activation == Activation::identity ? -__builtin_huge_val() : T(0)),
-        high(e.activation == Activation::relu6 ? T(6) : __builtin_huge_val()),
-        activation(e.activation) {}
-};
-
-// The activations that do not clamp, on one vector in memory.
-template <class T>
-__attribute__((noinline)) Vec<T> activate(Activation which, Vec<T> z) {
-  return visit_activation<Vec<T>>(which, [&](auto act) { return act.forward(z); });
-}
-
-// Everything a tile needs to know: the first output's place and the steps between neighbours, in elements.
-template <class T>
-struct Tile {
-  TileEpilogue<T> epilogue;
-  const T* in;         // image n, channel 0
-  const T* packed;     // tap (w_first, w_first) of block 0
-  T* out;              // first output of the tile, channel 0
-  const T* residual;   // as out, or nullptr
-  int64_t in_row, in_column, out_row, out_column;
-  int64_t w_row, w_column, w_block;
-  int32_t row, column, rows, columns;   // first input row and column (may be negative), and the input's extents
-  int32_t row_step, column_step;        // between outputs
-  int32_t tap_row_step, tap_column_step;
-  int32_t taps_h, taps_w;
-  int32_t valid;                        // columns of the tile that exist
-  int32_t tiles;                        // that many side by side
-  bool streams;                         // input and output come from memory, not from a cache
-  int32_t block_begin, block_end;
-  int64_t k;
-  int32_t multiplier;
-
-  void advance(int32_t count) {
-    column += count * column_step;
-    out += count * out_column;
-    if (residual) residual += count * out_column;
-  }
-  bool row_inside(int32_t h) const { return static_cast<uint32_t>(h) < static_cast<uint32_t>(rows); }
-  bool column_inside(int32_t w) const { return static_cast<uint32_t>(w) < static_cast<uint32_t>(columns); }
-};
-
-// epilogue(sums) to memory. Lanes is absent where all W channels exist.
-template <int TH, int TW, bool EDGE, class T, class... MaybeLanes>
-CONVEXT_INLINE void finish(const Tile<T>& t, int64_t k, Vec<T> (&sums)[TH][TW], MaybeLanes... lanes) {
-  const TileEpilogue<T>& e = t.epilogue;
-  const Vec<T> scale = e.scale ? load(e.scale + k, lanes...) : Vec<T>(T(1));
-  const Vec<T> shift = e.shift ? load(e.shift + k, lanes...) : Vec<T>::zero();
-  auto each = [&](auto&& out_of) __attribute__((always_inline)) {
-    CONVEXT_UNROLL
-    for (int i = 0; i < TH; ++i) {
-      CONVEXT_UNROLL
-      for (int j = 0; j < TW; ++j) {
-        if (EDGE && j >= t.valid) continue;
-        const int64_t at = i * t.out_row + j * t.out_column + k;
-        store(t.out + at, out_of(at, fma(shift, sums[i][j], scale)), lanes...);
-      }
-    }
-  };
-  if (e.clamps && !t.residual) {
-    const Vec<T> low(e.low), high(e.high);
-    each([&](int64_t, Vec<T> z) __attribute__((always_inline)) {
-      return min_keep_nan(max_keep_nan(z, low), high);
-    });
-  } else {
-    each([&](int64_t at, Vec<T> z) __attribute__((always_inline)) {
-      return activate(e.activation, t.residual ? z + load(t.residual + at, lanes...) : z);
-    });
-  }
-}
-
-// ---- the tile of small filters: S taps a row one column apart, STEP columns between outputs ----
-
-// One input row: filter row `a` for the upper outputs, `b` for the lower ones; either may be absent.
-template <int S, int STEP, int TH, int TW, bool EDGE, bool UPPER, bool LOWER, class T>
-CONVEXT_INLINE void add_row(const Tile<T>& t, const T* in, const T* a, const T* b, Vec<T> (&sums)[TH][TW]) {
-  constexpr int kColumns = (TW - 1) * STEP + S;
-  Vec<T> upper[S], lower[S];
-  CONVEXT_UNROLL
-  for (int s = 0; s < S; ++s) {
-    if (UPPER) upper[s] = load(a + s * t.w_column);
-    if (LOWER) lower[s] = load(b + s * t.w_column);
-  }
-  CONVEXT_UNROLL
-  for (int column = 0; column < kColumns; ++column) {
-    if (EDGE && !t.column_inside(t.column + column)) continue;
-    const Vec<T> x = load(in + (t.column + column) * t.in_column);
-    CONVEXT_UNROLL
-    for (int s = 0; s < S; ++s) {
-      const int j = (column - s) / STEP;
-      if (column < s || (column - s) % STEP != 0 || j >= TW) continue;
-      if (UPPER) sums[0][j] = fma(sums[0][j], x, upper[s]);
-      if (LOWER) sums[TH - 1][j] = fma(sums[TH - 1][j], x, lower[s]);
-    }
-  }
-}
-
-// Asks for the input rows that the tile below will be the first to read, and for its outputs, in this tile's columns.
-template <int STEP, int TH, int TW, class T>
-CONVEXT_INLINE void prefetch_below(const Tile<T>& t, int64_t k) {
-  const int32_t next = t.row + (t.taps_h - 1) * t.tap_row_step + (TH - 1) * t.row_step + 1;
-  for (int32_t h = next; h < next + TH * t.row_step; ++h) {
-    if (!t.row_inside(h)) continue;
-    const T* const row = t.in + h * t.in_row + t.column * t.in_column + k;
-    CONVEXT_UNROLL
-    for (int j = 0; j < TW * STEP; ++j) __builtin_prefetch(row + j * t.in_column, 0);
-  }
-  for (int i = TH; i < 2 * TH; ++i) {
-    CONVEXT_UNROLL
-    for (int j = 0; j < TW; ++j) __builtin_prefetch(t.out + i * t.out_row + j * t.out_column + k, 1);
-  }
-}
-
-template <class T, int S, int STEP, int TH, int TW, bool EDGE>
-CONVEXT_INLINE void small_block(const Tile<T>& t, int64_t block) {
-  const int64_t k = tap_block_begin(block, t.k, Vec<T>::width);
-  const T* const w = t.packed + block * t.w_block;
-  const T* const in = t.in + k;
-  if (t.streams) prefetch_below<STEP, TH, TW>(t, k);
-  Vec<T> sums[TH][TW];
-  CONVEXT_UNROLL
-  for (int i = 0; i < TH; ++i) {
-    CONVEXT_UNROLL
-    for (int j = 0; j < TW; ++j) sums[i][j] = Vec<T>::zero();
-  }
-  if constexpr (TH == 1) {
-    for (int32_t r = 0; r < t.taps_h; ++r) {
-      const int32_t h = t.row + r * t.tap_row_step;
-      if (!t.row_inside(h)) continue;
-      add_row<S, STEP, TH, TW, EDGE, true, false>(t, in + h * t.in_row, w + r * t.w_row, w, sums);
-    }
-  } else {
-    // Input row r meets filter row r in the upper outputs and r - 1 in the lower ones.
-    if (t.row_inside(t.row)) {
-      add_row<S, STEP, TH, TW, EDGE, true, false>(t, in + t.row * t.in_row, w, w, sums);
-    }
-    for (int32_t r = 1; r < t.taps_h; ++r) {
-      const int32_t h = t.row + r * t.tap_row_step;
-      if (!t.row_inside(h)) continue;
-      const T* const a = w + r * t.w_row;
-      add_row<S, STEP, TH, TW, EDGE, true, true>(t, in + h * t.in_row, a, a - t.w_row, sums);
-    }
-    const int32_t last = t.row + t.taps_h * t.tap_row_step;
-    if (t.row_inside(last)) {
-      add_row<S, STEP, TH, TW, EDGE, false, true>(t, in + last * t.in_row, w, w + (t.taps_h - 1) * t.w_row, sums);
-    }
-  }
-  finish<TH, TW, EDGE>(t, k, sums);
-}
-
-template <class T, int S, int STEP, int TH, int TW, bool EDGE>
-void small_tile(const Tile<T>& first) {
-  Tile<T> t = first;  // a copy that no store can alias
-  for (int32_t i = 0; i < t.tiles; ++i, t.advance(TW)) {
-    for (int64_t block = t.block_begin; block < t.block_end; ++block) small_block<T, S, STEP, TH, TW, EDGE>(t, block);
-  }
-}
-
-// ---- the general tile ----
-
-template <bool EDGE, class Input, class T>
-CONVEXT_INLINE void general_sums(const Tile<T>& t, const Input& input, int64_t k, const T* w,
-                                 Vec<T> (&sums)[1][kGeneralColumns]) {
-  CONVEXT_UNROLL
-  for (int j = 0; j < kGeneralColumns; ++j) sums[0][j] = Vec<T>::zero();
-  for (int32_t r = 0; r < t.taps_h; ++r) {
-    const int32_t h = t.row + r * t.tap_row_step;
-    if (!t.row_inside(h)) continue;
-    const T* const in = t.in + h * t.in_row + k;
-    for (int32_t s = 0; s < t.taps_w; ++s) {
-      const Vec<T> tap = load(w + r * t.w_row + s * t.w_column);
-      const int32_t first = t.column + s * t.tap_column_step;
-      CONVEXT_UNROLL
-      for (int j = 0; j < kGeneralColumns; ++j) {
-        const int32_t column = first + j * t.column_step;
-        if (EDGE && (j >= t.valid || !t.column_inside(column))) continue;
-        sums[0][j] = fma(sums[0][j], input(in + column * t.in_column), tap);
-      }
-    }
-  }
-}
-
-template <class T, class Input, bool EDGE>
-CONVEXT_INLINE void general_block(const Tile<T>& t, int64_t block) {
-  const int64_t k = tap_block_begin(block, t.k, Vec<T>::width);
-  const Input input(k, t.k, t.multiplier);
-  Vec<T> sums[1][kGeneralColumns];
-  general_sums<EDGE>(t, input, k, t.packed + block * t.w_block, sums);
-  if constexpr (Input::kWhole) {
-    finish<1, kGeneralColumns, EDGE>(t, k, sums);
-  } else {
-    finish<1, kGeneralColumns, EDGE>(t, k, sums, input.lanes);
-  }
-}
-
-template <class T, class Input, bool EDGE>
-void general_tile(const Tile<T>& first) {
-  Tile<T> t = first;  // a copy that no store can alias
-  for (int32_t i = 0; i < t.tiles; ++i, t.advance(kGeneralColumns)) {
-    for (int64_t block = t.block_begin; block < t.block_end; ++block) general_block<T, Input, EDGE>(t, block);
-  }
-}
+// Input and output together: more than a cache keeps for one operation. One thread, third-level cache of 32 MB: reading
+// ahead loses 10 to 20 % at 18 and 19 MB and gains 30 to 45 % from 26 MB on.
+constexpr double kStreamBytes = 22 << 20;
+constexpr int kTileRows = 2, kTileColumns = 7, kNarrowColumns = 4;
 
 // ---- which tile ----
 
@@ -301,11 +71,11 @@ struct Tiles {
 };
 
 template <class T, int S, int STEP, int TH>
-constexpr Tiles<T> small_tiles() {
+constexpr Tiles<T> window_tiles() {
   return {kTileColumns,
           kNarrowColumns,
-          {{small_tile<T, S, STEP, TH, kTileColumns, false>, small_tile<T, S, STEP, TH, kTileColumns, true>},
-           {small_tile<T, S, STEP, TH, kNarrowColumns, false>, small_tile<T, S, STEP, TH, kNarrowColumns, true>}}};
+          {{window_tile<T, S, STEP, TH, kTileColumns, false>, window_tile<T, S, STEP, TH, kTileColumns, true>},
+           {window_tile<T, S, STEP, TH, kNarrowColumns, false>, window_tile<T, S, STEP, TH, kNarrowColumns, true>}}};
 }
 
 template <class T, class Input>
@@ -317,8 +87,8 @@ constexpr Tiles<T> general_tiles() {
 }
 
 template <class T>
-bool has_small_tile(const TapSum<T>& sum, const TapAxis& w) {
-  if (sum.multiplier != 1 || sum.k < Vec<T>::width || w.tap_step != 1) return false;
+bool has_window_tile(const TapSum<T>& sum, const TapAxis& w) {
+  if (sum.multiplier != 1 || sum.k < VecOf<T>::width || w.tap_step != 1) return false;
   return w.in_step == 1 ? w.taps >= 1 && w.taps <= 7 && w.taps != 6
                         : w.in_step == 2 && (w.taps == 3 || w.taps == 5 || w.taps == 7);
 }
@@ -326,28 +96,29 @@ bool has_small_tile(const TapSum<T>& sum, const TapAxis& w) {
 // Whether two neighbouring output rows of the class share input rows as the 2-row tile wants it.
 template <class T>
 bool pairs_rows(const TapSum<T>& sum, const TapAxis& h, const TapAxis& w) {
-  return has_small_tile(sum, w) && h.in_step == h.tap_step && h.taps > 1 && w.in_step == 1 && w.taps >= 3 &&
+  return has_window_tile(sum, w) && h.in_step == w.in_step * h.tap_step && h.taps > w.in_step && w.taps >= 3 &&
          w.taps != 4;
 }
 
 template <class T>
 Tiles<T> tiles_for(const TapSum<T>& sum, const TapAxis& w, bool two_rows) {
-  if (has_small_tile(sum, w)) {
+  if (has_window_tile(sum, w)) {
     if (w.in_step == 2) {
-      if (w.taps == 3) return small_tiles<T, 3, 2, 1>();
-      return w.taps == 5 ? small_tiles<T, 5, 2, 1>() : small_tiles<T, 7, 2, 1>();
+      if (w.taps == 3) return two_rows ? window_tiles<T, 3, 2, kTileRows>() : window_tiles<T, 3, 2, 1>();
+      if (w.taps == 5) return two_rows ? window_tiles<T, 5, 2, kTileRows>() : window_tiles<T, 5, 2, 1>();
+      return two_rows ? window_tiles<T, 7, 2, kTileRows>() : window_tiles<T, 7, 2, 1>();
     }
     switch (w.taps) {
-      case 1: return small_tiles<T, 1, 1, 1>();
-      case 2: return small_tiles<T, 2, 1, 1>();
-      case 4: return small_tiles<T, 4, 1, 1>();
-      case 3: return two_rows ? small_tiles<T, 3, 1, kTileRows>() : small_tiles<T, 3, 1, 1>();
-      case 5: return two_rows ? small_tiles<T, 5, 1, kTileRows>() : small_tiles<T, 5, 1, 1>();
-      default: return two_rows ? small_tiles<T, 7, 1, kTileRows>() : small_tiles<T, 7, 1, 1>();
+      case 1: return window_tiles<T, 1, 1, 1>();
+      case 2: return window_tiles<T, 2, 1, 1>();
+      case 4: return window_tiles<T, 4, 1, 1>();
+      case 3: return two_rows ? window_tiles<T, 3, 1, kTileRows>() : window_tiles<T, 3, 1, 1>();
+      case 5: return two_rows ? window_tiles<T, 5, 1, kTileRows>() : window_tiles<T, 5, 1, 1>();
+      default: return two_rows ? window_tiles<T, 7, 1, kTileRows>() : window_tiles<T, 7, 1, 1>();
     }
   }
   if (sum.multiplier > 1) return general_tiles<T, SpreadInput<T>>();
-  return sum.k < Vec<T>::width ? general_tiles<T, PartInput<T>>() : general_tiles<T, WholeInput<T>>();
+  return sum.k < VecOf<T>::width ? general_tiles<T, PartInput<T>>() : general_tiles<T, WholeInput<T>>();
 }
 
 // ---- rows ----
@@ -368,7 +139,7 @@ struct RowTask {
   // The part of a tile that the row decides. Strides are in elements; `out_channels` a pixel of the output.
   Tile<T> tile(const TapAxis& h, const TapAxis& w, int64_t n, int32_t i, int64_t in_channels,
                int64_t out_channels) const {
-    constexpr int64_t width = Vec<T>::width;
+    constexpr int64_t width = VecOf<T>::width;
     Tile<T> t{epilogue};
     const int64_t taps_w = sum.w.taps;
     t.in_column = in_channels;
@@ -407,6 +178,19 @@ struct RowTask {
     return first >= 0 && last < w.in_size;
   }
 
+  // Reads the input rows that the tiles below will be the first to need into the cache, in the order of memory: the
+  // pattern that the CPU recognises and reads ahead of. Prefetching the lines of each tile instead, columns of a row,
+  // reaches half the speed at stride 2 (96 channels at 112 x 112, batch 8: 2.1 ms against 1.5).
+  static void read_below(const Tile<T>& t, bool two_rows) {
+    const int32_t rows = two_rows ? 2 * t.row_step : t.row_step;
+    const int32_t next = t.row + (t.taps_h - 1) * t.tap_row_step + rows - t.row_step + 1;
+    if (next < 0 || next + rows > t.rows) return;
+    const T* const from = t.in + next * t.in_row;
+    for (int64_t i = 0; i < rows * t.in_row; i += 64 / sizeof(T)) {
+      asm volatile("" : : "r"(*reinterpret_cast<const char*>(from + i)));
+    }
+  }
+
   void run(int64_t n, const TapAxis& h, int32_t i, bool two_rows, int32_t block_begin, int32_t block_end) const {
     for (int32_t index = 0; index < sum.w.count(); ++index) {
       const TapAxis w = sum.w.at(index);
@@ -418,6 +202,7 @@ struct RowTask {
       Tile<T> t = tile(h, w, n, i, sum.k / sum.multiplier, sum.k);
       t.block_begin = block_begin;
       t.block_end = block_end;
+      if (streams && index == 0 && block_begin == 0) read_below(t, two_rows);
       for (int32_t j = 0; j < w.count;) {
         const int32_t left = w.count - j;
         const bool narrow = left <= tiles.narrow || left == 2 * tiles.narrow;
@@ -440,12 +225,12 @@ struct RowTask {
 
   // Outputs that no tap reaches, in dgrad with a stride above the filter's extent. There is no epilogue in dgrad.
   void clear(int64_t n, const TapAxis& h, const TapAxis& w, int32_t i, int32_t block_begin, int32_t block_end) const {
-    constexpr int64_t width = Vec<T>::width;
+    constexpr int64_t width = VecOf<T>::width;
     const int64_t begin = tap_block_begin(block_begin, sum.k, width);
     const int64_t last = tap_block_begin(block_end - 1, sum.k, width) + width, end = last < sum.k ? last : sum.k;
     for (int32_t j = 0; j < w.count; ++j) {
       T* const out = sum.out + out_offset(h, w, n, i, j, sum.k);
-      for (int64_t k = begin; k < end; ++k) out[k] = T(0);
+      for (int64_t k = begin; k < end; ++k) out[k] = T{};
     }
   }
 };
@@ -469,7 +254,7 @@ void sum_taps(const TapSum<T>& sum, const Parallel& all_threads) {
   const bool pairs = sum.h.count() == 1 && sum.w.count() == 1 && pairs_rows(sum, sum.h.at(0), sum.w.at(0));
   const int64_t row_tasks = pairs ? (sum.h.out_size + 1) / 2 : sum.h.out_size;
   // Channels are split where rows are few; never below two blocks, since the last one overlaps its neighbour.
-  const int64_t blocks = tap_blocks(sum.k, Vec<T>::width), tasks = sum.n * row_tasks;
+  const int64_t blocks = tap_blocks(sum.k, VecOf<T>::width), tasks = sum.n * row_tasks;
   if (tasks == 0) return;
   int64_t splits = parallel.threads <= 1 ? 1 : (4 * parallel.threads + tasks - 1) / tasks;
   if (splits > blocks / 2) splits = blocks / 2;
@@ -488,7 +273,7 @@ void sum_taps(const TapSum<T>& sum, const Parallel& all_threads) {
 
 template <class T>
 void sum_taps_and_filters(const TapSum<T>& sum, const Parallel& all_threads) {
-  constexpr int64_t width = Vec<T>::width, kChannels = 64;  // whole blocks of filters for any multiplier
+  constexpr int64_t width = VecOf<T>::width, kChannels = 64;  // whole blocks of filters for any multiplier
   const Parallel parallel = threads_for(sum, all_threads);
   const RowTask<T> rows(sum);
   const int64_t m = sum.multiplier, channels = sum.k / m;
@@ -505,11 +290,11 @@ void sum_taps_and_filters(const TapSum<T>& sum, const Parallel& all_threads) {
         T* const out = sum.out + rows.out_offset(h, w, n, i, j, channels);
         for (int64_t c = 0; c < channels; c += kChannels) {
           const int64_t count = channels - c < kChannels ? channels - c : kChannels;
-          T totals[kGeneralColumns][kChannels] = {};
+          compute_t<T> totals[kGeneralColumns][kChannels] = {};
           for (int64_t block = c * m / width; block * width < (c + count) * m && w.taps > 0; ++block) {
             const int64_t k = tap_block_begin(block, sum.k, width);
-            Vec<T> sums[1][kGeneralColumns];
-            const T* const taps = t.packed + block * t.w_block;
+            VecOf<T> sums[1][kGeneralColumns];
+            const compute_t<T>* const taps = t.packed + block * t.w_block;
             if (sum.k < width) {
               general_sums<true>(t, PartInput<T>(k, t.k, 1), k, taps, sums);
             } else {
@@ -521,7 +306,9 @@ void sum_taps_and_filters(const TapSum<T>& sum, const Parallel& all_threads) {
             }
           }
           for (int32_t x = 0; x < t.valid; ++x) {
-            for (int64_t l = 0; l < count; ++l) out[x * t.out_column + c + l] = totals[x][l];
+            for (int64_t l = 0; l < count; l += width) {
+              store_as(out + x * t.out_column + c + l, load(totals[x] + l), count - l);
+            }
           }
         }
       }
@@ -529,12 +316,12 @@ void sum_taps_and_filters(const TapSum<T>& sum, const Parallel& all_threads) {
   });
 }
 
-template void pack_taps<float>(const ConvProblem&, const void*, void*, const Parallel&);
-template void pack_taps<double>(const ConvProblem&, const void*, void*, const Parallel&);
-template void sum_taps<float>(const TapSum<float>&, const Parallel&);
-template void sum_taps<double>(const TapSum<double>&, const Parallel&);
-template void sum_taps_and_filters<float>(const TapSum<float>&, const Parallel&);
-template void sum_taps_and_filters<double>(const TapSum<double>&, const Parallel&);
+#define CONVEXT_INSTANTIATE(T, name)                                                      \
+  template void pack_taps<T>(const ConvProblem&, const void*, void*, const Parallel&);   \
+  template void sum_taps<T>(const TapSum<T>&, const Parallel&);                          \
+  template void sum_taps_and_filters<T>(const TapSum<T>&, const Parallel&);
+CONVEXT_FOR_ELEMENTS(CONVEXT_INSTANTIATE)
+#undef CONVEXT_INSTANTIATE
 
 }  // namespace CONVEXT_ISA
 }  // namespace convext

@@ -7,7 +7,7 @@
 // where only every stride-th tap lands on a dy pixel. Within a class everything is affine in the output's and the
 // tap's index, so one kernel serves both passes and no product with an inserted zero is computed.
 #pragma once
-#include "vec.h"
+#include "half.h"
 
 namespace convext::CONVEXT_ISA {
 
@@ -32,13 +32,14 @@ template <class T>
 struct TapSum {
   TapClasses h, w;
   int32_t n, k, multiplier;  // k channels of the filter bank; fprop reads channel k / multiplier of its input
-  const T *in, *packed;
+  const T* in;
+  const compute_t<T>* packed;
   T* out;
   Epilogue epilogue;
 };
 
-// Filters packed [block][r][s][W]: W lanes are neighbours k. The last block starts at k - W where k >= W, overlapping
-// the one before it, so that no load needs a mask; a smaller k is padded with zeros.
+// Filters packed [block][r][s][W] in the compute type: W lanes are neighbours k. The last block starts at k - W where
+// k >= W, overlapping the one before it, so that no load needs a mask; a smaller k is padded with zeros.
 constexpr int64_t tap_blocks(int64_t k, int64_t width) { return (k + width - 1) / width; }
 constexpr int64_t tap_block_begin(int64_t block, int64_t k, int64_t width) {
   return k < width ? 0 : block * width < k - width ? block * width : k - width;
@@ -46,7 +47,8 @@ constexpr int64_t tap_block_begin(int64_t block, int64_t k, int64_t width) {
 
 template <class T>
 int64_t packed_taps_size(const ConvProblem& problem) {
-  return tap_blocks(problem.k, Vec<T>::width) * Vec<T>::width * problem.r * problem.s * int64_t{sizeof(T)};
+  constexpr int64_t width = VecOf<T>::width;
+  return tap_blocks(problem.k, width) * width * problem.r * problem.s * int64_t{sizeof(compute_t<T>)};
 }
 
 template <class T>

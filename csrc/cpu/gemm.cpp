@@ -1,32 +1,54 @@
 #include "gemm.h"
 
+#include "tile_epilogue.h"
+
 namespace convext::CONVEXT_ISA {
 namespace {
 
-// Activations that are a clamp (identity, relu, relu6) are applied to the accumulators in registers; the others to the
-// tile that has just been written, while it is in the first-level cache, by one loop instead of rows * vectors copies.
+// One multiplication of the inner loop: kDepthStep<T> steps of the reduction, a row of A by a vector of columns of B.
 template <class T>
-struct Clamp {
-  T low, high;
-  bool exact;  // the clamp is the whole activation
-
-  explicit Clamp(Activation which)
-      : low(-static_cast<T>(__builtin_inf())), high(static_cast<T>(__builtin_inf())), exact(true) {
-    if (which == Activation::relu || which == Activation::relu6) low = 0;
-    if (which == Activation::relu6) high = 6;
-    exact = which == Activation::identity || which == Activation::relu || which == Activation::relu6;
-  }
+struct Multiply {
+  using Operand = Vec<T>;
+  static CONVEXT_INLINE Operand broadcast(const T* a) { return Operand(*a); }
+  static CONVEXT_INLINE Operand columns(const T* b) { return load(b); }
+  static CONVEXT_INLINE Vec<T> add(Vec<T> acc, Operand a, Operand b) { return fma(acc, a, b); }
 };
 
+#if defined(__AVX512BF16__)
+// Products are exact in float; the instruction rounds sums to the nearest, takes subnormal operands and results for
+// zero, and does not ask the floating-point environment.
+template <>
+struct Multiply<BFloat16> {
+  using Operand = __m512i;
+  static CONVEXT_INLINE Operand broadcast(const BFloat16* a) {
+    int32_t pair;
+    __builtin_memcpy(&pair, a, sizeof pair);
+    return _mm512_set1_epi32(pair);
+  }
+  // The one that is left of an odd depth: its neighbour may be another pixel's, or nobody's.
+  static CONVEXT_INLINE Operand broadcast_last(const BFloat16* a) { return _mm512_set1_epi32(a->bits); }
+  static CONVEXT_INLINE Operand columns(const BFloat16* b) { return _mm512_loadu_si512(b); }
+  static CONVEXT_INLINE Vec<float> add(Vec<float> acc, Operand a, Operand b) {
+    return static_cast<Native<float>::type>(_mm512_dpbf16_ps(acc.v, (__m512bh)b, (__m512bh)a));
+  }
+};
+#endif
+
+// Activations that are not a clamp (tile_epilogue.h) are applied to the tile that has just been written, while it is in
+// the first-level cache, by one loop instead of rows * vectors copies.
 template <class T>
-__attribute__((noinline)) void activate(Activation which, T* const* out, int64_t offset, int32_t rows,
-                                        int32_t columns) {
-  visit_activation<Vec<T>>(which, [=](auto f) {
+__attribute__((noinline)) void activate(const TileArgs<T>& args, int32_t rows, int32_t lanes_a_row) {
+  using V = VecOf<T>;
+  visit_activation<V>(args.activation, [&](auto f) {
     for (int32_t i = 0; i < rows; ++i) {
-      for (int32_t j = 0; j < columns; j += Vec<T>::width) {
-        const Lanes<T> lanes(columns - j);
-        T* p = out[i] + offset + j;
-        store(p, f.forward(load(p, lanes)), lanes);
+      for (int32_t j = 0; j < args.columns; j += V::width) {
+        const Lanes<compute_t<T>> lanes(args.columns - j);
+        T* p = args.out[i] + args.out_offset + j;
+        if constexpr (kPartialInOutput<T>) {
+          store(p, f.forward(load(p, lanes)), lanes);
+        } else {
+          store_as(p, f.forward(load(args.partial + i * lanes_a_row + j)), lanes);
+        }
       }
     }
   });
@@ -34,12 +56,16 @@ __attribute__((noinline)) void activate(Activation which, T* const* out, int64_t
 
 template <class T, int ROWS, int VECTORS>
 void tile(const TileArgs<T>& args) {
-  using V = Vec<T>;
-  constexpr int kWidth = V::width;
-  const Lanes<T> tail(args.columns - (VECTORS - 1) * kWidth);
+  using V = VecOf<T>;
+  using C = compute_t<T>;
+  using Step = Multiply<T>;
+  constexpr int kWidth = V::width, kStep = kDepthStep<T>;
+  const Lanes<C> tail(args.columns - (VECTORS - 1) * kWidth);
   // A tile is at least VECTORS - 1 whole vectors and one lane wide: only the last vector is masked.
   const bool whole = args.columns == VECTORS * kWidth;
-  const auto load_columns = [&](const T* p, int j) { return j == VECTORS - 1 && !whole ? load(p, tail) : load(p); };
+  const auto load_columns = [&](const auto* p, int j) {
+    return j == VECTORS - 1 && !whole ? load_as(p, tail) : load_as(p);
+  };
 
   V acc[ROWS][VECTORS];  // ROWS * VECTORS registers
   CONVEXT_UNROLL
@@ -55,25 +81,38 @@ void tile(const TileArgs<T>& args) {
     const T* a[ROWS];
     CONVEXT_UNROLL
     for (int i = 0; i < ROWS; ++i) a[i] = rows[i] + args.a_offset;
-    for (int64_t l = 0; l < args.depth; ++l, b += VECTORS * kWidth) {
-      V column[VECTORS];
+    const auto step = [&](auto&& broadcast) __attribute__((always_inline)) {
+      typename Step::Operand column[VECTORS];
       CONVEXT_UNROLL
-      for (int j = 0; j < VECTORS; ++j) column[j] = load(b + j * kWidth);
+      for (int j = 0; j < VECTORS; ++j) column[j] = Step::columns(b + j * kWidth * kStep);
       CONVEXT_UNROLL
       for (int i = 0; i < ROWS; ++i) {
-        const V broadcast(a[i][l]);
+        const typename Step::Operand row = broadcast(i);
         CONVEXT_UNROLL
-        for (int j = 0; j < VECTORS; ++j) acc[i][j] = fma(acc[i][j], broadcast, column[j]);
+        for (int j = 0; j < VECTORS; ++j) acc[i][j] = Step::add(acc[i][j], row, column[j]);
       }
+      b += VECTORS * kWidth * kStep;
+    };
+    for (int64_t l = 0; l + kStep <= args.depth; l += kStep) {
+      step([&](int i) __attribute__((always_inline)) { return Step::broadcast(a[i] + l); });
+    }
+    if constexpr (kStep == 2) {
+      const int64_t last = args.depth - 1;
+      if (last % 2 == 0) step([&](int i) __attribute__((always_inline)) { return Step::broadcast_last(a[i] + last); });
     }
   }
 
   if (args.accumulate) {
     CONVEXT_UNROLL
     for (int i = 0; i < ROWS; ++i) {
-      const T* p = args.out[i] + args.out_offset;
       CONVEXT_UNROLL
-      for (int j = 0; j < VECTORS; ++j) acc[i][j] += load_columns(p + j * kWidth, j);
+      for (int j = 0; j < VECTORS; ++j) {
+        if constexpr (kPartialInOutput<T>) {
+          acc[i][j] += load_columns(args.out[i] + args.out_offset + j * kWidth, j);
+        } else {
+          acc[i][j] += load(args.partial + (i * VECTORS + j) * kWidth);
+        }
+      }
     }
   }
   if (args.finish) {
@@ -102,7 +141,16 @@ void tile(const TileArgs<T>& args) {
       }
     }
   }
-  const Clamp<T> clamp(args.finish ? args.activation : Activation::identity);
+  const Clamp<C> clamp(args.finish ? args.activation : Activation::identity);
+  if (!kPartialInOutput<T> && !(args.finish && clamp.exact)) {
+    CONVEXT_UNROLL
+    for (int i = 0; i < ROWS; ++i) {
+      CONVEXT_UNROLL
+      for (int j = 0; j < VECTORS; ++j) store(args.partial + (i * VECTORS + j) * kWidth, acc[i][j]);
+    }
+    if (args.finish) activate(args, ROWS, VECTORS * kWidth);
+    return;
+  }
   const V low(clamp.low), high(clamp.high);
   CONVEXT_UNROLL
   for (int i = 0; i < ROWS; ++i) {
@@ -111,13 +159,13 @@ void tile(const TileArgs<T>& args) {
     for (int j = 0; j < VECTORS; ++j) {
       const V value = min_keep_nan(max_keep_nan(acc[i][j], low), high);
       if (j == VECTORS - 1 && !whole) {
-        store(p + j * kWidth, value, tail);
+        store_as(p + j * kWidth, value, tail);
       } else {
-        store(p + j * kWidth, value);
+        store_as(p + j * kWidth, value);
       }
     }
   }
-  if (!clamp.exact) activate(args.activation, args.out, args.out_offset, ROWS, args.columns);
+  if (!clamp.exact) activate(args, ROWS, VECTORS * kWidth);
 }
 
 // kernels[vectors - 1][rows - 1], filled at compile time.
@@ -148,7 +196,8 @@ TileKernel<T> tile_kernel(int rows, int vectors) {
   return table.kernels[vectors - 1][rows - 1];
 }
 
-template TileKernel<float> tile_kernel<float>(int, int);
-template TileKernel<double> tile_kernel<double>(int, int);
+#define CONVEXT_INSTANTIATE(T, name) template TileKernel<T> tile_kernel<T>(int, int);
+CONVEXT_FOR_ELEMENTS(CONVEXT_INSTANTIATE)
+#undef CONVEXT_INSTANTIATE
 
 }  // namespace convext::CONVEXT_ISA

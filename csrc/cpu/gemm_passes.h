@@ -6,33 +6,31 @@ namespace convext::CONVEXT_ISA {
 
 constexpr int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-template <class T>
-constexpr DType kDType = sizeof(T) == 4 ? DType::kFloat32 : DType::kFloat64;
-
 // A row of zeros that padding taps read, at the start of the workspace.
 template <class T>
 const T* clear_zeros(void* workspace, int64_t elements) {
   T* zeros = static_cast<T*>(workspace);
-  for (int64_t i = 0; i < elements; ++i) zeros[i] = 0;
+  for (int64_t i = 0; i < elements; ++i) zeros[i] = T{};
   return zeros;
 }
 
 // y[n,p,q,:] = epilogue(sum_{r,s} x[n,h,w,:] * W[r,s]), W[r,s] of shape (C, K) a group.
 template <class T, bool TILES_WITHIN_ROWS>
 struct GemmFprop {
-  static const char* pack_format(const ConvProblem&) {
-    return sizeof(T) == 4 ? "fprop_panels_f32_" CONVEXT_STRING(CONVEXT_ISA)
-                          : "fprop_panels_f64_" CONVEXT_STRING(CONVEXT_ISA);
+  static const char* pack_format(const ConvProblem& p) {
+    return merged_taps(p) > 1 ? CONVEXT_FORMAT_NAME(T, fprop_merged_panels) : CONVEXT_FORMAT_NAME(T, fprop_panels);
   }
 
   static int64_t packed_size(const ConvProblem& p) {
-    return packed_elements<T>(p.groups, int64_t{p.r} * p.s, p.c_per_group(), p.k_per_group()) * sizeof(T);
+    const int32_t merged = merged_taps(p);
+    return packed_elements<T>(p.groups, int64_t{p.r} * p.s / merged, merged * p.c_per_group(), p.k_per_group()) *
+           sizeof(T);
   }
 
   static void pack(const ConvProblem& p, const void* w, void* packed, const Parallel& parallel) {
     const int64_t taps = int64_t{p.r} * p.s, filter = taps * p.c_per_group();
-    pack_panels(static_cast<const T*>(w), p.k_per_group() * filter, filter, taps, p.groups, p.r * p.s, p.c_per_group(),
-                p.k_per_group(), static_cast<T*>(packed), parallel);
+    pack_panels(static_cast<const T*>(w), p.k_per_group() * filter, filter, taps, p.groups, p.r * p.s, merged_taps(p),
+                p.c_per_group(), p.k_per_group(), static_cast<T*>(packed), parallel);
   }
 
   // With few channels the loop over one tap is too short to pay for its set-up. In NHWC the taps of one filter row are
@@ -41,6 +39,7 @@ struct GemmFprop {
   static bool merges_filter_row(const ConvProblem& p) {
     return p.groups == 1 && p.s > 1 && p.dil_w == 1 && p.c <= 8;
   }
+  static int32_t merged_taps(const ConvProblem& p) { return merges_filter_row(p) ? p.s : 1; }
   static int64_t zeros(const ConvProblem& p) { return merges_filter_row(p) ? int64_t{p.s} * p.c : p.c; }
   static int64_t wide(const ConvProblem& p) { return int64_t{p.w} + 2 * p.pad_w; }
 
@@ -84,9 +83,9 @@ struct GemmFprop {
     args.parallel->for_each(int64_t{p.n} * p.h, [=](int64_t i) {
       T* to = copy + i * (line + 2 * pad);
       const T* from = x + i * line;
-      for (int64_t k = 0; k < pad; ++k) to[k] = 0;
+      for (int64_t k = 0; k < pad; ++k) to[k] = T{};
       for (int64_t k = 0; k < line; ++k) to[pad + k] = from[k];
-      for (int64_t k = 0; k < pad; ++k) to[pad + line + k] = 0;
+      for (int64_t k = 0; k < pad; ++k) to[pad + line + k] = T{};
     });
     return copy;
   }
@@ -97,8 +96,7 @@ struct GemmFprop {
 template <class T, bool TILES_WITHIN_ROWS>
 struct GemmDgrad {
   static const char* pack_format(const ConvProblem&) {
-    return sizeof(T) == 4 ? "dgrad_panels_f32_" CONVEXT_STRING(CONVEXT_ISA)
-                          : "dgrad_panels_f64_" CONVEXT_STRING(CONVEXT_ISA);
+    return CONVEXT_FORMAT_NAME(T, dgrad_panels);
   }
 
   static int64_t packed_size(const ConvProblem& p) {
@@ -107,7 +105,7 @@ struct GemmDgrad {
 
   static void pack(const ConvProblem& p, const void* w, void* packed, const Parallel& parallel) {
     const int64_t taps = int64_t{p.r} * p.s, filter = taps * p.c_per_group();
-    pack_panels(static_cast<const T*>(w), p.k_per_group() * filter, taps, filter, p.groups, p.r * p.s, p.k_per_group(),
+    pack_panels(static_cast<const T*>(w), p.k_per_group() * filter, taps, filter, p.groups, p.r * p.s, 1, p.k_per_group(),
                 p.c_per_group(), static_cast<T*>(packed), parallel);
   }
 
@@ -160,13 +158,11 @@ constexpr Variant packed_variant(const char* name, const char* algo, Pass pass,
 
 }  // namespace convext::CONVEXT_ISA
 
-// Defines <pass>_<algo>_f32 and _f64 for this instruction set; Impl is a template over the element type.
+// Defines the Variants <pass>_<algo>_<type> of this instruction set; Impl is a template over the element type.
 #define CONVEXT_PACKED_VARIANTS(base, algo, pass, reject, Impl)                                                       \
+  CONVEXT_FOR_ELEMENTS(CONVEXT_PACKED_VARIANT, base, algo, pass, reject, Impl)
+#define CONVEXT_PACKED_VARIANT(T, type, base, algo, pass, reject, Impl)                                               \
   namespace convext {                                                                                                 \
-  extern const Variant CONVEXT_VARIANT(base##_f32) =                                                                  \
-      CONVEXT_ISA::packed_variant<float, CONVEXT_ISA::Impl<float>>(CONVEXT_VARIANT_NAME(base##_f32), algo, pass,      \
-                                                                   CONVEXT_ISA::reject);                              \
-  extern const Variant CONVEXT_VARIANT(base##_f64) =                                                                  \
-      CONVEXT_ISA::packed_variant<double, CONVEXT_ISA::Impl<double>>(CONVEXT_VARIANT_NAME(base##_f64), algo, pass,    \
-                                                                     CONVEXT_ISA::reject);                            \
+  extern const Variant CONVEXT_VARIANT(base##_##type) = CONVEXT_ISA::packed_variant<T, CONVEXT_ISA::Impl<T>>(         \
+      CONVEXT_VARIANT_NAME(base##_##type), algo, pass, CONVEXT_ISA::reject);                                          \
   }

@@ -1,8 +1,8 @@
 // Loads and stores that convert between the storage types and the types kernels compute in: bfloat16 and float16 are
 // read into vectors of float and rounded to the nearest, ties to even, on the way out; NaN stays NaN.
 //
-//   load_as(p), load_as(p, n)         Vec<compute_t<S>> from S*; with n only the first n elements are touched
-//   store_as(p, a), store_as(p, a, n)
+//   load_as(p), load_as(p, n)         Vec<compute_t<S>> from S*; with n, a number or Lanes, only the first n elements
+//   store_as(p, a), store_as(p, a, n) are touched
 #pragma once
 #include "vec.h"
 
@@ -26,6 +26,31 @@ struct Compute<double> {
 template <class S>
 using compute_t = typename Compute<S>::type;
 
+// A vector of what elements of S are computed in.
+template <class S>
+using VecOf = Vec<compute_t<S>>;
+
+template <class S>
+constexpr DType kDType = DType::kFloat32;
+template <>
+inline constexpr DType kDType<double> = DType::kFloat64;
+template <>
+inline constexpr DType kDType<BFloat16> = DType::kBFloat16;
+
+// X(type, name, ...) for the types that kernels of this instruction set are built for. AVX512-BF16 adds products of bfloat16
+// to AVX-512 and nothing else, so that is all it is used for.
+#if defined(__AVX512BF16__)
+#define CONVEXT_FOR_ELEMENTS(X, ...) X(::convext::CONVEXT_ISA::BFloat16, bf16, ##__VA_ARGS__)
+#else
+#define CONVEXT_FOR_ELEMENTS(X, ...) X(float, f32, ##__VA_ARGS__) X(double, f64, ##__VA_ARGS__)
+#endif
+
+// "<base>_<type>_<instruction set>", the name of a packed order.
+#define CONVEXT_FORMAT_NAME(T, base)                                  \
+  (kDType<T> == DType::kFloat64   ? CONVEXT_VARIANT_NAME(base##_f64)  \
+   : kDType<T> == DType::kFloat32 ? CONVEXT_VARIANT_NAME(base##_f32)  \
+                                  : CONVEXT_VARIANT_NAME(base##_bf16))
+
 using FloatBits = Native<float>::bits;
 using FloatReals = Native<float>::type;
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
@@ -37,12 +62,17 @@ CONVEXT_INLINE Vec<float> widen(BFloat16, Halves h) {
   return reinterpret_cast<FloatReals>(__builtin_convertvector(h, FloatBits) << 16);
 }
 
+#if defined(__AVX512BF16__)
+// The instruction takes subnormal floats for zero, whatever the floating-point environment says.
+CONVEXT_INLINE Halves narrow(BFloat16, Vec<float> a) { return reinterpret_cast<Halves>(_mm512_cvtneps_pbh(a.v)); }
+#else
 CONVEXT_INLINE Halves narrow(BFloat16, Vec<float> a) {
   const FloatBits u = reinterpret_cast<FloatBits>(a.v);
   const FloatBits rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   const FloatBits nan = (u >> 16) | 0x40;  // quiet, the payload's upper bits kept
   return __builtin_convertvector((u & 0x7fffffff) > 0x7f800000 ? nan : rounded, Halves);
 }
+#endif
 
 #if defined(__AVX512F__)
 CONVEXT_INLINE Vec<float> widen(Float16, Halves h) {
@@ -86,31 +116,44 @@ template <class S>
 CONVEXT_INLINE void store_as(S* p, Vec<float> a) {
   *reinterpret_cast<UnalignedHalves*>(p) = narrow(S{}, a);
 }
+#if defined(__AVX512F__)
+template <class S>
+CONVEXT_INLINE Vec<float> load_as(const S* p, Lanes<float> lanes) {
+  return widen(S{}, reinterpret_cast<Halves>(_mm256_maskz_loadu_epi16(lanes.bits, p)));
+}
+template <class S>
+CONVEXT_INLINE void store_as(S* p, Vec<float> a, Lanes<float> lanes) {
+  _mm256_mask_storeu_epi16(p, lanes.bits, reinterpret_cast<__m256i>(narrow(S{}, a)));
+}
+template <class S>
+CONVEXT_INLINE Vec<float> load_as(const S* p, int64_t n) {
+  return n >= Vec<float>::width ? load_as(p) : load_as(p, Lanes<float>(n));
+}
+template <class S>
+CONVEXT_INLINE void store_as(S* p, Vec<float> a, int64_t n) {
+  n >= Vec<float>::width ? store_as(p, a) : store_as(p, a, Lanes<float>(n));
+}
+#else
 template <class S>
 CONVEXT_INLINE Vec<float> load_as(const S* p, int64_t n) {
   if (n >= Vec<float>::width) return load_as(p);
-#if defined(__AVX512F__)
-  return widen(S{}, reinterpret_cast<Halves>(_mm256_maskz_loadu_epi16(Lanes<float>(n).bits, p)));
-#else
   Halves h{};
   for (int i = 0; i < n; ++i) h[i] = p[i].bits;
   return widen(S{}, h);
-#endif
 }
 template <class S>
 CONVEXT_INLINE void store_as(S* p, Vec<float> a, int64_t n) {
   if (n >= Vec<float>::width) return store_as(p, a);
   const Halves h = narrow(S{}, a);
-#if defined(__AVX512F__)
-  _mm256_mask_storeu_epi16(p, Lanes<float>(n).bits, reinterpret_cast<__m256i>(h));
-#else
   for (int i = 0; i < n; ++i) p[i].bits = h[i];
-#endif
 }
+#endif
 
 #define CONVEXT_LOAD_STORE_AS(T)                                                                       \
   CONVEXT_INLINE Vec<T> load_as(const T* p) { return load(p); }                                        \
   CONVEXT_INLINE void store_as(T* p, Vec<T> a) { store(p, a); }                                        \
+  CONVEXT_INLINE Vec<T> load_as(const T* p, Lanes<T> lanes) { return load(p, lanes); }                 \
+  CONVEXT_INLINE void store_as(T* p, Vec<T> a, Lanes<T> lanes) { store(p, a, lanes); }                 \
   CONVEXT_INLINE Vec<T> load_as(const T* p, int64_t n) {                                               \
     return n >= Vec<T>::width ? load(p) : load(p, Lanes<T>(n));                                        \
   }                                                                                                    \
@@ -120,5 +163,11 @@ CONVEXT_INLINE void store_as(S* p, Vec<float> a, int64_t n) {
 CONVEXT_LOAD_STORE_AS(float)
 CONVEXT_LOAD_STORE_AS(double)
 #undef CONVEXT_LOAD_STORE_AS
+
+// One element in the type it is computed in.
+template <class S>
+CONVEXT_INLINE compute_t<S> to_compute(S element) {
+  return load_as(&element, 1).v[0];
+}
 
 }  // namespace convext::CONVEXT_ISA

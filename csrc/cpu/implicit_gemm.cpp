@@ -36,8 +36,11 @@ struct Partition {
   explicit Partition(const ImplicitGemm<T>& g, const Panels<T>& split) {
     pixels = int64_t{g.batch} * g.height.count * g.width.count;
     const int64_t in_cache = kBlockBytes / (sizeof(T) * at_least<int64_t>(1, int64_t{g.depth} * g.groups));
-    const int64_t size = at_least<int64_t>(
-        kMinPixels, at_most(at_most<int64_t>(kMaxPixels, in_cache), ceil_div<int64_t>(pixels, kItems / 2)));
+    // Few enough for the pointers of all taps to fit into the table.
+    const int64_t in_table = kTablePointers / at_least(1, g.height.taps * g.width.taps);
+    const int64_t size =
+        at_least<int64_t>(kMinPixels, at_most(at_most(at_most<int64_t>(kMaxPixels, in_cache), in_table),
+                                              ceil_div<int64_t>(pixels, kItems / 2)));
     blocks = ceil_div(pixels, size);
     panels = g.groups * split.count;
     panel_runs = static_cast<int32_t>(at_most<int64_t>(panels, ceil_div<int64_t>(kItems, blocks)));
@@ -53,12 +56,12 @@ struct Table {
   int32_t b_taps[kTablePointers];  // number of the tap in the packed weights
   T* out[kMaxPixels];
   int32_t row_end[kMaxPixels];     // first pixel of the block that is on a later row of the grid
-  int32_t pixels, taps;
+  int32_t first_tap = -1, pixels, taps;
   bool padded;                     // some pointer is the row of zeros
 
   // Pixels [begin, begin + pixels), taps [first_tap, first_tap + taps) of the grid.
-  void fill(const ImplicitGemm<T>& g, int64_t begin, int32_t num_pixels, int32_t first_tap, int32_t num_taps) {
-    pixels = num_pixels, taps = num_taps, padded = false;
+  void fill(const ImplicitGemm<T>& g, int64_t begin, int32_t num_pixels, int32_t from_tap, int32_t num_taps) {
+    first_tap = from_tap, pixels = num_pixels, taps = num_taps, padded = false;
     for (int32_t t = 0; t < taps; ++t) {
       const int32_t r = (first_tap + t) / g.width.taps, s = (first_tap + t) % g.width.taps;
       b_taps[t] = (g.height.tap_first + g.height.tap_step * r) * g.filter_width + g.width.tap_first +
@@ -144,10 +147,14 @@ struct Tiles {
 template <class T>
 void run_item(const ImplicitGemm<T>& g, const Panels<T>& split, int64_t begin, int32_t pixels, int32_t panel_begin,
               int32_t panel_end) {
+  using C = compute_t<T>;
+  constexpr int32_t width = Panels<T>::kWidth;
   Table<T> table;
   Tiles tiles;
+  [[maybe_unused]] C partial[kPartialInOutput<T> ? 1 : kMaxPixels * kMaxVectors * width];
   const int32_t grid_taps = g.height.taps * g.width.taps;
   const int32_t taps_at_once = kTablePointers / pixels;
+  const int64_t packed_tap = packed_depth<T>(g.depth);
   const Epilogue& epilogue = g.epilogue;
 
   TileArgs<T> args;
@@ -157,39 +164,43 @@ void run_item(const ImplicitGemm<T>& g, const Panels<T>& split, int64_t begin, i
   args.out_base = g.out;
   args.activation = epilogue.activation;
 
-  int32_t first_tap = 0;
-  do {
-    const int32_t num_taps = at_most(taps_at_once, grid_taps - first_tap);
-    const bool last_taps = first_tap + num_taps == grid_taps;
-    table.fill(g, begin, pixels, first_tap, num_taps);
-    tiles.vectors = 0;
-    for (int32_t panel = panel_begin; panel < panel_end; ++panel) {
-      const int32_t group = panel / split.count, local = panel % split.count;
-      const int32_t vectors = split.width(local), lanes = vectors * Vec<T>::width;
-      if (tiles.vectors != vectors) tiles.cut(table, vectors, g.tiles_within_rows, g.zeros);
-      const T* b = g.packed + int64_t{g.packed_taps} * g.depth *
-                                  (int64_t{group} * split.vectors + split.begin(local)) * Vec<T>::width;
-      const int64_t column = int64_t{group} * g.columns + split.first_column(local);
-      args.b_tap_pitch = int64_t{g.depth} * lanes;
-      args.out_offset = column;
-      args.columns = split.num_columns(local);
-      args.scale = epilogue.scale ? static_cast<const T*>(epilogue.scale) + column : nullptr;
-      args.shift = epilogue.shift ? static_cast<const T*>(epilogue.shift) + column : nullptr;
+  for (int32_t panel = panel_begin; panel < panel_end; ++panel) {
+    const int32_t group = panel / split.count, local = panel % split.count;
+    const int32_t vectors = split.width(local), lanes = vectors * width;
+    const T* b = g.packed + g.packed_taps * packed_tap * (int64_t{group} * split.vectors + split.begin(local)) * width;
+    const int64_t column = int64_t{group} * g.columns + split.first_column(local);
+    args.b_tap_pitch = packed_tap * lanes;
+    args.out_offset = column;
+    args.columns = split.num_columns(local);
+    args.scale = epilogue.scale ? static_cast<const C*>(epilogue.scale) + column : nullptr;
+    args.shift = epilogue.shift ? static_cast<const C*>(epilogue.shift) + column : nullptr;
 
-      // A part of the reduction: a run of whole taps, or a run of one tap's depth.
-      const int32_t most = static_cast<int32_t>(kPartBytes / sizeof(T)) / lanes;
-      const int32_t depth_parts = at_least(1, ceil_div(g.depth, most));
-      const int32_t tap_run = depth_parts > 1 ? 1 : most / at_least(1, g.depth);
+    // A part of the reduction: a run of whole taps, or a run of one tap's depth in whole steps.
+    const int32_t most = static_cast<int32_t>(kPartBytes / sizeof(T)) / lanes;
+    const int32_t depth_parts = at_least(1, ceil_div(g.depth, most));
+    const int32_t depth_part = static_cast<int32_t>(packed_depth<T>(ceil_div(g.depth, depth_parts)));
+    const int32_t tap_run = depth_parts > 1 ? 1 : most / at_least(1, g.depth);
+
+    int32_t first_tap = 0;
+    do {  // all taps at once, unless there are more than the table has room for
+      const int32_t num_taps = at_most(taps_at_once, grid_taps - first_tap);
+      const bool last_taps = first_tap + num_taps == grid_taps;
+      if (table.first_tap != first_tap) {
+        table.fill(g, begin, pixels, first_tap, num_taps);
+        tiles.vectors = 0;
+      }
+      if (tiles.vectors != vectors) tiles.cut(table, vectors, g.tiles_within_rows, g.zeros);
       int32_t tap = 0;
       do {
         const int32_t tap_end = at_most(tap + tap_run, num_taps);
-        for (int32_t part = 0; part < depth_parts; ++part) {
-          const int32_t depth_begin = static_cast<int32_t>(int64_t{g.depth} * part / depth_parts);
-          args.depth = static_cast<int32_t>(int64_t{g.depth} * (part + 1) / depth_parts) - depth_begin;
+        int32_t depth_begin = 0;
+        do {
+          const int32_t depth_end = at_most(depth_begin + depth_part, g.depth);
+          args.depth = depth_end - depth_begin;
           args.a_offset = int64_t{group} * g.depth + depth_begin;
           args.b = b + int64_t{depth_begin} * lanes;
-          args.accumulate = first_tap + tap + part > 0;
-          args.finish = last_taps && tap_end == num_taps && part == depth_parts - 1;
+          args.accumulate = first_tap + tap + depth_begin > 0;
+          args.finish = last_taps && tap_end == num_taps && depth_end == g.depth;
           for (int32_t i = 0; i < tiles.count; ++i) {
             int32_t from = tiles.taps_begin[i], to = tiles.taps_begin[i + 1];
             while (from < to && tiles.taps[from] < tap) ++from;
@@ -199,14 +210,16 @@ void run_item(const ImplicitGemm<T>& g, const Panels<T>& split, int64_t begin, i
             args.num_taps = to - from;
             args.rows = table.rows + tiles.begin[i];
             args.out = table.out + tiles.begin[i];
+            if constexpr (!kPartialInOutput<T>) args.partial = partial + tiles.begin[i] * lanes;
             tile_kernel<T>(tiles.begin[i + 1] - tiles.begin[i], vectors)(args);
           }
-        }
+          depth_begin = depth_end;
+        } while (depth_begin < g.depth);
         tap = tap_end;
       } while (tap < num_taps);
-    }
-    first_tap += num_taps;
-  } while (first_tap < grid_taps);
+      first_tap += num_taps;
+    } while (first_tap < grid_taps);
+  }
 }
 
 }  // namespace
@@ -247,36 +260,41 @@ void run_implicit_gemm(const ImplicitGemm<T>& g, const Parallel& parallel) {
 
 template <class T>
 int64_t packed_elements(int32_t groups, int64_t taps, int32_t depth, int32_t columns) {
-  return groups * taps * depth * ceil_div(columns, Vec<T>::width) * Vec<T>::width;
+  constexpr int32_t width = Panels<T>::kWidth;
+  return groups * taps * packed_depth<T>(depth) * ceil_div(columns, width) * width;
 }
 
 template <class T>
 void pack_panels(const T* w, int64_t group_pitch, int64_t column_pitch, int64_t depth_pitch, int32_t groups,
-                 int32_t taps, int32_t depth, int32_t columns, T* packed, const Parallel& parallel) {
+                 int32_t taps, int32_t merged_taps, int32_t depth, int32_t columns, T* packed,
+                 const Parallel& parallel) {
   if (columns == 0) return;
+  constexpr int32_t width = Panels<T>::kWidth, step = kDepthStep<T>;
+  const int64_t merged_depth = int64_t{merged_taps} * depth, packed_tap = packed_depth<T>(merged_depth);
   const Panels<T> split(columns);
   parallel.for_each(int64_t{groups} * split.count, [&](int64_t index) {
     const int32_t group = static_cast<int32_t>(index / split.count), panel = static_cast<int32_t>(index % split.count);
-    const int32_t lanes = split.width(panel) * Vec<T>::width, valid = split.num_columns(panel);
-    T* to = packed + int64_t{taps} * depth * (int64_t{group} * split.vectors + split.begin(panel)) * Vec<T>::width;
+    const int32_t lanes = split.width(panel) * width, valid = split.num_columns(panel);
+    T* to = packed + taps / merged_taps * packed_tap * (int64_t{group} * split.vectors + split.begin(panel)) * width;
     const T* from = w + group * group_pitch + split.first_column(panel) * column_pitch;
-    for (int32_t tap = 0; tap < taps; ++tap) {
-      for (int32_t l = 0; l < depth; ++l, to += lanes) {
-        const T* element = from + l * depth_pitch + tap;
-        for (int32_t j = 0; j < valid; ++j) to[j] = element[j * column_pitch];
-        for (int32_t j = valid; j < lanes; ++j) to[j] = 0;
+    for (int32_t tap = 0; tap < taps; tap += merged_taps, to += packed_tap * lanes) {
+      for (int64_t l = 0; l < packed_tap; ++l) {
+        T* row = to + l / step * step * lanes + l % step;
+        const T* element = from + l % depth * depth_pitch + tap + l / depth;
+        const int32_t present = l < merged_depth ? valid : 0;
+        for (int32_t j = 0; j < present; ++j) row[j * step] = element[j * column_pitch];
+        for (int32_t j = present; j < lanes; ++j) row[j * step] = T{};
       }
     }
   });
 }
 
-#define CONVEXT_INSTANTIATE(T)                                                                                        \
+#define CONVEXT_INSTANTIATE(T, name)                                                                                  \
   template void run_implicit_gemm<T>(const ImplicitGemm<T>&, const Parallel&);                                       \
   template int64_t packed_elements<T>(int32_t, int64_t, int32_t, int32_t);                                           \
-  template void pack_panels<T>(const T*, int64_t, int64_t, int64_t, int32_t, int32_t, int32_t, int32_t, T*,          \
+  template void pack_panels<T>(const T*, int64_t, int64_t, int64_t, int32_t, int32_t, int32_t, int32_t, int32_t, T*, \
                                const Parallel&);
-CONVEXT_INSTANTIATE(float)
-CONVEXT_INSTANTIATE(double)
+CONVEXT_FOR_ELEMENTS(CONVEXT_INSTANTIATE)
 #undef CONVEXT_INSTANTIATE
 
 }  // namespace convext::CONVEXT_ISA

@@ -5,7 +5,8 @@
 //
 //   A  (M = pixels of the grid, taps * depth)  gathered through a table of pointers; padding points to a row of zeros
 //   B  (taps * depth, columns)                 packed once, panel by panel: [group][panel][tap][depth][vectors * width]
-//   C  (M, columns)                            the output tensor itself, also between two parts of a long reduction
+//   C  (M, columns)                            the output tensor itself, also between two parts of a long reduction;
+//                                              where its type would round the sums, a block's worth of floats (bfloat16)
 //
 // One item of work is a block of pixels times a run of panels; items are a function of the problem alone, so results do
 // not depend on the number of threads. Inside an item:
@@ -61,9 +62,10 @@ void run_implicit_gemm(const ImplicitGemm<T>&, const Parallel&);
 template <class T>
 int64_t packed_elements(int32_t groups, int64_t taps, int32_t depth, int32_t columns);
 
-// Packs weight(g, column, l, tap) = w[g * group_pitch + column * column_pitch + l * depth_pitch + tap].
+// Packs weight(g, column, l, tap) = w[g * group_pitch + column * column_pitch + l * depth_pitch + tap]. Every
+// `merged_taps` neighbouring taps become one of that many times the depth.
 template <class T>
 void pack_panels(const T* w, int64_t group_pitch, int64_t column_pitch, int64_t depth_pitch, int32_t groups,
-                 int32_t taps, int32_t depth, int32_t columns, T* packed, const Parallel&);
+                 int32_t taps, int32_t merged_taps, int32_t depth, int32_t columns, T* packed, const Parallel&);
 
 }  // namespace convext::CONVEXT_ISA

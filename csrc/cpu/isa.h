@@ -17,7 +17,9 @@
 #define CONVEXT_VARIANT(base) CONVEXT_CONCAT(base, CONVEXT_ISA)
 #define CONVEXT_VARIANT_NAME(base) CONVEXT_STRING(base) "_" CONVEXT_STRING(CONVEXT_ISA)
 
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
+#define CONVEXT_ISA_ENUM ::convext::Isa::kAVX512BF16
+#elif defined(__AVX512F__)
 #define CONVEXT_ISA_ENUM ::convext::Isa::kAVX512
 #elif defined(__AVX2__)
 #define CONVEXT_ISA_ENUM ::convext::Isa::kAVX2

@@ -45,7 +45,7 @@ extern const Staging staging_avx2, staging_avx512;
 // The table for an instruction set that this CPU has.
 inline const Staging& staging_for([[maybe_unused]] Isa isa) {
 #if defined(CONVEXT_HAVE_X86_ISAS)
-  if (isa == Isa::kAVX512) return staging_avx512;
+  if (isa >= Isa::kAVX512) return staging_avx512;
   if (isa == Isa::kAVX2) return staging_avx2;
 #endif
   return staging_portable;

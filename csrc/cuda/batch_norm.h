@@ -24,6 +24,15 @@ const char* reject_norm(const NormShape& shape);
 // Bytes of scratch memory for launch_batch_stats and launch_bn_act_backward.
 int64_t norm_workspace(const NormShape& shape);
 
+// Bytes of `rows` rows of partial statistics, as an fprop kernel writes them (LaunchArgs::stats).
+constexpr int64_t partial_stats_bytes(int64_t rows, int64_t channels, DType accumulate) {
+  return rows * (2 * channels + 1) * dtype_size(accumulate);
+}
+
+// Mean and biased variance of each channel, out of such rows.
+const char* launch_merge_stats(int64_t channels, int64_t rows, DType accumulate, const void* partial, void* mean,
+                               void* var, void* stream);
+
 // Mean and biased variance of each channel.
 const char* launch_batch_stats(const NormShape& shape, const void* y, void* mean, void* var, void* workspace,
                                void* stream);

@@ -2,6 +2,7 @@
 // bound by memory.
 //
 //   batch_stats       mean[k], var[k] of y                                     reads y once
+//   merge_stats       mean[k], var[k] from the partials of an fprop epilogue   reads 2 values a tile and channel
 //   bn_act            out = act((y - mean) * scale + beta + residual)          reads y (and the residual), writes out
 //   bn_act_backward   g = dout * act'(z), z recomputed from y                  reads dout, y (and the residual) twice,
 //                     dbeta = sum g, dgamma = sum g * xhat                     writes dy (and dresidual)
@@ -15,13 +16,13 @@
 //   pixels  row 0         |  t0   |  t1   |           |      row i takes pixels i, i + rows, ...
 //     |     row 1         |  ...  |                   |
 //
-// Statistics are kept as (count, mean, sum of squared deviations): Welford's update inside a thread, Chan's merge
-// between threads and then between blocks, in fixed order. No atomics, and no cancellation at a large mean. Shared
-// memory: 256*8*2 values, 16 KiB (fp32). The number of blocks depends on the problem alone.
+// Statistics go as tile/statistics.h says, whether they start here, from y in memory, or in the registers of an fprop
+// kernel; merge_stats is the last step of both. Shared memory: 256*(8*2 + 1) values, 17 KiB (fp32). The number of
+// blocks depends on the problem alone.
 #include <type_traits>
 
 #include "batch_norm.h"
-#include "compat.h"
+#include "tile/statistics.h"
 
 namespace convext::cuda {
 namespace {
@@ -88,83 +89,52 @@ CONVEXT_DEVICE void store_values(T* p, const accumulate_t<T> (&v)[VEC]) {
   }
 }
 
-// mean and m2 of two disjoint sets joined: Chan, Golub and LeVeque (1979).
-template <class Acc>
-CONVEXT_DEVICE void merge(Acc& count, Acc& mean, Acc& m2, Acc other_count, Acc other_mean, Acc other_m2) {
-  if (other_count == Acc(0)) return;
-  const Acc total = count + other_count, delta = other_mean - mean, share = other_count / total;
-  mean += delta * share;
-  m2 += other_m2 + delta * delta * count * share;
-  count = total;
-}
-
-// Pixels among [begin, end) that row `row` of a block takes.
-CONVEXT_DEVICE int64_t pixels_of_row(int64_t begin, int64_t end, int64_t row, int64_t rows) {
-  return begin + row < end ? (end - begin - row + rows - 1) / rows : 0;
-}
-
-// partial: (splits, channels, 2): mean and sum of squared deviations of each split.
+// One row of partial statistics a split.
 template <class T, int VEC>
 __global__ void __launch_bounds__(kThreads, 1)
-    stats_partial(Deal deal, const T* __restrict__ y, accumulate_t<T>* __restrict__ partial) {
+    stats_partial(Deal deal, const T* __restrict__ y, PartialStats<accumulate_t<T>> stats) {
   using Acc = accumulate_t<T>;
   CONVEXT_SHARED_MEMORY(shared);
-  Acc* means = reinterpret_cast<Acc*>(shared);  // (rows, lanes*VEC)
-  Acc* m2s = means + kThreads * VEC;
   const int32_t lane = threadIdx.x % deal.lanes, row = threadIdx.x / deal.lanes, rows = kThreads / deal.lanes;
   const int32_t pitch = deal.lanes * VEC;
   const int64_t channel = (int64_t{blockIdx.x} * deal.lanes + lane) * VEC;
   const int64_t begin = int64_t{blockIdx.y} * deal.pixels_per_split;
   const int64_t end = begin + deal.pixels_per_split < deal.pixels ? begin + deal.pixels_per_split : deal.pixels;
-  Acc mean[VEC] = {}, m2[VEC] = {};
+  Welford<Acc, VEC> seen;
   if (channel < deal.channels) {
-    Acc count = 0;
     for (int64_t pixel = begin + row; pixel < end; pixel += rows) {
       Acc v[VEC];
       load_values<T, VEC>(y + pixel_offset(deal, pixel) + channel * deal.channel_stride, v);
-      count += Acc(1);
-      const Acc share = Acc(1) / count;
-#pragma unroll
-      for (int i = 0; i < VEC; ++i) {
-        const Acc delta = v[i] - mean[i];
-        mean[i] += delta * share;
-        m2[i] += delta * (v[i] - mean[i]);
-      }
+      seen.add(v);
     }
   }
-#pragma unroll
-  for (int i = 0; i < VEC; ++i) {
-    means[row * pitch + lane * VEC + i] = mean[i];
-    m2s[row * pitch + lane * VEC + i] = m2[i];
-  }
-  __syncthreads();  // orders the threads' statistics before they are merged
-  for (int32_t i = threadIdx.x; i < pitch; i += kThreads) {
-    const int64_t k = int64_t{blockIdx.x} * pitch + i;
-    if (k >= deal.channels) continue;
-    Acc count = 0, joined_mean = 0, joined_m2 = 0;
-    for (int32_t r = 0; r < rows; ++r) {
-      merge(count, joined_mean, joined_m2, Acc(pixels_of_row(begin, end, r, rows)), means[r * pitch + i],
-            m2s[r * pitch + i]);
-    }
-    partial[(int64_t{blockIdx.y} * deal.channels + k) * 2] = joined_mean;
-    partial[(int64_t{blockIdx.y} * deal.channels + k) * 2 + 1] = joined_m2;
-  }
+  merge_block(seen, reinterpret_cast<Acc*>(shared), row, rows, lane * VEC, pitch,
+              [&](int column, Acc count, Acc mean, Acc m2) {
+                const int64_t k = int64_t{blockIdx.x} * pitch + column;
+                if (k < deal.channels) stats.store(blockIdx.y, k, count, mean, m2);
+              });
 }
 
+// Rows of partial statistics into mean and variance: a block takes 8 channels, a thread every 32nd row of one.
+constexpr int kMergeColumns = 8, kMergeRows = kThreads / kMergeColumns;
 template <class Acc>
 __global__ void __launch_bounds__(kThreads, 1)
-    stats_final(Deal deal, const Acc* __restrict__ partial, Acc* __restrict__ mean, Acc* __restrict__ var) {
-  const int64_t k = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (k >= deal.channels) return;
-  Acc count = 0, joined_mean = 0, joined_m2 = 0;
-  for (int32_t split = 0; split < deal.splits; ++split) {
-    const int64_t begin = split * deal.pixels_per_split;
-    const int64_t size = begin + deal.pixels_per_split < deal.pixels ? deal.pixels_per_split : deal.pixels - begin;
-    const Acc* p = partial + (split * deal.channels + k) * 2;
-    merge(count, joined_mean, joined_m2, Acc(size), __ldg(p), __ldg(p + 1));
+    merge_stats(int64_t rows, PartialStats<const Acc> stats, Acc* __restrict__ mean, Acc* __restrict__ var) {
+  CONVEXT_SHARED_MEMORY(shared);
+  const int32_t column = threadIdx.x % kMergeColumns, first = threadIdx.x / kMergeColumns;
+  const int64_t channel = int64_t{blockIdx.x} * kMergeColumns + column;
+  Welford<Acc, 1> seen;
+  if (channel < stats.channels) {
+    for (int64_t row = first; row < rows; row += kMergeRows) {
+      const Acc* moments = stats.moments + (row * stats.channels + channel) * 2;
+      seen.join(__ldg(stats.counts + row), __ldg(moments), __ldg(moments + 1));
+    }
   }
-  mean[k] = joined_mean;
-  var[k] = joined_m2 / count;
+  merge_block(seen, reinterpret_cast<Acc*>(shared), first, kMergeRows, column, kMergeColumns,
+              [&](int i, Acc count, Acc joined_mean, Acc m2) {
+                const int64_t k = int64_t{blockIdx.x} * kMergeColumns + i;
+                if (k < stats.channels) mean[k] = joined_mean, var[k] = m2 / count;
+              });
 }
 
 // What normalising one channel takes.
@@ -377,7 +347,19 @@ const char* reject_norm(const NormShape& shape) {
 
 int64_t norm_workspace(const NormShape& shape) {
   const Deal deal = deal_of(shape, vector_size(shape));
-  return int64_t{deal.splits} * deal.channels * 2 * (shape.dtype == DType::kFloat64 ? 8 : 4);
+  return partial_stats_bytes(deal.splits, deal.channels, accumulate_dtype(shape.dtype));
+}
+
+const char* launch_merge_stats(int64_t channels, int64_t rows, DType accumulate, const void* partial, void* mean,
+                               void* var, void* stream) {
+  const auto with = [&](auto zero) {
+    using Acc = decltype(zero);
+    const dim3 grid(static_cast<unsigned>(ceil_div(channels, kMergeColumns)));
+    return launch_kernel(merge_stats<Acc>, grid, dim3(kThreads), sizeof(Acc) * merge_scratch(kMergeRows, kMergeColumns),
+                         stream, rows, PartialStats<const Acc>(partial, rows, channels), static_cast<Acc*>(mean),
+                         static_cast<Acc*>(var));
+  };
+  return accumulate == DType::kFloat64 ? with(double{}) : with(float{});
 }
 
 const char* launch_batch_stats(const NormShape& shape, const void* y, void* mean, void* var, void* workspace,
@@ -387,14 +369,13 @@ const char* launch_batch_stats(const NormShape& shape, const void* y, void* mean
     using Acc = accumulate_t<T>;
     constexpr int VEC = decltype(vec)::value;
     const Deal deal = deal_of(shape, VEC);
-    Acc* partial = static_cast<Acc*>(workspace);
     if (const char* error = launch_kernel(stats_partial<T, VEC>, grid_of(deal), dim3(kThreads),
-                                          sizeof(Acc) * 2 * kThreads * VEC, stream, deal, static_cast<const T*>(y),
-                                          partial)) {
+                                          sizeof(Acc) * merge_scratch(kThreads / deal.lanes, deal.lanes * VEC), stream,
+                                          deal, static_cast<const T*>(y),
+                                          PartialStats<Acc>(workspace, deal.splits, shape.c))) {
       return error;
     }
-    return launch_kernel(stats_final<Acc>, channel_grid(shape.c), dim3(kThreads), 0, stream, deal,
-                         static_cast<const Acc*>(partial), static_cast<Acc*>(mean), static_cast<Acc*>(var));
+    return launch_merge_stats(shape.c, deal.splits, accumulate_dtype(shape.dtype), workspace, mean, var, stream);
   });
 }
 

@@ -7,19 +7,25 @@
 // the dy window around each serves both: x and dy are read once, dx is written once, 3 tensors of traffic where two
 // kernels need 4. 36 FLOP for 6 bytes at 3x3 in bf16: memory decides; from 5x5 up the FMA units do.
 //
-// backward<T, VEC, R, STRIDE, DW>: NHWC, multiplier 1. A thread owns VEC channels and, at a time, a patch of STRIDE x 4
-//   input pixels that starts at a multiple of the stride, so that which taps meet which pixels is known to the
-//   compiler:
+// backward<T, VEC, R, STRIDE, FORM, DW>: multiplier 1, no dilation. A thread owns VEC channels and, at a time, a patch
+//   of STRIDE x 4 input pixels that starts at a multiple of the stride, so that which taps meet which pixels is known
+//   to the compiler:
 //
 //       x    | 0 1 2 3 |          stride 2, R = 3: pixel 0 meets taps 0 and 2, pixel 1 meets tap 1, ...
 //       dy   | -1  0  1 |         columns of dy: (pixel - tap) / stride
 //
 //   A block walks over a contiguous range of tiles, so that halos hit the first-level cache, and keeps dw in registers
 //   all the while: R*R*VEC accumulators, 72 of 255 registers at 3x3 with 8 channels, 100 at 5x5 with 4, 98 at 7x7 with
-//   2. At the end the block's threads add up through shared memory, 256*VEC*4 B = 8 KiB, and write one fp32 slab; the
-//   slabs are added in fixed order. The number of blocks depends on the problem alone, so results repeat to the bit
-//   anywhere.
-// dgrad_any<T>, wgrad_any<T>: either memory order, any size, stride, dilation, multiplier, and float64.
+//   2. At the end each warp adds up by shuffles, the warps through shared memory, 8*lanes*VEC*4 B = 2 KiB, and the
+//   block writes one fp32 slab; the slabs are added in fixed order. The number of blocks depends on the problem alone,
+//   so results repeat to the bit anywhere.
+//   window is NHWC; planes is NCHW, VEC = 1, neighbouring threads along a row, small planes side by side in a tile.
+// backward_any<T, VEC, DW>: any size, stride, dilation, multiplier, memory order, and float64, in one pass too. Taps
+//   are a loop at run time, so a thread's share of dw lies in shared memory: R*S*256*VEC*4 B, 72 KiB for a dilated 3x3
+//   with 8 channels -> 2 blocks on 228 KiB. Larger filters take fewer channels a thread, and more taps than
+//   kEntryBudget holds take further passes over x and dy. A thread does 4 pixels for each tap and access to its share.
+#include <type_traits>
+
 #include "tile/depthwise.h"
 #include "tile/reduce_splits.h"
 
@@ -27,7 +33,7 @@ namespace convext::cuda {
 namespace {
 
 constexpr int kPatchW = 4;
-constexpr int64_t kTargetBlocks = 2 * 132;  // two blocks for each multiprocessor of the largest GPU in use
+constexpr int64_t kTargetBlocks = 2 * kProcessors;
 
 template <int R, int STRIDE>
 struct Patch {
@@ -37,16 +43,17 @@ struct Patch {
   static constexpr int COLS = LOW + (W - 1) / STRIDE + 1;
 };
 
-template <class T, int VEC, int R, int STRIDE, bool DW>
+template <class T, int VEC, int R, int STRIDE, Form FORM, bool DW>
 __global__ void __launch_bounds__(kDepthwiseThreads, 1)
-    backward(ConvProblem problem, DepthwiseTile tile, int64_t tiles_per_split, const T* __restrict__ dy,
-             const T* __restrict__ x, const T* __restrict__ w, T* __restrict__ dx, float* __restrict__ partial) {
+    backward(ConvProblem problem, DepthwiseTile tile, int64_t tiles_per_split, Strides xs, Strides ys,
+             const T* __restrict__ dy, const T* __restrict__ x, const T* __restrict__ w, T* __restrict__ dx,
+             float* __restrict__ partial, bool vector_rows) {
   using Pt = Patch<R, STRIDE>;
   CONVEXT_SHARED_MEMORY(shared);
   const int32_t P = problem.p(), Q = problem.q(), C = problem.c;
   const int32_t pitch = tile.lanes * VEC;
   float* filters = reinterpret_cast<float*>(shared);  // (R*R, pitch)
-  float* scratch = filters + R * R * pitch;           // (pixels of a tile, pitch)
+  float* scratch = filters + R * R * pitch;           // (warps, pitch)
 
   const int32_t c_block = static_cast<int32_t>(blockIdx.x % tile.tiles_c) * pitch;
   const int32_t split = static_cast<int32_t>(blockIdx.x / tile.tiles_c);
@@ -57,16 +64,11 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 1)
   }
   __syncthreads();  // orders the filters before every thread's reads below
 
-  int32_t t = threadIdx.x;
-  const int32_t lane = t % tile.lanes;
-  t /= tile.lanes;
-  const int32_t pixel = t;
-  const int32_t across_w = t % tile.across_w;
-  t /= tile.across_w;
-  const int32_t across_h = t % tile.across_h;
-  const int32_t across_n = t / tile.across_h;
-  const int32_t c = c_block + lane * VEC;
-  const float* my_filters = filters + lane * VEC;
+  const DepthwisePlace place(tile, FORM == Form::kNHWC);
+  const int32_t c = c_block + place.lane * VEC;
+  const float* my_filters = filters + place.lane * VEC;
+  // With NCHW the distance of columns is known: 1.
+  const int64_t x_step = FORM == Form::kNCHW ? 1 : xs.w, y_step = FORM == Form::kNCHW ? 1 : ys.w;
 
   float dw[DW ? R : 1][DW ? R : 1][VEC] = {};
   const int64_t first = split * tiles_per_split;
@@ -74,25 +76,24 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 1)
   for (int64_t index = first; index < last; ++index) {
     const int32_t tile_w = static_cast<int32_t>(index % tile.tiles_w);
     const int32_t tile_h = static_cast<int32_t>(index / tile.tiles_w % tile.tiles_h);
-    const int32_t n = static_cast<int32_t>(index / tile.tiles_w / tile.tiles_h) * tile.across_n + across_n;
-    const int32_t p0 = (tile_h * tile.across_h + across_h) + problem.pad_h / STRIDE;            // of the first row
-    const int32_t q0 = (tile_w * tile.across_w + across_w) * (Pt::W / STRIDE) + problem.pad_w / STRIDE;
+    const int32_t n = static_cast<int32_t>(index / tile.tiles_w / tile.tiles_h) * tile.across_n + place.n;
+    const int32_t p0 = (tile_h * tile.across_h + place.h) + problem.pad_h / STRIDE;  // of the first row
+    const int32_t q0 = (tile_w * tile.across_w + place.w) * (Pt::W / STRIDE) + problem.pad_w / STRIDE;
     const int32_t h0 = p0 * STRIDE - problem.pad_h, w0 = q0 * STRIDE - problem.pad_w;
     if (c >= C || n >= problem.n || h0 >= problem.h || w0 >= problem.w) continue;
-    const int64_t x_image = int64_t{n} * problem.h * problem.w * C + c;
-    const int64_t y_image = int64_t{n} * P * Q * C + c;
+    const int64_t x_image = n * xs.n + c * xs.c, y_image = n * ys.n + c * ys.c;
 
 #pragma unroll
     for (int i = 0; i < Pt::H; ++i) {
       const int32_t h = h0 + i;
       if (h < 0 || h >= problem.h) continue;
-      const int64_t x_line = x_image + int64_t{h} * problem.w * C;
+      const int64_t x_line = x_image + h * xs.h;
       Run<T, VEC> pixels[Pt::W];
       if constexpr (DW) {
 #pragma unroll
         for (int j = 0; j < Pt::W; ++j) {
           const int32_t column = w0 + j;
-          pixels[j] = column >= 0 && column < problem.w ? load_run<T, VEC>(x + x_line + int64_t{column} * C)
+          pixels[j] = column >= 0 && column < problem.w ? load_run<T, VEC>(x + x_line + column * x_step)
                                                         : zero_run<T, VEC>();
         }
       }
@@ -102,12 +103,12 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 1)
         if ((i - r) % STRIDE != 0) continue;
         const int32_t p = p0 + (i - r) / STRIDE;
         if (p < 0 || p >= P) continue;
-        const T* y_line = dy + y_image + int64_t{p} * Q * C;
+        const T* y_line = dy + y_image + p * ys.h;
         Run<T, VEC> window[Pt::COLS];
 #pragma unroll
         for (int col = 0; col < Pt::COLS; ++col) {
           const int32_t q = q0 - Pt::LOW + col;
-          window[col] = q >= 0 && q < Q ? load_run<T, VEC>(y_line + int64_t{q} * C) : zero_run<T, VEC>();
+          window[col] = q >= 0 && q < Q ? load_run<T, VEC>(y_line + q * y_step) : zero_run<T, VEC>();
         }
 #pragma unroll
         for (int s = 0; s < R; ++s) {
@@ -127,27 +128,39 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 1)
           }
         }
       }
-      if (dx) {
+      if (!dx) continue;
+      if (FORM == Form::kNCHW && vector_rows) {
+        float row[Pt::W];
+#pragma unroll
+        for (int j = 0; j < Pt::W; ++j) row[j] = acc[j][0];
+        store_run<T, Pt::W>(dx + x_line + w0, row);
+      } else {
 #pragma unroll
         for (int j = 0; j < Pt::W; ++j) {
           const int32_t column = w0 + j;
-          if (column >= 0 && column < problem.w) store_run<T, VEC>(dx + x_line + int64_t{column} * C, acc[j]);
+          if (column >= 0 && column < problem.w) store_run<T, VEC>(dx + x_line + column * x_step, acc[j]);
         }
       }
     }
   }
 
   if constexpr (DW) {
-    const int32_t pixel_threads = kDepthwiseThreads / tile.lanes;
+    // Pixels that a warp has of one lane: they are added first, by shuffles.
+    const int32_t nearest = FORM == Form::kNHWC ? tile.lanes : 1, group = FORM == Form::kNHWC ? 32 / tile.lanes : 32;
+    const int32_t rows = kDepthwiseThreads / tile.lanes / group;
     float* slab = partial + int64_t{split} * C * (R * R);
 #pragma unroll
     for (int tap = 0; tap < R * R; ++tap) {
 #pragma unroll
-      for (int v = 0; v < VEC; ++v) scratch[pixel * pitch + lane * VEC + v] = dw[tap / R][tap % R][v];
-      __syncthreads();  // orders the threads' shares before their sum
+      for (int v = 0; v < VEC; ++v) {
+        float sum = dw[tap / R][tap % R][v];
+        for (int32_t distance = nearest; distance < 32; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+        if (place.pixel % group == 0) scratch[place.pixel / group * pitch + place.lane * VEC + v] = sum;
+      }
+      __syncthreads();  // orders the warps' shares before their sum
       for (int32_t channel = threadIdx.x; channel < pitch; channel += kDepthwiseThreads) {
         float sum = 0;
-        for (int32_t i = 0; i < pixel_threads; ++i) sum += scratch[i * pitch + channel];
+        for (int32_t i = 0; i < rows; ++i) sum += scratch[i * pitch + channel];
         if (c_block + channel < C) slab[int64_t{c_block + channel} * (R * R) + tap] = sum;
       }
       __syncthreads();  // orders the sum before the next tap's shares
@@ -156,266 +169,343 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 1)
 }
 
 // Channels of a run: as many as keep the accumulators of dw in registers.
-template <class T, int R>
-constexpr int kRun = R == 3 ? Vector<T>::kSize : R == 5 ? 4 : 2;
+template <class T, int R, Form FORM>
+constexpr int kRun = FORM == Form::kNCHW ? 1 : R == 3 ? Vector<T>::kSize : R == 5 ? 4 : 2;
 
-// The tiles and splits of one problem.
-struct BackwardPlan {
-  DepthwiseTile tile;
-  int64_t splits, tiles_per_split;
-};
-inline BackwardPlan plan_backward(const ConvProblem& p, int vec, int bytes) {
+// A slab is written and read once, 8 bytes a weight; x, dy and dx are worth ten times that to a split, or more.
+DepthwisePlan split_backward(const ConvProblem& p, const DepthwiseTile& tile, int64_t bytes) {
+  const int64_t least_pixels = ceil_div(10 * 8 * int64_t{p.r} * p.s, 3 * bytes);
+  return split_tiles(tile, kTargetBlocks, ceil_div(p.nhw(), least_pixels), p.is_dilated());
+}
+
+// Planes of a tile side by side, at least 32 threads each: a warp has one plane.
+int32_t backward_plane_lanes(const ConvProblem& p, int64_t bytes) {
+  return min_of(kDepthwiseThreads / 32, plane_lanes(p.c, int64_t{p.h} * p.w * bytes));
+}
+
+template <class T, Form FORM>
+DepthwisePlan plan_of(const ConvProblem& p) {
+  constexpr int64_t kBytes = sizeof(T);
+  const int vec = p.r == 3 ? kRun<T, 3, FORM> : p.r == 5 ? kRun<T, 5, FORM> : kRun<T, 7, FORM>;
+  const int32_t lanes = FORM == Form::kNHWC ? channel_lanes(p, vec * kBytes) : backward_plane_lanes(p, kBytes);
+  const int32_t sector = FORM == Form::kNHWC ? 0 : 32 / kBytes;  // a tile's rows start and end within one
   // Patches start at a multiple of the stride: up to stride - 1 pixels before the image.
   const int32_t height = p.h + p.pad_h % p.stride_h, width = p.w + p.pad_w % p.stride_w;
-  const DepthwiseTile tile = choose_depthwise_tile(p.n, height, width, p.c / vec, 128 / (vec * bytes), p.stride_h,
-                                                   kPatchW, p.r - 1, p.s - 1);
-  const int64_t tiles = tile.pixel_tiles();
-  // A slab is written and read once, 8 bytes a weight; x, dy and dx are worth ten times that to a split, or more.
-  const int64_t least_pixels = ceil_div(10 * 8 * int64_t{p.r} * p.s, 3 * bytes);
-  const int64_t most = ceil_div(p.nhw(), least_pixels) < tiles ? ceil_div(p.nhw(), least_pixels) : tiles;
-  const int64_t wanted = ceil_div(kTargetBlocks, tile.tiles_c);
-  const int64_t per_split = ceil_div(tiles, wanted < most ? wanted : most);
-  return {tile, ceil_div(tiles, per_split), per_split};
-}
-template <class T>
-BackwardPlan plan_of(const ConvProblem& p) {
-  const int vec = p.r == 3 ? kRun<T, 3> : p.r == 5 ? kRun<T, 5> : kRun<T, 7>;
-  return plan_backward(p, vec, sizeof(T));
+  return split_backward(p, choose_depthwise_tile(p.n, height, width, p.c / vec, lanes, p.stride_h, kPatchW, p.r - 1,
+                                              p.s - 1 + sector), kBytes);
 }
 
-template <class T>
+template <class T, Form FORM>
 const char* reject_backward(const ConvProblem& p) {
   if (const char* why = reject_unless_depthwise(p)) return why;
   if (p.k != p.c) return "its channel multiplier is not 1";
-  if (p.x_layout != Layout::kNHWC || p.y_layout != Layout::kNHWC) return "it takes channels-last tensors alone";
-  if (p.c % Vector<T>::kSize) return "the number of channels is not a multiple of 16 bytes";
+  const Layout layout = FORM == Form::kNHWC ? Layout::kNHWC : Layout::kNCHW;
+  if (p.x_layout != layout || p.y_layout != layout) {
+    return FORM == Form::kNHWC ? "it takes channels-last tensors alone" : "it takes contiguous tensors alone";
+  }
+  if (FORM == Form::kNHWC && p.c % Vector<T>::kSize) return "the number of channels is not a multiple of 16 bytes";
   if (p.is_dilated()) return "the filter is dilated";
   if (p.r != p.s || (p.r != 3 && p.r != 5 && p.r != 7)) return "the filter is not 3x3, 5x5 or 7x7";
   if (p.stride_h != p.stride_w || p.stride_h > 2) return "the stride is not 1 or 2";
   return nullptr;
 }
 
-template <class T, int R, int STRIDE, bool DW>
+template <class T, int R, int STRIDE, Form FORM, bool DW>
 const char* launch_backward_of(const ConvProblem& p, const void* dy, const void* x, const void* w, void* dx,
                                void* partial, void* stream) {
-  constexpr int VEC = kRun<T, R>;
-  const BackwardPlan plan = plan_of<T>(p);
+  constexpr int VEC = kRun<T, R, FORM>;
+  const DepthwisePlan plan = plan_of<T, FORM>(p);
   const int32_t pitch = plan.tile.lanes * VEC;
-  const size_t shared = sizeof(float) * (R * R * pitch + (DW ? kDepthwiseThreads * VEC : 0));
-  return launch_kernel(backward<T, VEC, R, STRIDE, DW>, dim3(static_cast<unsigned>(plan.splits * plan.tile.tiles_c)),
-                       dim3(kDepthwiseThreads), shared, stream, p, plan.tile, plan.tiles_per_split,
-                       static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<const T*>(w),
-                       static_cast<T*>(dx), static_cast<float*>(partial));
+  const size_t shared = sizeof(float) * (R * R + (DW ? kDepthwiseThreads / 32 : 0)) * pitch;
+  const bool vector_rows = FORM == Form::kNCHW && p.w % kPatchW == 0 && p.pad_w % STRIDE == 0;
+  return launch_kernel(backward<T, VEC, R, STRIDE, FORM, DW>,
+                       dim3(static_cast<unsigned>(plan.blocks())), dim3(kDepthwiseThreads), shared,
+                       stream, p, plan.tile, plan.tiles_per_split, strides_of(p.x_layout, p.c, p.h, p.w),
+                       strides_of(p.y_layout, p.k, p.p(), p.q()), static_cast<const T*>(dy), static_cast<const T*>(x),
+                       static_cast<const T*>(w), static_cast<T*>(dx), static_cast<float*>(partial), vector_rows);
 }
 
-template <class T, bool DW>
+template <class T, Form FORM, bool DW>
 const char* launch_backward(const ConvProblem& p, const void* dy, const void* x, const void* w, void* dx,
                             void* partial, void* stream) {
   if (p.stride_h == 1) {
-    if (p.r == 3) return launch_backward_of<T, 3, 1, DW>(p, dy, x, w, dx, partial, stream);
-    if (p.r == 5) return launch_backward_of<T, 5, 1, DW>(p, dy, x, w, dx, partial, stream);
-    return launch_backward_of<T, 7, 1, DW>(p, dy, x, w, dx, partial, stream);
+    if (p.r == 3) return launch_backward_of<T, 3, 1, FORM, DW>(p, dy, x, w, dx, partial, stream);
+    if (p.r == 5) return launch_backward_of<T, 5, 1, FORM, DW>(p, dy, x, w, dx, partial, stream);
+    return launch_backward_of<T, 7, 1, FORM, DW>(p, dy, x, w, dx, partial, stream);
   }
-  if (p.r == 3) return launch_backward_of<T, 3, 2, DW>(p, dy, x, w, dx, partial, stream);
-  if (p.r == 5) return launch_backward_of<T, 5, 2, DW>(p, dy, x, w, dx, partial, stream);
-  return launch_backward_of<T, 7, 2, DW>(p, dy, x, w, dx, partial, stream);
-}
-
-template <class T>
-const char* launch_dgrad(const ConvProblem& p, const LaunchArgs& args) {
-  return launch_backward<T, false>(p, args.a, nullptr, args.b, args.out, nullptr, args.stream);
-}
-
-template <class T>
-int64_t wgrad_workspace(const ConvProblem& p, int32_t) {
-  return plan_of<T>(p).splits * p.w_size() * static_cast<int64_t>(sizeof(float));
-}
-
-template <class T>
-const char* launch_wgrad(const ConvProblem& p, const LaunchArgs& args) {
-  if (const char* error =
-          launch_backward<T, true>(p, args.a, args.b, args.w, args.dx, args.workspace, args.stream)) {
-    return error;
-  }
-  return launch_reduce_splits<T>(args.workspace, args.out, p.w_size(), static_cast<int32_t>(plan_of<T>(p).splits),
-                                 args.stream);
+  if (p.r == 3) return launch_backward_of<T, 3, 2, FORM, DW>(p, dy, x, w, dx, partial, stream);
+  if (p.r == 5) return launch_backward_of<T, 5, 2, FORM, DW>(p, dy, x, w, dx, partial, stream);
+  return launch_backward_of<T, 7, 2, FORM, DW>(p, dy, x, w, dx, partial, stream);
 }
 
 // ---- any shape
 
 // Where tap `tap` of input position `i` falls in the output: p*stride = i + pad - tap*dil. -1 where it does not.
-CONVEXT_DEVICE int32_t output_of(int32_t i, int32_t tap, int32_t stride, int32_t pad, int32_t dil, int32_t size) {
+CONVEXT_DEVICE int32_t output_of(int32_t i, int32_t tap, const FastDiv& stride, int32_t pad, int32_t dil,
+                                 int32_t size) {
   const int32_t shifted = i + pad - tap * dil;
-  return shifted >= 0 && shifted % stride == 0 && shifted / stride < size ? shifted / stride : -1;
+  if (shifted < 0) return -1;
+  int32_t position, rest;
+  stride(static_cast<uint32_t>(shifted), position, rest);
+  return rest == 0 && position < size ? position : -1;
 }
 
-// One element of dx a thread; the grid's y walks over images, or over planes for NCHW.
-template <class T>
+// Entries of dw that belong to one input channel, multiplier*R*S of them: entry e is tap e % (R*S) of filter
+// c*multiplier + e / (R*S). A launch computes those of [begin, end), and dx.
+struct Entries {
+  int32_t begin, end;
+};
+
+template <class T, int VEC, bool DW>
 __global__ void __launch_bounds__(kDepthwiseThreads, 1)
-    dgrad_any(ConvProblem problem, Strides xs, Strides ys, FastDiv div_inner, FastDiv div_w,
-              const T* __restrict__ dy, const T* __restrict__ w, T* __restrict__ dx) {
+    backward_any(ConvProblem problem, DepthwiseTile tile, int64_t tiles_per_split, Strides xs, Strides ys,
+                 FastDiv stride_h, FastDiv stride_w, Entries entries, const T* __restrict__ dy,
+                 const T* __restrict__ x, const T* __restrict__ w, T* __restrict__ dx,
+                 accumulate_t<T>* __restrict__ partial) {
+  using Acc = accumulate_t<T>;
+  CONVEXT_SHARED_MEMORY(shared);
+  Acc* shares = reinterpret_cast<Acc*>(shared);  // (entries, VEC, threads): of dw
+  const int32_t P = problem.p(), Q = problem.q(), C = problem.c;
+  const int32_t multiplier = problem.k / C, taps = problem.r * problem.s, pitch = tile.lanes * VEC;
+  const int32_t c_block = static_cast<int32_t>(blockIdx.x % tile.tiles_c) * pitch;
+  const int32_t split = static_cast<int32_t>(blockIdx.x / tile.tiles_c);
   const bool channels_last = problem.x_layout == Layout::kNHWC;
-  const int32_t C = problem.c, multiplier = problem.k / problem.c, taps = problem.r * problem.s;
-  const int32_t P = problem.p(), Q = problem.q();
-  const int64_t inner = int64_t{problem.h} * problem.w * (channels_last ? C : 1);
-  const int64_t outer = channels_last ? problem.n : int64_t{problem.n} * C;
-  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (i >= inner) return;
-  int32_t pixel, c = 0, h, column;
-  div_inner(static_cast<uint32_t>(i), pixel, c);
-  div_w(static_cast<uint32_t>(pixel), h, column);
-  for (int64_t o = blockIdx.y; o < outer; o += gridDim.y) {
-    const int64_t n = channels_last ? o : o / C;
-    if (!channels_last) c = static_cast<int32_t>(o % C);
-    accumulate_t<T> acc = 0;
-    for (int32_t r = 0; r < problem.r; ++r) {
-      const int32_t p = output_of(h, r, problem.stride_h, problem.pad_h, problem.dil_h, P);
-      if (p < 0) continue;
-      for (int32_t s = 0; s < problem.s; ++s) {
-        const int32_t q = output_of(column, s, problem.stride_w, problem.pad_w, problem.dil_w, Q);
-        if (q < 0) continue;
-        for (int32_t m = 0; m < multiplier; ++m) {
-          const int32_t k = c * multiplier + m;
-          acc += to_accumulate(__ldg(dy + n * ys.n + k * ys.c + p * ys.h + q * ys.w)) *
-                 to_accumulate(__ldg(w + int64_t{k} * taps + r * problem.s + s));
+  const DepthwisePlace place(tile, channels_last);
+  const int32_t c = c_block + place.lane * VEC;
+  const auto share = [&](int32_t entry, int v) -> Acc& {
+    return shares[((entry - entries.begin) * VEC + v) * kDepthwiseThreads + threadIdx.x];
+  };
+  if constexpr (DW) {
+    for (int32_t e = entries.begin; e < entries.end; ++e) {
+#pragma unroll
+      for (int v = 0; v < VEC; ++v) share(e, v) = 0;
+    }
+  }
+  // (R*S, pitch), for whole vectors
+  Acc* filters = shares + (DW ? (entries.end - entries.begin) * VEC * kDepthwiseThreads : 0);
+  if constexpr (VEC > 1) {
+    for (int32_t i = threadIdx.x; i < taps * pitch; i += kDepthwiseThreads) {
+      const int32_t tap = i / pitch, column = i % pitch;
+      const bool wanted = dx && c_block + column < C;
+      filters[i] = wanted ? to_accumulate(__ldg(w + int64_t{c_block + column} * taps + tap)) : Acc(0);
+    }
+    __syncthreads();  // orders the filters before every thread's reads below
+  }
+
+  const int64_t first = split * tiles_per_split;
+  const int64_t last = first + tiles_per_split < tile.pixel_tiles() ? first + tiles_per_split : tile.pixel_tiles();
+  for (int64_t index = first; index < last; ++index) {
+    const int32_t tile_w = static_cast<int32_t>(index % tile.tiles_w);
+    const int32_t h = static_cast<int32_t>(index / tile.tiles_w % tile.tiles_h) * tile.across_h + place.h;
+    const int32_t n = static_cast<int32_t>(index / tile.tiles_w / tile.tiles_h) * tile.across_n + place.n;
+    if (c >= C || n >= problem.n || h >= problem.h) continue;
+    // A thread's pixels lie across_w apart, so that neighbouring threads have neighbouring pixels.
+    const auto column_of = [&](int j) { return (tile_w * kPatchW + j) * tile.across_w + place.w; };
+    const int64_t x_line = n * xs.n + h * xs.h + c * xs.c;
+    Acc pixels[kPatchW][VEC] = {}, acc[kPatchW][VEC] = {};
+    if constexpr (DW) {
+#pragma unroll
+      for (int j = 0; j < kPatchW; ++j) {
+        if (column_of(j) >= problem.w) continue;
+        const Run<T, VEC> run = load_run<T, VEC>(x + x_line + column_of(j) * xs.w);
+#pragma unroll
+        for (int v = 0; v < VEC; ++v) pixels[j][v] = to_accumulate(run.v[v]);
+      }
+    }
+    for (int32_t m = 0; m < multiplier; ++m) {
+      const int32_t k = VEC == 1 ? c * multiplier + m : c;  // whole vectors have multiplier 1
+      for (int32_t r = 0; r < problem.r; ++r) {
+        const int32_t p = output_of(h, r, stride_h, problem.pad_h, problem.dil_h, P);
+        if (p < 0) continue;
+        const T* y_line = dy + n * ys.n + p * ys.h + k * ys.c;
+        for (int32_t s = 0; s < problem.s; ++s) {
+          const int32_t tap = r * problem.s + s, entry = m * taps + tap;
+          const bool counts = DW && entry >= entries.begin && entry < entries.end;
+          if (!dx && !counts) continue;
+          Acc weight[VEC] = {}, sum[VEC] = {};
+#pragma unroll
+          for (int v = 0; v < VEC; ++v) {
+            if (VEC > 1) weight[v] = filters[tap * pitch + place.lane * VEC + v];
+            else if (dx) weight[v] = to_accumulate(__ldg(w + int64_t{k} * taps + tap));
+          }
+#pragma unroll
+          for (int j = 0; j < kPatchW; ++j) {
+            const int32_t q = column_of(j) < problem.w
+                                  ? output_of(column_of(j), s, stride_w, problem.pad_w, problem.dil_w, Q) : -1;
+            if (q < 0) continue;
+            const Run<T, VEC> run = load_run<T, VEC>(y_line + q * ys.w);
+#pragma unroll
+            for (int v = 0; v < VEC; ++v) {
+              const Acc value = to_accumulate(run.v[v]);
+              acc[j][v] += value * weight[v];
+              sum[v] += value * pixels[j][v];
+            }
+          }
+          if (counts) {
+#pragma unroll
+            for (int v = 0; v < VEC; ++v) share(entry, v) += sum[v];
+          }
         }
       }
     }
-    dx[n * xs.n + c * xs.c + h * xs.h + column * xs.w] = from_accumulate<T>(acc);
-  }
-}
-
-// One tap of dw a block column: `lanes` filters by 256 / lanes output pixels at a time, one range of pixels a block.
-template <class T>
-__global__ void __launch_bounds__(kDepthwiseThreads, 1)
-    wgrad_any(ConvProblem problem, Strides xs, Strides ys, FastDiv div_pq, FastDiv div_q, int32_t lanes,
-              int32_t pixels_per_split, const T* __restrict__ dy, const T* __restrict__ x,
-              accumulate_t<T>* __restrict__ partial) {
-  using Acc = accumulate_t<T>;
-  CONVEXT_SHARED_MEMORY(shared);
-  Acc* scratch = reinterpret_cast<Acc*>(shared);  // (256)
-  const int32_t multiplier = problem.k / problem.c, taps = problem.r * problem.s;
-  const int32_t k = blockIdx.x * lanes + threadIdx.x % lanes;
-  const int32_t r = blockIdx.y / problem.s, s = blockIdx.y % problem.s;
-  const int64_t npq = problem.npq();
-  const int64_t first = int64_t{blockIdx.z} * pixels_per_split;
-  const int64_t last = first + pixels_per_split < npq ? first + pixels_per_split : npq;
-  Acc acc = 0;
-  if (k < problem.k) {
-    const int32_t step = kDepthwiseThreads / lanes;
-    for (int64_t m = first + threadIdx.x / lanes; m < last; m += step) {
-      int32_t n, p, q, rest;
-      div_pq(static_cast<uint32_t>(m), n, rest);
-      div_q(static_cast<uint32_t>(rest), p, q);
-      const int32_t h = problem.h_of(p, r), column = problem.w_of(q, s);
-      if (h < 0 || h >= problem.h || column < 0 || column >= problem.w) continue;
-      acc += to_accumulate(__ldg(dy + n * ys.n + k * ys.c + p * ys.h + q * ys.w)) *
-             to_accumulate(__ldg(x + n * xs.n + (k / multiplier) * xs.c + h * xs.h + column * xs.w));
+    if (!dx) continue;
+#pragma unroll
+    for (int j = 0; j < kPatchW; ++j) {
+      if (column_of(j) < problem.w) store_run<T, VEC>(dx + x_line + column_of(j) * xs.w, acc[j]);
     }
   }
-  scratch[threadIdx.x] = acc;
-  __syncthreads();  // orders the threads' shares before their sum
-  if (static_cast<int32_t>(threadIdx.x) < lanes && k < problem.k) {
-    Acc sum = 0;
-    for (int32_t i = threadIdx.x; i < kDepthwiseThreads; i += lanes) sum += scratch[i];
-    partial[int64_t{blockIdx.z} * problem.k * taps + int64_t{k} * taps + blockIdx.y] = sum;
+
+  if constexpr (DW) {
+    __syncthreads();  // orders the threads' shares before their sum
+    const int32_t pixels = kDepthwiseThreads / tile.lanes;
+    const int32_t next_pixel = channels_last ? tile.lanes : 1, next_lane = channels_last ? 1 : pixels;
+    for (int32_t i = threadIdx.x; i < (entries.end - entries.begin) * pitch; i += kDepthwiseThreads) {
+      const int32_t entry = i / pitch, column = i % pitch;  // counted from the first of this launch
+      if (c_block + column >= C) continue;
+      const Acc* row = shares + (entry * VEC + column % VEC) * kDepthwiseThreads + column / VEC * next_lane;
+      Acc sum = 0;
+      for (int32_t pixel = 0; pixel < pixels; ++pixel) sum += row[pixel * next_pixel];
+      const int32_t m = (entries.begin + entry) / taps, tap = (entries.begin + entry) % taps;
+      const int64_t k = int64_t{c_block + column} * multiplier + m;
+      partial[(int64_t{split} * problem.k + k) * taps + tap] = sum;
+    }
   }
 }
 
-const char* reject_any_dgrad(const ConvProblem& p) {
-  if (const char* why = reject_unless_depthwise(p)) return why;
-  const bool channels_last = p.x_layout == Layout::kNHWC;
-  if (int64_t{p.h} * p.w * (channels_last ? p.c : 1) > INT32_MAX) return "one image has more than 2^31 elements";
-  return nullptr;
+// Shared memory that every GPU from compute capability 8.0 on lets a block ask for, nearly.
+constexpr int64_t kEntryBudget = 96 * 1024;
+
+// What an entry takes of it: the threads' shares of dw, and for whole vectors the filters of the block's channels.
+template <class T, int VEC>
+constexpr int64_t entry_bytes(bool dw) {
+  return (dw ? kDepthwiseThreads * VEC : 0) * static_cast<int64_t>(sizeof(accumulate_t<T>)) +
+         (VEC > 1 ? 128 / sizeof(T) * sizeof(accumulate_t<T>) : 0);
+}
+
+// Calls f(integral constant VEC): as many channels a thread as memory order, multiplier and the taps allow.
+template <class T, class F>
+auto with_channels(const ConvProblem& p, bool dw, F&& f) {
+  const int64_t entries = int64_t{p.r} * p.s;
+  const bool channels_last = p.x_layout == Layout::kNHWC && p.y_layout == Layout::kNHWC && p.k == p.c;
+  if constexpr (sizeof(T) <= 4) {
+    constexpr int VEC = Vector<T>::kSize;
+    if (channels_last && p.c % VEC == 0 && entries * entry_bytes<T, VEC>(dw) <= kEntryBudget) {
+      return f(std::integral_constant<int, VEC>{});
+    }
+  }
+  if constexpr (sizeof(T) == 2) {
+    if (channels_last && p.c % 2 == 0 && entries * entry_bytes<T, 2>(dw) <= kEntryBudget) {
+      return f(std::integral_constant<int, 2>{});
+    }
+  }
+  return f(std::integral_constant<int, 1>{});
 }
 
 template <class T>
-const char* launch_dgrad_any(const ConvProblem& p, const LaunchArgs& args) {
+DepthwisePlan plan_any(const ConvProblem& p, int vec) {
+  constexpr int64_t kBytes = sizeof(T);
   const bool channels_last = p.x_layout == Layout::kNHWC;
-  const int64_t inner = int64_t{p.h} * p.w * (channels_last ? p.c : 1);
-  const int64_t outer = channels_last ? p.n : int64_t{p.n} * p.c;
-  const dim3 grid(static_cast<unsigned>(ceil_div(inner, kDepthwiseThreads)),
-                  static_cast<unsigned>(outer < 65535 ? outer : 65535));
-  return launch_kernel(dgrad_any<T>, grid, dim3(kDepthwiseThreads), 0, args.stream, p,
-                       strides_of(p.x_layout, p.c, p.h, p.w), strides_of(p.y_layout, p.k, p.p(), p.q()),
-                       FastDiv(channels_last ? p.c : 1), FastDiv(p.w), static_cast<const T*>(args.a),
-                       static_cast<const T*>(args.b), static_cast<T*>(args.out));
+  const int32_t lanes = channels_last ? channel_lanes(p, vec * kBytes) : backward_plane_lanes(p, kBytes);
+  const int32_t sector = channels_last ? 0 : 32 / kBytes;
+  return split_backward(p, choose_depthwise_tile(p.n, p.h, p.w, static_cast<int32_t>(ceil_div(p.c, vec)), lanes, 1,
+                                              kPatchW, p.dil_h * (p.r - 1), p.dil_w * (p.s - 1) + sector), kBytes);
 }
 
-struct AnyWgradPlan {
-  int32_t lanes, blocks_k, splits, pixels_per_split;
+const char* reject_any(const ConvProblem& p) {
+  if (const char* why = reject_unless_depthwise(p)) return why;
+  if (int64_t{p.r} * p.s * (p.k / p.c) > INT32_MAX / 2) return "one filter is too large";
+  return nullptr;
+}
+
+template <class T, bool DW>
+const char* launch_any(const ConvProblem& p, const void* dy, const void* x, const void* w, void* dx, void* partial,
+                       void* stream) {
+  return with_channels<T>(p, DW, [&](auto channels) -> const char* {
+    constexpr int VEC = decltype(channels)::value;
+    const DepthwisePlan plan = plan_any<T>(p, VEC);
+    const int32_t entries = p.r * p.s * (p.k / p.c);
+    const int32_t most = DW && VEC == 1 ? static_cast<int32_t>(kEntryBudget / entry_bytes<T, 1>(true)) : entries;
+    int32_t begin = 0;
+    do {  // once, unless the filter is too large for the budget
+      const Entries part{begin, min_of(begin + most, entries)};
+      const char* error = launch_kernel(
+          backward_any<T, VEC, DW>, dim3(static_cast<unsigned>(plan.blocks())),
+          dim3(kDepthwiseThreads), static_cast<size_t>((part.end - part.begin) * entry_bytes<T, VEC>(DW)), stream, p,
+          plan.tile, plan.tiles_per_split, strides_of(p.x_layout, p.c, p.h, p.w),
+          strides_of(p.y_layout, p.k, p.p(), p.q()), FastDiv(p.stride_h), FastDiv(p.stride_w), part,
+          static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<const T*>(w),
+          static_cast<T*>(begin == 0 ? dx : nullptr), static_cast<accumulate_t<T>*>(partial));
+      if (error) return error;
+      begin = part.end;
+    } while (begin < entries);
+    return nullptr;
+  });
+}
+
+// ---- the two families as variants
+
+template <class T, Form FORM>
+struct Special {
+  static constexpr Layouts LAYOUTS = FORM == Form::kNHWC ? Layouts::kNHWCOnly : Layouts::kAny;
+  static const char* reject(const ConvProblem& p) { return reject_backward<T, FORM>(p); }
+  static int64_t splits(const ConvProblem& p) { return plan_of<T, FORM>(p).splits; }
+  template <bool DW, class... Arguments>
+  static const char* launch(Arguments... arguments) { return launch_backward<T, FORM, DW>(arguments...); }
 };
-inline AnyWgradPlan plan_wgrad_any(const ConvProblem& p) {
-  AnyWgradPlan plan{};
-  plan.lanes = p.y_layout == Layout::kNHWC ? 32 : 1;  // neighbours of a warp: filters, or pixels of a row
-  plan.blocks_k = static_cast<int32_t>(ceil_div(p.k, plan.lanes));
-  const int64_t smallest = 16 * kDepthwiseThreads / plan.lanes;  // pixels that are worth a block
-  const int64_t wanted = ceil_div(4 * kTargetBlocks, int64_t{plan.blocks_k} * p.r * p.s);
-  const int64_t most = ceil_div(p.npq(), smallest);
-  plan.pixels_per_split = static_cast<int32_t>(ceil_div(p.npq(), wanted < most ? wanted : most));
-  plan.splits = static_cast<int32_t>(ceil_div(p.npq(), plan.pixels_per_split));
-  return plan;
-}
-
-const char* reject_any_wgrad(const ConvProblem& p) {
-  if (const char* why = reject_unless_depthwise(p)) return why;
-  if (p.npq() > INT32_MAX) return "there are more than 2^31 output pixels";
-  if (int64_t{p.r} * p.s > 65535) return "the filter has more than 65535 taps";
-  return nullptr;
-}
-
 template <class T>
-int64_t wgrad_any_workspace(const ConvProblem& p, int32_t) {
-  return plan_wgrad_any(p).splits * p.w_size() * static_cast<int64_t>(sizeof(accumulate_t<T>));
-}
-
-template <class T>
-const char* launch_wgrad_any(const ConvProblem& p, const LaunchArgs& args) {
-  const AnyWgradPlan plan = plan_wgrad_any(p);
-  const dim3 grid(plan.blocks_k, p.r * p.s, plan.splits);
-  if (const char* error = launch_kernel(
-          wgrad_any<T>, grid, dim3(kDepthwiseThreads), kDepthwiseThreads * sizeof(accumulate_t<T>), args.stream, p,
-          strides_of(p.x_layout, p.c, p.h, p.w), strides_of(p.y_layout, p.k, p.p(), p.q()),
-          FastDiv(int64_t{p.p()} * p.q()), FastDiv(p.q()), plan.lanes, plan.pixels_per_split,
-          static_cast<const T*>(args.a), static_cast<const T*>(args.b),
-          static_cast<accumulate_t<T>*>(args.workspace))) {
-    return error;
+struct General {
+  static constexpr Layouts LAYOUTS = Layouts::kAny;
+  static const char* reject(const ConvProblem& p) { return reject_any(p); }
+  static int64_t splits(const ConvProblem& p) {
+    return with_channels<T>(p, true, [&](auto channels) { return plan_any<T>(p, decltype(channels)::value).splits; });
   }
-  return launch_reduce_splits<T>(args.workspace, args.out, p.w_size(), plan.splits, args.stream);
+  template <bool DW, class... Arguments>
+  static const char* launch(Arguments... arguments) { return launch_any<T, DW>(arguments...); }
+};
+
+template <class T, class FAMILY>
+constexpr Variant dgrad_variant(const char* name) {
+  return {.name = name, .algo = "depthwise", .device = Device::kCUDA, .pass = Pass::kDgrad, .dtype = DTypeOf<T>::value,
+          .isa = Isa::kSM80, .layouts = FAMILY::LAYOUTS, .reject = FAMILY::reject,
+          .launch = [](const ConvProblem& p, const LaunchArgs& args) -> const char* {
+            const void* none = nullptr;
+            void* nowhere = nullptr;
+            return FAMILY::template launch<false>(p, args.a, none, args.b, args.out, nowhere, args.stream);
+          }};
 }
 
-template <class T>
-constexpr Variant variant_of(const char* name, Pass pass, Layouts layouts, decltype(Variant::reject) reject,
-                             decltype(Variant::workspace) workspace, decltype(Variant::launch) launch,
-                             bool writes_dx = false) {
-  return {.name = name, .algo = "depthwise", .device = Device::kCUDA, .pass = pass, .dtype = DTypeOf<T>::value,
-          .isa = Isa::kSM80, .layouts = layouts, .reject = reject, .workspace = workspace, .launch = launch,
-          .wgrad_writes_dx = writes_dx};
+template <class T, class FAMILY>
+constexpr Variant wgrad_variant(const char* name) {
+  return {.name = name, .algo = "depthwise", .device = Device::kCUDA, .pass = Pass::kWgrad, .dtype = DTypeOf<T>::value,
+          .isa = Isa::kSM80, .layouts = FAMILY::LAYOUTS, .reject = FAMILY::reject,
+          .workspace = [](const ConvProblem& p, int32_t) -> int64_t {
+            return FAMILY::splits(p) * p.w_size() * static_cast<int64_t>(sizeof(accumulate_t<T>));
+          },
+          .launch = [](const ConvProblem& p, const LaunchArgs& args) -> const char* {
+            const char* error = FAMILY::template launch<true>(p, args.a, args.b, args.w, args.dx, args.workspace,
+                                                              args.stream);
+            if (error) return error;
+            return launch_reduce_splits<T>(args.workspace, args.out, p.w_size(),
+                                           static_cast<int32_t>(FAMILY::splits(p)), args.stream);
+          },
+          .wgrad_writes_dx = true};
 }
 
 }  // namespace
 }  // namespace convext::cuda
 
 namespace convext {
-#define CONVEXT_DEPTHWISE_WINDOW(T, dtype)                                                                    \
-  extern const Variant dgrad_depthwise_##dtype##_window_sm80 =                                                \
-      cuda::variant_of<T>("dgrad_depthwise_" #dtype "_window_sm80", Pass::kDgrad, Layouts::kNHWCOnly,         \
-                          cuda::reject_backward<T>, nullptr, cuda::launch_dgrad<T>);                          \
-  extern const Variant wgrad_depthwise_##dtype##_window_sm80 =                                                \
-      cuda::variant_of<T>("wgrad_depthwise_" #dtype "_window_sm80", Pass::kWgrad, Layouts::kNHWCOnly,         \
-                          cuda::reject_backward<T>, cuda::wgrad_workspace<T>, cuda::launch_wgrad<T>, true);
-#define CONVEXT_DEPTHWISE_ANY(T, dtype)                                                                       \
-  extern const Variant dgrad_depthwise_##dtype##_any_sm80 =                                                   \
-      cuda::variant_of<T>("dgrad_depthwise_" #dtype "_any_sm80", Pass::kDgrad, Layouts::kAny,                 \
-                          cuda::reject_any_dgrad, nullptr, cuda::launch_dgrad_any<T>);                        \
-  extern const Variant wgrad_depthwise_##dtype##_any_sm80 =                                                   \
-      cuda::variant_of<T>("wgrad_depthwise_" #dtype "_any_sm80", Pass::kWgrad, Layouts::kAny,                 \
-                          cuda::reject_any_wgrad, cuda::wgrad_any_workspace<T>, cuda::launch_wgrad_any<T>);
-CONVEXT_DEPTHWISE_WINDOW(cuda::bf16, bf16)
-CONVEXT_DEPTHWISE_WINDOW(cuda::fp16, f16)
-CONVEXT_DEPTHWISE_WINDOW(float, f32)
-CONVEXT_DEPTHWISE_ANY(cuda::bf16, bf16)
-CONVEXT_DEPTHWISE_ANY(cuda::fp16, f16)
-CONVEXT_DEPTHWISE_ANY(float, f32)
-CONVEXT_DEPTHWISE_ANY(double, f64)
+#define CONVEXT_DEPTHWISE(T, dtype, form, ...)                                                      \
+  extern const Variant dgrad_depthwise_##dtype##_##form##_sm80 =                                    \
+      cuda::dgrad_variant<T, cuda::__VA_ARGS__>("dgrad_depthwise_" #dtype "_" #form "_sm80");       \
+  extern const Variant wgrad_depthwise_##dtype##_##form##_sm80 =                                    \
+      cuda::wgrad_variant<T, cuda::__VA_ARGS__>("wgrad_depthwise_" #dtype "_" #form "_sm80");
+#define CONVEXT_DEPTHWISE_FORMS(T, dtype)                                        \
+  CONVEXT_DEPTHWISE(T, dtype, window, Special<T, cuda::Form::kNHWC>)             \
+  CONVEXT_DEPTHWISE(T, dtype, planes, Special<T, cuda::Form::kNCHW>)             \
+  CONVEXT_DEPTHWISE(T, dtype, any, General<T>)
+CONVEXT_DEPTHWISE_FORMS(cuda::bf16, bf16)
+CONVEXT_DEPTHWISE_FORMS(cuda::fp16, f16)
+CONVEXT_DEPTHWISE_FORMS(float, f32)
+CONVEXT_DEPTHWISE(double, f64, any, General<double>)
 }  // namespace convext

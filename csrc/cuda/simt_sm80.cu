@@ -9,12 +9,14 @@
 //   each k step of a thread reads 4 + 4 values from        | t0 t1 .|
 //   shared memory, 2 vector loads, and does 16 FMA         | t16    |
 //   Shared memory: 2 * 16 * (64 + 4) * 2 buffers * 4 B = 17 KiB (fp32), 34 KiB (fp64). Registers: 16 accumulators and
-//   8 values of the next tile, loaded while the current one is multiplied.
+//   8 values of the next tile, loaded while the current one is multiplied. Batch statistics of fprop reuse the shared
+//   memory: 16*(2*64 + 1) values.
 //
 // The FMA units decide: one block does 4 FLOP for each byte of shared memory read, 16 for each byte loaded. Operands
 // are gathered one element at a time from any strides, so any layout, channel count and group count is served.
 #include "tile/epilogue.h"
 #include "tile/reduce_splits.h"
+#include "tile/statistics.h"
 #include "tile/strides.h"
 
 namespace convext::cuda {
@@ -104,7 +106,7 @@ struct Operands {
 
 template <class T, Pass PASS>
 __global__ void __launch_bounds__(kThreads)
-    simt(Operands<T> operands, int64_t k_per_split, T* __restrict__ out, Epilogue epilogue) {
+    simt(Operands<T> operands, int64_t k_per_split, T* __restrict__ out, Epilogue epilogue, PartialStats<T> stats) {
   CONVEXT_SHARED_MEMORY(shared);
   T* a_tiles = reinterpret_cast<T*>(shared);      // 2 x (kBlockK, kPitch)
   T* b_tiles = a_tiles + 2 * kBlockK * kPitch;    // 2 x (kBlockK, kPitch)
@@ -170,32 +172,36 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 
+  Welford<T, kPerThread> seen;
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
-    const int64_t m = m0 + m_thread + i;
-    if (m >= gemm.m) break;
-    int64_t base;  // of column 0
-    int64_t step;  // between columns
+    const int64_t m = m0 + m_thread + i, n = n0 + n_thread;
+    if (m >= gemm.m || n >= gemm.n) break;
+    Span span{static_cast<int32_t>(group * gemm.n + n), 1, 0, 1, static_cast<int32_t>(gemm.n - n), false};
     if constexpr (PASS == Pass::kWgrad) {
-      step = 1;
-      base = (blockIdx.z * int64_t{problem.k} + int64_t{group} * gemm.m + m) * gemm.n;
+      span.offset = (blockIdx.z * int64_t{problem.k} + int64_t{group} * gemm.m + m) * gemm.n + n;
     } else {
       const Strides& strides = PASS == Pass::kFprop ? operands.y_strides : operands.x_strides;
-      int32_t n, row, col;
-      operands.pixel(m, n, row, col);
-      step = strides.c;
-      base = n * strides.n + row * strides.h + col * strides.w + group * gemm.n * step;
+      int32_t image, row, col;
+      operands.pixel(m, image, row, col);
+      span.step = strides.c;
+      span.offset = image * strides.n + row * strides.h + col * strides.w + (group * gemm.n + n) * strides.c;
     }
-#pragma unroll
-    for (int j = 0; j < kPerThread; ++j) {
-      const int64_t n = n0 + n_thread + j;
-      if (n >= gemm.n) break;
-      T value[1] = {acc[i][j]};
-      if constexpr (PASS == Pass::kFprop) {
-        apply_epilogue<T, false>(epilogue, value, static_cast<int32_t>(group * gemm.n + n), base + n * step);
-      }
-      out[base + n * step] = value[0];
+    if constexpr (PASS == Pass::kFprop) {
+      apply_epilogue<T>(epilogue, acc[i], span);
+      if (stats.moments) seen.add(acc[i]);
     }
+    store_span(out, acc[i], span);
+  }
+  if (PASS == Pass::kFprop && stats.moments) {
+    __syncthreads();  // all have read the last tiles before their memory serves the statistics
+    static_assert(merge_scratch(kBlock / kPerThread, kBlock) <= 4 * kBlockK * kPitch);
+    merge_block(seen, a_tiles, m_thread / kPerThread, kBlock / kPerThread, n_thread, kBlock,
+                [&](int column, T count, T mean, T m2) {
+                  if (n0 + column < gemm.n) {
+                    stats.store(blockIdx.x / n_tiles, group * gemm.n + n0 + column, count, mean, m2);
+                  }
+                });
   }
 }
 
@@ -229,6 +235,8 @@ int64_t wgrad_workspace(const ConvProblem& p, int32_t) {
   return plan_simt(Pass::kWgrad, p).splits * p.w_size() * static_cast<int64_t>(sizeof(T));
 }
 
+int64_t stats_rows(const ConvProblem& p) { return ceil_div(p.npq(), kBlock); }
+
 template <class T, Pass PASS>
 const char* launch(const ConvProblem& p, const LaunchArgs& args) {
   constexpr bool SPLITS = PASS == Pass::kWgrad;
@@ -236,7 +244,8 @@ const char* launch(const ConvProblem& p, const LaunchArgs& args) {
   const dim3 grid(static_cast<unsigned>(plan.tiles), p.groups, static_cast<unsigned>(plan.splits));
   const char* error = launch_kernel(simt<T, PASS>, grid, dim3(kThreads), sizeof(T) * 4 * kBlockK * kPitch, args.stream,
                                     Operands<T>(PASS, p, args), plan.k_per_split,
-                                    static_cast<T*>(SPLITS ? args.workspace : args.out), args.epilogue);
+                                    static_cast<T*>(SPLITS ? args.workspace : args.out), args.epilogue,
+                                    PartialStats<T>(args.stats, stats_rows(p), p.k));
   if (error || !SPLITS) return error;
   return launch_reduce_splits<T>(args.workspace, args.out, p.w_size(), static_cast<int32_t>(plan.splits), args.stream);
 }
@@ -246,7 +255,8 @@ constexpr Variant variant_of(const char* name) {
   return {.name = name, .algo = "direct", .device = Device::kCUDA, .pass = PASS, .dtype = DTypeOf<T>::value,
           .isa = Isa::kSM80, .layouts = Layouts::kAny, .reject = reject,
           .workspace = PASS == Pass::kWgrad ? wgrad_workspace<T> : nullptr, .pack_format = krsc_format,
-          .launch = launch<T, PASS>, .block_m = kBlock, .block_n = kBlock, .block_k = kBlockK};
+          .launch = launch<T, PASS>, .stats_rows = PASS == Pass::kFprop ? stats_rows : nullptr,
+          .block_m = kBlock, .block_n = kBlock, .block_k = kBlockK};
 }
 
 }  // namespace

@@ -16,6 +16,7 @@
 #include <random>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "../select.h"
@@ -67,6 +68,8 @@ std::vector<Case> cases() {
   return {
       {"pointwise", square(2, 64, 7, 64, 1, 1, 0)},
       {"pointwise_tails_everywhere", square(3, 37, 5, 53, 1, 1, 0), true, true, true, A::relu},
+      {"pointwise_few_channels_many_pixels", square(2, 16, 23, 96, 1, 1, 0), true, true, false, A::relu6},
+      {"pointwise_few_channels_tails", square(1, 13, 11, 75, 1, 1, 0), true, true, true, A::gelu},
       {"pointwise_stride_2_leaves_holes_in_dgrad", square(1, 24, 9, 40, 1, 2, 0), false, true},
       {"pointwise_padding_larger_than_filter", square(1, 5, 4, 6, 1, 1, 2), true, false, true, A::relu6},
       {"pointwise_one_channel_one_filter", square(1, 1, 3, 1, 1, 1, 0), true, true, true, A::gelu},
@@ -78,6 +81,17 @@ std::vector<Case> cases() {
       {"stride_larger_than_filter", square(1, 6, 13, 7, 2, 3, 0), false, true},
       {"filter_3x3_no_padding_no_tiles_left", square(1, 16, 3, 16, 3, 1, 0), true, true, true, A::gelu},
       {"filter_3x3_deep_reduction", square(1, 150, 7, 70, 3, 1, 1), true, true, true, A::relu6},
+      {"winograd_tails_of_channels_and_tiles", square(3, 33, 11, 37, 3, 1, 1), true, true, true, A::hardswish},
+      {"winograd_reduction_in_parts_two_panels", square(2, 150, 7, 70, 3, 1, 1), true, true, true, A::relu6},
+      {"winograd_no_padding_one_output", square(1, 40, 3, 40, 3, 1, 0), true, true, true, A::gelu},
+      {"winograd_padding_larger_than_filter", square(1, 35, 6, 34, 3, 1, 4), false, true, false, A::silu},
+      {"winograd_asymmetric", make(2, 34, 13, 18, 33, 3, 3, 1, 1, 2, 0, 1, 1, 1), true},
+      {"winograd_several_blocks", square(4, 32, 30, 32, 3, 1, 1), true, true, false, A::relu},
+      {"winograd_few_tiles_many_panels", square(1, 64, 7, 300, 3, 1, 1), false, true, true, A::relu},
+      {"winograd_phases_of_equal_length", square(1, 40, 16, 40, 3, 1, 2, 2), true, true, false, A::relu},
+      {"winograd_phases_of_unequal_length", square(2, 36, 15, 33, 3, 1, 4, 4), true, true, true, A::relu},
+      {"winograd_rows_dilated_alone", make(1, 32, 17, 9, 48, 3, 3, 1, 1, 3, 1, 3, 1, 1), false, true},
+      {"winograd_dilation_larger_than_image", square(1, 48, 5, 32, 3, 1, 9, 9), true, true},
       {"filter_5x5_padding_4", square(1, 8, 6, 9, 5, 1, 4), false, false, true},
       {"filter_larger_than_image", square(1, 4, 3, 5, 7, 1, 3), true, true},
       {"filter_19x19_many_taps", square(1, 3, 24, 4, 19, 1, 9), false, true},
@@ -88,6 +102,14 @@ std::vector<Case> cases() {
       {"first_layer_7x7_stride_2", square(1, 3, 30, 64, 7, 2, 3), true, true, false, A::relu},
       {"first_layer_3x3_stride_2", square(2, 3, 21, 32, 3, 2, 1), true, true, false, A::relu6},
       {"first_layer_one_channel", square(1, 1, 28, 20, 5, 1, 0), false, true},
+      {"first_layer_patchify_4x4", square(2, 3, 24, 48, 4, 4, 0), false, true, false, A::gelu},
+      {"first_layer_filters_of_three_vectors", square(1, 3, 19, 47, 3, 1, 1), true, true, true, A::hardswish},
+      {"first_layer_columns_past_one_patch", make(1, 3, 9, 1100, 20, 7, 7, 1, 1, 3, 3, 1, 1, 1), true, true, true},
+      {"first_layer_stride_larger_than_filter", make(1, 2, 23, 41, 18, 2, 3, 5, 7, 1, 2, 1, 1, 1), false, true},
+      {"first_layer_dilated_stride_3", make(1, 3, 30, 40, 17, 3, 3, 3, 3, 4, 4, 2, 2, 1), true},
+      {"first_layer_stride_9_without_shuffles", make(1, 5, 19, 90, 16, 3, 5, 2, 9, 1, 4, 1, 2, 1), true, true},
+      {"first_layer_padding_wider_than_image", square(1, 3, 5, 9, 3, 1, 7), true, true, false, A::relu},
+      {"first_layer_eight_channels", square(2, 8, 13, 34, 3, 2, 1), true, true, true, A::relu},
       {"first_layer_four_channels_asymmetric", make(1, 4, 11, 17, 7, 3, 5, 1, 2, 0, 2, 1, 1, 1), true, true, true},
       {"first_layer_dilated_columns_only", make(1, 3, 16, 19, 8, 3, 3, 1, 1, 1, 2, 1, 2, 1)},
       {"dilation_2", square(1, 24, 16, 24, 3, 1, 2, 2), true, true, false, A::relu},
@@ -99,6 +121,14 @@ std::vector<Case> cases() {
       {"groups_of_4_channels", square(1, 32, 9, 32, 3, 1, 1, 1, 8), true, true, false, A::relu},
       {"groups_of_4_channels_stride_2", square(1, 64, 9, 64, 3, 2, 1, 1, 16), false, true},
       {"groups_of_8_channels", square(1, 40, 7, 40, 3, 1, 1, 1, 5), true},
+      {"groups_of_4_channels_stride_3x2_dilation", make(2, 24, 17, 33, 24, 3, 3, 3, 2, 2, 1, 1, 2, 6), true, true, true},
+      {"groups_of_4_channels_several_row_blocks", square(1, 16, 30, 16, 3, 1, 1, 1, 4), true, true, false, A::relu},
+      {"groups_of_8_columns_past_one_ring", make(1, 16, 7, 200, 16, 3, 3, 1, 1, 1, 1, 1, 1, 2), true, true, true, A::silu},
+      {"groups_of_2_channels_filter_5x3", make(1, 20, 9, 11, 20, 5, 3, 1, 1, 2, 0, 1, 1, 10), true, false, true},
+      {"groups_pointwise", square(2, 40, 9, 40, 1, 1, 0, 1, 10), true, true, true, A::relu6},
+      {"groups_grow_from_2_to_4", square(1, 12, 8, 24, 3, 1, 1, 1, 6), false, true},
+      {"groups_stride_larger_than_filter", square(1, 16, 13, 16, 2, 3, 0, 1, 4), false, true},
+      {"groups_padding_wider_than_filter", square(1, 16, 5, 16, 3, 1, 4, 1, 4), true},
       {"groups_multiplier", square(1, 6, 8, 15, 3, 1, 1, 1, 3), false, true},
       {"groups_shrink", square(1, 30, 6, 10, 1, 1, 0, 1, 5), true},
       {"depthwise_3x3", square(2, 35, 12, 35, 3, 1, 1, 1, 35), true, true, true, A::relu6},
@@ -119,6 +149,9 @@ std::vector<Case> cases() {
       {"depthwise_stride_2x1", make(1, 18, 9, 12, 18, 3, 3, 2, 1, 1, 1, 1, 1, 18), true},
       {"depthwise_stride_4_dilation_2_unreachable_rows", square(1, 20, 15, 20, 3, 4, 2, 2, 20), false, true},
       {"depthwise_rows_dilated_alone", make(1, 32, 15, 16, 32, 3, 3, 1, 1, 2, 1, 2, 1, 32), true, true},
+      {"depthwise_rows_as_far_apart_as_taps", make(1, 32, 15, 16, 32, 3, 3, 2, 1, 2, 1, 2, 1, 32), true, true},
+      {"depthwise_stride_2_last_row_alone", square(2, 35, 17, 35, 3, 2, 1, 1, 35), true, true, true, A::gelu},
+      {"depthwise_larger_than_caches", make(2, 40, 200, 300, 40, 3, 3, 2, 2, 1, 1, 1, 1, 40), true, true},
       {"depthwise_wide_filter_11", make(1, 16, 4, 30, 16, 1, 11, 1, 1, 0, 5, 1, 1, 16), true, true, true, A::silu},
       {"depthwise_column_filter_9", make(1, 20, 21, 6, 20, 9, 1, 1, 2, 4, 0, 1, 1, 20), true},
       {"depthwise_filters_2x2_and_4x4_classes", square(1, 23, 15, 23, 4, 1, 2, 1, 23), true},
@@ -153,9 +186,30 @@ struct Strides {
   int64_t at(int64_t in, int64_t ic, int64_t ih, int64_t iw) const { return in * n + ic * c + ih * h + iw * w; }
 };
 
+// Elements and what they are computed in.
+struct BFloat16 {
+  uint16_t bits;
+  BFloat16() = default;
+  explicit BFloat16(double value) {  // values of a test are far from float's limits: rounding twice is harmless
+    const float rounded = static_cast<float>(value);
+    uint32_t u;
+    std::memcpy(&u, &rounded, sizeof u);
+    bits = static_cast<uint16_t>(std::isnan(rounded) ? 0x7fc0 : (u + 0x7fff + ((u >> 16) & 1)) >> 16);
+  }
+  operator double() const {
+    const uint32_t u = uint32_t{bits} << 16;
+    float value;
+    std::memcpy(&value, &u, sizeof value);
+    return value;
+  }
+};
+template <class T>
+using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
 template <class T>
 struct Operands {
-  std::vector<T> x, w, y, scale, shift, residual;  // y stands for dy too
+  std::vector<T> x, w, y, residual;  // y stands for dy too
+  std::vector<Compute<T>> scale, shift;
 };
 
 template <class T>
@@ -164,9 +218,9 @@ std::vector<T> random_values(size_t count, std::mt19937& rng, bool nonfinite) {
   std::vector<T> values(count);
   for (auto& v : values) v = static_cast<T>(normal(rng));
   if (nonfinite && count > 3) {
-    values[rng() % count] = std::numeric_limits<T>::quiet_NaN();
-    values[rng() % count] = std::numeric_limits<T>::infinity();
-    values[rng() % count] = -std::numeric_limits<T>::infinity();
+    values[rng() % count] = T(std::numeric_limits<double>::quiet_NaN());
+    values[rng() % count] = T(std::numeric_limits<double>::infinity());
+    values[rng() % count] = T(-std::numeric_limits<double>::infinity());
   }
   return values;
 }
@@ -183,8 +237,8 @@ Operands<T> random_operands(const Case& test, Pass pass) {
   // infinite weight would tell the two apart.
   o.w = random_values<T>(p.w_size(), rng, test.nonfinite && (pass != Pass::kDgrad || p.is_pointwise()));
   o.y = random_values<T>(size_or_zero(p.y_size(), p), rng, test.nonfinite);
-  o.scale = random_values<T>(p.k, rng, false);
-  o.shift = random_values<T>(p.k, rng, false);
+  o.scale = random_values<Compute<T>>(p.k, rng, false);
+  o.shift = random_values<Compute<T>>(p.k, rng, false);
   o.residual = random_values<T>(size_or_zero(p.y_size(), p), rng, false);
   return o;
 }
@@ -222,9 +276,9 @@ Reference reference(const Case& test, Pass pass, const Operands<T>& o) {
   ref.value.assign(size, 0.0);
   ref.magnitude.assign(size, 0.0);
   visit_products(p, [&](int64_t x, int64_t w, int64_t y) {
-    const double product = pass == Pass::kFprop   ? double(o.x[x]) * o.w[w]
-                           : pass == Pass::kDgrad ? double(o.y[y]) * o.w[w]
-                                                  : double(o.y[y]) * o.x[x];
+    const double product = pass == Pass::kFprop   ? double(o.x[x]) * double(o.w[w])
+                           : pass == Pass::kDgrad ? double(o.y[y]) * double(o.w[w])
+                                                  : double(o.y[y]) * double(o.x[x]);
     const int64_t to = pass == Pass::kFprop ? y : pass == Pass::kDgrad ? x : w;
     ref.value[to] += product;
     ref.magnitude[to] += std::fabs(product);
@@ -281,28 +335,32 @@ Epilogue epilogue_of(const Case& test, const Operands<T>& o) {
           test.residual ? o.residual.data() : nullptr, test.activation};
 }
 
+bool is_winograd(const Variant& v) { return std::strncmp(v.algo, "winograd", 8) == 0; }
+
 // The errors of a sum of k terms grow as sqrt(k) eps times the terms' magnitude; 2 is room, 4 the epilogue's steps.
-// Winograd's transforms scale values up before they cancel: by (1.5^2 + 1.5 + 1)^2 = 22.6 at the points +-3/2.
+// Winograd's own factor is derived in docs/design.md: 26.3 / 9 for F(4x4), less than 1 for F(2x2).
+// Products of bfloat16 are exact in float; the pair of an AVX512-BF16 instruction is two steps of the sum.
 template <class T>
 double tolerance(const Variant& v, const ConvProblem& p) {
-  const double eps = std::numeric_limits<T>::epsilon();
-  const double growth = std::string(v.algo) == "winograd" ? 22.6 : 1.0;
+  const double eps = std::numeric_limits<Compute<T>>::epsilon();
+  const double growth = std::strcmp(v.algo, "winograd4x4") == 0 ? 26.3 / 9 : 1.0;
   return 2 * growth * eps * (std::sqrt(std::max<double>(1, p.gemm_shape(v.pass).k)) + 4);
 }
 
 template <class T>
 std::string check(const Variant& v, const Case& test, const Operands<T>& o, const Reference& ref) {
-  std::vector<T> out(ref.value.size(), T(-77));
+  std::vector<T> out(ref.value.size(), T(-77.0));
   std::string error = run(v, test.problem, o, epilogue_of(test, o), 1, out);
   if (!error.empty()) return error;
   const double relative = tolerance<T>(v, test.problem);
   // A Winograd tile mixes the magnitudes of its neighbourhood.
-  const bool mixes = std::string(v.algo) == "winograd";
+  const bool mixes = is_winograd(v);
   double largest = 0;
   for (double m : ref.magnitude) largest = std::max(largest, m);
   for (size_t i = 0; i < out.size(); ++i) {
     const double want = ref.value[i], got = out[i];
-    const double bound = relative * (mixes ? largest : ref.magnitude[i]);
+    double bound = relative * (mixes ? largest : ref.magnitude[i]);
+    if (sizeof(T) == 2) bound += 0x1p-8 * (std::fabs(want) + bound) + 0x1p-126;  // rounded once; subnormals flushed
     const bool same = std::isnan(want)   ? std::isnan(got)
                       : std::isinf(want) ? got == want
                                          : std::fabs(got - want) <= bound;
@@ -313,7 +371,7 @@ std::string check(const Variant& v, const Case& test, const Operands<T>& o, cons
       return text;
     }
   }
-  std::vector<T> again(ref.value.size(), T(55));
+  std::vector<T> again(ref.value.size(), T(55.0));
   run(v, test.problem, o, epilogue_of(test, o), 3, again);
   if (!out.empty() && std::memcmp(out.data(), again.data(), out.size() * sizeof(T)) != 0) {
     return "the result depends on the number of threads";
@@ -321,25 +379,32 @@ std::string check(const Variant& v, const Case& test, const Operands<T>& o, cons
   return "";
 }
 
+constexpr std::pair<Layout, Layout> kLayouts[] = {{Layout::kNHWC, Layout::kNHWC},
+                                                  {Layout::kNCHW, Layout::kNHWC},
+                                                  {Layout::kNHWC, Layout::kNCHW},
+                                                  {Layout::kNCHW, Layout::kNCHW}};
+const char* text(Layout layout) { return layout == Layout::kNHWC ? "NHWC" : "NCHW"; }
+
 template <class T>
 int test_dtype(DType dtype, std::map<std::string, int>& counts) {
   int failures = 0;
   for (Case test : cases()) {
     test.problem.dtype = dtype;
-    for (Layout layout : {Layout::kNHWC, Layout::kNCHW}) {
-      test.problem.x_layout = test.problem.y_layout = layout;
+    for (const auto& [x_layout, y_layout] : kLayouts) {
+      test.problem.x_layout = x_layout, test.problem.y_layout = y_layout;
       for (Pass pass : {Pass::kFprop, Pass::kDgrad, Pass::kWgrad}) {
         const Operands<T> operands = random_operands<T>(test, pass);
         Reference ref;
         for (const Variant* v : variants()) {
-          if (v->layouts == Layouts::kNHWCOnly && layout == Layout::kNCHW) continue;
+          if (x_layout == Layout::kNCHW && !v->takes_nchw_x()) continue;
+          if (y_layout == Layout::kNCHW && !v->takes_nchw_y()) continue;
           if (v->dtype != dtype || reject(*v, Device::kCPU, pass, test.problem)) continue;
           // Winograd multiplies infinities by zeros of its transforms: it promises finite operands only.
-          if (test.nonfinite && std::string(v->algo) == "winograd") continue;
+          if (test.nonfinite && is_winograd(*v)) continue;
           if (ref.value.empty()) ref = reference<T>(test, pass, operands);
           const std::string error = check<T>(*v, test, operands, ref);
           if (!error.empty()) {
-            std::printf("FAIL %s on %s (%s): %s\n", v->name, test.name, layout == Layout::kNHWC ? "NHWC" : "NCHW",
+            std::printf("FAIL %s on %s (x %s, y %s): %s\n", v->name, test.name, text(x_layout), text(y_layout),
                         error.c_str());
             ++failures;
           }
@@ -353,7 +418,8 @@ int test_dtype(DType dtype, std::map<std::string, int>& counts) {
 
 int test() {
   std::map<std::string, int> counts;
-  int failures = test_dtype<float>(DType::kFloat32, counts) + test_dtype<double>(DType::kFloat64, counts);
+  int failures = test_dtype<float>(DType::kFloat32, counts) + test_dtype<double>(DType::kFloat64, counts) +
+                 test_dtype<BFloat16>(DType::kBFloat16, counts);
   for (const Variant* v : variants()) {
     if (v->device != Device::kCPU || v->isa > detect_cpu_isa()) continue;
     std::printf("%-34s %4d cases\n", v->name, counts[v->name]);
@@ -393,7 +459,8 @@ void bench(const Variant& v, const ConvProblem& p, int threads) {
     const double time = now() - start;
     best = std::min(best, time), spent += time;
   }
-  std::printf("%-34s %9.1f us %8.1f GFLOP/s\n", v.name, best * 1e6, p.flops() / best * 1e-9);
+  std::printf("%-34s x %s y %s %9.1f us %8.1f GFLOP/s\n", v.name, text(p.x_layout), text(p.y_layout), best * 1e6,
+              p.flops() / best * 1e-9);
 }
 
 // Independent chains of FMAs on vectors of BYTES bytes, GFLOP/s.
@@ -425,7 +492,7 @@ CONVEXT_PEAK(peak_portable, 16, )
 
 double peak() {
 #if defined(CONVEXT_HAVE_X86_ISAS)
-  if (detect_cpu_isa() == Isa::kAVX512) return peak_avx512();
+  if (detect_cpu_isa() >= Isa::kAVX512) return peak_avx512();
   if (detect_cpu_isa() == Isa::kAVX2) return peak_avx2();
 #endif
   return peak_portable();
@@ -448,7 +515,14 @@ int main(int argc, char** argv) {
       p.dtype = v->dtype;
       if (std::string(v->name).find(filter) == std::string::npos) continue;
       if (reject(*v, Device::kCPU, v->pass, p)) continue;
-      v->dtype == DType::kFloat64 ? bench<double>(*v, p, a[11]) : bench<float>(*v, p, a[11]);
+      for (const auto& [x_layout, y_layout] : kLayouts) {
+        if (x_layout == Layout::kNCHW && !v->takes_nchw_x()) continue;
+        if (y_layout == Layout::kNCHW && !v->takes_nchw_y()) continue;
+        p.x_layout = x_layout, p.y_layout = y_layout;
+        v->dtype == DType::kFloat64    ? bench<double>(*v, p, a[11])
+        : v->dtype == DType::kBFloat16 ? bench<BFloat16>(*v, p, a[11])
+                                       : bench<float>(*v, p, a[11]);
+      }
     }
     return 0;
   }

@@ -1,8 +1,11 @@
-"""Builds and runs the stand-alone C++ tests of the CPU, `csrc/tests/cpu_*.cpp`, each linked with every CPU kernel and
-the selection. Those of the CUDA kernels, which run on an emulator, are built by tests/cuda_on_cpu.py.
+"""Builds and runs the stand-alone C++ tests: `csrc/tests/cpu_*.cpp`, each linked with every CPU kernel and the
+selection, and on a GPU `csrc/tests/cuda_*.cpp`, each linked with every CUDA kernel. Without a GPU the latter run on an
+emulator, for which tests/cuda_on_cpu.py builds them.
 
     python csrc/tests/run.py                 with the flags of the library
     python csrc/tests/run.py --sanitize      under the address and undefined-behaviour sanitizers
+    python csrc/tests/run.py --gpu           the CUDA kernels, for CONVEXT_CUDA_ARCHS (see setup.py)
+    python csrc/tests/run.py --gpu --only-build --folder build/gpu
 
 Flags and instruction sets are setup.py's, so what is tested is what is shipped. No torch is involved.
 """
@@ -16,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from setup import CSRC, CXX_FLAGS, ISA_FLAGS, Ninja, compiler  # noqa: E402
+from setup import CSRC, CXX_FLAGS, Ninja, compile_cuda, compiler, cpu_kernels, cuda_plan  # noqa: E402
 
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1"]
 
@@ -26,10 +29,10 @@ def build(folder: Path, extra: list[str]) -> list[Path]:
     ninja = Ninja(folder)
     flags = " ".join([*CXX_FLAGS, *extra, "-pthread"])
     ninja.rule("cxx", f"{compiler()} -MMD -MF $out.d {flags} $flags -c $in -o $out")
-    for source in sorted((CSRC / "cpu").glob("*.cpp")):
-        for isa, isa_flags in ISA_FLAGS.items():
-            ninja.compile("library", "cxx", source, f".{isa}", " ".join([f"-DCONVEXT_ISA={isa}", *isa_flags]))
-    ninja.compile("library", "cxx", CSRC / "select.cpp")
+    for source, isa, isa_flags in cpu_kernels():
+        ninja.compile("library", "cxx", source, f".{isa}", isa_flags)
+    for host in ("select.cpp", "block.cpp"):
+        ninja.compile("library", "cxx", CSRC / host)
     programs = []
     for source in sorted((CSRC / "tests").glob("cpu_*.cpp")):
         test = source.stem
@@ -42,18 +45,46 @@ def build(folder: Path, extra: list[str]) -> list[Path]:
     return programs
 
 
+def build_for_gpu(folder: Path) -> list[Path]:
+    """Compiles the tests of the CUDA kernels for a GPU and returns the programs. In the folder of a build of the
+    library (setup.py --build-temp, its subfolder cuda) the kernels are not compiled again."""
+    os.environ.setdefault("CONVEXT_BUILD_CUDA", "1")  # fails, with the reason, where it cannot be built
+    toolkit, _ = cuda_plan()
+    ninja = Ninja(folder)
+    libraries = compile_cuda(ninja, "_CUDA", toolkit, compiler())
+    kernels = list(ninja.objects["_CUDA"])
+    programs = []
+    for source in sorted((CSRC / "tests").glob("cuda_*.cpp")):
+        test = source.stem
+        ninja.compile(test, "cxx", source, flags=f"-isystem {toolkit / 'include'}")
+        ninja.objects[test] += kernels
+        ninja.rule(f"link_{test}", f"{compiler()} -o $out $in {libraries}", depfile=False)
+        programs.append(folder / "bin" / test)
+        ninja.link(test, programs[-1])
+    ninja.run()
+    return programs
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sanitize", action="store_true", help="address and undefined-behaviour sanitizers")
-    sanitize = parser.parse_args().sanitize
-    folder = ROOT / "build" / ("sanitize" if sanitize else "cpp-tests")
+    parser.add_argument("--gpu", action="store_true", help="the CUDA kernels' tests, on a GPU")
+    parser.add_argument("--only-build", action="store_true", help="build, and print the programs' paths")
+    parser.add_argument("--folder", type=Path, help="where to build; default: under build/")
+    options = parser.parse_args()
+    kind = "gpu-tests" if options.gpu else "sanitize" if options.sanitize else "cpp-tests"
+    folder = (options.folder or ROOT / "build" / kind).resolve()
+    programs = build_for_gpu(folder) if options.gpu else build(folder, SANITIZERS if options.sanitize else [])
+    if options.only_build:
+        print(*programs, sep="\n")
+        return 0
     failed = []
-    for program in build(folder, SANITIZERS if sanitize else []):
+    for program in programs:
         print(f"==> {program.name}", flush=True)
         environment = {"UBSAN_OPTIONS": "print_stacktrace=1", **os.environ}
         if subprocess.run([program], env=environment).returncode != 0:
             failed.append(program.name)
-    where = " under sanitizers" if sanitize else ""
+    where = " under sanitizers" if options.sanitize else " on the GPU" if options.gpu else ""
     print(f"C++ tests{where}: " + (f"FAILED {', '.join(failed)}" if failed else "passed"))
     return 1 if failed else 0
 

@@ -1,10 +1,10 @@
-// Tensors for the tests of CUDA kernels on the CPU.
+// Tensors for the tests of CUDA kernels.
 #pragma once
 #include <random>
 #include <vector>
 
 #include "../conv_problem.h"
-#include "cuda_on_cpu/cuda_names.h"
+#include "device.h"
 
 namespace convext::testing {
 
@@ -28,25 +28,36 @@ inline void write_element(DType dtype, void* data, int64_t i, double value) {
   }
 }
 
-// A tensor on the emulated device and, as a kernel will read it, in float64. With a seed it holds uniform values in
-// [center - 1, center + 1) and may not be written any more; without one it is poisoned and for a kernel to fill.
+// A tensor on the device and, as a kernel will read it, in float64. With a seed it holds uniform values in
+// [center - 1, center + 1) and may not be written any more; without one it is poisoned and for a kernel to fill, and
+// the first look at an element fetches all of them.
 struct Tensor {
   DType dtype;
-  cuda_on_cpu::DeviceBuffer buffer;
+  DeviceBuffer buffer;
   std::vector<double> host;
 
   Tensor(DType dtype, int64_t size, bool at_start) : dtype(dtype), buffer(size * dtype_size(dtype), at_start) {}
   Tensor(DType dtype, int64_t size, bool at_start, unsigned seed, double center = 0) : Tensor(dtype, size, at_start) {
     std::mt19937 generator(seed);
     std::uniform_real_distribution<double> uniform(center - 1, center + 1);
+    std::vector<unsigned char> raw(buffer.bytes());
     host.resize(size);
     for (int64_t i = 0; i < size; ++i) {
-      write_element(dtype, buffer.data(), i, uniform(generator));
-      host[i] = read_element(dtype, buffer.data(), i);
+      write_element(dtype, raw.data(), i, uniform(generator));
+      host[i] = read_element(dtype, raw.data(), i);
     }
-    buffer.make_read_only();
+    upload(buffer, raw.data());
   }
-  double operator[](int64_t i) const { return read_element(dtype, buffer.data(), i); }
+  double operator[](int64_t i) const {
+    if (fetched_.empty()) {
+      fetched_.resize(buffer.bytes());
+      download(buffer, fetched_.data());
+    }
+    return read_element(dtype, fetched_.data(), i);
+  }
+
+ private:
+  mutable std::vector<unsigned char> fetched_;
 };
 
 }  // namespace convext::testing

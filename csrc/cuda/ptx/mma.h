@@ -35,6 +35,7 @@ inline float element<float>(uint32_t word, int) {
 
 template <class T>
 inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if (::cuda_on_cpu::config.traffic_only) return;
   MmaArgument argument{d, a, b};
   ::cuda_on_cpu::warp_collective("mma.sync", ~0u, &argument, [](void** arguments, uint32_t members) {
     if (members != ~0u) ::cuda_on_cpu::fail("mma.sync needs a whole warp");

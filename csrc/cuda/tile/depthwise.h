@@ -1,5 +1,6 @@
-// What the depthwise kernels share: the shape of a block's tile, and a vector of neighbouring channels.
+// What the depthwise kernels share: the shape of a block's tile, and where in it a thread stands.
 #pragma once
+#include "run.h"
 #include "strides.h"
 
 namespace convext::cuda {
@@ -48,56 +49,66 @@ inline DepthwiseTile choose_depthwise_tile(int32_t n, int32_t height, int32_t wi
   return best;
 }
 
-// N neighbouring elements, loaded and stored in one instruction where they are 4, 8 or 16 bytes.
-template <class T, int N>
-struct alignas(N * sizeof(T)) Run {
-  T v[N];
+// Which tiles a block walks over: `tiles_per_split` neighbouring ones, so that halos hit the first-level cache, filters
+// are loaded once, and what the block sums up is written once. It depends on the problem alone, so results repeat to
+// the bit anywhere.
+struct DepthwisePlan {
+  DepthwiseTile tile;
+  int64_t splits, tiles_per_split;
+  constexpr int64_t blocks() const { return splits * tile.tiles_c; }
 };
 
-template <class T, int N>
-CONVEXT_DEVICE Run<T, N> load_run(const T* p) {
-  Run<T, N> out;
-  if constexpr (sizeof(out) == 16) {
-    const uint4 raw = __ldg(reinterpret_cast<const uint4*>(p));
-    memcpy(&out, &raw, sizeof raw);
-  } else if constexpr (sizeof(out) == 8) {
-    const uint2 raw = __ldg(reinterpret_cast<const uint2*>(p));
-    memcpy(&out, &raw, sizeof raw);
-  } else {
-    static_assert(sizeof(out) == 4, "4, 8 or 16 bytes");
-    const unsigned raw = __ldg(reinterpret_cast<const unsigned*>(p));
-    memcpy(&out, &raw, sizeof raw);
+constexpr int64_t kProcessors = 132;  // of the largest GPU in use
+
+// `blocks` blocks, if there are tiles enough, in at most `most_splits` splits. `whole_images` where taps reach so far
+// that parts of an image would each read most of it: a block takes whole ones, unless that leaves processors idle.
+inline DepthwisePlan split_tiles(const DepthwiseTile& tile, int64_t blocks, int64_t most_splits, bool whole_images) {
+  const int64_t tiles = tile.pixel_tiles(), image = int64_t{tile.tiles_w} * tile.tiles_h;
+  const int64_t most = most_splits < tiles ? most_splits : tiles, wanted = ceil_div(blocks, tile.tiles_c);
+  int64_t per_split = ceil_div(tiles, wanted < most ? wanted : most);
+  if (whole_images && int64_t{tile.tiles_c} * tile.tiles_n >= kProcessors) {
+    per_split = ceil_div(per_split, image) * image;
   }
-  return out;
+  return {tile, ceil_div(tiles, per_split), per_split};
 }
 
-template <class T, int N>
-CONVEXT_DEVICE Run<T, N> zero_run() {
-  Run<T, N> out;
-#pragma unroll
-  for (int i = 0; i < N; ++i) out.v[i] = from_accumulate<T>(0);
-  return out;
+// Channel runs of `run_bytes` side by side in an NHWC tile: 128 bytes of a pixel; where taps reach far, so many that a
+// whole image of them stays in the first-level cache, and a sector at least.
+inline int32_t channel_lanes(const ConvProblem& p, int64_t run_bytes) {
+  int64_t lanes = ceil_div(128, run_bytes);
+  if (p.is_dilated()) {
+    while (lanes * run_bytes > 32 && int64_t{p.h} * p.w * lanes * run_bytes > 48 * 1024) lanes /= 2;
+  }
+  return min_of(32, static_cast<int32_t>(lanes));
 }
 
-template <class T, int N>
-CONVEXT_DEVICE void store_run(T* p, const accumulate_t<T> (&v)[N]) {
-  Run<T, N> out;
-#pragma unroll
-  for (int i = 0; i < N; ++i) out.v[i] = from_accumulate<T>(v[i]);
-  if constexpr (sizeof(out) == 16) {
-    uint4 raw;
-    memcpy(&raw, &out, sizeof raw);
-    *reinterpret_cast<uint4*>(p) = raw;
-  } else if constexpr (sizeof(out) == 8) {
-    uint2 raw;
-    memcpy(&raw, &out, sizeof raw);
-    *reinterpret_cast<uint2*>(p) = raw;
-  } else {
-    static_assert(sizeof(out) == 4, "4, 8 or 16 bytes");
-    unsigned raw;
-    memcpy(&raw, &out, sizeof raw);
-    *reinterpret_cast<unsigned*>(p) = raw;
+// How a kernel walks over memory: NHWC, neighbouring threads along channels; NCHW, along a row; or as the problem says.
+enum class Form { kNHWC, kNCHW, kAny };
+
+template <Form FORM>
+CONVEXT_DEVICE bool lanes_innermost(Layout layout) {
+  return FORM == Form::kNHWC || (FORM == Form::kAny && layout == Layout::kNHWC);
+}
+
+// A thread's place in its tile: its channel run, and its patch.
+struct DepthwisePlace {
+  int32_t lane, pixel, w, h, n;  // pixel counts the patches of the tile
+
+  CONVEXT_DEVICE DepthwisePlace(const DepthwiseTile& tile, bool lanes_innermost) {
+    const int32_t t = threadIdx.x, pixels = kDepthwiseThreads / tile.lanes;
+    lane = lanes_innermost ? t % tile.lanes : t / pixels;
+    pixel = lanes_innermost ? t / tile.lanes : t % pixels;
+    w = pixel % tile.across_w;
+    h = pixel / tile.across_w % tile.across_h;
+    n = pixel / tile.across_w / tile.across_h;
   }
+};
+
+// Channels that a tile of NCHW planes spans: small planes side by side, so that what a block reads is 2 KiB in a row.
+inline int32_t plane_lanes(int64_t channels, int64_t plane_bytes) {
+  int32_t lanes = 1;
+  while (lanes < 16 && lanes * 2 <= channels && lanes * plane_bytes < 2048) lanes *= 2;
+  return lanes;
 }
 
 inline const char* reject_unless_depthwise(const ConvProblem& p) {

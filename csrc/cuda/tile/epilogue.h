@@ -1,44 +1,75 @@
-// The fused epilogue for a run of N neighbouring channels of one output pixel, in registers.
+// The fused epilogue for a run of N output elements, in registers.
 #pragma once
-#include "../compat.h"
+#include "run.h"
 
 namespace convext::cuda {
 
-// v[i] is the accumulator of channel k + i and becomes the value of y[offset + i], for i < count. With VECTOR, y and
-// the residual may be read 16 bytes at a time at this offset.
-template <class T, bool VECTOR, int N>
-CONVEXT_DEVICE void apply_epilogue(const Epilogue& epilogue, accumulate_t<T> (&v)[N], int32_t k, int64_t offset,
-                                   int32_t count = N) {
+// Which elements: i < count is channel k + i*k_step at y[offset + i*step].
+struct Span {
+  int32_t k, k_step;
+  int64_t offset, step;
+  int32_t count;
+  bool vector;  // all N lie side by side, and may be read and written kChunk at a time
+};
+
+// Elements of a span of N that move in one instruction: 16 bytes at most.
+template <class T, int N>
+constexpr int kChunk = N < Vector<T>::kSize ? N : Vector<T>::kSize;
+
+// v[i] is the accumulator of element i and becomes its value in y.
+template <class T, int N>
+CONVEXT_DEVICE void apply_epilogue(const Epilogue& epilogue, accumulate_t<T> (&v)[N], const Span& span) {
   using Acc = accumulate_t<T>;
   if (epilogue.scale) {
-    const Acc* scale = static_cast<const Acc*>(epilogue.scale) + k;
+    const Acc* scale = static_cast<const Acc*>(epilogue.scale) + span.k;
 #pragma unroll
-    for (int i = 0; i < N; ++i) v[i] *= i < count ? __ldg(scale + i) : Acc(0);
+    for (int i = 0; i < N; ++i) v[i] *= i < span.count ? __ldg(scale + i * span.k_step) : Acc(0);
   }
   if (epilogue.shift) {
-    const Acc* shift = static_cast<const Acc*>(epilogue.shift) + k;
+    const Acc* shift = static_cast<const Acc*>(epilogue.shift) + span.k;
 #pragma unroll
-    for (int i = 0; i < N; ++i) v[i] += i < count ? __ldg(shift + i) : Acc(0);
+    for (int i = 0; i < N; ++i) v[i] += i < span.count ? __ldg(shift + i * span.k_step) : Acc(0);
   }
   if (epilogue.residual) {
-    const T* residual = static_cast<const T*>(epilogue.residual) + offset;
-    if constexpr (VECTOR) {
-      static_assert(N % Vector<T>::kSize == 0, "a whole number of 16-byte vectors");
+    const T* residual = static_cast<const T*>(epilogue.residual) + span.offset;
+    if (span.vector) {
+      constexpr int CHUNK = kChunk<T, N>;
 #pragma unroll
-      for (int i = 0; i < N; i += Vector<T>::kSize) {
-        const Vector<T> r = load_vector(residual + i);
+      for (int i = 0; i < N; i += CHUNK) {
+        const Run<T, CHUNK> r = load_run<T, CHUNK>(residual + i);
 #pragma unroll
-        for (int j = 0; j < Vector<T>::kSize; ++j) v[i + j] += to_accumulate(r.v[j]);
+        for (int j = 0; j < CHUNK; ++j) v[i + j] += to_accumulate(r.v[j]);
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < N; ++i) v[i] += i < count ? to_accumulate(__ldg(residual + i)) : Acc(0);
+      for (int i = 0; i < N; ++i) v[i] += i < span.count ? to_accumulate(__ldg(residual + i * span.step)) : Acc(0);
     }
   }
   visit_activation<Acc>(epilogue.activation, [&](auto activation) {
 #pragma unroll
     for (int i = 0; i < N; ++i) v[i] = activation.forward(v[i]);
   });
+}
+
+// Writes the run to y.
+template <class T, int N>
+CONVEXT_DEVICE void store_span(T* y, const accumulate_t<T> (&v)[N], const Span& span) {
+  T* out = y + span.offset;
+  if (span.vector) {
+    constexpr int CHUNK = kChunk<T, N>;
+#pragma unroll
+    for (int i = 0; i < N; i += CHUNK) {
+      accumulate_t<T> chunk[CHUNK];
+#pragma unroll
+      for (int j = 0; j < CHUNK; ++j) chunk[j] = v[i + j];
+      store_run<T, CHUNK>(out + i, chunk);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (i < span.count) out[i * span.step] = from_accumulate<T>(v[i]);
+    }
+  }
 }
 
 }  // namespace convext::cuda

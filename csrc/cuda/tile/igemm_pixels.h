@@ -20,6 +20,7 @@
 #pragma once
 #include "epilogue.h"
 #include "gemm.h"
+#include "statistics.h"
 #include "strides.h"
 
 namespace convext::cuda {
@@ -121,7 +122,7 @@ template <class TILE, bool DGRAD, bool VECTOR>
 __global__ void __launch_bounds__(TILE::THREADS, 1)
     igemm_pixels(ConvProblem problem, Strides in_strides, Strides out_strides, const typename TILE::T* __restrict__ in,
                  const typename TILE::T* __restrict__ w, typename TILE::T* __restrict__ out, Epilogue epilogue,
-                 bool vector_out) {
+                 bool vector_out, PartialStats<float> stats) {
   using T = typename TILE::T;
   constexpr int CHUNK = TILE::CHUNK, BLOCK_K = TILE::BLOCK_K, STAGES = TILE::STAGES;
   CONVEXT_SHARED_MEMORY(shared);
@@ -283,6 +284,7 @@ __global__ void __launch_bounds__(TILE::THREADS, 1)
   constexpr int PASSES = 16 * LANES / 32;
   static_assert(PASSES >= 1 && 16 * LANES % 32 == 0);
   float* slab = reinterpret_cast<float*>(shared) + warp * 16 * TILE::SLAB_PITCH;  // (16, SLAB_PITCH)
+  Welford<float, CHUNK> seen;
 #pragma unroll 1
   for (int i = 0; i < TILE::MMA_M; ++i) {
 #pragma unroll
@@ -302,25 +304,28 @@ __global__ void __launch_bounds__(TILE::THREADS, 1)
       const int32_t channel = group * columns + column;
       const int64_t offset = n * out_strides.n + int64_t{rows.first + y_row * rows.step} * out_strides.h +
                              int64_t{cols.first + y_col * cols.step} * out_strides.w + channel * out_strides.c;
-      if (vector_out) {
-        float v[CHUNK];
+      const Span span{channel, 1, offset, out_strides.c, columns - column, vector_out};
+      float v[CHUNK];
 #pragma unroll
-        for (int e = 0; e < CHUNK; ++e) v[e] = sums[e];
-        apply_epilogue<T, true>(epilogue, v, channel, offset);
-        Vector<T> result;
-#pragma unroll
-        for (int e = 0; e < CHUNK; ++e) result.v[e] = from_accumulate<T>(v[e]);
-        store_vector(out + offset, result);
-      } else {
-#pragma unroll 1
-        for (int e = 0; e < min_of(CHUNK, columns - column); ++e) {
-          float v[1] = {sums[e]};
-          apply_epilogue<T, false>(epilogue, v, channel + e, offset + e * out_strides.c);
-          out[offset + e * out_strides.c] = from_accumulate<T>(v[0]);
-        }
-      }
+      for (int e = 0; e < CHUNK; ++e) v[e] = sums[e];
+      apply_epilogue<T>(epilogue, v, span);
+      store_span(out, v, span);
+      if (!DGRAD && stats.moments) seen.template add_stored<T>(v);
     }
     __syncwarp();  // the slab is read before it is written again
+  }
+
+  if (!DGRAD && stats.moments) {  // a thread has seen one column of chunks all along
+    constexpr int ROWS = TILE::WARPS_M * (32 / LANES);
+    static_assert(merge_scratch(ROWS, TILE::BLOCK_N) * 4 <= TILE::SHARED_BYTES);
+    __syncthreads();  // all have read their slabs before the memory serves the statistics
+    merge_block(seen, reinterpret_cast<float*>(shared), warp_m * (32 / LANES) + lane / LANES, ROWS,
+                warp_n * TILE::WARP_N + lane % LANES * CHUNK, TILE::BLOCK_N,
+                [&](int column, float count, float mean, float m2) {
+                  if (n0 + column < columns) {
+                    stats.store(blockIdx.x / n_tiles, int64_t{group} * columns + n0 + column, count, mean, m2);
+                  }
+                });
   }
 }
 
@@ -341,6 +346,9 @@ const char* reject_igemm_pixels(const ConvProblem& p) {
   return nullptr;
 }
 
+template <class TILE>
+int64_t igemm_stats_rows(const ConvProblem& p) { return ceil_div(p.npq(), TILE::BLOCK_M); }
+
 template <class TILE, bool DGRAD, bool VECTOR>
 const char* launch_igemm_pixels(const ConvProblem& p, const LaunchArgs& args) {
   using T = typename TILE::T;
@@ -354,7 +362,8 @@ const char* launch_igemm_pixels(const ConvProblem& p, const LaunchArgs& args) {
   const bool vector_out = (DGRAD ? p.x_layout : p.y_layout) == Layout::kNHWC && columns % TILE::CHUNK == 0;
   return launch_kernel(igemm_pixels<TILE, DGRAD, VECTOR>, grid, dim3(TILE::THREADS), TILE::SHARED_BYTES, args.stream,
                        p, DGRAD ? y : x, DGRAD ? x : y, static_cast<const T*>(args.a), static_cast<const T*>(args.b),
-                       static_cast<T*>(args.out), args.epilogue, vector_out);
+                       static_cast<T*>(args.out), args.epilogue, vector_out,
+                       PartialStats<float>(args.stats, m_tiles, p.k));
 }
 
 // The order of the weights that the direct kernels read, and of the weight gradients that they write.
@@ -367,6 +376,7 @@ constexpr Variant igemm_pixels_variant(const char* name) {
           .layouts = VECTOR ? Layouts::kNHWCOnly : Layouts::kAny,
           .reject = reject_igemm_pixels<TILE, DGRAD, VECTOR>, .pack_format = krsc_format,
           .launch = launch_igemm_pixels<TILE, DGRAD, VECTOR>,
+          .stats_rows = DGRAD ? nullptr : igemm_stats_rows<TILE>,
           .block_m = TILE::BLOCK_M, .block_n = TILE::BLOCK_N, .block_k = TILE::BLOCK_K};
 }
 

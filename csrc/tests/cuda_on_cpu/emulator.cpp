@@ -353,9 +353,11 @@ void DeviceBuffer::make_read_only() { mprotect(mapping_ + kPage, mapping_bytes_ 
 void count_global_access(const void* pointer, size_t bytes, bool write) {
   if (!current || !bytes) return;
   const auto* begin = static_cast<const char*>(pointer);
-  for (DeviceBuffer* buffer : buffers) {
+  for (size_t i = 0; i < buffers.size(); ++i) {
+    DeviceBuffer* const buffer = buffers[i];
     const char* first = buffer->mapping_ + kPage;
     if (begin < first || begin >= buffer->mapping_ + buffer->mapping_bytes_ - kPage) continue;
+    if (i) std::swap(buffers[i], buffers[i - 1]);  // the busy ones come to the front
     counters.requested_bytes += bytes;
     auto& last = write ? buffer->last_writer_ : buffer->last_reader_;
     const size_t end_sector = (begin + bytes - 1 - first) / 32;
@@ -363,6 +365,7 @@ void count_global_access(const void* pointer, size_t bytes, bool write) {
       if (last[sector] == block.serial) continue;
       last[sector] = block.serial;
       (write ? counters.written_bytes : counters.read_bytes) += 32;
+      (write ? buffer->written_bytes_ : buffer->read_bytes_) += 32;
     }
     return;
   }

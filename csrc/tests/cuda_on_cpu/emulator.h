@@ -33,6 +33,7 @@ struct Config {
   Async async = Async::kEager;
   Order order = Order::kFifo;
   unsigned seed = 1;
+  bool traffic_only = false;  // tensor cores compute nothing and races go unnoticed: quick, where bytes alone count
 };
 extern Config config;
 
@@ -67,6 +68,8 @@ class DeviceBuffer {
   T* data() const { return reinterpret_cast<T*>(data_); }
   size_t bytes() const { return bytes_; }
   void make_read_only();  // a kernel that writes its input stops there and then
+  uint64_t read_bytes() const { return read_bytes_; }  // of this buffer alone, as in Counters
+  uint64_t written_bytes() const { return written_bytes_; }
 
  private:
   friend void count_global_access(const void*, size_t, bool);
@@ -74,6 +77,7 @@ class DeviceBuffer {
   size_t mapping_bytes_;
   char* data_;
   size_t bytes_;
+  uint64_t read_bytes_ = 0, written_bytes_ = 0;
   std::vector<uint32_t> last_reader_, last_writer_;  // by sector: the block that touched it last
 };
 

@@ -19,6 +19,9 @@ class Fiber {
 
   void resume();              // from the scheduler into the fiber
   void suspend(bool finish);  // from the fiber back to the scheduler; finish: it never runs again
+  bool owns(const void* p) const {  // whether p lies on the stack
+    return p >= stack_ && p < stack_ + kStackBytes;
+  }
   static void enter();        // first call in entry(): completes the switch for the address sanitizer
 
  private:

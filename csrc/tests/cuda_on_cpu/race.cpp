@@ -33,12 +33,14 @@ bool active = true;            // off inside the check itself
 uint32_t* clock_of(int thread) { return &clocks[static_cast<size_t>(thread) * block.threads]; }
 
 void block_starts() {
+  if (config.traffic_only) return;
   cells.assign(block.shared_bytes / kCellBytes, Cell{});
   clocks.assign(static_cast<size_t>(block.threads) * block.threads, 0);
   for (int i = 0; i < block.threads; ++i) clock_of(i)[i] = 1;
 }
 
 void threads_synchronise(const int* threads, int count) {
+  if (config.traffic_only) return;
   static std::vector<uint32_t> joined;
   joined.assign(block.threads, 0);
   for (int i = 0; i < count; ++i) {
@@ -93,11 +95,11 @@ void check_shared(size_t offset, size_t bytes, bool write) {
 }
 
 void access(const void* pointer, size_t bytes, bool write) {
-  if (!active || !current || !bytes) return;
+  if (!active || !current || !bytes || current->fiber.owns(pointer)) return;
   active = false;
   const intptr_t offset = static_cast<const unsigned char*>(pointer) - shared_memory();
   if (offset >= 0 && offset < static_cast<intptr_t>(block.shared_bytes)) {
-    check_shared(offset, bytes, write);
+    if (!config.traffic_only) check_shared(offset, bytes, write);
   } else {
     count_global_access(pointer, bytes, write);
   }
@@ -114,10 +116,12 @@ void for_cells(const AsyncCopy& copy, F&& f) {
 void copy_issued(const AsyncCopy& copy) {
   access(copy.destination, copy.bytes + copy.zero_bytes, true);
   access(copy.source, copy.bytes, false);
+  if (config.traffic_only) return;
   for_cells(copy, [](Cell& cell) { cell.copy_under_way = true; });
 }
 
 void copy_landed(const AsyncCopy& copy) {
+  if (config.traffic_only) return;
   const int self = current->linear;
   for_cells(copy, [&](Cell& cell) {
     if (cell.writer != self) return;

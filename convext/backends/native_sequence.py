@@ -1,0 +1,72 @@
+"""The program of a sequence: how csrc/ops_sequence.cpp is told what several convolutions in one call are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ..problem import ACTIVATIONS, ConvProblem
+
+_ABSENT = -1
+
+
+class Step(NamedTuple):
+    """One convolution of a sequence.
+
+    problem, activation: what it computes. residual: the value that it adds (see `Block`), or None.
+    present: which of its tensors are there: weight, bias, mean, var, gamma, beta and, where it scales its input by
+        squeeze and excitation first, weight and bias of each of that one's convolutions.
+    excite: (activation, number of the gate) of that squeeze and excitation, or None.
+    """
+
+    problem: ConvProblem
+    activation: str
+    residual: int | None
+    present: tuple[bool, ...]
+    excite: tuple[str, int] | None
+
+
+class Block(NamedTuple):
+    """Steps, each read by the next alone. `source` is the value that the first one reads: 0 is the sequence's input,
+    i the output of block i - 1."""
+
+    source: int
+    steps: tuple[Step, ...]
+
+
+class Prepared(NamedTuple):
+    """A sequence whose kernels are chosen.
+
+    arrange(tensors by step) -> operands, weights   what `run` takes of the tensors, to be kept while they are the same
+    run(x, operands, weights, eps by step) -> y
+    watch() -> Watch                                an empty one (csrc/watch.h)
+    """
+
+    arrange: Callable
+    run: Callable
+    watch: Callable
+
+
+def program(blocks, plans) -> list[int]:
+    """The numbers of the blocks, one after the other. `plans`: the call of each step's kernel.
+
+    The op's list of tensors has the steps' present ones in their order, the packed weight after the weight where there
+    is one.
+    """
+    numbers, count, plans = [], 0, iter(plans)
+
+    def take(there):
+        nonlocal count
+        count += there
+        return count - 1 if there else _ABSENT
+
+    for block in blocks:
+        numbers += [block.source, len(block.steps)]
+        for step, plan in zip(block.steps, plans):
+            weight, packed = take(True), take(plan.pack_format is not None)
+            bias, mean, var, gamma, beta, *excited = map(take, step.present[1:])
+            numbers += [plan.variant, *plan.geom, ACTIVATIONS[step.activation], weight, packed, bias, mean, var, gamma,
+                        beta, _ABSENT if step.residual is None else step.residual]
+            numbers += [0, *[_ABSENT] * 4, 0, 0] if step.excite is None else [
+                1, *excited, ACTIVATIONS[step.excite[0]], step.excite[1]]
+    return numbers

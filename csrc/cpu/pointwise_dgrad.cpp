@@ -1,0 +1,28 @@
+// dgrad of 1x1 layers with few filters: the same product with the weights transposed (pointwise.h).
+#include "pointwise.h"
+
+namespace convext {
+namespace CONVEXT_ISA {
+namespace {
+
+const char* reject(const ConvProblem& p) { return reject_unless_short_pointwise(p, p.k); }
+
+const char* launch(const ConvProblem& p, const LaunchArgs& args) {
+  run_pointwise({static_cast<const float*>(args.a), static_cast<const float*>(args.b), static_cast<float*>(args.out),
+                 p.nhw(), p.k, p.c, Epilogue{}},
+                *args.parallel);
+  return nullptr;
+}
+
+using Packing = GemmDgrad<float, false>;
+
+}  // namespace
+}  // namespace CONVEXT_ISA
+
+extern const Variant CONVEXT_VARIANT(dgrad_pointwise_f32);
+const Variant CONVEXT_VARIANT(dgrad_pointwise_f32) = {
+    CONVEXT_VARIANT_NAME(dgrad_pointwise_f32), "pointwise", Device::kCPU, Pass::kDgrad, DType::kFloat32,
+    CONVEXT_ISA_ENUM, Layouts::kNHWCOnly, CONVEXT_ISA::reject, nullptr, CONVEXT_ISA::Packing::pack_format,
+    CONVEXT_ISA::Packing::packed_size, CONVEXT_ISA::Packing::pack, CONVEXT_ISA::launch};
+
+}  // namespace convext

@@ -1,0 +1,250 @@
+// Stand-alone test of blocks (block.h): bit for bit what their steps give one by one, on every instruction set that this
+// CPU has, for any number of threads and any size of strip; and squeeze and excitation against plain loops. No torch.
+// Exits non-zero on failure.
+#include "../block.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+
+#include "../select.h"
+
+namespace {
+
+using namespace convext;
+
+int failures = 0, checks = 0;
+
+void check(bool ok, const std::string& what) {
+  ++checks;
+  if (ok) return;
+  if (++failures <= 20) std::fprintf(stderr, "FAILED %s\n", what.c_str());
+}
+
+int threads_to_use = 1;
+
+Parallel parallel_with(int threads) {
+  threads_to_use = threads;
+  return {[](int64_t begin, int64_t end, int64_t, RangeBody body, void* context) {
+            std::vector<std::thread> pool;
+            const int64_t count = end - begin;
+            for (int64_t t = 1; t < threads_to_use; ++t) {
+              pool.emplace_back(body, context, begin + count * t / threads_to_use,
+                                begin + count * (t + 1) / threads_to_use);
+            }
+            body(context, begin, begin + count / threads_to_use);
+            for (std::thread& thread : pool) thread.join();
+          },
+          threads};
+}
+
+// 64-byte aligned memory between guards of its own, so that the sanitizers see what leaves it.
+struct Buffer {
+  std::unique_ptr<char, void (*)(void*)> data;
+  explicit Buffer(int64_t bytes)
+      : data(static_cast<char*>(std::aligned_alloc(64, (bytes + 127) / 64 * 64)), std::free) {
+    std::memset(data.get(), 0xFF, (bytes + 127) / 64 * 64);  // NaN
+  }
+  float* floats() { return reinterpret_cast<float*>(data.get()); }
+};
+
+std::mt19937 generator(7);
+
+std::vector<float> random_values(int64_t count) {
+  std::uniform_real_distribution<float> uniform(-1, 1);
+  std::vector<float> values(count);
+  for (float& v : values) v = uniform(generator);
+  return values;
+}
+
+// A layer of a block: channels out, filter, stride; 0 channels for a depthwise one.
+struct Layer {
+  int k, r, stride, dilation = 1;
+  bool excites = false, residual = false, input_as_residual = false;
+};
+
+struct Case {
+  const char* name;
+  int n, c, h, w;
+  std::vector<Layer> layers;
+};
+
+std::vector<Case> cases() {
+  return {
+      {"inverted_residual", 2, 16, 14, 14, {{96, 1, 1}, {0, 3, 1}, {16, 1, 1, 1, false, false, true}}},
+      {"inverted_residual_stride_2", 1, 24, 15, 17, {{70, 1, 1}, {0, 3, 2}, {33, 1, 1}}},
+      {"even_extents_stride_2", 3, 8, 16, 12, {{40, 1, 1}, {0, 5, 2}, {24, 1, 1}}},
+      {"depthwise_first", 1, 32, 23, 9, {{0, 3, 1}, {16, 1, 1}}},
+      {"depthwise_first_stride_2", 2, 20, 22, 22, {{0, 5, 2}, {16, 1, 1, 1, false, true}}},
+      {"ends_with_depthwise", 1, 12, 19, 8, {{48, 1, 1}, {0, 7, 1}}},
+      {"two_depthwise", 1, 17, 21, 13, {{0, 3, 2}, {30, 1, 1}, {0, 5, 1}, {8, 1, 1}}},
+      {"dilated", 1, 16, 18, 18, {{32, 1, 1}, {0, 3, 1, 3}, {16, 1, 1}}},
+      {"filter_larger_than_image", 5, 64, 3, 3, {{64, 1, 1}, {0, 7, 1}, {32, 1, 1}}},
+      {"one_row", 1, 8, 1, 9, {{16, 1, 1}, {0, 3, 1}, {8, 1, 1}}},
+      {"excited", 2, 16, 14, 14, {{72, 1, 1}, {0, 5, 1}, {16, 1, 1, 1, true, false, true}}},
+      {"excited_stride_2", 3, 24, 13, 11, {{100, 1, 1}, {0, 3, 2}, {40, 1, 1, 1, true}}},
+      {"excited_without_expansion", 1, 32, 20, 20, {{0, 3, 1}, {16, 1, 1, 1, true}}},
+      {"pointwise_twice", 4, 33, 7, 7, {{65, 1, 1}, {16, 1, 1}}},
+  };
+}
+
+struct Built {
+  std::vector<BlockStep> steps;
+  std::vector<std::vector<float>> memory;  // what the steps point to
+  std::vector<std::unique_ptr<Buffer>> packed;
+  std::vector<float> input;
+};
+
+Built build(const Case& c) {
+  Built b;
+  b.input = random_values(int64_t{c.n} * c.c * c.h * c.w);
+  const auto values = [&](int64_t count) {
+    b.memory.push_back(random_values(count));
+    return b.memory.back().data();
+  };
+  int channels = c.c, h = c.h, w = c.w;
+  for (const Layer& layer : c.layers) {
+    ConvProblem p{};
+    p.n = c.n, p.c = channels, p.h = h, p.w = w;
+    p.k = layer.k == 0 ? channels : layer.k, p.groups = layer.k == 0 ? channels : 1;
+    p.r = p.s = layer.r;
+    p.stride_h = p.stride_w = layer.stride;
+    p.dil_h = p.dil_w = layer.dilation;
+    p.pad_h = p.pad_w = (layer.r - 1) / 2 * layer.dilation;
+    p.dtype = DType::kFloat32;
+    p.x_layout = p.y_layout = Layout::kNHWC;
+    BlockStep step{};
+    step.variant = variants()[select(Device::kCPU, Pass::kFprop, p)];
+    step.problem = p;
+    const float* const weights = values(p.w_size());
+    step.weights = weights;
+    if (step.variant->pack_format != nullptr && step.variant->pack_format(p) != nullptr) {
+      b.packed.push_back(std::make_unique<Buffer>(step.variant->packed_size(p)));
+      step.variant->pack(p, weights, b.packed.back()->data.get(), parallel_with(1));
+      step.weights = b.packed.back()->data.get();
+    }
+    step.epilogue.scale = values(p.k);
+    step.epilogue.shift = values(p.k);
+    step.epilogue.activation = Activation::silu;
+    if (layer.residual) step.epilogue.residual = values(p.y_size());
+    if (layer.input_as_residual) step.epilogue.residual = b.input.data();
+    if (layer.excites) {
+      const int squeezed = channels / 4 + 1;
+      step.excites = true;
+      step.excite = {values(int64_t{squeezed} * channels), values(squeezed), values(int64_t{squeezed} * channels),
+                     values(channels), channels, squeezed, Activation::relu,
+                     c.n % 2 == 0 ? Gate::sigmoid : Gate::hardsigmoid};
+    }
+    b.steps.push_back(step);
+    channels = p.k, h = p.p(), w = p.q();
+  }
+  return b;
+}
+
+// x scaled by its gates, in double.
+void excite(const BlockStep& step, float* x) {
+  const Excite& e = step.excite;
+  const int64_t pixels = int64_t{step.problem.h} * step.problem.w;
+  for (int64_t n = 0; n < step.problem.n; ++n, x += pixels * e.c) {
+    std::vector<double> mean(e.c), squeezed(e.squeezed);
+    for (int64_t i = 0; i < pixels * e.c; ++i) mean[i % e.c] += x[i] / static_cast<double>(pixels);
+    for (int j = 0; j < e.squeezed; ++j) {
+      double z = e.b1[j];
+      for (int k = 0; k < e.c; ++k) z += double{e.w1[j * e.c + k]} * mean[k];
+      squeezed[j] = z > 0 ? z : 0;
+    }
+    for (int k = 0; k < e.c; ++k) {
+      double z = e.b2[k];
+      for (int j = 0; j < e.squeezed; ++j) z += double{e.w2[k * e.squeezed + j]} * squeezed[j];
+      const double gate = e.gate == Gate::sigmoid ? 1 / (1 + std::exp(-z)) : std::fmin(std::fmax(z + 3, 0), 6) / 6;
+      for (int64_t i = 0; i < pixels; ++i) x[i * e.c + k] = static_cast<float>(x[i * e.c + k] * gate);
+    }
+  }
+}
+
+std::vector<float> one_by_one(const Built& b) {
+  std::vector<float> x = b.input;
+  for (const BlockStep& step : b.steps) {
+    if (step.excites) excite(step, x.data());
+    std::vector<float> y(step.problem.y_size());
+    const int64_t bytes = step.variant->workspace ? step.variant->workspace(step.problem, 1) : 0;
+    Buffer workspace(bytes);
+    const Parallel parallel = parallel_with(1);
+    LaunchArgs args{};
+    args.a = x.data(), args.b = step.weights, args.out = y.data();
+    args.epilogue = step.epilogue;
+    args.workspace = workspace.data.get();
+    args.parallel = &parallel;
+    check(step.variant->launch(step.problem, args) == nullptr, step.variant->name);
+    x = y;
+  }
+  return x;
+}
+
+void test(const Case& c, const SqueezeExcite& table, const std::string& isa) {
+  const Built b = build(c);
+  const std::string name = std::string(c.name) + ", " + isa;
+  const char* const why = reject_block(b.steps);
+  check(why == nullptr, name + " is rejected: " + (why ? why : ""));
+  if (why != nullptr) return;
+  const std::vector<float> expected = one_by_one(b);
+  // Gates in float: a few roundings of sums of up to a few hundred terms, which the layer after multiplies.
+  bool excited = false;
+  double bound = 0;
+  for (const BlockStep& step : b.steps) {
+    excited |= step.excites;
+    if (step.excites) bound = 4 * step.problem.c * std::sqrt(double(step.problem.c)) * 6e-8;
+  }
+  for (int threads : {1, 2, 3, 5}) {
+    for (int64_t budget : {int64_t{1}, int64_t{6000}, int64_t{40000}, int64_t{1} << 20}) {
+      const Parallel parallel = parallel_with(threads);
+      Buffer workspace(block_workspace(b.steps, threads, budget)), out(expected.size() * sizeof(float));
+      const char* failure = run_block(b.steps, b.input.data(), out.floats(), workspace.data.get(), table, parallel,
+                                      budget);
+      const std::string what = name + ", " + std::to_string(threads) + " threads, " + std::to_string(budget) + " bytes";
+      check(failure == nullptr, what);
+      if (!excited) {
+        check(std::memcmp(out.floats(), expected.data(), expected.size() * sizeof(float)) == 0, what);
+        continue;
+      }
+      double worst = 0;
+      for (size_t i = 0; i < expected.size(); ++i) {
+        const double distance = std::fabs(double{out.floats()[i]} - expected[i]);
+        worst = distance <= worst ? worst : distance;  // NaN takes over
+      }
+      check(worst <= bound, what + ": " + std::to_string(worst));
+    }
+  }
+}
+
+void test_rejects() {
+  Built b = build(cases()[0]);
+  check(reject_block({}) != nullptr, "no steps");
+  std::swap(b.steps[0], b.steps[2]);
+  check(reject_block(b.steps) != nullptr, "steps that do not follow each other");
+  b = build({"filter", 1, 8, 9, 9, {{8, 3, 1}}});
+  check(reject_block(b.steps) != nullptr, "a 3x3 filter over all channels");
+  b = build({"filter", 1, 8, 9, 9, {{0, 3, 1}, {8, 1, 1, 1, true}, {0, 3, 1}}});
+  check(reject_block(b.steps) != nullptr, "a depthwise step after squeeze and excitation");
+}
+
+}  // namespace
+
+int main() {
+  std::vector<std::pair<std::string, Isa>> isas = {{"portable", Isa::kPortable}};
+#if defined(CONVEXT_HAVE_X86_ISAS)
+  isas.insert(isas.end(), {{"avx2", Isa::kAVX2}, {"avx512", Isa::kAVX512}});
+#endif
+  for (const auto& [name, isa] : isas) {
+    if (isa > detect_cpu_isa()) continue;
+    settings().cpu_isa = isa;
+    for (const Case& c : cases()) test(c, squeeze_excite_for(isa), name);
+  }
+  test_rejects();
+  std::printf("%d checks of blocks, %d failed\n", checks, failures);
+  return failures != 0;
+}

@@ -1,0 +1,308 @@
+"""Convolutions in a row that run as one call: what they compute, and that whatever changes is noticed."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import convext
+from convext.swap import sequences
+
+pytestmark = pytest.mark.skipif(
+    convext.backends.unavailable("native", "cpu") is not None, reason="sequences are calls of the compiled library"
+)
+
+
+def _settled(model):
+    """The model in eval mode, its batch norms far from the identity."""
+    generator = torch.Generator().manual_seed(3)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low, high in ((module.running_mean, -0.3, 0.3), (module.running_var, 0.5, 2.0),
+                                      (module.weight.data, 0.5, 1.5), (module.bias.data, -0.3, 0.3)):
+                tensor.uniform_(low, high, generator=generator)
+    return model.eval()
+
+
+def _mobile(*settings):
+    """Inverted residuals as torchvision builds them, behind a first layer."""
+    from torchvision.models.mobilenetv3 import InvertedResidual, InvertedResidualConfig
+
+    blocks = [InvertedResidual(InvertedResidualConfig(*s, dilation=1, width_mult=1.0), nn.BatchNorm2d)
+              for s in settings]
+    first = [nn.Conv2d(3, settings[0][0], 3, 2, 1, bias=False), nn.BatchNorm2d(settings[0][0]), nn.Hardswish()]
+    return _settled(nn.Sequential(*first, *blocks))
+
+
+NETWORKS = {
+    "inverted residuals": lambda: _mobile((16, 3, 64, 16, False, "RE", 1), (16, 3, 72, 24, False, "HS", 2)),
+    "squeeze and excitation": lambda: _mobile((16, 5, 64, 16, True, "RE", 1), (16, 3, 72, 24, True, "HS", 2)),
+    "residual network": lambda: _settled(torchvision.models.resnet18()),
+}
+
+
+@pytest.fixture
+def sequence_calls(monkeypatch):
+    """Counts the calls that ran as one."""
+    calls = []
+    prepared = sequences._prepared
+
+    def counting(*args):
+        call = prepared(*args)
+        if call is None:
+            return None
+
+        def counted(x):
+            y = call(x)
+            if y is not None:
+                calls.append(len(args[0].steps))
+            return y
+        return counted
+
+    monkeypatch.setattr(sequences, "_prepared", counting)
+    return calls
+
+
+def _close(actual, expected):
+    # Two float32 networks of tens of layers, whose sums are ordered differently: each layer adds a few roundings of
+    # its largest output.
+    bound = 200 * torch.finfo(torch.float32).eps * expected.abs().max()
+    assert (actual - expected).abs().max() <= bound
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("channels_last", [False, True])
+@torch.no_grad()
+def test_a_network_runs_as_one_call_and_computes_the_same(name, channels_last, sequence_calls):
+    model, x = NETWORKS[name](), torch.randn(2, 3, 64, 48)
+    expected = model(x)
+    if channels_last:
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    swapped = convext.swap(copy.deepcopy(model))
+    apart = swapped(x)  # the first call runs layer by layer, and prepares
+    assert not sequence_calls
+    together = swapped(x)
+    assert sequence_calls and max(sequence_calls) >= 6
+    assert together.stride() == apart.stride() == model(x).stride()
+    _close(apart, expected)
+    _close(together, expected)
+    if name != "squeeze and excitation":  # whose gates sum in another order
+        assert torch.equal(together, apart)
+
+
+@torch.no_grad()
+def test_results_do_not_depend_on_the_number_of_threads():
+    swapped, x = convext.swap(_mobile((16, 5, 64, 16, True, "RE", 1))), torch.randn(1, 3, 96, 96)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            swapped(x)
+            results.append(swapped(x))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def _replace_weight(model):
+    conv = model[3].block[1][0]
+    conv.weight = nn.Parameter(torch.randn_like(conv.weight))
+
+
+def _change_weight_in_place(model):
+    model[3].block[0][0].weight.mul_(1.5)
+
+
+def _change_weight_through_data(model):
+    model[3].block[0][0].weight.data = torch.randn_like(model[3].block[0][0].weight)
+
+
+def _load(model):
+    model.load_state_dict({key: value * 1.1 if value.is_floating_point() else value
+                           for key, value in model.state_dict().items()})
+
+
+def _change_eps(model):
+    model[4].block[0][1].eps = 0.5
+
+
+def _change_statistics(model):
+    model[4].block[1][1].running_var.mul_(2)
+
+
+def _replace_statistics(model):
+    model[4].block[1][1].running_mean = torch.randn_like(model[4].block[1][1].running_mean)
+
+
+def _hook(model):
+    model[4].block[0].register_forward_hook(lambda module, args, out: out * 2)
+
+
+def _hook_inside_squeeze_and_excitation(model):
+    model[3].block[2].fc1.register_forward_hook(lambda module, args, out: out + 1)
+
+
+def _replace_forward(model):
+    model[4].forward = lambda x, forward=model[4].forward: forward(x) + 1
+
+
+def _exchange_module(model):
+    model[4].block[0][2] = nn.ReLU()
+
+
+def _training_statistics(model):
+    model[3].block[0][1].train()
+    model[3].block[0][1].momentum = 0.0
+
+
+def _wider_dilation(model):
+    conv = model[3].block[1][0]
+    conv.dilation, conv.padding = (2, 2), (4, 4)
+
+
+def _gate(model):
+    model[3].block[2].scale_activation = nn.Sigmoid()
+
+
+CHANGES = [_replace_weight, _change_weight_in_place, _change_weight_through_data, _load, _change_eps,
+           _change_statistics, _replace_statistics, _hook, _hook_inside_squeeze_and_excitation, _replace_forward,
+           _exchange_module, _training_statistics, _wider_dilation, _gate]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
+@torch.no_grad()
+def test_a_change_of_the_model_is_noticed(change, sequence_calls):
+    model = _mobile((16, 5, 64, 16, True, "RE", 1), (16, 3, 72, 24, False, "HS", 1))
+    x = torch.randn(2, 3, 40, 40)
+    swapped = convext.swap(copy.deepcopy(model))
+    for _ in range(3):
+        before = swapped(x)
+    assert sequence_calls
+    torch.manual_seed(1)
+    change(model)
+    torch.manual_seed(1)
+    change(swapped)
+    expected = model(x)
+    assert not torch.allclose(expected, before, rtol=1e-3), "the change must matter"
+    for _ in range(3):
+        _close(swapped(x), expected)
+
+
+@torch.no_grad()
+def test_inputs_of_other_shapes_dtypes_and_layouts_in_turns():
+    model = NETWORKS["squeeze and excitation"]()
+    swapped = convext.swap(copy.deepcopy(model))
+    inputs = [torch.randn(1, 3, 32, 32), torch.randn(3, 3, 32, 32), torch.randn(1, 3, 33, 47)]
+    inputs.append(inputs[0].to(memory_format=torch.channels_last))
+    inputs.append(torch.randn(1, 32, 32, 6).permute(0, 3, 1, 2)[:, ::2])
+    for _ in range(3):
+        for x in inputs:
+            y, expected = swapped(x), model(x)
+            assert y.stride() == expected.stride()
+            _close(y, expected)
+
+
+@torch.no_grad()
+def test_layer_by_layer_runs_them_apart(sequence_calls):
+    swapped, x = convext.swap(NETWORKS["inverted residuals"]()), torch.randn(1, 3, 32, 32)
+    for _ in range(3):
+        together = swapped(x)
+    calls = len(sequence_calls)
+    with convext.layer_by_layer():
+        assert torch.equal(swapped(x), together) and len(sequence_calls) == calls
+        with convext.layer_by_layer(False):
+            swapped(x)
+        assert len(sequence_calls) > calls
+    with pytest.raises(TypeError, match="layer_by_layer: expected True or False, got 1"):
+        convext.layer_by_layer(1)
+
+
+@torch.no_grad()
+def test_double_precision_runs_as_one_call(sequence_calls):
+    model, x = NETWORKS["inverted residuals"]().double(), torch.randn(2, 3, 40, 40, dtype=torch.float64)
+    swapped = convext.swap(copy.deepcopy(model))
+    for _ in range(3):
+        y = swapped(x)
+    assert sequence_calls
+    torch.testing.assert_close(y, model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_are_recorded_as_before(sequence_calls):
+    model, x = NETWORKS["inverted residuals"](), torch.randn(1, 3, 32, 32)
+    swapped = convext.swap(copy.deepcopy(model))
+    with torch.no_grad():
+        for _ in range(3):
+            swapped(x)
+    calls = len(sequence_calls)
+    assert calls
+    swapped(x).sum().backward()
+    model(x).sum().backward()
+    assert len(sequence_calls) == calls
+    for ours, theirs in zip(swapped.parameters(), model.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_result_of_the_user_between_layers_stays_a_tensor(sequence_calls):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(8, 16, 1), nn.Conv2d(16, 16, 3, padding=1, groups=16)
+            self.third = nn.Conv2d(16, 8, 1)
+
+        def forward(self, x):
+            a = self.first(x)
+            b = self.second(a)
+            return self.third(b), a
+
+    model, x = Network().eval(), torch.randn(2, 8, 20, 20)
+    swapped = convext.swap(copy.deepcopy(model))
+    for _ in range(3):
+        for ours, theirs in zip(swapped(x), model(x)):
+            _close(ours, theirs)
+
+
+@torch.no_grad()
+def test_a_swapped_network_is_freed():
+    model = convext.swap(NETWORKS["squeeze and excitation"]())
+    for _ in range(3):
+        model(torch.randn(1, 3, 32, 32))
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_watch_notices_each_kind_of_change():
+    from convext import _C
+
+    class Thing:
+        pass
+
+    thing, inner, value = Thing(), {}, object()
+    facts = {"here": value, "hooks": inner}
+    watch = _C.Watch()
+    watch.item(facts, "here", value)
+    watch.item(facts, "missing", None, absent=True)
+    watch.empty(facts, "hooks")
+    watch.length(facts, 2)
+    watch.values(facts, (value, inner))
+    watch.type(thing, Thing)
+    watch.attribute(Thing, "__name__", Thing.__name__)
+    assert watch.holds() and len(watch) == 7
+    for change, undo in (
+        (lambda: facts.update(here=object()), lambda: facts.update(here=value)),
+        (lambda: facts.update(missing=None), lambda: facts.pop("missing")),
+        (lambda: inner.update(a=1), inner.clear),
+        (lambda: setattr(thing, "__class__", type("Other", (Thing,), {})), lambda: setattr(thing, "__class__", Thing)),
+        (lambda: setattr(Thing, "__name__", "Else"), lambda: setattr(Thing, "__name__", "Thing")),
+    ):
+        change()
+        assert not watch.holds()
+        undo()
+    with pytest.raises(TypeError):
+        watch.item("no dictionary", "key", value)
