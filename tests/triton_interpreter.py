@@ -22,7 +22,7 @@ import convext
 from convext.backends.aten import BACKEND as ATEN
 from convext.backends.triton import BACKEND as TRITON
 from convext.problem import ACTIVATIONS, ConvProblem, Epilogue, Geom, Pass, accumulate_dtype
-from convext.triton import direct, launch, wgrad
+from convext.triton import configs, direct, launch, wgrad
 
 RUNNABLE = [case for case in PROBLEMS if case.x[0] > 0]
 # Every fifth case, a different fifth for each dtype: the geometry is float32's business.
@@ -243,9 +243,38 @@ class TestDeterminism:
         Nest(case).expected(o)["wgrad"].check(first)
         assert torch.equal(first, TRITON.wgrad(problem, o.dy, o.x))
 
+    @pytest.mark.parametrize("name", ["long_reduction", "strided", "groups_strided", "dilation_past_border",
+                                      "channels_last_everything"])
+    def test_split_loops_give_the_same_bits_and_the_right_ones(self, name, monkeypatch):
+        """Split as on a GPU with many multiprocessors, into more parts than some tiles have steps."""
+        monkeypatch.setattr(direct, "processors", lambda device: 1000)
+        monkeypatch.setattr(direct, "LEAST_STEPS", 1)
+        monkeypatch.setattr(configs, "_GEMM", {**configs._GEMM, "interpreter": configs._GEMM["ieee"]})
+        configs.gemm_configs.cache_clear()
+        case = BY_NAME[name]
+        o, geom = case.operands(), Geom(*case.geom)
+        problem = ConvProblem.of_fprop(o.x, o.w, geom)
+        launches = direct.fprop(problem, o.x, o.w, Epilogue(o.bias), torch.empty(case.y))
+        assert [each.kernel.fn.__name__ for each in launches] == ["fprop_kernel", "finish_kernel"]
+        assert launches[0].arguments["split_k"] > 2
+        launches = direct.dgrad(problem, o.dy, o.w, torch.empty(case.x))
+        assert [each.kernel.fn.__name__ for each in launches] == ["dgrad_kernel", "reduce_kernel"]
+        check_case(case, torch.float32)
+        first, again = passes(case, o), passes(case, o)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        mean, var, gamma, beta = channels(case.w[0], torch.float32)
+        y = Nest(case).expected(o)["fprop"]
+        z = (y.value - mean[:, None, None]) / (var[:, None, None] + 1e-3).sqrt() * gamma[:, None, None]
+        z = z + beta[:, None, None].double() + o.dy
+        out = convext.ops.fprop_bn_act(o.x, o.w, o.bias, mean, var, gamma, beta, o.dy, geom, 1e-3, "relu")
+        slope = (gamma / (var + 1e-3).sqrt()).abs().max()
+        allowed = y.tolerance(torch.float32) * slope + 8 * unit_roundoff(torch.float32) * (z.abs() + y.value.abs() + 4)
+        assert ((out - z.relu()).abs() <= allowed).all()
+        configs.gemm_configs.cache_clear()
+
     def test_nothing_is_measured(self):
         with torch.backends.cudnn.flags(benchmark=True):
-            assert not launch.may_measure(torch.device("cpu"))
+            assert not launch.tuning_is_wanted()
 
 
 @pytest.mark.parametrize("pass_", ["fprop", "dgrad"])
@@ -261,7 +290,7 @@ def test_dilation_skips_the_taps_that_only_meet_padding(pass_, monkeypatch):
     problem = ConvProblem.of_fprop(x, w, Geom((1, 1), (18, 18), (18, 18), 1))
     configs = direct.gemm_choice(x.dtype, x.device, 1, 1, 1, 1, False)
     tile = next(config for config in configs[0] if config.kwargs["BLOCK_M"] == 128)
-    each = direct.fprop(problem, x, w, Epilogue(), x) if pass_ == "fprop" else direct.dgrad(problem, x, w, x.clone())
+    (each,) = direct.fprop(problem, x, w, Epilogue(), x) if pass_ == "fprop" else direct.dgrad(problem, x, w, x.clone())
     each.configs = (tile,)
     patches = each.grid(tile.kwargs)[0]
     assert patches == 5 * 3

@@ -94,8 +94,10 @@ class TritonBackend:
         from ..triton import depthwise, direct
 
         y = self.empty_y(problem, x)
-        family = depthwise if problem.is_depthwise else direct
-        family.fprop(problem, x, w, epilogue, y).run()
+        if problem.is_depthwise:
+            depthwise.fprop(problem, x, w, epilogue, y).run()
+        else:
+            _run(direct.fprop(problem, x, w, epilogue, y))
         return y
 
     def dgrad(self, problem: ConvProblem, dy, w):
@@ -105,7 +107,7 @@ class TritonBackend:
         if problem.is_depthwise:
             _run(depthwise.backward(problem, dy, None, w, dx, None))
         else:
-            direct.dgrad(problem, dy, w, dx).run()
+            _run(direct.dgrad(problem, dy, w, dx))
         return dx
 
     def wgrad(self, problem: ConvProblem, dy, x):

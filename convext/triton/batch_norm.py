@@ -45,6 +45,13 @@ def tile_of(N, M, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def as_tensor(size, DTYPE: tl.constexpr):
+    """A size as a tensor (1,) of that type. A size of 1 may have become a constant, by Triton's specialisation or by
+    Inductor's, and constants have no type to be converted from."""
+    return tl.full((1,), 0, DTYPE) + size
+
+
+@triton.jit
 def tile_at(n, m, c, stride_n, stride_m, stride_c, INDEX: tl.constexpr):
     return n * stride_n + (m.to(INDEX) * stride_m)[:, None] + (c.to(INDEX) * stride_c)[None, :]
 
@@ -61,7 +68,7 @@ def stats_tile_kernel(y_ptr, slab_ptr, N, M, C, stride_n, stride_m, stride_c,
     slots = N * tl.cdiv(M, BLOCK_M)
     at = slab_ptr + slot * C + c
     tl.store(at, mean, c < C)
-    tl.store(at + slots.to(tl.int64) * C, tl.sum(away * away, axis=0), c < C)
+    tl.store(at + as_tensor(slots, tl.int64) * C, tl.sum(away * away, axis=0), c < C)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -80,7 +87,7 @@ def stats_merge_kernel(slab_ptr, mean_ptr, var_ptr, N, M, C, ACC: tl.constexpr, 
         ok = (slot < slots)[:, None] & (c < C)[None, :]
         at = slab_ptr + slot.to(tl.int64)[:, None] * C + c[None, :]
         slot_mean = tl.load(at, ok, 0)                                                   # (BLOCK_S, BLOCK_C)
-        slot_m2 = tl.load(at + slots.to(tl.int64) * C, ok, 0)
+        slot_m2 = tl.load(at + as_tensor(slots, tl.int64) * C, ok, 0)
         count = tl.where(slot < slots, tl.minimum(BLOCK_M, M - slot % tiles_m * BLOCK_M), 0).to(ACC)[:, None]
         block_total = tl.sum(count, axis=0)                                              # (1,)
         block_mean = tl.sum(slot_mean * count, axis=0) / block_total
@@ -149,7 +156,7 @@ def bn_act_backward_sums_kernel(dout_ptr, y_ptr, mean_ptr, var_ptr, gamma_ptr, b
     slots = N * tl.cdiv(M, BLOCK_M)
     at = slab_ptr + slot * C + c
     tl.store(at, tl.sum(tl.where(ok, dz * xhat, 0.0), axis=0), c < C)
-    tl.store(at + slots.to(tl.int64) * C, tl.sum(dz, axis=0), c < C)
+    tl.store(at + as_tensor(slots, tl.int64) * C, tl.sum(dz, axis=0), c < C)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -173,7 +180,7 @@ def bn_act_backward_kernel(dout_ptr, y_ptr, mean_ptr, var_ptr, gamma_ptr, beta_p
         at = dz_ptr + tile_at(n, m, c, dz_stride_n, dz_stride_m, dz_stride_c, INDEX)
         tl.store(at, dz.to(dz_ptr.dtype.element_ty), ok)
     if TRAINING:
-        count = N.to(ACC) * M.to(ACC)
+        count = as_tensor(N, ACC) * as_tensor(M, ACC)
         dgamma = tl.load(dgamma_ptr + c, c < C, 0) / count
         dbeta = tl.load(dbeta_ptr + c, c < C, 0) / count
         dz = dz - dbeta[None, :] - xhat * dgamma[None, :]

@@ -74,6 +74,11 @@ def cheapest(configs, m: int, n: int, k: int, batch: int, processors: int) -> tr
     return min(configs, key=lambda config: cost(config, m, n, k, batch, processors))
 
 
+def tuning_key(problem, *extents: int) -> int:
+    """What tunes alike: the extents' bucket and the layouts. Dtypes are Triton's part of the key."""
+    return bucket(*extents, 1 << (2 * problem.x_layout + problem.y_layout))
+
+
 def bucket(*extents: int) -> int:
     """Extents rounded up to powers of two, packed into one integer: shapes that tune alike share it."""
     key = 0

@@ -19,6 +19,8 @@ import triton.language as tl
 from .configs import cheapest, gemm_configs
 from .interpreter import interpreting
 
+_TRACERS = tuple(torch._C._TorchDispatchModeKey.__members__.values())  # fake tensors, proxies, functional tensors
+
 
 @dataclasses.dataclass
 class Launch:
@@ -36,18 +38,19 @@ class Launch:
         kernel, config = self.kernel, self.configs[0]
         if tracing():
             # A traced launch takes its configuration from the kernel. One alone: Inductor would measure them all.
-            kernel, config = _tuned(kernel, (config,)), None
-        elif len(self.configs) > 1 and may_measure(device):
-            kernel, config = _tuned(kernel, tuple(sorted(self.configs, key=str))), None
-        if not interpreting():
-            kernel = torch.library.wrap_triton(kernel)
+            kernel, config = torch.library.wrap_triton(_tuned(kernel, (config,))), None
+        elif len(self.configs) > 1 and tuning_is_wanted():
+            tuner = _tuned(kernel, tuple(sorted(self.configs, key=str)))
+            if not capturing(device) or was_measured(tuner, self.arguments):
+                kernel, config = tuner, None
         with on_device(device):
             kernel[self.grid](**self.arguments, **(config.all_kwargs() if config else {}))
 
 
 def tracing() -> bool:
-    """Whether the launch is recorded for a compiler, and not done."""
-    return bool(torch._C._len_torch_dispatch_stack()) and not interpreting()
+    """Whether the launch is recorded for a compiler, and not done. Other modes, a FLOP counter say, look at operators
+    and do not reach in here."""
+    return not interpreting() and any(torch._C._get_dispatch_mode(mode) is not None for mode in _TRACERS)
 
 
 @functools.cache
@@ -59,15 +62,25 @@ def _tuned(kernel, configs):
     return triton.autotune(list(configs), key, cache_results=True)(kernel)
 
 
-def may_measure(device: torch.device) -> bool:
-    """Whether this launch may be timed in several configurations: PyTorch's own switch for that is on, it does not
-    promise the same bits in every process, and no graph is being captured."""
+def tuning_is_wanted() -> bool:
+    """Whether launches are to be timed in several configurations: PyTorch's own switch for that is on, and it does not
+    promise the same bits in every process."""
     if not torch.backends.cudnn.benchmark or torch.backends.cudnn.deterministic or interpreting():
         return False
-    if torch.are_deterministic_algorithms_enabled():
-        return False
-    capturing = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
-    return capturing is None or not capturing()
+    return not torch.are_deterministic_algorithms_enabled()
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a graph is being captured: nothing can be timed then."""
+    asked = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
+    return asked is not None and asked()
+
+
+def was_measured(tuner, arguments: dict[str, Any]) -> bool:
+    """Whether the tuner has its answer for such arguments, by the key that triton.autotune makes of them."""
+    named = [arguments[name] for name in tuner.keys if name in arguments]
+    dtypes = [str(arguments[n].dtype) for n in tuner.arg_names if hasattr(arguments.get(n), "dtype")]
+    return (*named, *dtypes) in tuner.cache
 
 
 def on_device(device: torch.device):

@@ -1,9 +1,9 @@
 """The Triton kernels as operators, torch.ops.convext_triton.*, that torch.compile sees through.
 
-torch.ops.convext.* are closed boxes to a compiler, whoever serves them. These are the Triton backend's own operators:
-where Inductor meets one it finds the kernel launches inside (torch.library.triton_op), plans their memory along with
-the rest of the graph, and calls the kernels from its own wrapper without the dispatcher in between. They have no
-gradient of their own and take and return what the methods of `convext.backends.triton.BACKEND` do.
+They are what torch.ops.convext.* become under torch.compile where Triton serves them (convext/compiling.py). Inductor
+finds the kernel launches inside (torch.library.triton_op), plans their memory along with the rest of the graph, and
+calls the kernels from its own wrapper without the dispatcher in between. They have no gradient of their own and take
+and return what the methods of `convext.backends.triton.BACKEND` do.
 
 In the interpreter there is nothing to see through, and they are closed boxes as well. Importing this module registers
 them.
@@ -45,24 +45,27 @@ def _concrete(t: Tensor):
     return types.SimpleNamespace(shape=sizes, stride=lambda: strides, dtype=t.dtype, device=t.device)
 
 
-def _fprop_problem(x, w, *geom) -> ConvProblem:
-    return ConvProblem.of_fprop(_concrete(x), _concrete(w), _geom(*geom))
+def _fprop_problem(x, w, *geom, channels_last=False) -> ConvProblem:
+    return ConvProblem.of_fprop(_concrete(x), _concrete(w), _geom(*geom), channels_last)
 
 
-def _dgrad_problem(dy, w, input_size, *geom) -> ConvProblem:
-    return ConvProblem.of_dgrad(_concrete(dy), _concrete(w), tuple(map(int, input_size)), _geom(*geom))
+def _dgrad_problem(dy, w, input_size, *geom, channels_last=False) -> ConvProblem:
+    return ConvProblem.of_dgrad(_concrete(dy), _concrete(w), tuple(map(int, input_size)), _geom(*geom), channels_last)
 
 
 def _wgrad_problem(dy, x, kernel_size, *geom) -> ConvProblem:
     return ConvProblem.of_wgrad(_concrete(dy), _concrete(x), tuple(map(int, kernel_size)), _geom(*geom))
 
 
-def _fake_fprop(x, w, bias, mean, var, gamma, beta, residual, stride, padding, dilation, groups, eps, activation):
-    return BACKEND.empty_y(_fprop_problem(x, w, stride, padding, dilation, groups), x)
+def _fake_fprop(x, w, bias, mean, var, gamma, beta, residual, stride, padding, dilation, groups, eps, activation,
+                channels_last=False):
+    problem = _fprop_problem(x, w, stride, padding, dilation, groups, channels_last=channels_last)
+    return BACKEND.empty_y(problem, x)
 
 
-def _fake_dgrad(dy, w, input_size, stride, padding, dilation, groups):
-    return BACKEND.empty_x(_dgrad_problem(dy, w, input_size, stride, padding, dilation, groups), dy)
+def _fake_dgrad(dy, w, input_size, stride, padding, dilation, groups, channels_last=False):
+    problem = _dgrad_problem(dy, w, input_size, stride, padding, dilation, groups, channels_last=channels_last)
+    return BACKEND.empty_x(problem, dy)
 
 
 def _fake_wgrad(dy, x, kernel_size, stride, padding, dilation, groups):
@@ -81,15 +84,15 @@ def _fake_bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activa
 @_operator(_fake_fprop)
 def fprop(x: Tensor, w: Tensor, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None,
           beta: Tensor | None, residual: Tensor | None, stride: Sequence[int], padding: Sequence[int],
-          dilation: Sequence[int], groups: int, eps: float, activation: str) -> Tensor:
-    problem = _fprop_problem(x, w, stride, padding, dilation, groups)
+          dilation: Sequence[int], groups: int, eps: float, activation: str, channels_last: bool = False) -> Tensor:
+    problem = _fprop_problem(x, w, stride, padding, dilation, groups, channels_last=channels_last)
     return BACKEND.fprop(problem, x, w, Epilogue(bias, mean, var, gamma, beta, residual, eps, activation))
 
 
 @_operator(_fake_dgrad)
 def dgrad(dy: Tensor, w: Tensor, input_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-          dilation: Sequence[int], groups: int) -> Tensor:
-    problem = _dgrad_problem(dy, w, input_size, stride, padding, dilation, groups)
+          dilation: Sequence[int], groups: int, channels_last: bool = False) -> Tensor:
+    problem = _dgrad_problem(dy, w, input_size, stride, padding, dilation, groups, channels_last=channels_last)
     return BACKEND.dgrad(problem, dy, w)
 
 

@@ -27,7 +27,7 @@ import triton.language as tl
 
 from ..problem import Pass
 from . import reduction
-from .configs import bucket
+from .configs import tuning_key
 from .direct import geometry, is_flat
 from .launch import Launch, accumulate, gemm_choice, index_type, processors, strides
 from .tile import multiply_accumulate
@@ -150,7 +150,7 @@ def wgrad(problem, dy, x, dw) -> list[Launch]:
     slabs = dw[None] if split_k == 1 else dw.new_empty((split_k, *dw.shape), dtype=accumulator)
     launches = [Launch(wgrad_kernel, lambda meta: (tiles(meta) * split_k,), configs, {
         "dy_ptr": dy, "x_ptr": x, "dw_ptr": slabs, **geometry(problem), "split_k": split_k,
-        "tuning_key": bucket(m, n, k, split_k),
+        "tuning_key": tuning_key(problem, m, n, k, split_k),
         **strides("dy", "nkpq", dy), **strides("x", "nchw", x),
         **{f"dw_stride_{axis}": stride for axis, stride in zip(("split", *"kcrs"), slabs.stride())},
         "FLAT": flat, "ACC": accumulate(dy.dtype), "PRECISION": how, "INDEX": index_type(dy, x, slabs)})]
