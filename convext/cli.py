@@ -6,7 +6,7 @@ in exit status 2; a check that fails (results that disagree, training that misse
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,7 +88,7 @@ def bench_model(
     """
     _needs("demo", "torchvision")
     from . import zoo
-    from .bench import machine, model
+    from .bench import machine, model, results
 
     batches, counts = options.integers("--batch", batch), options.integers("--threads", threads)
     options.output("--json", output)
@@ -110,7 +110,7 @@ def bench_model(
     for reason in dict.fromkeys(f"skipped {name}: {why}" for o in outcomes for name, why in o.skipped.items()):
         print(reason)
     _print_machine(machine.record())
-    _write_json(output, machine.record(), [outcome.as_json() for outcome in outcomes])
+    results.write(output, machine.record(), [outcome.as_json() for outcome in outcomes])
 
 
 @bench.command("layers")
@@ -126,10 +126,13 @@ def bench_layers(
     seconds: Seconds = 0.3,
     output: Json = None,
 ) -> None:
-    """Time every distinct convolution of a network, native beside ATen, and check who is selected."""
+    """Time every distinct convolution of a network, convext's backends beside ATen, and check who is selected.
+
+    On a GPU: ATen with cuDNN's benchmark mode, caches cold, time on the device; fprop also with batch norm and ReLU.
+    """
     _needs("demo", "torchvision")
     from . import zoo
-    from .bench import layers, machine, problems
+    from .bench import layers, machine, problems, results
     from .problem import Pass
 
     options.output("--json", output)
@@ -137,25 +140,45 @@ def bench_layers(
     if not wanted or len(wanted) != len(set(passes.split(","))):
         raise OptionError("--passes", passes, "some of fprop, dgrad, wgrad, with commas")
     place, images = options.device(device), options.integer("--batch", batch)
-    with _threads(threads):
+    with _threads(threads), machine.current(place):
         x = zoo.sample(name, images).to(place, dtype.torch, memory_format=memory_format.torch)
         network = zoo.build(name)[0].to(place, dtype.torch, memory_format=memory_format.torch)
         found = problems.collect(network, x)
+        if place.type == "cpu":
+            ceilings = machine.ceilings(torch.get_num_threads(), dtype.torch)
+        else:
+            ceilings = machine.gpu_ceilings(place, dtype.torch)
+            layers.compile_ahead(found, wanted)
         measured = []
         with _progress() as progress:
-            task = progress.add_task(name, total=len(found) * len(wanted))
-            for problem, count in found.items():
-                for pass_ in wanted:
-                    progress.update(task, description=f"{pass_.name.lower()} {problems.title(problem)}")
-                    measured.append(layers.measure(problem, count, pass_, seconds))
-                    progress.advance(task)
-        ceilings = machine.ceilings(torch.get_num_threads()) if place.type == "cpu" else None
+            todo = list(layers.jobs(found, wanted))
+            task = progress.add_task(name, total=len(todo))
+            for problem, count, pass_, fused in todo:
+                progress.update(task, description=f"{pass_.name.lower()} {problems.title(problem)}")
+                measured.append(layers.measure(problem, count, pass_, seconds, fused))
+                progress.advance(task)
+        setting = {"model": name, "batch": images, "dtype": dtype.value, "memory_format": memory_format.value}
+        record = machine.record(place) | {"setting": setting, "ceilings": dataclasses.asdict(ceilings)}
         _print_table(layers.table(measured, ceilings), markdown)
         print(layers.summary(measured))
-        if ceilings:
-            print(ceilings)
-    _print_machine(machine.record())
-    _write_json(output, machine.record(), [m.as_json() for m in measured])
+        print(ceilings)
+    _print_machine(record)
+    results.write(output, record, [m.as_json() for m in measured])
+
+
+@bench.command("results")
+def bench_results(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]")] = Path("benchmarks/results"),
+) -> None:
+    """Say of every file of results what it was measured on, and whether the kernels are still those (status 1: not)."""
+    from .bench import results
+
+    if not folder.is_dir():
+        raise OptionError("FOLDER", folder, "a folder with results")
+    lines = [(path.name, *results.describe(path)) for path in sorted(folder.glob("*.json"))]
+    for name, line, _ in lines:
+        print(f"{name}: {line}")
+    raise typer.Exit(0 if all(current for _, _, current in lines) else 1)
 
 
 @app.command()
@@ -255,12 +278,9 @@ def _print_table(grid, markdown: bool = False) -> None:
 
 def _print_machine(record: dict) -> None:
     versions = ", ".join(f"{name} {found}" for name, found in record["versions"].items() if found)
-    print(f"{record['cpu']}, {record['cores']} cores; {versions}; commit {record['commit'] or 'unknown'}")
-
-
-def _write_json(path: Path | None, machine: dict, results: list[dict]) -> None:
-    if path is not None:
-        path.write_text(json.dumps({"machine": machine, "results": results}, indent=1, default=str) + "\n")
+    device = f"{record['gpu']['name']}, driver {record['gpu'].get('driver')}; " if record["gpu"] else ""
+    commit = f"commit {record['commit'] or 'unknown'}, kernels {record['kernels'] or 'unknown'}"
+    print(f"{device}{record['cpu']}, {record['cores']} cores; {versions}; {commit}")
 
 
 def main(arguments: list[str] | None = None) -> int:

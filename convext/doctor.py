@@ -76,4 +76,14 @@ def _gpus() -> list[str]:
 
 
 def _backends() -> list[str]:
-    return ["backends:"] + [f"  {status}" for status in backends.backends()]
+    statuses = backends.backends()
+    devices = dict.fromkeys(status.device for status in statuses)
+    serving = [_serving(device, [s.name for s in statuses if s.device == device and s.available]) for device in devices]
+    return ["backends:", *(f"  {status}" for status in statuses), *serving]
+
+
+def _serving(device: str, names: list[str]) -> str:
+    """Who therefore serves a type of device, in the order in which they are asked."""
+    if device != "cpu" and not torch.get_device_module(device).is_available():
+        return f"serves {device}: nobody, torch sees no such device"
+    return f"serves {device}: " + ", ".join([names[0], *(f"{name} what is left" for name in names[1:])])

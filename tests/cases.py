@@ -1,7 +1,7 @@
 """The edge cases of a convolution that every suite, backend and device shares. A case's name says which edge it hits.
 
     for case in CASES:
-        operands = case.operands(torch.float32, device="cpu")   # seeded by the case's name, lying in memory as it says
+        operands = case.operands(torch.float32)   # seeded by the case's name, lying in memory as it says
         y = convext.conv2d(operands.x, operands.w, operands.bias, *case.arguments)
 
 `tests/reference.py` computes the expected values in float64. PROBLEMS is the part of CASES that is one `ConvProblem`
@@ -94,12 +94,14 @@ class Case:
         }
         return lengths[pass_]
 
-    def operands(self, dtype=torch.float32, device="cpu"):
-        """Standard normal values, drawn in float64 from a seed that is the name's, rounded to `dtype`."""
-        generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
+    def operands(self, dtype=torch.float32, device=None):
+        """Standard normal values, drawn in float64 from a seed that is the name's, rounded to `dtype`; on the default
+        device where none is named."""
+        device = device or torch.get_default_device()
+        generator = torch.Generator("cpu").manual_seed(zlib.crc32(self.name.encode()))
 
         def draw(shape, memory):
-            values = torch.randn(shape, dtype=torch.float64, generator=generator)
+            values = torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu")
             return MEMORY[memory](values.to(device=device, dtype=dtype))
 
         return Operands(
@@ -172,6 +174,9 @@ CASES = [
     Case("one_filter", (2, 20, 6, 6), (1, 20, 3, 3)),
     Case("one_channel", (2, 1, 12, 12), (20, 1, 5, 5), bias=True),
     Case("three_channel_stem", (1, 3, 30, 31), (24, 3, 7, 7), stride=(2, 2), padding=(3, 3)),
+    Case("patchify_stem", (2, 3, 16, 20), (40, 3, 4, 4), stride=(4, 4), bias=True),
+    Case("channels_last_stem", (2, 3, 17, 22), (32, 3, 3, 3), stride=(2, 2), padding=(1, 1), bias=True,
+         x_memory="channels_last", dy_memory="channels_last"),
     Case("more_channels_than_a_block", (1, 200, 5, 5), (152, 200, 3, 3), padding=(1, 1)),
     Case("long_reduction", (1, 520, 4, 4), (40, 520, 3, 3), padding=(1, 1)),
     # Pixels: tiles hold a handful, blocks up to some hundreds.
@@ -216,6 +221,8 @@ CASES = [
     # Groups.
     Case("groups", (2, 32, 8, 8), (32, 8, 3, 3), padding=(1, 1), groups=4, bias=True),
     Case("groups_of_four_channels", (1, 32, 9, 9), (32, 4, 3, 3), padding=(1, 1), groups=8),
+    Case("groups_of_eight_channels", (2, 40, 9, 11), (40, 8, 3, 3), padding=(1, 1), groups=5, bias=True),
+    Case("groups_of_two_strided", (1, 20, 12, 9), (20, 2, 3, 5), stride=(2, 1), padding=(1, 2), groups=10),
     Case("groups_not_multiple_of_vector", (2, 15, 7, 7), (21, 5, 3, 3), padding=(1, 1), groups=3, bias=True),
     Case("groups_with_multiplier", (2, 12, 8, 8), (36, 3, 3, 3), padding=(1, 1), groups=4),
     Case("groups_with_fewer_filters", (2, 24, 8, 8), (6, 8, 3, 3), padding=(1, 1), groups=3),

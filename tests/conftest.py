@@ -4,14 +4,26 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from places import GPU
 
-ISAS = ["portable", "avx2", "avx512"]
+ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test starts from the same random state, whichever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def on_its_device(request):
+    """Tensors of a test with the mark `gpu` are born on the GPU, and its float32 is not cut down to tf32, which the
+    bounds would not allow."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    with torch.device(GPU), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +51,7 @@ def direct_forms(request):
     if request.module.__name__ not in PLAIN_SUMS:
         yield
         return
-    with convext.accuracy("strict"):
+    with convext.accuracy("direct"):
         yield
 
 

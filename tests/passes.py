@@ -18,7 +18,7 @@ EVEN_SAME = "ignore:Using padding='same' with even kernel"
 @functools.lru_cache(maxsize=512)
 def expected(name, dtype):
     """{pass: Expected} of the case with that name."""
-    return Nest(BY_NAME[name]).expected(BY_NAME[name].operands(dtype))
+    return Nest(BY_NAME[name]).expected(BY_NAME[name].operands(dtype, "cpu"))
 
 
 def run(case, operands, passes=PASSES, conv2d=None):

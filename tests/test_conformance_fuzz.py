@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from cases import MEMORY, Case
 from passes import DTYPES, EVEN_SAME, run
+from places import on_gpu
 from reference import Nest, unit_roundoff
 
 import convext
@@ -24,6 +25,8 @@ FUZZ = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 BACKENDS = st.sampled_from(["native", "native", "aten"])  # the one under test more often
+# Triton compiles for every shape, which is too slow for random ones: the named cases are its share.
+PLACES = pytest.mark.parametrize("only", [pytest.param(None, id="cpu"), *on_gpu("native")])
 WAYS = st.sampled_from([way for way in MEMORY if way != "expanded"])
 
 
@@ -64,9 +67,17 @@ def convolutions(draw, kind):
     return case
 
 
+def moved(t, device):
+    """t on the device, lying in memory there as it does here."""
+    if t.device.type == device.type:
+        return t
+    whole = torch.empty(0, dtype=t.dtype, device=device).set_(t.untyped_storage().to(device=device))
+    return whole.as_strided(t.shape, t.stride(), t.storage_offset())
+
+
 def compare(case, dtype, backend, conv2d):
     operands = case.operands(dtype)
-    expected = Nest(case).expected(operands)
+    expected = Nest(case).expected(case.operands(dtype, "cpu"))
     with convext.backend(backend):
         results = run(case, operands, conv2d=conv2d)
     assert results.keys() == expected.keys()
@@ -74,28 +85,31 @@ def compare(case, dtype, backend, conv2d):
         expected[name].check(result, dtype, f"{name} of {case}")
 
 
+@PLACES
 @FUZZ
 @given(convolutions("any"), st.sampled_from(DTYPES), BACKENDS)
-def test_conv2d(case, dtype, backend):
-    compare(case, dtype, backend, convext.conv2d)
+def test_conv2d(only, case, dtype, backend):
+    compare(case, dtype, only or backend, convext.conv2d)
 
 
+@PLACES
 @FUZZ
 @given(convolutions("depthwise"), st.sampled_from(DTYPES), BACKENDS)
-def test_depthwise_conv2d(case, dtype, backend):
+def test_depthwise_conv2d(only, case, dtype, backend):
     def depthwise(x, w, bias, stride, padding, dilation, groups):
         return convext.depthwise_conv2d(x, w, bias, stride, padding, dilation)
 
-    compare(case, dtype, backend, depthwise)
+    compare(case, dtype, only or backend, depthwise)
 
 
+@PLACES
 @FUZZ
 @given(convolutions("dilated"), st.sampled_from(DTYPES), BACKENDS)
-def test_dilated_conv2d(case, dtype, backend):
+def test_dilated_conv2d(only, case, dtype, backend):
     def dilated(x, w, bias, stride, padding, dilation, groups):
         return convext.dilated_conv2d(x, w, bias, stride, padding, dilation)
 
-    compare(case, dtype, backend, dilated)
+    compare(case, dtype, only or backend, dilated)
 
 
 ACTIVATIONS = {
@@ -108,6 +122,7 @@ ACTIVATIONS = {
 }
 
 
+@PLACES
 @FUZZ
 @given(
     case=convolutions("any"),
@@ -117,22 +132,28 @@ ACTIVATIONS = {
     affine=st.booleans(),
     residual=st.sampled_from([None, *MEMORY]),
 )
-def test_conv_bn_relu_in_inference(case, dtype, backend, activation, affine, residual):
+def test_conv_bn_relu_in_inference(only, case, dtype, backend, activation, affine, residual):
     """Error: that of the convolution times the scale, carried through an activation whose slope stays below 1.13, plus
     one rounding of the result and of the folded scale and shift. ATen does not fuse: it rounds to the dtype between."""
-    generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
-    operands = case.operands(dtype)
-    mean, gamma, beta = (torch.randn(case.w[0], generator=generator).to(dtype) for _ in range(3))
-    var = torch.rand(case.w[0], generator=generator).add(0.5).to(dtype)
-    added = None
-    if residual is not None:
-        added = MEMORY[residual](torch.randn(case.y, generator=generator).to(dtype))
+    generator = torch.Generator("cpu").manual_seed(zlib.crc32(case.name.encode()))
+    backend, device = only or backend, torch.get_default_device()
+
+    def draw(shape):
+        return torch.randn(shape, generator=generator, device="cpu").to(dtype)
+
+    operands = case.operands(dtype, "cpu")
+    mean, gamma, beta, var = (draw(case.w[0]) for _ in range(4))
+    var = var.abs() + 0.5
+    added = None if residual is None else MEMORY[residual](draw(case.y))
+    if not affine:
+        gamma = beta = None
     with convext.backend(backend):
+        tensors = operands.x, operands.w, operands.bias, mean, var, gamma, beta, added
+        *parameters, there = (None if t is None else moved(t, device) for t in tensors)
         actual = convext.conv_bn_relu(
-            operands.x, operands.w, operands.bias, mean, var, gamma if affine else None, beta if affine else None,
-            stride=case.stride, padding=case.padding, dilation=case.dilation, groups=case.groups,
-            activation=activation, residual=added,
-        )  # fmt: skip
+            *parameters, stride=case.stride, padding=case.padding, dilation=case.dilation, groups=case.groups,
+            activation=activation, residual=there,
+        ).cpu()
     assert actual.dtype == dtype and actual.shape == case.y
     if actual.numel() == 0:
         return

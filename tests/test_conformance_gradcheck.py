@@ -8,6 +8,7 @@ element, second ones along random directions (`fast_mode`), which is what keeps 
 import pytest
 import torch
 import torch.nn.functional as F
+from places import BACKENDS
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import convext
@@ -26,8 +27,9 @@ MARGIN = 1e-3  # gradcheck steps by 1e-6, and a batch norm divides by a standard
 
 
 def doubles(*shapes, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    drawn = [torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu") for shape in shapes]
+    return [t.to(torch.get_default_device()).requires_grad_() for t in drawn]
 
 
 CONVOLUTIONS = {
@@ -49,7 +51,7 @@ def convolution(name):
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-@pytest.mark.parametrize("backend", ["aten", "native"])
+@BACKENDS
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolution(name, backend, served_by):
     function, inputs = convolution(name)
@@ -58,7 +60,7 @@ def test_convolution(name, backend, served_by):
         assert gradgradcheck(function, inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize("backend", ["aten", "native"])
+@BACKENDS
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
 def test_convolution_where_only_some_inputs_need_gradients(needed, backend):
     function, inputs = convolution("conv2d")
@@ -105,7 +107,7 @@ def fused(activation, training, statistics, geometry=GEOMETRY):
     return function
 
 
-@pytest.mark.parametrize("backend", ["aten", "native"])
+@BACKENDS
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -121,7 +123,7 @@ def test_conv_bn_relu(activation, residual, training, backend, served_by):
         assert gradgradcheck(function, inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize("backend", ["aten", "native"])
+@BACKENDS
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 def test_conv_bn_relu_without_affine_or_bias(training, backend):
     (x, w, _, _, _, _), statistics = away_from_kinks("silu", training, False, False, GEOMETRY)
@@ -131,7 +133,7 @@ def test_conv_bn_relu_without_affine_or_bias(training, backend):
         assert gradgradcheck(function, [x, w, None, None, None, None], fast_mode=True)
 
 
-@pytest.mark.parametrize("backend", ["aten", "native"])
+@BACKENDS
 @pytest.mark.parametrize("needed", [(0,), (1,), (3,), (4,), (5,), (2, 3)], ids=str)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 def test_conv_bn_relu_where_only_some_inputs_need_gradients(training, needed, backend):
@@ -142,7 +144,7 @@ def test_conv_bn_relu_where_only_some_inputs_need_gradients(training, needed, ba
         assert gradcheck(fused("relu6", training, statistics), inputs)
 
 
-@pytest.mark.parametrize("backend", ["aten", "native"])
+@BACKENDS
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 def test_module(momentum, training, backend):
@@ -172,7 +174,7 @@ def jvp_or_refusal(function, inputs):
     return tangent
 
 
-@pytest.mark.parametrize("backend", ["aten", "native"])
+@BACKENDS
 @pytest.mark.parametrize("name", ["conv2d", "depthwise_conv2d", "dilated_conv2d"])
 def test_forward_mode_of_convolution_is_right_or_refuses(name, backend):
     function, inputs = convolution(name)
@@ -186,7 +188,7 @@ def test_forward_mode_of_convolution_is_right_or_refuses(name, backend):
             torch.testing.assert_close(result, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["aten", "native"])
+@BACKENDS
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 def test_forward_mode_of_conv_bn_relu_is_right_or_refuses(training, backend):
     inputs, statistics = away_from_kinks("relu", training, True, True, GEOMETRY)
@@ -201,7 +203,7 @@ def test_forward_mode_of_conv_bn_relu_is_right_or_refuses(training, backend):
             torch.testing.assert_close(result, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["aten", "native"])
+@BACKENDS
 def test_func_grad_and_vmap(backend):
     function, (x, w, bias) = convolution("conv2d")
     xs = torch.stack([x.detach(), 2 * x.detach(), -x.detach()])
@@ -226,7 +228,7 @@ def test_func_grad_and_vmap(backend):
             torch.testing.assert_close(ours, torch.stack(singly))
 
 
-@pytest.mark.parametrize("backend", ["aten", "native"])
+@BACKENDS
 def test_func_grad_and_vmap_of_conv_bn_relu(backend):
     inputs, statistics = away_from_kinks("relu", False, True, True, GEOMETRY)
     inputs = [t.detach() for t in inputs]

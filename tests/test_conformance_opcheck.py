@@ -4,11 +4,11 @@ compare on the CPU."""
 import pytest
 import torch
 from cases import BY_NAME, PROBLEMS
+from places import BACKENDS, backends
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import convext
 
-BACKENDS = pytest.mark.parametrize("backend", ["aten", "native"])
 ACTIVATIONS = ["identity", "relu", "relu6", "silu", "hardswish", "gelu"]
 
 
@@ -114,7 +114,7 @@ DEFINED = [
 ]
 
 
-@BACKENDS
+@backends("native")  # the interpreter's suite does so for Triton
 @pytest.mark.parametrize(("name", "case"), DEFINED, ids=str)
 def test_fake_strides_are_the_real_ones(name, case, backend):
     operator = getattr(torch.ops.convext, name).default

@@ -1,27 +1,35 @@
-"""Single convolutions: every distinct one of a network, convext's own kernel beside ATen's, pass by pass.
+"""Single convolutions: every distinct one of a network, convext's backends beside ATen, pass by pass.
 
-This is how the selection is checked: it must take the faster of the two.
+This is how the selection is checked: it must take the fastest. On a GPU each pass stands beside ATen's through cuDNN,
+which has measured its algorithms for the layer (`torch.backends.cudnn.benchmark`), and fprop is there once more with
+batch norm and ReLU: fused here, three calls there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import concurrent.futures
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 from .. import backends
 from ..memory_format import memory_format
-from ..problem import ConvProblem, Epilogue, Layout, Pass
+from ..problem import ConvProblem, Epilogue, Layout, Pass, accumulate_dtype
 from .machine import Ceilings
 from .problems import title
 from .tables import Grid
-from .timing import Timing, interleave
+from .timing import Timing, interleave, interleave_on_gpu
+
+FUSED = "relu"  # the activation of the fused rows
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One pass over one problem: timings by backend, whom the selection takes, and why native is off if it is."""
+    """One pass over one problem: timings by backend, whom the selection takes, and why backends are off if they are."""
 
     problem: ConvProblem
     count: int
@@ -29,12 +37,16 @@ class Measurement:
     timings: dict[str, Timing]
     selected: str
     variant: str
-    native_off: str | None
+    off: dict[str, str]
+    fused: bool = False  # fprop with batch norm and activation
 
     @property
-    def ratio(self) -> float | None:
-        """How many times faster native is than ATen; None where native does not serve the problem."""
-        return self.timings["native"].times_faster_than(self.timings["aten"]) if "native" in self.timings else None
+    def name(self) -> str:
+        return f"{self.pass_.name.lower()}{' + bn + ' + FUSED if self.fused else ''}"
+
+    def ratio(self, backend: str) -> float | None:
+        """How many times faster a backend is than ATen; None where it does not serve the problem."""
+        return self.timings[backend].times_faster_than(self.timings["aten"]) if backend in self.timings else None
 
     @property
     def regret(self) -> float:
@@ -55,31 +67,77 @@ class Measurement:
         return {
             "problem": str(self.problem),
             "count": self.count,
-            "pass": self.pass_.name.lower(),
+            "pass": self.name,
             "seconds": seconds,
             "selected": self.selected,
             "variant": self.variant,
-            "native_off": self.native_off,
+            "off": self.off,
         }
 
 
-def measure(problem: ConvProblem, count: int, pass_: Pass, seconds: float) -> Measurement:
-    """Times one pass with the native backend and with ATen, in turns, on seeded operands."""
+def jobs(problems: dict[ConvProblem, int], passes: list[Pass]) -> Iterator[tuple[ConvProblem, int, Pass, bool]]:
+    """What to measure of a network: (problem, count, pass, fused)."""
+    for problem, count in problems.items():
+        for pass_ in passes:
+            yield problem, count, pass_, False
+            if pass_ == Pass.FPROP and problem.device != "cpu":
+                yield problem, count, pass_, True
+
+
+def contenders(problem: ConvProblem, pass_: Pass) -> tuple[list[str], dict[str, str]]:
+    """Backends that serve the pass, ATen first, and why the others do not; on the CPU, Triton is for checking only."""
+    names, off = ["aten"], {}
+    for name in ("native",) if problem.device == "cpu" else ("native", "triton"):
+        reason = backends.unavailable(name, problem.device) or backends.get(name).reject(pass_, problem)
+        if reason is None:
+            names.append(name)
+        else:
+            off[name] = reason
+    return names, off
+
+
+def measure(problem: ConvProblem, count: int, pass_: Pass, seconds: float, fused: bool = False) -> Measurement:
+    """Times one pass with every backend that serves it, in turns, on seeded operands."""
     operands = _operands(problem, pass_)
-    native = backends.get("native")
-    native_off = backends.unavailable("native", problem.device) or native.reject(pass_, problem)
-    names = ["aten"] if native_off else ["aten", "native"]
+    names, off = contenders(problem, pass_)
     choice = backends.select(pass_, problem)
     if choice.backend.name not in names:
         names.append(choice.backend.name)
+    calls = {name: _call(name, pass_, problem, operands, fused) for name in names}
     with torch.no_grad():
-        timings = interleave(
-            {name: _call(name, pass_, problem, operands) for name in names},
-            seconds=seconds,
-            min_rounds=3,
-            synchronize=torch.cuda.synchronize if problem.device == "cuda" else lambda: None,
-        )
-    return Measurement(problem, count, pass_, timings, choice.backend.name, choice.variant, native_off)
+        if problem.device == "cpu":
+            timings = interleave(calls, seconds=seconds, min_rounds=3)
+        else:
+            cudnn = torch.backends.cudnn  # the flag is for ATen alone: Triton would measure for minutes by it
+            calls["aten"] = _with_flag(calls["aten"], cudnn.flags, benchmark=True, allow_tf32=cudnn.allow_tf32)
+            timings = interleave_on_gpu(calls, torch.device(problem.device), seconds=seconds)
+    return Measurement(problem, count, pass_, timings, choice.backend.name, choice.variant, off, fused)
+
+
+def compile_ahead(problems: dict[ConvProblem, int], passes: list[Pass], processes: int = 8) -> None:
+    """Runs every Triton kernel that `measure` will want, in several processes, so that they lie compiled on disk."""
+    wanted = [job for job in jobs(problems, passes) if "triton" in contenders(job[0], job[2])[0]]
+    if not wanted:
+        return
+    context = multiprocessing.get_context("spawn")
+    processes = min(processes, len(wanted), os.cpu_count() or 1)
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+        list(pool.map(_run_triton, wanted))
+
+
+def _run_triton(job: tuple[ConvProblem, int, Pass, bool]) -> None:
+    problem, _, pass_, fused = job
+    with torch.no_grad():
+        _call("triton", pass_, problem, _operands(problem, pass_), fused)()
+    torch.get_device_module(problem.device).synchronize()
+
+
+def _with_flag(call: Callable[[], object], flags: Callable, **values) -> Callable[[], object]:
+    def run():
+        with flags(enabled=True, **values):
+            return call()
+
+    return run
 
 
 def _operands(problem: ConvProblem, pass_: Pass) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,24 +148,69 @@ def _operands(problem: ConvProblem, pass_: Pass) -> tuple[torch.Tensor, torch.Te
         return values.contiguous(memory_format=memory_format(layout == Layout.NHWC))
 
     x, dy = operand(problem.x_shape, problem.x_layout), operand(problem.y_shape, problem.y_layout)
-    w = operand(problem.w_shape, Layout.NCHW)
+    # As `model.to(memory_format=torch.channels_last)` leaves them; on the CPU no kernel cares.
+    w = operand(problem.w_shape, Layout.NCHW if problem.device == "cpu" else problem.x_layout)
     return {Pass.FPROP: (x, w), Pass.DGRAD: (dy, w), Pass.WGRAD: (dy, x)}[pass_]
 
 
-def _call(name: str, pass_: Pass, problem: ConvProblem, operands: tuple) -> Callable[[], object]:
+def _call(name: str, pass_: Pass, problem: ConvProblem, operands: tuple, fused: bool = False) -> Callable[[], object]:
+    if name == "aten" and problem.device != "cpu":
+        return _aten_call(pass_, problem, operands, fused)
     run = getattr(backends.get(name), pass_.name.lower())
-    extra = (Epilogue(),) if pass_ == Pass.FPROP else ()
-    return lambda: run(problem, *operands, *extra)
+    if pass_ != Pass.FPROP:
+        return lambda: run(problem, *operands)
+    epilogue = Epilogue(**_batch_norm(problem), activation=FUSED) if fused else Epilogue()
+    return lambda: run(problem, *operands, epilogue)
+
+
+def _aten_call(pass_: Pass, problem: ConvProblem, operands: tuple, fused: bool) -> Callable[[], object]:
+    """What PyTorch itself calls, its results in the layouts that it chooses."""
+    a, b = operands
+    if pass_ == Pass.FPROP and not fused:
+        return lambda: F.conv2d(a, b, None, *problem.geom)
+    if pass_ == Pass.FPROP:
+        norm, activation = _batch_norm(problem), getattr(F, FUSED)
+        mean, var, gamma, beta, eps = (norm[name] for name in ("mean", "var", "gamma", "beta", "eps"))
+
+        def three_calls():
+            y = F.conv2d(a, b, None, *problem.geom)
+            return activation(F.batch_norm(y, mean, var, gamma, beta, False, 0.0, eps), inplace=True)
+
+        return three_calls
+    stride, padding, dilation, groups = problem.geom
+    x, w = (b, _empty(problem, problem.w_shape)) if pass_ == Pass.WGRAD else (_empty(problem, problem.x_shape), b)
+    mask = [pass_ == Pass.DGRAD, pass_ == Pass.WGRAD, False]
+    backward = torch.ops.aten.convolution_backward
+    return lambda: backward(a, x, w, None, stride, padding, dilation, False, (0, 0), groups, mask)
+
+
+def _empty(problem: ConvProblem, shape: tuple[int, ...]) -> torch.Tensor:
+    """Of which ATen reads nothing but size and layout."""
+    layout = memory_format(problem.x_layout == Layout.NHWC)
+    return torch.empty(shape, dtype=problem.dtype.torch, device=problem.device, memory_format=layout)
+
+
+def _batch_norm(problem: ConvProblem) -> dict:
+    generator = torch.Generator().manual_seed(1)
+    names = ("mean", "var", "gamma", "beta")
+    values = torch.rand(len(names), problem.k, generator=generator, dtype=torch.float64).add(0.5)
+    drawn = values.to(problem.device, accumulate_dtype(problem.dtype.torch))
+    return {**dict(zip(names, drawn)), "eps": 1e-5}
 
 
 def table(measurements: Iterable[Measurement], ceilings: Ceilings | None = None) -> Grid:
-    """One row a measurement: milliseconds, ratio, native's (else ATen's) GFLOP/s and, with `ceilings`, its share of the
-    one that binds; and who is selected, marked where that loses over 5 %."""
-    grid = Grid(["layer", "n", "pass", "aten, ms", "native, ms", "native, ×", "GFLOP/s", "of ceiling", "selected"])
+    """One row a measurement: milliseconds and ratios by backend, GFLOP/s of native (else Triton, else ATen) and, with
+    `ceilings`, its share of the one that binds; and who is selected, marked where that loses over 5 %."""
+    measurements = list(measurements)
+    others = [n for n in ("native", "triton") if any(n in m.timings or n in m.off for m in measurements)]
+    columns = [column for name in others for column in (f"{name}, ms", f"{name}, ×")]
+    grid = Grid(["layer", "n", "pass", "aten, ms", *columns, "GFLOP/s", "of ceiling", "selected"])
     for m in measurements:
-        cells = [title(m.problem), str(m.count), m.pass_.name.lower(), f"{m.timings['aten'].median * 1e3:.3f}"]
-        shown = "aten" if m.ratio is None else "native"
-        cells += ["–", "–"] if m.ratio is None else [f"{m.timings['native'].median * 1e3:.3f}", f"{m.ratio:.2f}"]
+        cells = [title(m.problem), str(m.count), m.name, f"{m.timings['aten'].median * 1e3:.3f}"]
+        for name in others:
+            there = name in m.timings
+            cells += [f"{m.timings[name].median * 1e3:.3f}", f"{m.ratio(name):.2f}"] if there else ["–", "–"]
+        shown = next((name for name in others if name in m.timings), "aten")
         cells.append(f"{m.gflops(shown):.0f}")
         if ceilings is None:
             cells.append("–")
@@ -122,15 +225,14 @@ def table(measurements: Iterable[Measurement], ceilings: Ceilings | None = None)
 def summary(measurements: list[Measurement]) -> str:
     """The whole network's time by pass, every layer counted as often as it runs."""
     lines = []
-    for pass_ in Pass:
-        of_pass = [m for m in measurements if m.pass_ == pass_]
-        if not of_pass:
-            continue
+    for name in dict.fromkeys(m.name for m in measurements):
+        of_pass = [m for m in measurements if m.name == name]
         aten = sum(m.count * m.timings["aten"].median for m in of_pass)
         chosen = sum(m.count * m.timings[m.selected].median for m in of_pass)
         best = sum(m.count * min(t.median for t in m.timings.values()) for m in of_pass)
+        behind = sum(m.timings[m.selected].median > m.timings["aten"].median for m in of_pass)
         lines.append(
-            f"{pass_.name.lower()}: ATen {aten * 1e3:.2f} ms, selected {chosen * 1e3:.2f} ms ({aten / chosen:.2f}×), "
-            f"always the faster {best * 1e3:.2f} ms"
+            f"{name}: ATen {aten * 1e3:.2f} ms, selected {chosen * 1e3:.2f} ms ({aten / chosen:.2f}×, behind ATen on "
+            f"{behind} of {len(of_pass)} layers), always the fastest {best * 1e3:.2f} ms"
         )
     return "\n".join(lines)

@@ -1,7 +1,8 @@
 """Fair timing: what is compared runs in turns, in one process, and is told by medians and quartiles.
 
 Machines drift: they warm up, share cores, change clocks. So candidates take turns within every round, each round gives
-one ratio per candidate, and the ratio reported is the median of those.
+one ratio per candidate, and the ratio reported is the median of those. The clock is the host's (`interleave`), or on a
+GPU the device's own (`interleave_on_gpu`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+import torch
 
 VISIT_SECONDS = 0.02  # a visit repeats short calls until it is this long, so that the clock's grain does not matter
 
@@ -76,4 +79,44 @@ def interleave(
             synchronize()
             taken[name].append((time.perf_counter() - start) / repeats[name])
         on_round(rounds + 1)
+    return {name: Timing(tuple(values)) for name, values in taken.items()}
+
+
+# Overwritten before each call on a GPU: many times its second-level cache (60 MB on an H200), so that operands come
+# from memory, and long enough to write that the host has queued the whole call meanwhile.
+FLUSH_BYTES = 1 << 30
+
+
+def interleave_on_gpu(
+    calls: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    seconds: float = 0.3,
+    min_rounds: int = 5,
+    max_rounds: int = 200,
+) -> dict[str, Timing]:
+    """Times `calls` in turns by events on the device's stream, for about `seconds` of the host's time.
+
+    A figure is one call's time on the device, its caches cold. What the host spends on launching does not count, as it
+    does not in a network that keeps the device busy.
+    """
+    gpu = torch.get_device_module(device)
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+    for call in calls.values():
+        call()  # compiles, tunes, loads
+    gpu.synchronize(device)
+    names, begin = list(calls), time.perf_counter()
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    for rounds in range(max_rounds):
+        if rounds >= min_rounds and time.perf_counter() - begin > seconds:
+            break
+        shift = rounds % len(names)
+        for name in names[shift:] + names[:shift]:
+            start, end = gpu.Event(enable_timing=True), gpu.Event(enable_timing=True)
+            flush.fill_(rounds % 256)
+            start.record()
+            calls[name]()
+            end.record()
+            gpu.synchronize(device)
+            taken[name].append(start.elapsed_time(end) / 1e3)
     return {name: Timing(tuple(values)) for name, values in taken.items()}

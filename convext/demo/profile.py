@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from ..swap.sequences import layer_by_layer
+
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # on a machine without a GPU the profiler complains that there is none
 
 
@@ -33,7 +35,8 @@ def layer_times(model: nn.Module, x: torch.Tensor, repeats: int = 3) -> list[Lay
 
 def _one_pass(model: nn.Module, x: torch.Tensor) -> list[LayerTime]:
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if x.is_cuda else [])
-    with torch.no_grad(), profile(activities=activities, record_shapes=True, acc_events=True) as profiler:
+    recording = profile(activities=activities, record_shapes=True, acc_events=True)
+    with torch.no_grad(), layer_by_layer(), recording as profiler:
         model(x)
         if x.is_cuda:
             torch.cuda.synchronize()
