@@ -349,10 +349,15 @@ class ConvActFunction(_Function):
         x_needed, w_needed, bias_needed, residual_needed = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled() and not ctx.by_output:
             z = _add(_fprop(x, w, bias, ctx.geom), residual)
-        dy = BACKWARD[ctx.activation](dout, z)
+        if ctx.activation == "identity" or torch.is_grad_enabled():
+            dy, db = BACKWARD[ctx.activation](dout, z), None
+        else:
+            dy, db = ops.act_backward(dout, z, ctx.activation)
+        if bias_needed and db is None:
+            db = _channel_sum(dy)
         return (
             *_dgrad_and_wgrad(ctx, dy, x, w, x_needed, w_needed),
-            _channel_sum(dy) if bias_needed else None,
+            db if bias_needed else None,
             dy if residual_needed else None,
             None, None,
         )

@@ -20,6 +20,7 @@ import torch
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from . import backends, checks, reference
+from .activation import BACKWARD
 from .memory_format import memory_format, suggests_channels_last
 from .problem import ConvProblem, Epilogue, Geom, Pass, accumulate_dtype
 
@@ -286,6 +287,17 @@ def bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps: float, activ
     if all_plain(dout, y, mean, var, gamma, beta, residual):
         return _run_bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training)
     return _bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training)
+
+
+def act_backward(dout, z, activation: str):
+    """dz = dout * activation'(z) and, from the same pass where the backend has one, its sum by channel, else None. Not
+    differentiable."""
+    if all_plain(dout, z):
+        backend = backends.select_batch_norm(z)
+        if hasattr(backend, "act_backward") and (found := backend.act_backward(dout, z, activation)) is not None:
+            backends.counter(backend.name, "act_backward", f"{backend.name}_act_backward")[0] += 1
+            return found
+    return BACKWARD[activation](dout, z), None
 
 
 # ---- implementations -------------------------------------------------------------------------------------------------

@@ -81,6 +81,8 @@ _packed: dict[int, tuple[weakref.ref, dict[str, torch.Tensor]]] = {}
 def _packed_buffer(w: torch.Tensor, plan: _Plan) -> torch.Tensor | None:
     if plan.pack_format is None:
         return None
+    if w._is_view():  # made for one call: its packing goes into scratch memory
+        return None
     key = id(w)
     entry = _packed.get(key)
     if entry is None or entry[0]() is not w:
@@ -264,6 +266,14 @@ class NativeBackend:
             return native_cuda.bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training)
         return torch.ops.convext_cpu.bn_act_backward.default(
             dout, y, mean, var, gamma, beta, residual, eps, ACTIVATIONS[activation], training)
+
+    def act_backward(self, dout: torch.Tensor, z: torch.Tensor, activation: str):
+        """dz = dout * activation'(z) and its sum by channel, in z's dtype, or None where no pass does both: CUDA."""
+        if z.is_cuda:
+            return None
+        dz, _, sums, _ = torch.ops.convext_cpu.bn_act_backward.default(
+            dout, z, None, None, None, None, None, 0.0, ACTIVATIONS[activation], False)
+        return dz, sums.to(z.dtype)
 
     def reject_batch_norm(self, y: torch.Tensor) -> str | None:
         """Why the batch-norm passes cannot take a tensor like y, in words, or None."""

@@ -75,6 +75,10 @@ def is_conv(module):
     return type(module) is _CONV_TYPE or type(module) is convext_conv()
 
 
+def is_linear(module):
+    return type(module) is nn.Linear
+
+
 def is_batch_norm(module):
     return type(module) is nn.BatchNorm2d
 

@@ -65,7 +65,7 @@ def find(graph, modules, opaque=frozenset()):
             alone[node.target] = "called with other arguments than one tensor"
         else:
             chain = _grow(node, modules, opaque, times, taken)
-            _shorten(chain, order, aliases, modules)
+            shorten(chain, order, aliases, modules)
             taken.update(chain.nodes)
             chains.append(chain)
             if not chain.parts:
@@ -106,7 +106,7 @@ def _grow(node, modules, opaque, times, taken):
     return chain
 
 
-def _shorten(chain, order, aliases, modules):
+def shorten(chain, order, aliases, modules):
     """Drops nodes off the end until nothing in between writes what the fused call reads at its end."""
     while len(chain.nodes) > 1 and _crosses_a_write(chain, order, aliases, modules):
         dropped = chain.nodes.pop()

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules import module as _torch_module
 
 from .. import backends
-from . import calls, chains, codegen, layout, place, sequences, squeeze_excite
+from . import calls, chains, codegen, layout, linears, place, sequences, squeeze_excite
 from . import signature as signatures
 from .audit import Untraceable
 from .tracing import Trace
@@ -86,6 +86,8 @@ class Variant:
             units = sequences.find(trace.graph, units, is_free, lambda n: n in nested)
             parts = sequences.Parts(modules, fused_chain, excites, nested, None if direct is True else direct)
             runners = {unit.last: parts.runner(unit) for unit in units}
+        else:
+            units = units + linears.find(trace.graph, modules, opaque, self.chains)
         if len(units) == len(runners) == 1:
             first, *inner, output = trace.graph.nodes
             if first.op == "placeholder" and set(inner) == set(units[0].nodes) and units[0].inputs == [first] \
@@ -93,6 +95,8 @@ class Variant:
                 self.whole = runners[units[0].last]
 
         def fused(unit):
+            if isinstance(unit, linears.Linear):
+                return linears.bind(modules[unit.conv], unit.activation, _apart(unit, modules))
             if not direct:
                 return fused_chain(unit)
             runner = runners[unit.last]
