@@ -224,7 +224,7 @@ class BuildWithNinja(build_ext):
         build.rule("link__C", f"{cxx} -shared -o $out $in -L{torch_root / 'lib'} -ltorch_cpu", depfile=False)
         for source, isa, flags in cpu_kernels():
             build.compile("_C", "cxx", source, f".{isa}", flags)
-        for host in ("select.cpp", "block.cpp"):
+        for host in ("select.cpp", "block.cpp", "phases.cpp"):
             build.compile("_C", "cxx", CSRC / host)
         for source in sorted(CSRC.glob("ops_*.cpp")):
             build.compile("_C", "cxx", source, flags=stable_abi)

@@ -6,10 +6,15 @@
 // program holds what does not change from call to call, kBlockFields numbers for a block and kStepFields for each of its
 // steps; tensors are named by their position in `tensors`, kAbsent for one that is not there. What may change are the
 // tensors, the version counters of the weights, and eps, one for each step.
+//
+// A batch goes through the sequence in phases (phases.h): in some each thread takes images of its own through many
+// blocks, in others all threads share each block. Values that one phase makes and another reads hold the whole batch.
 #include <algorithm>
+#include <atomic>
 
 #include "block.h"
 #include "conv_call.h"
+#include "phases.h"
 
 namespace convext {
 namespace {
@@ -22,18 +27,24 @@ enum StepField {
 };
 constexpr int64_t kAbsent = -1;
 
-// An activation between two blocks: who made it and who reads it last, and where it lies.
+// An activation between two blocks: who reads it last, and where it lies.
 struct Value {
   int64_t n = 0, c = 0, h = 0, w = 0;
-  int64_t bytes = 0;
+  int64_t image_bytes = 0;
   size_t last_reader = 0;
-  int64_t offset = 0;
-  char* data = nullptr;
+  int64_t images = 0;  // that it holds: the whole batch, or those that go together through the phase that makes it
+  int64_t offset = 0;  // in the memory of the whole batch's values, or in a thread's own
+  char* data = nullptr;  // of the whole batch; nullptr for a thread's own
 };
 
 struct Block {
   int64_t source = 0;
   size_t first = 0, count = 0;  // of the sequence's steps
+};
+
+// A thread's memory in a phase: its own values and workspace.
+struct Lane {
+  char *values, *workspace;
 };
 
 struct Sequence {
@@ -46,6 +57,8 @@ struct Sequence {
   std::vector<const int64_t*> fields;  // of each step
   std::vector<View> weights;
   std::vector<Value> values;
+  std::vector<Phase> parts;
+  int64_t batch_bytes = 0, lane_bytes = 0;  // of the values, in the memory of the whole batch and in that of a thread
 
   OptionalTensor tensor(int64_t at) const {
     if (at == kAbsent) return std::nullopt;
@@ -61,6 +74,8 @@ struct Sequence {
 
   void read(const std::vector<int64_t>& program) {
     values.push_back({input.size[0], input.size[1], input.size[2], input.size[3]});
+    values[0].image_bytes = input.numel() / input.size[0] * dtype_size(input.dtype);
+    values[0].images = input.size[0];
     size_t at = 0;
     while (at < program.size()) {
       STD_TORCH_CHECK(at + kBlockFields <= program.size(), "convext_cpu: the program ends within a block");
@@ -109,7 +124,7 @@ struct Sequence {
     weights.push_back(wv);
     v = {v.n, step.problem.k, step.problem.p(), step.problem.q()};
     STD_TORCH_CHECK(step.problem.y_size() > 0 && step.problem.x_size() > 0, "convext_cpu: a step has nothing to do");
-    v.bytes = Scratch::padded(step.problem.y_size() * dtype_size(input.dtype));
+    v.image_bytes = step.problem.y_size() / v.n * dtype_size(input.dtype);
   }
 
   Excite excite_of(const int64_t* f, int64_t c) const {
@@ -133,60 +148,129 @@ struct Sequence {
     return excite;
   }
 
-  // Places every value but the first and the last: at the lowest address that is free while it lives. Returns the bytes
-  // taken in all.
-  int64_t place_values() {
-    int64_t top = 0;
-    for (size_t i = 1; i + 1 < values.size(); ++i) {  // block i - 1 makes value i
-      Value& v = values[i];
-      std::vector<const Value*> alive;
-      for (size_t j = 1; j < i; ++j) {
-        if (values[j].last_reader >= i - 1) alive.push_back(&values[j]);
-      }
-      std::sort(alive.begin(), alive.end(), [](const Value* a, const Value* b) { return a->offset < b->offset; });
-      for (const Value* other : alive) {
-        if (v.offset + v.bytes <= other->offset) break;
-        v.offset = std::max(v.offset, other->offset + other->bytes);
-      }
-      top = std::max(top, v.offset + v.bytes);
+  // What a block moves, for the choice of phases.
+  LayerBytes bytes_of(const Block& block) const {
+    const int64_t output = values[&block - blocks.data() + 1].image_bytes;
+    LayerBytes moved{0, values[block.source].image_bytes + output, output};
+    for (size_t i = block.first; i < block.first + block.count; ++i) {
+      const BlockStep& step = steps[i];
+      const bool packs = step.variant->pack_format != nullptr && step.variant->pack_format(step.problem) != nullptr;
+      moved.weights += packs ? step.variant->packed_size(step.problem)
+                             : step.problem.w_size() * dtype_size(step.problem.dtype);
+      if (fields[i][kResidual] != kAbsent) moved.image += values[fields[i][kResidual]].image_bytes;
     }
-    return top;
+    return moved;
   }
 
+  // Chooses the phases and places every value but the first and the last: at the lowest address that is free while it
+  // lives, in the memory of the whole batch or in that of a thread.
+  void place_values(int32_t threads) {
+    std::vector<LayerBytes> layers;
+    for (const Block& block : blocks) layers.push_back(bytes_of(block));
+    parts = phases(layers, input.size[0], threads, 2 * block_cache_budget());
+    for (const Phase& phase : parts) {
+      for (int64_t b = phase.first; b < phase.first + phase.count; ++b) {
+        Value& v = values[b + 1];
+        const bool crosses = static_cast<int64_t>(v.last_reader) >= phase.first + phase.count;
+        v.images = crosses || b + 2 == static_cast<int64_t>(values.size()) ? v.n : phase.images;
+        // While a phase runs, other images may still need what this one has read for the last time.
+        if (b + 2 < static_cast<int64_t>(values.size())) place(b + 1, whole(v) && !shares(phase) ? phase.first : b);
+      }
+    }
+  }
+
+  // Places value i beside those of its memory that block `from` or a later one reads.
+  void place(size_t i, size_t from) {
+    Value& v = values[i];
+    const auto end = [](const Value& value) { return value.offset + Scratch::padded(value.images * value.image_bytes); };
+    std::vector<const Value*> alive;
+    for (size_t j = 1; j < i; ++j) {
+      if (values[j].last_reader >= from && whole(values[j]) == whole(v)) alive.push_back(&values[j]);
+    }
+    std::sort(alive.begin(), alive.end(), [](const Value* a, const Value* b) { return a->offset < b->offset; });
+    for (const Value* other : alive) {
+      if (end(v) <= other->offset) break;
+      v.offset = std::max(v.offset, end(*other));
+    }
+    int64_t& top = whole(v) ? batch_bytes : lane_bytes;
+    top = std::max(top, end(v));
+  }
+
+  static bool whole(const Value& v) { return v.images == v.n; }
+  bool shares(const Phase& phase) const { return phase.images == input.size[0]; }
   bool runs_in_strips(const Block& block) const { return block.count > 1; }
 
-  std::vector<BlockStep> steps_of(const Block& block) const {
-    return {steps.begin() + block.first, steps.begin() + block.first + block.count};
+  // Where a value lies from an image on.
+  char* at(const Value& v, int64_t image, const Lane& lane) const {
+    return whole(v) ? v.data + image * v.image_bytes : lane.values + v.offset;
   }
 
-  int64_t workspace(const Block& block, const Parallel& parallel) const {
-    if (runs_in_strips(block)) return Scratch::padded(block_workspace(steps_of(block), parallel.threads));
-    return workspace_bytes(*steps[block.first].variant, steps[block.first].problem, parallel);
-  }
-
-  void run(const Block& block, void* out, void* memory, const Parallel& parallel) const {
-    const Value& source = values[block.source];
-    if (runs_in_strips(block)) {
-      const char* const failure = run_block(steps_of(block), source.data, out, memory,
-                                            squeeze_excite_for(settings().cpu_isa), parallel);
-      STD_TORCH_CHECK(failure == nullptr, "convext_cpu: a step of a block failed: ", failure);
-      return;
+  // The steps of a block for some of the images.
+  std::vector<BlockStep> steps_of(const Block& block, int64_t image, int64_t count, const Lane& lane) const {
+    std::vector<BlockStep> some(steps.begin() + block.first, steps.begin() + block.first + block.count);
+    for (size_t i = 0; i < block.count; ++i) {
+      some[i].problem.n = static_cast<int32_t>(count);
+      const int64_t residual = fields[block.first + i][kResidual];
+      if (residual != kAbsent) some[i].epilogue.residual = at(values[residual], image, lane);
     }
-    const BlockStep& step = steps[block.first];
+    return some;
+  }
+
+  int64_t workspace(const Phase& phase, int32_t threads) const {
+    int64_t most = 0;
+    for (int64_t b = phase.first; b < phase.first + phase.count; ++b) {
+      const std::vector<BlockStep> some = steps_of(blocks[b], 0, phase.images, {});
+      const auto needed = some[0].variant->workspace;
+      most = std::max(most, runs_in_strips(blocks[b]) ? block_workspace(some, threads)
+                            : needed != nullptr       ? needed(some[0].problem, threads)
+                                                      : 0);
+    }
+    return Scratch::padded(most);
+  }
+
+  // Runs a block for some of the images. Returns nullptr, or what went wrong in words.
+  const char* run(int64_t b, int64_t image, int64_t count, const Lane& lane, const Parallel& parallel) const {
+    const Block& block = blocks[b];
+    const std::vector<BlockStep> some = steps_of(block, image, count, lane);
+    const char* const in = at(values[block.source], image, lane);
+    char* const out = at(values[b + 1], image, lane);
+    if (runs_in_strips(block)) {
+      return run_block(some, in, out, lane.workspace, squeeze_excite_for(settings().cpu_isa), parallel);
+    }
     LaunchArgs args{};
-    args.a = source.data;
-    args.b = step.weights;
+    args.a = in;
+    args.b = some[0].weights;
     args.out = out;
-    args.epilogue = step.epilogue;
-    args.workspace = memory;
+    args.epilogue = some[0].epilogue;
+    args.workspace = lane.workspace;
     args.parallel = &parallel;
-    launch(*step.variant, step.problem, args);
+    return some[0].variant->launch(some[0].problem, args);
+  }
+
+  // Runs a phase; `lanes`: memory for each thread, the first one's for all threads together.
+  void run(const Phase& phase, const std::vector<Lane>& lanes, const Parallel& parallel) const {
+    const int64_t batch = input.size[0], threads = shares(phase) ? 1 : parallel.threads;
+    std::atomic<const char*> failure{nullptr};
+    const auto run_images = [&](int64_t begin, int64_t end, const Lane& lane, const Parallel& inner) {
+      for (int64_t image = begin; image < end; image += phase.images) {
+        for (int64_t b = phase.first; b < phase.first + phase.count; ++b) {
+          if (const char* const why = run(b, image, phase.images, lane, inner)) failure = why;
+        }
+      }
+    };
+    if (shares(phase)) {
+      run_images(0, batch, lanes[0], parallel);
+    } else {
+      const int64_t each = batch / threads;
+      parallel.for_each(threads, [&](int64_t t) { run_images(t * each, (t + 1) * each, lanes[t], {nullptr, 1}); });
+    }
+    STD_TORCH_CHECK(failure == nullptr, "convext_cpu: a step of a sequence failed: ", failure.load());
   }
 };
 
 Tensor sequence(std::vector<int64_t> program, const Tensor& x, std::vector<Tensor> tensors,
                 std::vector<int64_t> versions, std::vector<double> eps) {
-  Sequence s{view_of(x, "x"), tensors, versions, eps, {}, {}, {}, {}, {}};
+  Sequence s{view_of(x, "x"), tensors, versions, eps, {}, {}, {}, {}, {}, {}};
   s.read(program);
   BlockStep& head = s.steps[0];
   if (!s.input.is_dense(Layout::kNHWC)) {
@@ -197,7 +281,7 @@ Tensor sequence(std::vector<int64_t> program, const Tensor& x, std::vector<Tenso
   for (const Block& block : s.blocks) {
     if (!s.runs_in_strips(block)) {
       STD_TORCH_CHECK(!s.steps[block.first].excites, "convext_cpu: a block begins with squeeze and excitation");
-    } else if (const char* const why = reject_block(s.steps_of(block))) {
+    } else if (const char* const why = reject_block(s.steps_of(block, 0, s.input.size[0], {}))) {
       STD_TORCH_CHECK(false, "convext_cpu: the steps cannot run as a block: ", why);
     }
   }
@@ -217,37 +301,47 @@ Tensor sequence(std::vector<int64_t> program, const Tensor& x, std::vector<Tenso
     const OptionalTensor packed = s.tensor(s.fields[i][kPacked]);
     use(Weights{*s.steps[i].variant, s.steps[i].problem, s.weights[i], packed, versions[i]});
   };
-  int64_t bytes = 0, workspace = 0;
+  int64_t bytes = 0;
   for (size_t i = 0; i < s.steps.size(); ++i) {
     norm_of(i, [&](const BatchNormTensors& norm) { bytes += norm.scratch_bytes(s.steps[i].problem.k, accumulate); });
     with_weights(i, [&](const Weights& weights) { bytes += weights.scratch_bytes(); });
   }
-  for (const Block& block : s.blocks) workspace = std::max(workspace, s.workspace(block, parallel));
-  const int64_t value_bytes = s.place_values();
-  const ScratchScope scope(bytes + workspace + value_bytes);
-  char* const memory = static_cast<char*>(scratch().take(value_bytes));
-  for (Value& v : s.values) v.data = memory + v.offset;
+  s.place_values(parallel.threads);
+  int64_t shared = 0, own = 0;  // workspace of all threads together, and of each
+  for (const Phase& phase : s.parts) {
+    if (s.shares(phase)) {
+      shared = std::max(shared, s.workspace(phase, parallel.threads));
+    } else {
+      own = std::max(own, s.workspace(phase, 1));
+    }
+  }
+  const int64_t lane = s.lane_bytes + own, lanes = std::max(parallel.threads * lane, shared);
+  const ScratchScope scope(bytes + s.batch_bytes + lanes);
+  char* const memory = static_cast<char*>(scratch().take(s.batch_bytes));
+  for (Value& v : s.values) v.data = s.whole(v) ? memory + v.offset : nullptr;
   s.values.front().data = static_cast<char*>(s.input.data);
   s.values.back().data = static_cast<char*>(view_of(y, "y").data);
-  void* const work = scratch().take(workspace);
-  for (size_t b = 0; b < s.blocks.size(); ++b) {
-    const Block& block = s.blocks[b];
-    for (size_t i = block.first; i < block.first + block.count; ++i) {
-      BlockStep& step = s.steps[i];
-      norm_of(i, [&](const BatchNormTensors& norm) {
-        if (accumulate == DType::kFloat64) {
-          norm.fold<double>(step.problem.k, step.epilogue);
-        } else {
-          norm.fold<float>(step.problem.k, step.epilogue);
-        }
-      });
-      with_weights(i, [&](const Weights& weights) { step.weights = weights.get(staging, parallel); });
-      if (s.fields[i][kResidual] == kAbsent) continue;
-      STD_TORCH_CHECK(s.fields[i][kResidual] > 0 || s.input.is_dense(Layout::kNHWC),
-                      "convext_cpu: a residual must be dense channels-last");
-      step.epilogue.residual = s.values[s.fields[i][kResidual]].data;
+  char* const lane_memory = static_cast<char*>(scratch().take(lanes));
+
+  for (size_t i = 0; i < s.steps.size(); ++i) {
+    BlockStep& step = s.steps[i];
+    norm_of(i, [&](const BatchNormTensors& norm) {
+      if (accumulate == DType::kFloat64) {
+        norm.fold<double>(step.problem.k, step.epilogue);
+      } else {
+        norm.fold<float>(step.problem.k, step.epilogue);
+      }
+    });
+    with_weights(i, [&](const Weights& weights) { step.weights = weights.get(staging, parallel); });
+    STD_TORCH_CHECK(s.fields[i][kResidual] != 0 || s.input.is_dense(Layout::kNHWC),
+                    "convext_cpu: a residual must be dense channels-last");
+  }
+  for (const Phase& phase : s.parts) {
+    std::vector<Lane> memory_of(s.shares(phase) ? 1 : parallel.threads, Lane{nullptr, lane_memory});
+    for (size_t t = 0; !s.shares(phase) && t < memory_of.size(); ++t) {
+      memory_of[t] = {lane_memory + t * lane, lane_memory + t * lane + s.lane_bytes};
     }
-    s.run(block, s.values[b + 1].data, work, parallel);
+    s.run(phase, memory_of, parallel);
   }
   return y;
 }

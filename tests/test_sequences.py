@@ -108,6 +108,34 @@ def test_results_do_not_depend_on_the_number_of_threads():
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+def _large_images_then_large_weights():
+    """Images of 6 MB, that go best through the layers one at a time, before layers with weights of 9 MB."""
+    from torchvision.models.resnet import BasicBlock
+
+    def down(c, k, stride):
+        return nn.Sequential(nn.Conv2d(c, k, 1, stride, bias=False), nn.BatchNorm2d(k))
+
+    return _settled(nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), BasicBlock(64, 64), BasicBlock(64, 64),
+        BasicBlock(64, 96, 2, down(64, 96, 2)), BasicBlock(96, 96),
+        BasicBlock(96, 512, 8, down(96, 512, 8)), BasicBlock(512, 512), BasicBlock(512, 512)))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@torch.no_grad()
+def test_phases_of_a_batch_compute_what_the_whole_batch_does(threads, sequence_calls):
+    swapped, x = convext.swap(_large_images_then_large_weights()), torch.randn(4, 3, 160, 160)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for batch in (4, 3, 1):  # 3: two threads cannot take the same number of images
+            apart = swapped(x[:batch])  # the first call of a shape runs layer by layer
+            calls = len(sequence_calls)
+            assert torch.equal(swapped(x[:batch]), apart) and len(sequence_calls) > calls
+    finally:
+        torch.set_num_threads(before)
+
+
 def _replace_weight(model):
     conv = model[3].block[1][0]
     conv.weight = nn.Parameter(torch.randn_like(conv.weight))

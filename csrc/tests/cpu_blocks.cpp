@@ -1,5 +1,6 @@
 // Stand-alone test of blocks (block.h): bit for bit what their steps give one by one, on every instruction set that this
-// CPU has, for any number of threads and any size of strip; and squeeze and excitation against plain loops. No torch.
+// CPU has, for any number of threads and any size of strip; squeeze and excitation against plain loops; and what images
+// go together (phases.h). No torch.
 // Exits non-zero on failure.
 #include "../block.h"
 
@@ -11,6 +12,7 @@
 #include <string>
 #include <thread>
 
+#include "../phases.h"
 #include "../select.h"
 
 namespace {
@@ -232,6 +234,36 @@ void test_rejects() {
   check(reject_block(b.steps) != nullptr, "a depthwise step after squeeze and excitation");
 }
 
+void check_phases(const std::vector<LayerBytes>& layers, int64_t batch, int threads, std::vector<int64_t> expected) {
+  const std::vector<Phase> found = phases(layers, batch, threads, 1 << 20);
+  const std::string what = std::to_string(layers.size()) + " layers, batch " + std::to_string(batch) + ", " +
+                           std::to_string(threads) + " threads";
+  int64_t next = 0;
+  std::vector<int64_t> images;
+  for (const Phase& phase : found) {
+    check(phase.first == next && phase.count > 0, what + ": phases follow each other");
+    check(phase.images == batch || batch % (phase.images * threads) == 0, what + ": every thread has as many images");
+    next += phase.count;
+    images.push_back(phase.images);
+  }
+  check(next == static_cast<int64_t>(layers.size()), what + ": every layer has a phase");
+  check(images == expected, what + ": the phases' images");
+}
+
+void test_phases() {
+  constexpr int64_t kMB = 1 << 20;
+  const LayerBytes wide{kMB / 10, 4 * kMB, 2 * kMB}, deep{32 * kMB, kMB / 2, kMB / 4};
+  check_phases({wide, wide}, 1, 1, {1});
+  check_phases({wide, wide}, 8, 1, {1});
+  check_phases({wide, wide}, 8, 2, {1});
+  check_phases({wide, wide}, 3, 2, {3});   // one thread would have two
+  check_phases({wide, wide}, 2, 16, {2});  // fewer images than threads
+  check_phases({deep, deep}, 8, 1, {8});
+  check_phases({wide, wide, deep, deep}, 8, 2, {1, 8});
+  check_phases({wide, deep, deep, wide}, 8, 1, {8, 1});  // the first's seam, which is large, would cost more than it
+  check_phases({wide, {kMB / 10, kMB, kMB / 2}, wide}, 8, 1, {1});  // no seam for what gains nothing by it
+}
+
 }  // namespace
 
 int main() {
@@ -245,6 +277,7 @@ int main() {
     for (const Case& c : cases()) test(c, squeeze_excite_for(isa), name);
   }
   test_rejects();
+  test_phases();
   std::printf("%d checks of blocks, %d failed\n", checks, failures);
   return failures != 0;
 }

@@ -31,7 +31,7 @@ def build(folder: Path, extra: list[str]) -> list[Path]:
     ninja.rule("cxx", f"{compiler()} -MMD -MF $out.d {flags} $flags -c $in -o $out")
     for source, isa, isa_flags in cpu_kernels():
         ninja.compile("library", "cxx", source, f".{isa}", isa_flags)
-    for host in ("select.cpp", "block.cpp"):
+    for host in ("select.cpp", "block.cpp", "phases.cpp"):
         ninja.compile("library", "cxx", CSRC / host)
     programs = []
     for source in sorted((CSRC / "tests").glob("cpu_*.cpp")):
