@@ -1,5 +1,6 @@
 """Fixtures that the suites share. The edge cases are in cases.py, the reference in reference.py."""
 
+import zlib
 from contextlib import contextmanager
 
 import pytest
@@ -7,6 +8,17 @@ import torch
 from places import GPU
 
 ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--part", default="1/1", metavar="I/N", help="the I-th of N parts of the tests, for N processes")
+
+
+def pytest_collection_modifyitems(config, items):
+    index, count = map(int, config.getoption("--part").split("/"))
+    mine = [zlib.crc32(item.nodeid.encode()) % count == index - 1 for item in items]  # any order could have a period
+    config.hook.pytest_deselected(items=[item for item, kept in zip(items, mine) if not kept])
+    items[:] = [item for item, kept in zip(items, mine) if kept]
 
 
 @pytest.fixture(autouse=True)

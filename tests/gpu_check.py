@@ -8,9 +8,10 @@
     racecheck      the same: races in shared memory
     resnet50, mobilenet_v2    times of every layer beside ATen's
 
-It takes the Python it runs under as it is. Steps of one stage run at once, each with a time limit, and what fails takes
-nothing else down with it. Results go to benchmarks/results/, or to $OUT where that is set; the output of all steps to
-gpu_check.log there or in build/. Exits with 0 where every step passed.
+It takes the Python it runs under as it is: a step that needs what is not installed is skipped, and said to be. Steps of
+one stage run at once, each with a time limit, and what fails takes nothing else down with it. Results go to
+benchmarks/results/, or to $OUT where that is set; the output of all steps to gpu_check.log there or in build/. Exits
+with 0 where every step passed or was skipped.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import importlib.util
 import os
 import re
@@ -25,6 +27,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -40,25 +43,27 @@ MINUTES = 8.0
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Commands to run one after the other, and the seconds they may take together."""
+    """Commands to run one after the other, or at once, and the seconds they may take together."""
 
     name: str
     seconds: float
     commands: tuple[tuple[str, ...], ...]
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    at_once: bool = False
+    needs: tuple[str, ...] = ()  # modules and programs without which it is skipped
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     name: str
-    status: str  # "passed", "failed" or "timed out"
+    status: str  # "passed", "failed", "timed out" or "skipped"
     seconds: float
     told: str  # the last line that sums up
     output: str
 
     @property
     def ok(self) -> bool:
-        return self.status == "passed"
+        return self.status in ("passed", "skipped")
 
 
 def python(*arguments: object) -> tuple[str, ...]:
@@ -72,14 +77,14 @@ def test_files() -> list[str]:
     return [f"tests/{file.name}" for file in files if marks.search(file.read_text())]
 
 
-def pytest(processes: int, keyword: str) -> tuple[str, ...]:
-    """The tests with the mark `gpu` and that keyword, in several processes where pytest-xdist is there."""
-    command = [*python("-m", "pytest", "-q", "-m", "gpu", "-k", keyword, "-p", "no:cacheprovider", *test_files())]
-    if importlib.util.find_spec("xdist"):
-        command += ["-n", str(processes)]
+def pytest(processes: int, keyword: str) -> tuple[tuple[str, ...], ...]:
+    """The tests with the mark `gpu` and that keyword, dealt out to so many processes: one command each. pytest-xdist
+    would do the same, where it is installed."""
+    command = [*python("-m", "pytest", "-q", "-m", "gpu", "-k", keyword, "-p", "no:cacheprovider",
+                       "--continue-on-collection-errors", *test_files())]  # fmt: skip
     if not importlib.util.find_spec("pytest_timeout"):
         command += ["-o", "addopts=-ra"]  # which would refuse the setting `timeout` of pyproject.toml
-    return tuple(command)
+    return tuple((*command, "--part", f"{index}/{processes}") for index in range(1, processes + 1))
 
 
 def sanitizer() -> str | None:
@@ -99,24 +104,29 @@ def stages(capability: str | None, results: Path, device_name: str, cores: int) 
     build = [python("setup.py", "build_ext", "--inplace", "--build-temp", BUILD)]
     if cuda:
         build.append(python("csrc/tests/run.py", "--gpu", "--only-build", "--folder", BUILD / "cuda"))
-    checks = [("tests-triton", 200.0, (pytest(max(1, cores // 2), "gpu-triton"),))]
+    tests = functools.partial(Step, seconds=200.0, environment=environment, at_once=True)
+    checks = [tests("tests-triton", commands=pytest(max(1, cores // 2), "gpu-triton"), needs=("triton",))]
     if cuda:
-        watched = (sanitizer() or "compute-sanitizer", "--error-exitcode", "9", "--tool")
+        checks.append(tests("tests-native", commands=pytest(max(1, cores // 3), "not gpu-triton")))
+        checks.append(Step("kernels", 100.0, tuple((program,) for program in programs), environment))
         # fp16 shares its templates with bf16 instruction for instruction: one of them is enough for a slow check.
-        families = ("bf16", "f32", "f64")
-        checks += [
-            ("tests-native", 200.0, (pytest(max(1, cores // 3), "not gpu-triton"),)),
-            ("kernels", 100.0, tuple((program,) for program in programs)),
-            ("memcheck", 200.0, tuple((*watched, "memcheck", program) for program in reversed(programs))),
-            ("racecheck", 200.0, ((*watched, "racecheck", programs[1]),
-                                  (*watched, "racecheck", programs[0], *families))),
-        ]  # fmt: skip
+        slow = (programs[1],), (programs[0], "bf16", "f32", "f64")
+        for tool in ("memcheck", "racecheck"):
+            watched = (sanitizer() or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
+            checks.append(Step(tool, 200.0, tuple((*watched, *command) for command in slow), environment,
+                               needs=("compute-sanitizer",)))
     bench = ("-m", "convext", "bench", "layers", "--device", "cuda", "--dtype", "bfloat16", "--batch", "32",
              "--seconds", "0.1", "--json")  # fmt: skip
-    tables = [(network, 75.0, (python(*bench, results / result_name(device_name, network), network),))
-              for network in ("resnet50", "mobilenet_v2")]
-    groups = [[("build", 180.0, tuple(build))], checks, *([table] for table in tables)]
-    return [[Step(*step, environment) for step in group] for group in groups]
+    tables = [Step(network, 75.0, (python(*bench, results / result_name(device_name, network), network),), environment,
+                   needs=("torchvision", "typer", "rich")) for network in ("resnet50", "mobilenet_v2")]  # fmt: skip
+    return [[Step("build", 180.0, tuple(build), environment)], checks, *([table] for table in tables)]
+
+
+def missing(step: Step) -> list[str]:
+    """What the step needs and this machine lacks."""
+    programs = {"compute-sanitizer": sanitizer}
+    found = {name: programs[name]() if name in programs else importlib.util.find_spec(name) for name in step.needs}
+    return [name for name, where in found.items() if where is None]
 
 
 def result_name(device_name: str, what: str) -> str:
@@ -124,38 +134,68 @@ def result_name(device_name: str, what: str) -> str:
     return re.sub(r"\W+", "_", device_name.lower()).strip("_") + f"_{what}.json"
 
 
-def told(output: str) -> str:
-    """The line of a step's output that sums it up: the last one with words in it."""
+def told(outputs: list[str]) -> str:
+    """What sums a step's output up: the last line with words in it; of tests in parts, the counts of all of them."""
+    counts = [re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", last_line(output)) for output in outputs]
+    if len(outputs) < 2 or not all(counts):
+        return last_line(outputs[-1]) if outputs else ""
+    sums = {}
+    for number, what in (count for part in counts for count in part):
+        sums[what.rstrip("s")] = sums.get(what.rstrip("s"), 0) + int(number)
+    return ", ".join(f"{number} {what}" for what, number in sums.items()) + f" in {len(outputs)} processes"
+
+
+def last_line(output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if re.search(r"\w", line)]
     return lines[-1] if lines else ""
 
 
 def run(step: Step, seconds: float) -> Outcome:
     """Runs the step's commands until one fails or the time is up; whatever they started is ended with them."""
-    begin, output = time.monotonic(), []
-    status = "passed"
-    for command in step.commands:
-        left = seconds - (time.monotonic() - begin)
+    begin, outputs, statuses = time.monotonic(), [], []
+    if lacking := missing(step):
+        text = f"not installed here: {', '.join(lacking)}"
+        return Outcome(step.name, "skipped", 0.0, text, f"{text}\n")
+    for commands in [step.commands] if step.at_once else [(command,) for command in step.commands]:
+        for status, output in run_at_once(commands, step.environment, seconds - (time.monotonic() - begin)):
+            statuses.append(status)
+            outputs.append(output)
+        if set(statuses) != {"passed"}:
+            break
+    status = next((worst for worst in ("failed", "timed out") if worst in statuses), "passed")
+    summing = outputs if step.at_once else outputs[-1:]
+    return Outcome(step.name, status, time.monotonic() - begin, told(summing), "".join(outputs))
+
+
+def run_at_once(commands: Iterable[tuple[str, ...]], environment: dict[str, str],
+                seconds: float) -> list[tuple[str, str]]:  # fmt: skip
+    """(status, output) of each command."""
+    end, running, done = time.monotonic() + max(seconds, 0.1), [], []
+    for command in commands:
+        file = tempfile.TemporaryFile("w+", errors="replace")  # a pipe that nobody reads would stop who fills it
         try:
-            process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **step.environment}, text=True,
-                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=file,
+                                       stderr=subprocess.STDOUT, start_new_session=True)
         except OSError as error:
-            output.append(f"{command[0]}: {error.strerror}\n")
-            status = "failed"
-            break
-        try:
-            output.append(process.communicate(timeout=max(left, 0.1))[0])
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output.append(process.communicate()[0])
-            status = "timed out"
-            break
-        if process.returncode:
-            output.append(f"exit status {process.returncode}\n")
-            status = "failed"
-            break
-    text = "".join(output)
-    return Outcome(step.name, status, time.monotonic() - begin, told(text), text)
+            file.write(f"{command[0]}: {error.strerror}\n")
+            process = None
+        running.append((process, file))
+    for process, file in running:
+        status = "failed"
+        if process is not None:
+            try:
+                status = "failed" if process.wait(max(end - time.monotonic(), 0)) else "passed"
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                status = "timed out"
+            if status == "failed":
+                file.seek(0, os.SEEK_END)
+                file.write(f"exit status {process.returncode}\n")
+        file.seek(0)
+        done.append((status, file.read()))
+        file.close()
+    return done
 
 
 def run_all(groups: Iterable[list[Step]], seconds: float, report: Callable[[Outcome], object]) -> list[Outcome]:
@@ -210,7 +250,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not outcome.ok:
             print(f"\n---- {outcome.name}: {outcome.status}\n" + "\n".join(outcome.output.splitlines()[-25:]))
     failed = [outcome.name for outcome in outcomes if not outcome.ok]
-    print(f"gpu-check: {'FAILED ' + ', '.join(failed) if failed else 'passed'}")
+    skipped = [outcome.name for outcome in outcomes if outcome.status == "skipped"]
+    print(f"gpu-check: {'FAILED ' + ', '.join(failed) if failed else 'passed'}"
+          + (f"; skipped {', '.join(skipped)}" if skipped else ""))
     return 1 if failed else 0
 
 

@@ -123,14 +123,14 @@ MUTANTS = {
                                           "// orders the filters", "plain", WINDOW),
     "window_past_the_row": Mutant("cuda/depthwise_fprop_sm80.cu", "column >= 0 && column < problem.w ? load_run",
                                   "column >= 0 && column <= problem.w ? load_run", "plain", WINDOW),
-    "sum_overwritten": Mutant("cuda/depthwise_backward_sm80.cu", "__syncthreads();  // orders the sum before",
+    "sum_overwritten": Mutant("cuda/tile/depthwise_patch.h", "__syncthreads();  // orders the sum before",
                               "// orders the sum before", "race", BACKWARD),
     "offset_of_32_bits": Mutant("cuda/tile/igemm_pixels.h", "int64_t{a_h[i]} * in_strides.h",
                                 "a_h[i] * static_cast<int32_t>(in_strides.h)", "plain", IGEMM_FPROP),
-    "shares_summed_too_early": Mutant("cuda/depthwise_backward_sm80.cu",
+    "shares_summed_too_early": Mutant("cuda/depthwise_backward_any_sm80.cu",
                                       "__syncthreads();  // orders the threads'", "// orders the threads'", "race",
                                       BACKWARD_ANY),
-    "part_of_a_large_filter_forgotten": Mutant("cuda/depthwise_backward_sm80.cu", "while (begin < entries)",
+    "part_of_a_large_filter_forgotten": Mutant("cuda/depthwise_backward_any_sm80.cu", "while (begin < entries)",
                                                "while (false)", "plain", BACKWARD_ANY),
     "statistics_of_what_was_not_stored": Mutant("cuda/tile/igemm_pixels.h", "seen.template add_stored<T>(v)",
                                                 "seen.add(v)", "plain", IGEMM_FPROP),
@@ -153,8 +153,8 @@ ONLY = {
     IGEMM_WGRAD: ("cuda/igemm_wgrad_sm80.cu", "CONVEXT_IGEMM(cuda::bf16, bf16, 32, 64x64, , true)"),
     GATHER: ("cuda/igemm_fprop_sm80.cu", "CONVEXT_IGEMM(cuda::bf16, bf16, 32, 64x64, _gather, false)"),
     WINDOW: ("cuda/depthwise_fprop_sm80.cu", None),
-    BACKWARD: ("cuda/depthwise_backward_sm80.cu", None),
-    BACKWARD_ANY: ("cuda/depthwise_backward_sm80.cu", None),
+    BACKWARD: ("cuda/depthwise_backward_window_sm80.cu", None),
+    BACKWARD_ANY: ("cuda/depthwise_backward_any_sm80.cu", None),
 }
 
 

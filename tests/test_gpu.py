@@ -52,16 +52,36 @@ def first_operands(name):
 def test_work_goes_to_the_current_stream(name, backend):
     """The default stream is kept busy: what ran there would come after the comparison."""
     x, w, geom = layer(name)
+    stream = torch.cuda.Stream()
+
+    def compare():
+        with torch.cuda.stream(stream):
+            actual = passes(x, w, geom)
+            return [torch.equal(a, b) for a, b in zip(actual, expected, strict=True)]  # waits for this stream alone
+
     with convext.backend(backend):
         expected = passes(x, w, geom)
         torch.cuda.synchronize()
-        stream = torch.cuda.Stream()
-        torch.cuda._sleep(1 << 30)
-        with torch.cuda.stream(stream):
-            actual = passes(x, w, geom)
-            same = [torch.equal(a, b) for a, b in zip(actual, expected, strict=True)]  # waits for this stream alone
+        compare()  # kernels load and memory comes with the first call: both may wait for the whole device
+        torch.cuda._sleep(1 << 31)  # about a second
+        same = compare()
         assert not torch.cuda.default_stream().query(), "the default stream should still be busy"
     assert all(same)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+@BACKENDS
+@pytest.mark.parametrize("name", LAYERS)
+def test_work_goes_to_the_device_of_its_tensors(name, backend):
+    """Another device is current, and stays that."""
+    x, w, geom = layer(name)
+    with convext.backend(backend):
+        expected = passes(x, w, geom)
+        there = passes(x.to("cuda:1"), w.to("cuda:1"), geom)
+    assert torch.cuda.current_device() == 0
+    for a, b in zip(there, expected, strict=True):
+        assert a.device.index == 1
+        assert torch.equal(a.to("cuda:0"), b)
 
 
 @BACKENDS
@@ -81,7 +101,8 @@ def test_captured_in_a_graph_and_replayed(name, backend):
 
 @BACKENDS
 def test_a_first_call_inside_a_capture_measures_nothing(backend):
-    """A launch in several configurations, or a wait for the device, would break the capture."""
+    """A launch in several configurations, a wait for the device, or a kernel that CUDA does not let load would break
+    the capture."""
     x, w, geom = layer("direct", torch.float16)
     with convext.backend(backend), torch.backends.cudnn.flags(enabled=True, benchmark=True):
         convext.ops.fprop(x[:1].contiguous(), w[:16].contiguous(), None, geom)  # the context and libraries are there

@@ -1,9 +1,11 @@
 """The order of things in gpu_check.py, on a machine without a GPU: steps, limits, what is written, what is said."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import gpu_check
@@ -55,6 +57,40 @@ def test_a_program_that_is_not_there_fails_in_one_line():
     assert (outcome.status, outcome.told) == ("failed", "no-such-sanitizer: No such file or directory")
 
 
+def test_commands_at_once_meet_and_the_slow_one_keeps_its_output(tmp_path):
+    meet = ("import time, pathlib\nme, other = map(pathlib.Path, {})\nme.touch()\n"
+            "while not other.exists(): time.sleep(.01)\nprint('1 passed', flush=True)")
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    both = dataclasses.replace(step("tests", meet.format((a, b)), meet.format((b, a))), at_once=True)
+    assert run_all([[both]])["tests"].told == "2 passed in 2 processes"
+    slow = "import time; print('x', flush=True); time.sleep(600)"
+    late = dataclasses.replace(step("tests", "print('1 passed')", slow, seconds=5.0), at_once=True)
+    outcome = run_all([[late]])["tests"]
+    assert (outcome.status, outcome.output) == ("timed out", "1 passed\nx\n")
+
+
+def test_what_is_not_installed_is_skipped_in_words():
+    lacking = dataclasses.replace(step("resnet50", "print('never')"), needs=("json", "no_such_module"))
+    outcome = run_all([[lacking]])["resnet50"]
+    assert (outcome.status, outcome.told, outcome.ok) == ("skipped", "not installed here: no_such_module", True)
+
+
+def test_parts_hold_every_test_once():
+    """--part, of conftest.py."""
+    import conftest
+
+    tests = [types.SimpleNamespace(nodeid=f"tests/test_x.py::test[{i}]") for i in range(100)]
+
+    def kept(part):
+        items, hook = list(tests), types.SimpleNamespace(pytest_deselected=lambda items: None)
+        conftest.pytest_collection_modifyitems(types.SimpleNamespace(getoption=lambda name: part, hook=hook), items)
+        return [test.nodeid for test in items]
+
+    parts = kept("1/3"), kept("2/3"), kept("3/3")
+    assert sorted(sum(parts, [])) == sorted(kept("1/1")) == sorted(test.nodeid for test in tests)
+    assert min(map(len, parts)) > 20
+
+
 class TestStages:
     def steps(self, capability="90"):
         groups = gpu_check.stages(capability, Path("out"), "NVIDIA H200", 16)
@@ -91,8 +127,14 @@ def test_files_with_tests_for_a_gpu_are_found():
 
 
 def test_what_sums_up_is_the_last_line_with_words():
-    assert gpu_check.told("a\n3 passed in 2 s\n====\n\n") == "3 passed in 2 s"
-    assert gpu_check.told("") == ""
+    assert gpu_check.told(["a\n3 passed in 2 s\n====\n\n"]) == "3 passed in 2 s"
+    assert gpu_check.told([""]) == gpu_check.told([]) == ""
+
+
+def test_parts_of_a_suite_are_summed_up():
+    parts = ["x\n3 passed, 1 skipped, 9 deselected in 2 s\n", "1 failed, 2 passed, 2 errors in 1 s", "1 error in 1 s"]
+    assert gpu_check.told(parts) == "5 passed, 1 skipped, 1 failed, 3 error in 3 processes"
+    assert gpu_check.told(["4 passed in 1 s", "Segmentation fault"]) == "Segmentation fault"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

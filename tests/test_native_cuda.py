@@ -271,3 +271,17 @@ def test_a_kernel_that_rejects_says_so(emulated):
     index = names.index("fprop_depthwise_bf16_window_sm80")
     with pytest.raises(ValueError, match="fprop_depthwise_bf16_window_sm80 rejects the problem: it serves depthwise"):
         emulated.launch(index, [1, 8, 4, 4, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1, 2, 1, 1], 0, 0, *[0] * 7, 0, 0, 0, 0)
+
+
+def test_a_launch_that_fails_names_kernel_problem_and_reason(cuda, monkeypatch):
+    problem, x, w, dy, _ = make("depthwise_stride_2", torch.bfloat16, Layout.NHWC)
+    monkeypatch.setattr(cuda, "_where", lambda t: (7, 0))  # a device that is not there
+    said = (r"convext: {}_depthwise_bf16_window_sm80 failed on n=1 c=24 h=9 w=9 k=24 r=5 s=5 stride_h=2 stride_w=2 "
+            r"pad_h=2 pad_w=2 dil_h=1 dil_w=1 groups=24: invalid device ordinal")
+    for name, call in (("fprop", lambda: cuda.fprop(problem, x, w, Epilogue())),
+                       ("dgrad", lambda: cuda.dgrad(problem, dy, w)),
+                       ("wgrad", lambda: cuda.wgrad(problem, dy, x))):
+        with pytest.raises(RuntimeError, match=said.format(name)):
+            call()
+    with pytest.raises(RuntimeError, match=r"convext: batch_stats failed on n=1 c=24 h=5 w=5: invalid device ordinal"):
+        cuda.batch_stats(dy)

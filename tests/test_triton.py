@@ -197,6 +197,32 @@ class TestChoice:
             planned.run()
         assert launched == [("plain", True) if capturing and not measured_before else ("tuned", False)]
 
+    @pytest.mark.parametrize("captured", [False, True])
+    def test_a_kernel_may_load_while_a_graph_is_captured(self, captured, monkeypatch):
+        """CUDA forbids loading to a thread in the strict modes: it is in the relaxed one for that long, and then as
+        before."""
+        from test_triton_compile import Layer
+
+        from convext.triton import launch
+
+        strict, relaxed = 0, 2
+        mode, seen = [strict], []
+
+        def exchange(reference):
+            mode[0], reference._obj.value = reference._obj.value, mode[0]
+
+        class Kernel:
+            def __getitem__(self, grid):
+                return lambda **arguments: seen.append(mode[0])
+
+        planned, *_ = Layer(torch.bfloat16).launches("fprop")
+        planned.kernel = Kernel()
+        monkeypatch.setattr(launch, "_capture_mode_exchange", lambda target: exchange)
+        monkeypatch.setattr(launch, "capturing", lambda device: captured)
+        monkeypatch.setattr(launch, "on_device", lambda device: contextlib.nullcontext())
+        planned.run()
+        assert seen == [relaxed if captured else strict] and mode == [strict]
+
     def test_tuned_kernels_keep_their_timings_on_disk(self):
         from convext.triton import direct, launch
         from convext.triton.configs import gemm_configs

@@ -7,6 +7,7 @@ machine without a GPU.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -35,16 +36,21 @@ class Launch:
     def run(self) -> None:
         """Launches on the device of its tensors."""
         device = next(a.device for a in self.arguments.values() if isinstance(a, torch.Tensor))
-        kernel, config = self.kernel, self.configs[0]
-        if tracing():
-            # A traced launch takes its configuration from the kernel. One alone: Inductor would measure them all.
-            kernel, config = torch.library.wrap_triton(_tuned(kernel, (config,))), None
-        elif len(self.configs) > 1 and tuning_is_wanted():
-            tuner = _tuned(kernel, tuple(sorted(self.configs, key=str)))
-            if not capturing(device) or was_measured(tuner, self.arguments):
-                kernel, config = tuner, None
+        kernel, config, loading = self.kernel, self.configs[0], contextlib.nullcontext()
         with on_device(device):
-            kernel[self.grid](**self.arguments, **(config.all_kwargs() if config else {}))
+            if tracing():
+                # A traced launch takes its configuration from the kernel. One alone: Inductor would measure them all.
+                kernel, config = torch.library.wrap_triton(_tuned(kernel, (config,))), None
+            else:
+                captured = capturing(device)
+                if captured:
+                    loading = loading_while_capturing(device)
+                if len(self.configs) > 1 and tuning_is_wanted():
+                    tuner = _tuned(kernel, tuple(sorted(self.configs, key=str)))
+                    if not captured or was_measured(tuner, self.arguments):
+                        kernel, config = tuner, None
+            with loading:
+                kernel[self.grid](**self.arguments, **(config.all_kwargs() if config else {}))
 
 
 def tracing() -> bool:
@@ -72,8 +78,38 @@ def tuning_is_wanted() -> bool:
 
 def capturing(device: torch.device) -> bool:
     """Whether a graph is being captured: nothing can be timed then."""
+    if device.type == "cpu":
+        return False
     asked = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
     return asked is not None and asked()
+
+
+@contextlib.contextmanager
+def loading_while_capturing(device: torch.device):
+    """Lets a kernel load inside: its first launch does that, and CUDA forbids it to a thread whose capture is strict,
+    as torch.cuda.graph's is, unless the thread relaxes its mode for that long, as torch's allocator does. A driver for
+    CUDA 12.3 or later allows it then."""
+    exchange = _capture_mode_exchange(target(device.type))
+    if exchange is None:
+        yield
+        return
+    mode = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED; the call puts the former one in its place
+    exchange(ctypes.byref(mode))
+    try:
+        yield
+    finally:
+        exchange(ctypes.byref(mode))
+
+
+@functools.cache
+def _capture_mode_exchange(target: str):
+    """The driver's function that swaps the calling thread's capture mode, or None where there is none."""
+    library, name = {"cuda": ("libcuda.so.1", "cuThreadExchangeStreamCaptureMode"),
+                     "hip": ("libamdhip64.so", "hipThreadExchangeStreamCaptureMode")}.get(target, (None, None))
+    try:
+        return library and getattr(ctypes.CDLL(library), name)
+    except (OSError, AttributeError):
+        return None
 
 
 def was_measured(tuner, arguments: dict[str, Any]) -> bool:
