@@ -208,10 +208,12 @@ def report(
 
         if device not in dry.DEVICES:
             raise OptionError("--device", device, "cpu or cuda")
-        grid, unserved = dry.table(problems.collect(network, zoo.sample(model, images)), device, list(Kernels))
+        grid, reasons = dry.table(problems.collect(network, zoo.sample(model, images)), device, list(Kernels))
         _print_table(grid)
-        print(f"{model} on {device}: " + (f"{unserved} entries have no compiled kernel" if unserved else "all served"))
-        raise typer.Exit(1 if unserved else 0)
+        told = [f"{count} entries have no compiled kernel: {reason}" for reason, count in reasons.items()]
+        for line in told or ["all served"]:
+            print(f"{model} on {device}: {line}")
+        raise typer.Exit(1 if reasons else 0)
     place = options.device(device)
     network = network.to(place, dtype.torch)
     network = convext.swap(network) if swap else network

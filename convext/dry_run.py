@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 
-from . import backends
 from .bench.problems import title
 from .bench.tables import Grid
 from .problem import ConvProblem, DType, Layout, Pass
@@ -33,17 +33,15 @@ def kernel(problem: ConvProblem, pass_: Pass) -> tuple[str | None, str]:
     return None, "; ".join(f"{name}: {reason}" for name, reason in reasons)
 
 
-def table(problems: dict[ConvProblem, int], device: str, dtypes: list[DType]) -> tuple[Grid, int]:
-    """One row a layer and dtype, one column a pass; and the number of entries that no compiled kernel serves."""
+def table(problems: dict[ConvProblem, int], device: str, dtypes: list[DType]) -> tuple[Grid, dict[str, int]]:
+    """One row a layer and dtype, one column a pass, "none" where no compiled kernel serves; and why, each reason with
+    how many entries it holds for."""
     grid = Grid(["layer", "n", "dtype", *(pass_.name.lower() for pass_ in Pass)], names=6)
-    unserved = 0
+    reasons = collections.Counter()
     for problem, count in problems.items():
         for dtype in dtypes:
             asked = dataclasses.replace(problem, device=device, dtype=dtype, x_layout=Layout.NHWC, y_layout=Layout.NHWC)
-            cells = []
-            for pass_ in Pass:
-                name, reason = kernel(asked, pass_)
-                unserved += name is None
-                cells.append(name or f"{backends.PRIORITY[device][-1]} ({reason})")
-            grid.rows.append([title(problem), str(count), dtype.name.lower(), *cells])
-    return grid, unserved
+            found = [kernel(asked, pass_) for pass_ in Pass]
+            reasons.update(reason for name, reason in found if name is None)
+            grid.rows.append([title(problem), str(count), dtype.name.lower(), *(name or "none" for name, _ in found)])
+    return grid, dict(reasons)

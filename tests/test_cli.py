@@ -111,9 +111,20 @@ def test_dry_run_asks_for_every_layer_pass_and_dtype(capsys):
 def test_dry_run_counts_what_nobody_serves():
     problem = ConvProblem(1, 8, 4, 4, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1)
     served = [dry_run.kernel(problem, pass_)[0] for pass_ in Pass]
-    grid, unserved = dry_run.table({problem: 2}, "cpu", [DType.FLOAT32])
-    assert unserved == served.count(None)
+    grid, reasons = dry_run.table({problem: 2}, "cpu", [DType.FLOAT32])
+    assert sum(reasons.values()) == served.count(None)
     assert grid.rows[0][:2] == [problems.title(problem), "2"]
+
+
+def test_dry_run_says_once_why_nobody_serves(monkeypatch, capsys):
+    from convext.backends import native_cuda
+
+    monkeypatch.setattr(native_cuda, "not_built", lambda: "the library is on holiday")
+    assert cli.main(["report", "--model", "resnet18", "--device", "cuda", "--dry-run"]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("on holiday") == 1 and " none " in printed
+    entries = 3 * 4 * len([line for line in printed.splitlines() if "float32" in line])
+    assert f"resnet18 on cuda: {entries} entries have no compiled kernel: the library is on holiday" in printed
 
 
 def test_report_prints_a_line_for_a_layer(capsys):

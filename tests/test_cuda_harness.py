@@ -55,6 +55,22 @@ def test_global_traffic_of_known_networks(program, capsys):
     with capsys.disabled():
         print("\n" + done.stdout)
     assert_clean(done)
+    rows = [row for row in done.stdout.splitlines() if " NHWC " in row]
+    for network, layer in layers_of_known_networks():
+        passes = [row for row in rows if row.startswith(network) and f" {layer}  " in row]
+        assert len(passes) == 3, f"{network}: {layer}"
+
+
+def layers_of_known_networks():
+    """(network, layer) of every distinct convolution, as the table writes them."""
+    pytest.importorskip("torchvision")
+    from convext import zoo
+    from convext.bench import problems
+
+    for name, network in (("mobilenet_v2", "MobileNetV2"), ("resnet50", "ResNet-50")):
+        for p in problems.collect(zoo.build(name)[0], zoo.sample(name, 1)):
+            depthwise, stride = "depthwise " * p.is_depthwise, f" stride {p.stride_h}" * (p.stride_h > 1)
+            yield network, f"{depthwise}{p.c} {p.h}x{p.w} -> {p.k}, {p.r}x{p.s}{stride}"
 
 
 @pytest.mark.parametrize("form", ["plain", "asan", "race"])
