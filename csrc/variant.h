@@ -2,7 +2,7 @@
 //
 // A variant is one kernel for one pass, one dtype and one instruction set. It says in words which problems it rejects,
 // how much scratch memory it wants, how it likes its weights packed, and it launches. What it costs relative to the
-// others is select.cpp's business; what it was measured to cost is tuning.py's.
+// others is select.cpp's business; what was measured to be slower, its backend's.
 #pragma once
 #include "conv_problem.h"
 #include "epilogue.h"

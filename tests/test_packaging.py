@@ -110,6 +110,20 @@ def test_the_readme_gives_the_two_commands():
     assert re.search(r"^\./dev demo$", readme, re.M) and re.search(r"^\./dev test$", readme, re.M)
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda file: file.stem)
+def test_a_cuda_file_opens_with_its_budget(file):
+    opening = re.match(r"(//.*\n)+", file.read_text())[0].lower()
+    assert all(word in opening for word in ("=", "register", "shared memory", "flop")), opening
+
+
+def test_cuda_sources_include_no_header_of_torch():
+    files = [file for file in (ROOT / "csrc" / "cuda").rglob("*") if file.is_file()]
+    assert len(files) > 20
+    for file in files:
+        includes = re.findall(r"^#include [<\"](.*)[>\"]", file.read_text(), re.M)
+        assert not [name for name in includes if re.match(r"(torch|ATen|c10|pybind11)\b", name)], file
+
+
 def test_make_only_calls_dev():
     recipes = [line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("\t")]
     assert recipes and all(line.startswith("\t@./dev ") for line in recipes)

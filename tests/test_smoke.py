@@ -1,5 +1,6 @@
 """A few minutes' confidence: needs torch and pytest and nothing else, and runs under another torch than built with."""
 
+import importlib.util
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import convext
+from convext.problem import DType
 
 pytestmark = pytest.mark.smoke
 
@@ -27,6 +29,23 @@ def test_public_names_are_there():
 def test_native_backend_is_on_for_the_cpu():
     (native,) = [status for status in convext.backends() if status.name == "native" and status.device == "cpu"]
     assert native.available, native.reason
+
+
+def test_the_cuda_library_loads_and_selects_without_a_gpu_and_without_torch():
+    """So a wheel that holds it can be installed beside any torch, one for the CPU alone too."""
+    library = importlib.util.find_spec("convext._CUDA")
+    if library is None:
+        pytest.skip("the CUDA library was not built")
+    code = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("_CUDA", {library.origin!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+index, _ = module.select(0, [2, 64, 28, 28, 64, 3, 3, 1, 1, 1, 1, 1, 1, 1, {int(DType.BFLOAT16)}, 1, 1])
+print(module.variants()[index]["name"])
+"""
+    ran = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
+    assert ran.stdout.startswith("fprop_igemm_bf16_"), ran.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

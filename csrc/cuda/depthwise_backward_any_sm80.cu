@@ -1,5 +1,7 @@
 // Depthwise convolution, backward, any filter, stride, dilation, multiplier and memory order, and float64: both
-// gradients in one pass over x and dy (tile/depthwise_backward.h has the formula).
+// gradients in one pass over x and dy (tile/depthwise_backward.h).
+//
+//   dx[n,h,w,c] = sum_{r,s} dy[n,p,q,c] * w[c,r,s]        dw[c,r,s] = sum_{n,h,w} dy[n,p,q,c] * x[n,h,w,c]
 //
 // backward_any<T, VEC, DW>: a thread owns VEC channels and, at a time, 4 input pixels, `across_w` apart, so that
 //   neighbouring threads have neighbouring ones:

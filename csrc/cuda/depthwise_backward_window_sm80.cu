@@ -1,6 +1,9 @@
 // Depthwise convolution, backward, channels-last: both gradients in one pass over x and dy, 3 tensors of traffic where
-// two kernels need 4 (tile/depthwise_backward.h has the formula). 36 FLOP for 6 bytes at 3x3 in bf16: memory decides;
-// from 5x5 up the FMA units do.
+// two kernels need 4 (tile/depthwise_backward.h).
+//
+//   dx[n,h,w,c] = sum_{r,s} dy[n,p,q,c] * w[c,r,s]        dw[c,r,s] = sum_{n,h,w} dy[n,p,q,c] * x[n,h,w,c]
+//
+// 36 FLOP for 6 bytes at 3x3 in bf16: memory decides; from 5x5 up the FMA units do.
 //
 // The kernel and its tile are in tile/depthwise_patch.h. Neighbouring threads have neighbouring runs of channels, 128
 // bytes in a row; a run is 16 bytes at 3x3 and less where dw would not fit:

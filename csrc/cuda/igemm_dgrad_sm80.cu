@@ -5,8 +5,9 @@
 //   grid: x = (tile of pixels, tile of channels); y = group; z = residue class of the pixels modulo the stride
 //
 // A stride costs nothing: each class is a dense convolution with the taps that reach it (tile/igemm_pixels.h), where a
-// convolution with a dilated dy would multiply stride_h*stride_w - 1 zeros for every product. Budgets:
-// tile/igemm_tiles.h. `gather` collects elements one by one, for channels that are not whole 16-byte chunks, and NCHW.
+// convolution with a dilated dy would multiply stride_h*stride_w - 1 zeros for every product. Budget, by tile
+// (tile/igemm_tiles.h): 24 to 72 KiB of shared memory, 16 to 128 registers of accumulators; FLOP for each byte as in
+// fprop. `gather` collects elements one by one, for channels that are not whole 16-byte chunks, and NCHW.
 #include "tile/igemm_pixels.h"
 #include "tile/igemm_tiles.h"
 

@@ -5,7 +5,8 @@
 //   grid: x = (tile of pixels, tile of filters), filters innermost: neighbours in time share the pixels in L2; y =
 //   group
 //
-// The main loop, the tile map and the skipped taps are in tile/igemm_pixels.h, the budgets in tile/igemm_tiles.h.
+// The main loop, the tile map and the skipped taps are in tile/igemm_pixels.h. Budget, by tile (tile/igemm_tiles.h): 24
+// to 72 KiB of shared memory, 16 to 128 registers of accumulators.
 // Batch statistics, where asked for, come from the epilogue's registers; merging them reuses the stages' memory, at
 // most 16*(2*128 + 1)*4 B = 16 KiB, and writes a row of partials a tile of pixels: 8 B for 64 or more elements of y.
 // Bytes: x and y once through memory, w once a row of tiles through L2. At 128x128 a block computes 64 FLOP for each

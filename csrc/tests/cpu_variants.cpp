@@ -1,6 +1,6 @@
 // Every CPU kernel of variants.inc, on every instruction set that this CPU has, against a float64 loop nest over a list
-// of edge cases; and a bench for tuning. No torch. Built by `make cpu_variants` or by hand from this file, select.cpp
-// and the kernels in csrc/cpu; run it under -fsanitize=address,undefined too.
+// of edge cases; and a bench. No torch. Built by csrc/tests/run.py, under sanitizers too, or by hand from this file,
+// select.cpp and the kernels in csrc/cpu.
 //
 //   cpu_variants                                                        test; exit status 1 on any failure
 //   cpu_variants --peak                                                 FMA peak of one core, GFLOP/s

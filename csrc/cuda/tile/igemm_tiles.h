@@ -1,11 +1,13 @@
 // The tiles of the direct tensor-core family, one list for its three passes.
 //
-//   BLOCK_M x BLOCK_N   warps   warp tile   stages   shared memory (64 bytes of reduction a row)
-//   256 x 128           4 x 2   64 x 64     3        3*(256+128)*64 = 72 KiB    -> 2 blocks on 228 KiB, 1 by registers
-//   128 x 128           2 x 4   64 x 32     4        4*(128+128)*64 = 64 KiB    -> 3 blocks
-//   128 x 64            2 x 2   64 x 32     4        4*(128+64)*64  = 48 KiB    -> 4 blocks
-//   64 x 64             2 x 2   32 x 32     4        4*(64+64)*64   = 32 KiB    -> 7 blocks
-//   64 x 32             2 x 2   32 x 16     4        4*(64+32)*64   = 24 KiB    -> 9 blocks
+//   BLOCK_M x BLOCK_N   warps   warp tile   stages   shared memory, 64 bytes of gemm_k a row     accumulators a thread
+//   256 x 128           4 x 2   64 x 64     3        3*(256+128)*64 = 72 KiB -> 3 on 228 KiB       64*64/32 = 128
+//   128 x 128           2 x 4   64 x 32     4        4*(128+128)*64 = 64 KiB -> 3 blocks           64*32/32 = 64
+//   128 x 64            2 x 2   64 x 32     4        4*(128+64)*64  = 48 KiB -> 4 blocks           64
+//   64 x 64             2 x 2   32 x 32     4        4*(64+64)*64   = 32 KiB -> 7 blocks           32
+//   64 x 32             2 x 2   32 x 16     4        4*(64+32)*64   = 24 KiB -> 9 blocks           16
+//
+// Registers let one block of 256 x 128 run at a time: 8 warps of more than 128 each.
 //
 // FLOP per byte of shared memory filled is BLOCK_M*BLOCK_N / (BLOCK_M + BLOCK_N) for 16-bit elements: 85, 64, 43, 32,
 // 21.
