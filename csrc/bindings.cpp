@@ -158,6 +158,7 @@ PYBIND11_MODULE(_C, m) {
       .def("empty", &Watch::empty, py::arg("dict"), py::arg("key"), "dict[key] is an empty dictionary")
       .def("length", &Watch::length, py::arg("dict"), py::arg("length"), "len(dict) == length")
       .def("values", &Watch::values, py::arg("dict"), py::arg("values"), "dict.values() are these objects, in order")
+      .def("elements", &Watch::elements, py::arg("list"), py::arg("values"), "the list holds these objects, in order")
       .def("type", &Watch::type, py::arg("object"), py::arg("kind"), "type(object) is kind")
       .def("attribute", &Watch::attribute, py::arg("object"), py::arg("name"), py::arg("value"),
            "getattr(object, name) is value")

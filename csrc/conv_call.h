@@ -110,11 +110,12 @@ struct Weights {
 };
 
 // Batch norm in inference and the bias, folded: scale = gamma / sqrt(var + eps), shift = beta + (bias - mean) * scale.
+// gamma or beta without mean and var scale and shift the biased sum as they are: mean 0, and var 1 with eps 0.
 struct BatchNormTensors {
   const OptionalTensor &bias, &mean, &var, &gamma, &beta;
   double eps;
 
-  bool has_norm() const { return mean.has_value(); }
+  bool has_norm() const { return mean.has_value() || gamma.has_value() || beta.has_value(); }
   bool has_any() const { return has_norm() || bias.has_value(); }
   int64_t scratch_bytes(int64_t k, DType accumulate) const {
     return has_any() ? 3 * Scratch::padded(k * dtype_size(accumulate)) : 0;
@@ -133,7 +134,7 @@ struct BatchNormTensors {
     epilogue.scale = scale;
     load_channels<T>(var, "var", k, T(1), part);
     load_channels<T>(gamma, "gamma", k, T(1), scale);
-    for (int64_t i = 0; i < k; ++i) scale[i] /= std::sqrt(part[i] + static_cast<T>(eps));
+    for (int64_t i = 0; i < k && mean; ++i) scale[i] /= std::sqrt(part[i] + static_cast<T>(eps));
     load_channels<T>(mean, "mean", k, T(0), part);
     for (int64_t i = 0; i < k; ++i) shift[i] = (shift[i] - part[i]) * scale[i];
     load_channels<T>(beta, "beta", k, T(0), part);

@@ -7,6 +7,9 @@
 // steps; tensors are named by their position in `tensors`, kAbsent for one that is not there. What may change are the
 // tensors, the version counters of the weights, and eps, one for each step.
 //
+// A weight in two dimensions is a linear layer's, a 1x1 filter over the channels. A step whose variant is kLayerNorm
+// normalises the channels of every pixel (cpu/layer_norm.h): of its tensors gamma and beta may be there.
+//
 // A batch goes through the sequence in phases (phases.h): in some each thread takes images of its own through many
 // blocks, in others all threads share each block. Values that one phase makes and another reads hold the whole batch.
 #include <algorithm>
@@ -14,6 +17,7 @@
 
 #include "block.h"
 #include "conv_call.h"
+#include "cpu/layer_norm.h"
 #include "phases.h"
 
 namespace convext {
@@ -25,7 +29,14 @@ enum StepField {
   kResidual,  // a value
   kExcites, kSqueezeWeight, kSqueezeBias, kExciteWeight, kExciteBias, kSqueezeActivation, kGate, kStepFields
 };
-constexpr int64_t kAbsent = -1;
+constexpr int64_t kAbsent = -1, kLayerNorm = -1;
+
+// The weight of a step as a filter bank.
+View filters_of(const Tensor& w) {
+  if (w.dim() == 4) return view_of(w, "w");
+  STD_TORCH_CHECK(w.is_cpu() && w.dim() == 2, "convext_cpu: w must be a CPU tensor of 4 or 2 dimensions");
+  return {{w.size(0), w.size(1), 1, 1}, {w.stride(0), w.stride(1), 1, 1}, dtype_of(w), w.data_ptr()};
+}
 
 // An activation between two blocks: who reads it last, and where it lies.
 struct Value {
@@ -95,11 +106,14 @@ struct Sequence {
                     "convext_cpu: program, versions and eps must speak of the same steps");
   }
 
+  bool is_norm(size_t step) const { return fields[step][kVariant] == kLayerNorm; }
+
   // Adds a step that reads `v`, which becomes its output.
   void read_step(const int64_t* f, Value& v) {
+    if (f[kVariant] == kLayerNorm) return read_norm(f, v);
     const OptionalTensor weight = tensor(f[kWeight]);
     STD_TORCH_CHECK(weight.has_value(), "convext_cpu: a step has no weight");
-    const View wv = view_of(*weight, "w");
+    const View wv = filters_of(*weight);
     STD_TORCH_CHECK(wv.dtype == input.dtype || (wv.dtype == DType::kFloat32 && dtype_size(input.dtype) == 2),
                     "convext_cpu: x and w must have one dtype");
     BlockStep step{};
@@ -124,6 +138,18 @@ struct Sequence {
     weights.push_back(wv);
     v = {v.n, step.problem.k, step.problem.p(), step.problem.q()};
     STD_TORCH_CHECK(step.problem.y_size() > 0 && step.problem.x_size() > 0, "convext_cpu: a step has nothing to do");
+    v.image_bytes = step.problem.y_size() / v.n * dtype_size(input.dtype);
+  }
+
+  void read_norm(const int64_t* f, Value& v) {
+    BlockStep step{};
+    step.problem = make_problem(v.n, v.c, v.h, v.w, v.c, 1, 1, {1, 1, 0, 0, 1, 1, 1}, input.dtype);
+    step.variant = layer_norm_for(settings().cpu_isa, input.dtype);
+    STD_TORCH_CHECK(step.variant != nullptr, "convext_cpu: there is no layer norm for this dtype");
+    STD_TORCH_CHECK(step.problem.y_size() > 0, "convext_cpu: a step has nothing to do");
+    steps.push_back(step);
+    fields.push_back(f);
+    weights.push_back(View{});
     v.image_bytes = step.problem.y_size() / v.n * dtype_size(input.dtype);
   }
 
@@ -155,8 +181,9 @@ struct Sequence {
     for (size_t i = block.first; i < block.first + block.count; ++i) {
       const BlockStep& step = steps[i];
       const bool packs = step.variant->pack_format != nullptr && step.variant->pack_format(step.problem) != nullptr;
-      moved.weights += packs ? step.variant->packed_size(step.problem)
-                             : step.problem.w_size() * dtype_size(step.problem.dtype);
+      moved.weights += packs        ? step.variant->packed_size(step.problem)
+                       : is_norm(i) ? 2 * step.problem.c * dtype_size(step.problem.dtype)
+                                    : step.problem.w_size() * dtype_size(step.problem.dtype);
       if (fields[i][kResidual] != kAbsent) moved.image += values[fields[i][kResidual]].image_bytes;
     }
     return moved;
@@ -298,6 +325,7 @@ Tensor sequence(std::vector<int64_t> program, const Tensor& x, std::vector<Tenso
     use(BatchNormTensors{bias, mean, var, gamma, beta, eps[i]});
   };
   const auto with_weights = [&](size_t i, auto&& use) {
+    if (s.is_norm(i)) return;
     const OptionalTensor packed = s.tensor(s.fields[i][kPacked]);
     use(Weights{*s.steps[i].variant, s.steps[i].problem, s.weights[i], packed, versions[i]});
   };
@@ -332,6 +360,7 @@ Tensor sequence(std::vector<int64_t> program, const Tensor& x, std::vector<Tenso
         norm.fold<float>(step.problem.k, step.epilogue);
       }
     });
+    if (s.is_norm(i)) step.weights = &s.eps[i];
     with_weights(i, [&](const Weights& weights) { step.weights = weights.get(staging, parallel); });
     STD_TORCH_CHECK(s.fields[i][kResidual] != 0 || s.input.is_dense(Layout::kNHWC),
                     "convext_cpu: a residual must be dense channels-last");

@@ -132,16 +132,16 @@ inline double widen(double value) { return value; }
 inline float widen(torch::headeronly::Half value) { return static_cast<float>(value); }
 inline float widen(torch::headeronly::BFloat16 value) { return static_cast<float>(value); }
 
-// Per-channel parameters of any dtype and stride as k values of T, `absent` where there is no tensor.
+// Per-channel parameters of any dtype, and in one dimension of any stride, as k values of T, `absent` where there is no tensor.
 template <class T>
 void load_channels(const OptionalTensor& t, const char* name, int64_t k, T absent, T* out) {
   if (!t) {
     for (int64_t i = 0; i < k; ++i) out[i] = absent;
     return;
   }
-  STD_TORCH_CHECK(t->is_cpu() && t->dim() == 1 && t->numel() == k, "convext_cpu: ", name, " must hold ", k,
-                  " values on the CPU, got ", t->numel());
-  const int64_t stride = t->stride(0);
+  STD_TORCH_CHECK(t->is_cpu() && (t->dim() == 1 || t->is_contiguous()) && t->numel() == k, "convext_cpu: ", name,
+                  " must hold ", k, " values in a row on the CPU, got ", t->numel());
+  const int64_t stride = t->dim() == 1 ? t->stride(0) : 1;
   const auto copy = [&](const auto* data) {
     if (stride == 1) {  // the common case, and one the compiler vectorises
       for (int64_t i = 0; i < k; ++i) out[i] = static_cast<T>(widen(data[i]));

@@ -28,6 +28,10 @@ class Watch {
   void values(pybind11::dict dict, pybind11::tuple values) {
     facts_.push_back({Kind::kValues, std::move(dict), {}, std::move(values)});
   }
+  // [*list] are these very objects
+  void elements(pybind11::list list, pybind11::tuple values) {
+    facts_.push_back({Kind::kElements, std::move(list), {}, std::move(values)});
+  }
   // type(object) is kind
   void type(pybind11::object object, pybind11::object kind) {
     facts_.push_back({Kind::kType, std::move(object), {}, std::move(kind)});
@@ -46,7 +50,7 @@ class Watch {
   int64_t size() const { return static_cast<int64_t>(facts_.size()); }
 
  private:
-  enum class Kind { kItem, kEmpty, kLength, kValues, kType, kAttribute };
+  enum class Kind { kItem, kEmpty, kLength, kValues, kElements, kType, kAttribute };
   struct Fact {
     Kind kind;
     pybind11::object owner, key, value;
@@ -68,6 +72,14 @@ class Watch {
         PyObject *key, *value;
         while (PyDict_Next(owner, &at, &key, &value)) {
           if (value != PyTuple_GET_ITEM(fact.value.ptr(), i++)) return false;
+        }
+        return true;
+      }
+      case Kind::kElements: {
+        const Py_ssize_t size = PyList_GET_SIZE(owner);
+        if (size != PyTuple_GET_SIZE(fact.value.ptr())) return false;
+        for (Py_ssize_t i = 0; i < size; ++i) {
+          if (PyList_GET_ITEM(owner, i) != PyTuple_GET_ITEM(fact.value.ptr(), i)) return false;
         }
         return true;
       }

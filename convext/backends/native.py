@@ -96,8 +96,8 @@ def _packed_buffer(w: torch.Tensor, plan: _Plan) -> torch.Tensor | None:
     return buffer
 
 
-def _version(w: torch.Tensor) -> int:
-    return 0 if w.is_inference() else w._version  # inference tensors keep no version counter
+def _version(w: torch.Tensor | None) -> int:
+    return 0 if w is None or w.is_inference() else w._version  # inference tensors keep no version counter
 
 
 class NativeBackend:
@@ -206,11 +206,11 @@ class NativeBackend:
         steps = [step for block in blocks for step in block.steps]
         if any(step.problem.device == "cuda" for step in steps):
             return None
-        plans = [_plan(Pass.FPROP, step.problem) for step in steps]
-        kernels = [_C.variants()[plan.variant] for plan in plans]
-        if any(kernel["dtype"] != step.problem.dtype or step.problem.y_layout != _NHWC
+        plans = [None if step.is_norm else _plan(Pass.FPROP, step.problem) for step in steps]
+        kernels = [None if plan is None else _C.variants()[plan.variant] for plan in plans]
+        if any(kernel is not None and kernel["dtype"] != step.problem.dtype or step.problem.y_layout != _NHWC
                for kernel, step in zip(kernels, steps)) or any(step.problem.x_layout != _NHWC for step in steps[1:]) \
-                or steps[0].problem.x_layout != _NHWC and not kernels[0]["reads_nchw"] \
+                or steps[0].problem.x_layout != _NHWC and not (kernels[0] and kernels[0]["reads_nchw"]) \
                 or any(len(block.steps) > 1 and _rejects_block(block) for block in blocks):
             return None
         op, program = torch.ops.convext_cpu.sequence.default._op, native_sequence.program(blocks, plans)
@@ -218,9 +218,10 @@ class NativeBackend:
         def arrange(tensors):
             operands = []
             for plan, step in zip(plans, tensors):
-                operands.append(step[0])
-                if plan.pack_format is not None:
-                    operands.append(_packed_buffer(step[0], plan))
+                if plan is not None:
+                    operands.append(step[0])
+                    if plan.pack_format is not None:
+                        operands.append(_packed_buffer(step[0], plan))
                 operands += [t for t in step[1:] if t is not None]
             return operands, [step[0] for step in tensors]
 

@@ -8,15 +8,17 @@ from typing import NamedTuple
 from ..problem import ACTIVATIONS, ConvProblem
 
 _ABSENT = -1
+_LAYER_NORM = -1  # in the place of a kernel
 
 
 class Step(NamedTuple):
-    """One convolution of a sequence.
+    """One convolution of a sequence, or a LayerNorm over the channels of each pixel.
 
     problem, activation: what it computes. residual: the value that it adds (see `Block`), or None.
     present: which of its tensors are there: weight, bias, mean, var, gamma, beta and, where it scales its input by
         squeeze and excitation first, weight and bias of each of that one's convolutions.
     excite: (activation, number of the gate) of that squeeze and excitation, or None.
+    is_norm: a LayerNorm, whose problem is that of a 1x1 convolution and whose tensors are gamma and beta.
     """
 
     problem: ConvProblem
@@ -24,6 +26,7 @@ class Step(NamedTuple):
     residual: int | None
     present: tuple[bool, ...]
     excite: tuple[str, int] | None
+    is_norm: bool = False
 
 
 class Block(NamedTuple):
@@ -48,7 +51,7 @@ class Prepared(NamedTuple):
 
 
 def program(blocks, plans) -> list[int]:
-    """The numbers of the blocks, one after the other. `plans`: the call of each step's kernel.
+    """The numbers of the blocks, one after the other. `plans`: the call of each step's kernel, None of a LayerNorm.
 
     The op's list of tensors has the steps' present ones in their order, the packed weight after the weight where there
     is one.
@@ -63,9 +66,10 @@ def program(blocks, plans) -> list[int]:
     for block in blocks:
         numbers += [block.source, len(block.steps)]
         for step, plan in zip(block.steps, plans):
-            weight, packed = take(True), take(plan.pack_format is not None)
+            weight, packed = take(step.present[0]), take(plan is not None and plan.pack_format is not None)
             bias, mean, var, gamma, beta, *excited = map(take, step.present[1:])
-            numbers += [plan.variant, *plan.geom, ACTIVATIONS[step.activation], weight, packed, bias, mean, var, gamma,
+            numbers += [_LAYER_NORM, *[0] * 7] if plan is None else [plan.variant, *plan.geom]
+            numbers += [ACTIVATIONS[step.activation], weight, packed, bias, mean, var, gamma,
                         beta, _ABSENT if step.residual is None else step.residual]
             numbers += [0, *[_ABSENT] * 4, 0, 0] if step.excite is None else [
                 1, *excited, ACTIVATIONS[step.excite[0]], step.excite[1]]

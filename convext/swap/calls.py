@@ -17,6 +17,7 @@ _ACTIVATION_FUNCTIONS = {F.relu: "relu", F.relu_: "relu", torch.relu: "relu", to
 _ACTIVATION_METHODS = {"relu": "relu", "relu_": "relu"}
 _ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add}
 _ADD_METHODS = {"add", "add_", "__add__", "__iadd__"}
+_PRODUCT_METHODS = {"mul", "__mul__"}
 
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -125,6 +126,24 @@ def summands(node):
     return tuple(node.args)
 
 
+def is_product(node):
+    """True of a node that computes a * b of two arguments."""
+    return not node.kwargs and (node.op == "call_function" and getattr(node.target, "__name__", "") == "mul"
+                                or node.op == "call_method" and node.target in _PRODUCT_METHODS)
+
+
+def is_layer_norm_2d(module):
+    """True of torchvision's and timm's LayerNorm over the channels of an image, (N, C, H, W) in and out."""
+    return isinstance(module, nn.LayerNorm) and type(module).__name__ == "LayerNorm2d" \
+        and type(module).__module__.startswith(("torchvision.models.convnext", "timm.layers"))
+
+
+def permutation_of(module):
+    """The order in which torchvision's Permute puts the dimensions of its argument; None of another module."""
+    known = type(module).__name__ == "Permute" and type(module).__module__.startswith("torchvision.ops")
+    return tuple(module.dims) if known else None
+
+
 def writes_first_argument(node, modules):
     """True where a node changes its first argument in place (or may, as far as is known)."""
     if node.op == "call_method":
@@ -174,7 +193,7 @@ def makes_new_tensor(node, modules):
     if node.op == "call_module":
         module = modules[node.target]
         return is_conv(module) or type(module) is not nn.Identity and type(module) in _ELEMENTWISE_MODULES \
-            or type(module) in _SPATIAL_MODULES or type(module) is nn.Linear
+            or type(module) in _SPATIAL_MODULES or type(module) in (nn.Linear, nn.LayerNorm) or is_layer_norm_2d(module)
     if node.op == "call_function":
         return node.target in _ELEMENTWISE_FUNCTIONS | _ARITHMETIC | _CAT | _POOLING
     return node.op == "call_method" and node.target in _ELEMENTWISE_METHODS

@@ -108,7 +108,7 @@ def _grow(node, modules, opaque, times, taken):
 
 def shorten(chain, order, aliases, modules):
     """Drops nodes off the end until nothing in between writes what the fused call reads at its end."""
-    while len(chain.nodes) > 1 and _crosses_a_write(chain, order, aliases, modules):
+    while len(chain.nodes) > 1 and crosses_a_write(chain, order, aliases, modules):
         dropped = chain.nodes.pop()
         if dropped.op == "call_module" and dropped.target == chain.batch_norm:
             chain.batch_norm = None
@@ -118,7 +118,8 @@ def shorten(chain, order, aliases, modules):
             chain.activation, chain.activation_module = "identity", None
 
 
-def _crosses_a_write(chain, order, aliases, modules):
+def crosses_a_write(chain, order, aliases, modules):
+    """True where a node between the ends of a chain, or of another unit that runs at its end, writes what it reads."""
     reads = set(aliases[chain.source])
     if chain.residual is not None:
         reads |= aliases[chain.residual]

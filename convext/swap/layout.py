@@ -3,6 +3,9 @@
 The kernels like channels-last; user code may look at strides, `view`, or write through views. So a value is *free*
 when a contiguous input would have made it contiguous, and every reader does the same to either format. A free value
 may be in either format; any other is made contiguous where it is computed, once, before anybody can alias it.
+
+A third kind is *channels-last* whatever the input was, in the forward as it is written: what comes out of a permutation
+from NHWC (pixelwise.py), and what convolutions make of it. It is so here, too.
 """
 
 import torch
@@ -11,6 +14,7 @@ from torch import fx
 from .. import backends
 from ..memory_format import suggests_channels_last
 from . import calls
+from .pixelwise import Run
 
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
@@ -37,16 +41,21 @@ def contiguous_weights(convs):
 
 
 class Layout:
-    """free: nodes that may be channels-last; pinned: nodes to make contiguous where they are computed.
+    """Which nodes are of which kind. `units`: chains and runs; `result_of(node)`: what a leaf container returns for
+    free arguments, "free" or "channels-last", or None where it minds their format or hides that of its result.
 
-    accepts       no argument of the container is pinned
-    returns_free  its result is one tensor, and free"""
+    free           may be channels-last
+    channels_last  are
+    pinned         nodes to make contiguous where they are computed
+    any_format     leaf containers that are called with free arguments
+    accepts        no argument of the container is pinned
+    returns        "free" or "channels-last" where its result is one tensor of that kind, else None"""
 
-    def __init__(self, graph, modules, chains, aliases, opaque, takes_any):
-        self.modules, self.opaque, self.takes_any = modules, opaque, takes_any
-        self.last = {chain.last: chain for chain in chains}
-        self.inside = {node for chain in chains for node in chain.nodes} - set(self.last)
-        self.free, self.pinned, self.plain = set(), set(), set()
+    def __init__(self, graph, modules, units, aliases, opaque, result_of):
+        self.modules, self.opaque, self.result_of = modules, opaque, result_of
+        self.last = {unit.last: unit for unit in units}
+        self.inside = {node for unit in units for node in unit.nodes} - set(self.last)
+        self.free, self.channels_last, self.pinned, self.plain, self.any_format = set(), set(), set(), set(), set()
         output = None
         for node in graph.nodes:
             if node.op == "output":
@@ -54,12 +63,15 @@ class Layout:
             elif node not in self.inside:
                 self._visit(node)
         result = output.args[0]
-        self.returns_free = isinstance(result, fx.Node) and result in self.free
-        if not self.returns_free:
+        returns_free = isinstance(result, fx.Node) and result in self.free
+        if not returns_free:
             self.pinned |= self.free.intersection(output.all_input_nodes)
         self._pin_aliases(aliases)
-        self.returns_free = self.returns_free and result not in self.pinned
-        del self.takes_any, self.modules   # the plan, which holds this
+        self.returns = None
+        if isinstance(result, fx.Node):
+            self.returns = "channels-last" if result in self.channels_last else \
+                "free" if returns_free and result not in self.pinned else None
+        del self.result_of, self.modules   # the plan, which holds this
         self.accepts = not any(node.op == "placeholder" for node in self.pinned)
 
     def _visit(self, node):
@@ -69,22 +81,41 @@ class Layout:
         if node.op == "get_attr":
             self.plain.add(node)
             return
-        chain = self.last.get(node)
-        inputs = node.all_input_nodes if chain is None else chain.inputs
-        if chain is None and self._is_metadata(node, inputs):
+        unit = self.last.get(node)
+        inputs = node.all_input_nodes if unit is None else unit.inputs
+        if unit is None and self._is_metadata(node, inputs):
             self.plain.add(node)
             return
-        known = all(i in self.free or i in self.plain for i in inputs)
-        if known and any(i in self.free for i in inputs) and (chain is not None or self._reads_any_strides(node)):
-            self.free.add(node)
-        else:
+        kind = self._kind(node, unit, inputs)
+        if kind is None:
             self.pinned |= self.free.intersection(inputs)
+        else:
+            (self.free if kind == "free" else self.channels_last).add(node)
+
+    def _kind(self, node, unit, inputs):
+        """"free", "channels-last", or None."""
+        if isinstance(unit, Run):
+            if not unit.comes_second or unit.residual in self.channels_last:
+                return "channels-last"
+            return "free" if unit.residual in self.free else None
+        tensors = [i for i in inputs if i not in self.plain]
+        nested = None
+        if unit is None and node.op == "call_module" and node.target not in self.opaque:
+            nested = self.result_of(node)
+        if tensors and all(i in self.channels_last for i in tensors):
+            return "channels-last" if unit is not None or nested is not None else None
+        if not tensors or not all(i in self.free for i in tensors):
+            return None
+        if nested is not None:
+            self.any_format.add(node)
+            return nested
+        return "free" if unit is not None or self._reads_any_strides(node) else None
 
     def _is_metadata(self, node, inputs):
         """Sizes and numbers made of them."""
         if inputs and all(i in self.plain and i.op != "get_attr" for i in inputs):
             return node.op == "call_function" and getattr(node.target, "__module__", "") in ("_operator", "builtins")
-        if not any(i in self.free for i in inputs):
+        if self.free.isdisjoint(inputs) and self.channels_last.isdisjoint(inputs):
             return False
         return node.op == "call_method" and node.target in calls.METADATA_METHODS or \
             node.op == "call_function" and node.target is getattr and node.args[1] in calls.METADATA_ATTRIBUTES
@@ -93,7 +124,7 @@ class Layout:
         if node.op == "call_module":
             if node.target in self.opaque:
                 return False
-            return calls.reads_any_strides(node, self.modules) or self.takes_any(node)
+            return calls.reads_any_strides(node, self.modules)
         return calls.reads_any_strides(node, self.modules)
 
     def _pin_aliases(self, aliases):

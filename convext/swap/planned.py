@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules import module as _torch_module
 
 from .. import backends
-from . import calls, chains, codegen, layout, linears, place, sequences, squeeze_excite
+from . import calls, chains, codegen, layout, linears, pixelwise, place, sequences, squeeze_excite
 from . import signature as signatures
 from .audit import Untraceable
 from .tracing import Trace
@@ -31,20 +31,23 @@ _MOST_SIGNATURES, _MOST_TRACES, _MOST_VARIANTS = 8, 4, 16
 class Variant:
     """A compiled plan for one combination of training flags, hooks and memory formats.
 
-    function(owner, *tensors); chains; alone: why a convolution has nothing fused; layout: None outside the seam."""
+    function(owner, *tensors); chains; runs: those of pixelwise.py that run as steps; alone: why a convolution has
+    nothing fused; layout: None outside the seam."""
 
     def __init__(self, plan, opaque, in_seam, direct):
         trace = plan.trace
         modules = trace.modules
         self.chains, self.alone = chains.find(trace.graph, modules, opaque)
+        taken = {node for chain in self.chains for node in chain.nodes}
+        self.runs = pixelwise.find(trace.graph, modules, opaque, taken)
         self.layout = None
         if in_seam:
             aliases = chains.aliases_of(trace.graph, modules)
-            self.layout = layout.Layout(trace.graph, modules, self.chains, aliases, opaque, plan.takes_any)
+            self.layout = layout.Layout(trace.graph, modules, self.chains + self.runs, aliases, opaque, plan.result_of)
 
         def call_leaf(node):
             module = modules[node.target]
-            if self.layout is not None and node in self.layout.free and plan.takes_any(node):
+            if in_any_format(node):
                 return module.__dict__["forward"].in_any_format
             return module
 
@@ -53,17 +56,24 @@ class Variant:
             module = modules[key]
             return operator.attrgetter(name) if module is None else lambda owner: getattr(module, name)
 
-        self.fused = []    # the function of each chain
+        self.fused = {}    # key of a convolution -> the function of its chain
 
         def is_free(node):
-            return self.layout is None or node in self.layout.free and node not in self.layout.pinned
+            return self.layout is None or node in self.layout.channels_last \
+                or node in self.layout.free and node not in self.layout.pinned
 
         def fused_chain(chain):
             batch_norm = None if chain.batch_norm is None else modules[chain.batch_norm]
             channels_last = self.layout is not None and is_free(chain.last)
-            self.fused.append(place.bind(modules[chain.conv], batch_norm, chain.activation, _apart(chain, modules),
-                                         channels_last, direct))
-            return self.fused[-1]
+            self.fused[chain.conv] = place.bind(modules[chain.conv], batch_norm, chain.activation,
+                                                _apart(chain, chain.nodes, modules), channels_last, direct)
+            return self.fused[chain.conv]
+
+        def apart_run(run):
+            return pixelwise.Apart(_apart(run, run.core, modules, run.readers(trace.parameters)))
+
+        def in_any_format(node):
+            return self.layout is not None and node in self.layout.any_format
 
         def planned(node):
             """The PlannedForward of the container that a node calls, where nothing else sees the call, or None."""
@@ -71,21 +81,29 @@ class Variant:
             forward = module.__dict__.get("forward") if module is not None else None
             if not isinstance(forward, PlannedForward) or node.kwargs or len(node.args) != 1 \
                     or type(module).__call__ is not nn.Module.__call__ or "_compiled_call_impl" in module.__dict__ \
-                    or self.layout is not None and not (node in self.layout.free and plan.takes_any(node)):
+                    or self.layout is not None and node not in self.layout.any_format | self.layout.channels_last:
                 return None
             return forward
 
         self.whole = None  # what runs all of the forward as a member of a sequence, where one unit does
         units, runners = self.chains, {}
+        if direct is not True:  # under autocast a LayerNorm is computed in float32
+            self.runs = []
         if direct:
+            self.runs = [run for run in self.runs if is_free(run.last)]
+            order = {node: position for position, node in enumerate(trace.graph.nodes)}
+            units = sorted(self.chains + self.runs, key=lambda unit: order[unit.nodes[0]])
             excites = {n: squeeze_excite.match(f.owner, f.plan(f.owner, signatures.ONE_TENSOR))
                        for n in trace.graph.nodes if (f := planned(n)) is not None}
-            nested = {n: (call_leaf(n), functools.partial(_whole_of, modules[n.target], in_seam, direct))
+            nested = {n: (call_leaf(n), functools.partial(_whole_of, modules[n.target], in_any_format(n), direct))
                       for n in excites}
             units = sequences.find_blocks(trace.graph, units, modules, is_free, lambda n: excites.get(n) is not None)
             units = sequences.find(trace.graph, units, is_free, lambda n: n in nested)
-            parts = sequences.Parts(modules, fused_chain, excites, nested, None if direct is True else direct)
+            parts = sequences.Parts(modules, trace.parameters, fused_chain, apart_run, excites, nested,
+                                    None if direct is True else direct)
             runners = {unit.last: parts.runner(unit) for unit in units}
+            taken = {node for unit in units for node in unit.nodes}
+            self.runs = [run for run in self.runs if run.last in taken]
         else:
             units = units + linears.find(trace.graph, modules, opaque, self.chains)
         if len(units) == len(runners) == 1:
@@ -96,7 +114,7 @@ class Variant:
 
         def fused(unit):
             if isinstance(unit, linears.Linear):
-                return linears.bind(modules[unit.conv], unit.activation, _apart(unit, modules))
+                return linears.bind(modules[unit.conv], unit.activation, _apart(unit, unit.nodes, modules))
             if not direct:
                 return fused_chain(unit)
             runner = runners[unit.last]
@@ -106,11 +124,12 @@ class Variant:
 
     @property
     def works_in_any_format(self):
-        return self.layout is not None and self.layout.accepts and self.layout.returns_free
+        return self.layout is not None and self.layout.accepts and self.layout.returns is not None
 
 
-def _apart(chain, modules):
-    """function(x, residual) that runs the nodes of a chain one by one, each as the forward wrote it."""
+def _apart(unit, nodes, modules, readers=None):
+    """function(x, residual) that runs the nodes of a chain or a run one by one, each as the forward wrote it.
+    `readers`: node -> function of nothing that gives its value."""
     def step(node, previous):
         if node.op == "call_module":
             function, args, kwargs = modules[node.target], node.args, node.kwargs
@@ -120,14 +139,16 @@ def _apart(chain, modules):
             function, args, kwargs = node.target, node.args, node.kwargs
 
         def run(value, residual):
-            given = [value if a is previous else residual if a is chain.residual else a for a in args]
+            given = [value if a is previous else residual if a is unit.residual else a for a in args]
+            if readers:
+                given = [readers[a]() if isinstance(a, torch.fx.Node) else a for a in given]
             if node.op == "call_method":
                 return function(node.target, *given[1:], **kwargs)(given[0])
             return function(*given, **kwargs)
         return run
 
-    previous = [chain.source, *chain.nodes[:-1]]
-    steps = [step(node, before) for node, before in zip(chain.nodes, previous)]
+    previous = [unit.source, *nodes[:-1]]
+    steps = [step(node, before) for node, before in zip(nodes, previous)]
 
     def apart(x, residual=None):
         for run in steps:
@@ -140,7 +161,7 @@ def _apart(chain, modules):
 def _whole_of(module, in_seam, direct):
     """(what runs all of a container's forward as a member of a sequence, its plan, the container), or None."""
     forward = module.__dict__.get("forward")
-    if not isinstance(forward, PlannedForward) or in_seam and not forward.works_in_any_format(1):
+    if not isinstance(forward, PlannedForward) or in_seam and forward.result_in_any_format(1) is None:
         return None
     plan = forward.plan(module, signatures.ONE_TENSOR)
     variant = plan.variant(in_seam, direct) if plan is not None else None
@@ -167,15 +188,16 @@ class Plan:
         self.weights = [m.__dict__ for m in telling or convs]
         self.variants, self.epoch = {}, backends.epoch
 
-    def takes_any(self, node):
-        """True of a leaf container whose own plan neither minds channels-last arguments nor hides such a result."""
+    def result_of(self, node):
+        """What a leaf container returns whose own plan neither minds channels-last arguments nor hides such a result
+        (see layout.Layout), else None."""
         module = self.trace.modules[node.target]
         forward = module.__dict__.get("forward") if module is not None else None
         if not isinstance(forward, PlannedForward) or node.kwargs or "_compiled_call_impl" in module.__dict__ \
                 or type(module).__call__ is not nn.Module.__call__ or not node.args \
                 or any(not isinstance(a, torch.fx.Node) for a in node.args):
-            return False
-        return forward.works_in_any_format(len(node.args))
+            return None
+        return forward.result_in_any_format(len(node.args))
 
     def variant(self, in_seam, direct=False):
         """The compiled variant for the modules' present state, or None where the plan cannot stand."""
@@ -313,7 +335,7 @@ class PlannedForward:
         if variant is None:
             return type(owner).forward(owner, *args, **kwargs)
         result = variant.function(owner, *tensors)
-        return result.contiguous() if in_seam and variant.layout.returns_free else result
+        return result.contiguous() if in_seam and variant.layout.returns == "free" else result
 
     def in_any_format(self, *tensors):
         """The call from another plan: arguments and result may be channels-last where the user's own are not."""
@@ -382,11 +404,12 @@ class PlannedForward:
     def forget_refusals(self):
         self._refusals.clear()
 
-    def works_in_any_format(self, count):
-        """Whether a call with `count` tensors would take and return channels-last tensors as they come."""
+    def result_in_any_format(self, count):
+        """What a call with `count` tensors would return where it takes channels-last tensors as they come: "free" or
+        "channels-last" (see layout.Layout), else None."""
         plan = self.plan(self.owner, ((signatures.TENSOR,) * count, ()))
         variant = plan and plan.variant(True)
-        return bool(variant and variant.works_in_any_format)
+        return variant.layout.returns if variant and variant.works_in_any_format else None
 
 
 def _restored(module, tensors):

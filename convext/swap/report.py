@@ -122,6 +122,7 @@ class _Place:
     chain: object = None
     state: object = None
     reason: str = ""
+    run: object = None  # what follows over the channels of each pixel (pixelwise.py)
 
 
 def _places(model):
@@ -131,8 +132,11 @@ def _places(model):
         forward = module.__dict__.get("forward")
         if isinstance(forward, PlannedForward):
             for variant, modules in forward.present_variants():
-                for chain, fused in zip(variant.chains, variant.fused):
-                    place = _Place(chain, fused.state, variant.alone.get(chain.conv, ""))
+                runs = {run.source: run for run in variant.runs}
+                for chain in variant.chains:
+                    fused, run = variant.fused[chain.conv], runs.get(chain.last)
+                    reason = "" if run is not None else variant.alone.get(chain.conv, "")
+                    place = _Place(chain, fused.state, reason, run)
                     known = places.get(modules[chain.conv])
                     ran = fused.state.last is not None
                     if known is None or known.state is None or known.state.last is None and ran:
@@ -152,7 +156,7 @@ def _row(model, name, module, place):
     elif place is None:
         row.reason = _why_no_plan(model, name)
     else:
-        row.fused = " + ".join(place.chain.parts) if place.chain else ""
+        row.fused = " + ".join([*(place.chain.parts if place.chain else []), *(place.run.parts if place.run else [])])
         row.reason = place.reason
     if type(module) is calls.convext_conv():
         state = place.state if place is not None else None

@@ -2,11 +2,12 @@
 
 Two things are put together, in the graph of a container's forward:
 
-    Block      chains of pointwise and depthwise convolutions, each read by the next alone, as an inverted residual is
-               made of them, squeeze and excitation between two of them included: they are computed a strip of rows at
-               a time, so that what lies between them stays in the cache (csrc/block.h)
-    Sequence   chains, blocks and containers that are such a sequence themselves, one after the other with nothing else
-               in between: one call computes them all (csrc/ops_sequence.cpp)
+    Block      chains of pointwise and depthwise convolutions and runs of layers over channels (pixelwise.py), each
+               read by the next alone, as an inverted residual or ConvNeXt's block is made of them, squeeze and
+               excitation between two of them included: they are computed a strip of rows at a time, so that what lies
+               between them stays in the cache (csrc/block.h)
+    Sequence   chains, runs, blocks and containers that are such a sequence themselves, one after the other with nothing
+               else in between: one call computes them all (csrc/ops_sequence.cpp)
 
 Both stand only where a chain would run straight (place.runs_direct). A call looks up what a chain's own call looks up;
 where anything is not as it was when the sequence was prepared, its members run one by one, and it is prepared anew.
@@ -21,16 +22,17 @@ from .. import ops
 from ..backends.native_sequence import Block as PreparedBlock
 from ..backends.native_sequence import Step as PreparedStep
 from ..problem import DTYPES
-from . import place, squeeze_excite
+from . import pixelwise, place, squeeze_excite
 from .chains import Chain
+from .pixelwise import Run
 
 # ---- finding them ----------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Block:
-    """`chains` in order; `excited`: position of a chain -> the node of the squeeze and excitation before it."""
-    chains: list[Chain]
+    """Chains and runs in order; `excited`: position of one -> the node of the squeeze and excitation before it."""
+    chains: list[Chain | Run]
     excited: dict[int, fx.Node] = field(default_factory=dict)
 
     @property
@@ -65,7 +67,7 @@ class Nested:
 
 @dataclass
 class Sequence:
-    """`members`: chains, blocks and nested containers in the order of their calls."""
+    """`members`: chains, runs, blocks and nested containers in the order of their calls."""
     members: list
 
     @property
@@ -82,7 +84,7 @@ class Sequence:
 
 
 def find_blocks(graph, found, modules, is_free, excites):
-    """The chains `found` in a graph, those that can run as one put together: a list of Chain and Block.
+    """The chains and runs `found` in a graph, those that can run as one put together: a list of Chain, Run and Block.
 
     `is_free(node)`: whether a value may be channels-last; `excites(node)`: whether a node is squeeze and excitation.
     Whether the kernels take a block is seen when it is prepared."""
@@ -117,6 +119,8 @@ def find_blocks(graph, found, modules, is_free, excites):
 
 
 def _suits(chain, modules):
+    if isinstance(chain, Run):
+        return True
     conv = modules[chain.conv]
     pointwise = conv.kernel_size == (1, 1) and conv.padding in ((0, 0), 0)
     return pointwise and conv.groups == 1 or conv.groups == conv.in_channels > 1
@@ -130,9 +134,10 @@ def _nothing_between(unit, order, graph):
 
 
 def find(graph, units, is_free, nests):
-    """The units of a graph, those that follow each other put together: a list of Chain, Block and Sequence.
+    """The units of a graph, those that follow each other put together: a list of Chain, Run, Block and Sequence.
 
-    `nests(node)`: whether a node calls a container that may be a sequence itself."""
+    `nests(node)`: whether a node calls a container that may be a sequence itself. A LayerNorm that nothing is put
+    together with is left to its module."""
     by_last = {unit.last: unit for unit in units}
     inside = {node for unit in units for node in unit.nodes}
     rows = [[]]
@@ -147,7 +152,8 @@ def find(graph, units, is_free, nests):
     for row in rows:
         while row:
             length = _longest(row, is_free)
-            found += [Sequence(row[:length])] if length > 1 else [] if isinstance(row[0], Nested) else row[:1]
+            alone = [] if isinstance(row[0], Nested) or pixelwise.is_norm_alone(row[0]) else row[:1]
+            found += [Sequence(row[:length])] if length > 1 else alone
             row = row[length:]
     return found
 
@@ -214,6 +220,14 @@ class Step:
             self.bn_attributes, self.affine, self.statistics = bn.__dict__, bn._parameters, bn._buffers
         self.excite, self.excite_module = excite, excite_module
 
+    @property
+    def choice(self):
+        return self.state.choice
+
+    @property
+    def eps(self):
+        return self.bn_attributes["eps"]
+
     def tensors(self):
         """Weight, bias, mean, var, gamma, beta, and those of the squeeze and excitation before it."""
         mine = (self.parameters.get("weight"), self.parameters.get("bias"), self.statistics.get("running_mean"),
@@ -223,6 +237,37 @@ class Step:
         squeeze, excite = self.excite.squeeze._parameters, self.excite.excite._parameters
         return *mine, squeeze.get("weight"), squeeze.get("bias"), excite.get("weight"), excite.get("bias")
 
+    def prepared(self, before, residual):
+        """The PreparedStep that reads the output of the problem `before`, which its own call has seen; None where it
+        cannot be one."""
+        if self.state.call is None or self.excite is not None and not self.excite.holds(self.excite_module):
+            return None
+        tensors = self.tensors()
+        if any(not t.is_contiguous() for t in tensors[6:] if t is not None):
+            return None
+        excite = self.excite and (self.excite.activation, squeeze_excite.GATES.index(self.excite.gate))
+        return PreparedStep(self.state.choice.problem, self.activation, residual,
+                            tuple(t is not None for t in tensors), excite)
+
+    def facts(self, tensors):
+        """What a prepared call relies on besides which tensors are there; None where they are none of torch's own."""
+        w, settings = tensors[0], place.settings_of(self.attributes)
+        return None if type(w) not in place.PLAIN else (settings, w.shape, w.stride(), w.dtype)
+
+    def watch(self, watch):
+        """Adds what `tensors`, `facts` and `eps` look at to a Watch."""
+        for name in place.SETTINGS:
+            watch.item(self.attributes, name, self.attributes[name])
+        for tensors, names in ((self.parameters, ("weight", "bias")), (self.affine, ("weight", "bias")),
+                               (self.statistics, ("running_mean", "running_var"))):
+            for name in names:
+                watch.item(tensors, name, tensors.get(name), name not in tensors)
+        watch.item(self.bn_attributes, "eps", self.bn_attributes["eps"])
+        if self.excite is not None:
+            for conv in (self.excite.squeeze, self.excite.excite):
+                for name in ("weight", "bias"):
+                    watch.item(conv._parameters, name, conv._parameters.get(name), name not in conv._parameters)
+
 
 class _Builder:
     """What a sequence is made of, while it is put together. Values are numbered: 0 is the input."""
@@ -231,18 +276,16 @@ class _Builder:
         self.blocks, self.steps = [], []
         self.containers = []  # (plan, container, its state) of all that are looked through
 
-    def add(self, steps, source, residuals):
-        """Adds a block and returns the value that it computes; None where a step has no kernel yet."""
+    def add(self, steps, source, residuals, before=None):
+        """Adds a block and returns the value that it computes; None where a step has no kernel yet. `before`: the
+        problem whose output the first step reads, for one that does not know."""
         prepared = []
         for step, residual in zip(steps, residuals):
-            if step.state.call is None or step.excite is not None and not step.excite.holds(step.excite_module):
+            ready = step.prepared(before, residual)
+            if ready is None:
                 return None
-            tensors = step.tensors()
-            if any(not t.is_contiguous() for t in tensors[6:] if t is not None):
-                return None
-            excite = step.excite and (step.excite.activation, squeeze_excite.GATES.index(step.excite.gate))
-            prepared.append(PreparedStep(step.state.choice.problem, step.activation, residual,
-                                         tuple(t is not None for t in tensors), excite))
+            prepared.append(ready)
+            before = ready.problem
             self.steps.append(step)
             if step.excite is not None:
                 self.containers.append((step.excite.plan, step.excite_module, step.excite.state))
@@ -284,10 +327,13 @@ class _Runner:
 
 @dataclass
 class Parts:
-    """What the runners of one graph are made of: the modules by their keys, fused(chain) that makes a chain's function,
-    node -> SqueezeExcite or None, node -> (call, resolve) of a nested container, and autocast's dtype or None."""
+    """What the runners of one graph are made of: the modules by their keys, the container's own parameters,
+    fused(chain) that makes a chain's function, apart(run) that makes a run's, node -> SqueezeExcite or None,
+    node -> (call, resolve) of a nested container, and autocast's dtype or None."""
     modules: dict
+    parameters: dict
     fused: Callable
+    apart: Callable
     excites: dict
     nested: dict
     autocast: torch.dtype | None
@@ -295,6 +341,8 @@ class Parts:
     def runner(self, unit):
         if isinstance(unit, Chain):
             return ChainRunner(unit, self.modules, self.fused(unit))
+        if isinstance(unit, Run):
+            return RunRunner(unit, self)
         if isinstance(unit, Block):
             return BlockRunner(unit, self)
         if isinstance(unit, Nested):
@@ -306,14 +354,23 @@ class BlockRunner(_Runner):
     def __init__(self, block, parts):
         super().__init__(parts.autocast)
         inputs = block.inputs
-        self.functions, self.calls, self.steps = [parts.fused(chain) for chain in block.chains], {}, []
+        self.functions, self.calls, self.steps = [], {}, []
         self.residuals = [None if c.residual is None else inputs.index(c.residual) for c in block.chains]
-        for i, (chain, function) in enumerate(zip(block.chains, self.functions)):
-            excite = module = None
-            if i in block.excited:
-                node = block.excited[i]
-                self.calls[i], excite, module = parts.nested[node][0], parts.excites[node], parts.modules[node.target]
-            self.steps.append(Step(chain, parts.modules, function, excite, module))
+        self.step_residuals = []  # of each step
+        for i, (chain, residual) in enumerate(zip(block.chains, self.residuals)):
+            if isinstance(chain, Run):
+                steps = [pixelwise.LayerStep(layer, chain, parts) for layer in chain.layers]
+                self.functions.append(parts.apart(chain))
+            else:
+                excite = module = None
+                if i in block.excited:
+                    node = block.excited[i]
+                    self.calls[i] = parts.nested[node][0]
+                    excite, module = parts.excites[node], parts.modules[node.target]
+                self.functions.append(parts.fused(chain))
+                steps = [Step(chain, parts.modules, self.functions[-1], excite, module)]
+            self.steps += steps
+            self.step_residuals += [None] * (len(steps) - 1) + [residual]
 
     def apart(self, *given):
         y = given[0]
@@ -324,7 +381,20 @@ class BlockRunner(_Runner):
         return y
 
     def emit(self, builder, values):
-        return builder.add(self.steps, values[0], [None if r is None else values[r] for r in self.residuals])
+        residuals = [None if r is None else values[r] for r in self.step_residuals]
+        return builder.add(self.steps, values[0], residuals, self.before())
+
+    def before(self):
+        """The problem whose output the block reads, where its first layer does not know."""
+        first = self.functions[0]
+        return first.source if isinstance(first, pixelwise.Apart) else None
+
+
+class RunRunner(BlockRunner):
+    """A run that no chain is put together with."""
+
+    def __init__(self, run, parts):
+        super().__init__(Block([run]), parts)
 
 
 class ChainRunner:
@@ -399,16 +469,17 @@ def _prepared(builder, x, signature):
     """call(x) -> y for calls like this one, or None where the kernels cannot run it; it answers None where something is
     not as it was."""
     steps, containers = builder.steps, builder.containers
-    backend = steps[0].state.choice.backend
-    if not hasattr(backend, "prepared_sequence") or any(s.state.choice.backend is not backend for s in steps) \
+    choices = [step.choice for step in steps if step.choice is not None]
+    backend = choices[0].backend if choices else None
+    if not hasattr(backend, "prepared_sequence") or any(choice.backend is not backend for choice in choices) \
             or not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
         return None
     sequence = backend.prepared_sequence(builder.blocks)
     if sequence is None:
         return None
     present = [step.present for block in builder.blocks for step in block.steps]
-    expected = [(step, step.state.settings, step.state.weight, there) for step, there in zip(steps, present)]
-    counters = [step.state.choice.counter for step in steps]
+    expected = [(step, step.facts(step.tensors()), there) for step, there in zip(steps, present)]
+    counters = [choice.counter for choice in choices]
     run, watch, operands = sequence.run, None, None
 
     def look_up():
@@ -416,14 +487,12 @@ def _prepared(builder, x, signature):
         if any(not plan.trace.current(module) or plan.state() != state for plan, module, state in containers):
             return None
         tensors = []
-        for step, settings, weight, there in expected:
+        for step, facts, there in expected:
             given = step.tensors()
-            w = given[0]
-            if place.settings_of(step.attributes) != settings or type(w) not in place.PLAIN \
-                    or (w.shape, w.stride(), w.dtype) != weight or tuple(t is not None for t in given) != there:
+            if facts is None or tuple(t is not None for t in given) != there or step.facts(given) != facts:
                 return None
             tensors.append(given)
-        return *sequence.arrange(tensors), [step.bn_attributes["eps"] for step in steps]
+        return *sequence.arrange(tensors), [step.eps for step in steps]
 
     def again(x):
         nonlocal watch, operands
@@ -450,15 +519,5 @@ def _watch(watch, steps, containers):
         if not plan.watch(watch, module):
             return None
     for step in steps:
-        for name in place.SETTINGS:
-            watch.item(step.attributes, name, step.attributes[name])
-        for tensors, names in ((step.parameters, ("weight", "bias")), (step.affine, ("weight", "bias")),
-                               (step.statistics, ("running_mean", "running_var"))):
-            for name in names:
-                watch.item(tensors, name, tensors.get(name), name not in tensors)
-        watch.item(step.bn_attributes, "eps", step.bn_attributes["eps"])
-        if step.excite is not None:
-            for conv in (step.excite.squeeze, step.excite.excite):
-                for name in ("weight", "bias"):
-                    watch.item(conv._parameters, name, conv._parameters.get(name), name not in conv._parameters)
+        step.watch(watch)
     return watch

@@ -17,7 +17,6 @@ from . import signature as signatures
 _GATES = {"sigmoid": (nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid"),
           "hardsigmoid": (nn.Hardsigmoid, F.hardsigmoid)}
 GATES = tuple(_GATES)
-_PRODUCTS = ("mul", "__mul__")
 
 
 class SqueezeExcite(NamedTuple):
@@ -50,7 +49,7 @@ def match(module, plan):
     squeeze, excite = found
     product = output.args[0]
     if not _is_mean(squeeze.source, x, modules) or excite.source is not squeeze.last \
-            or excite.activation != "identity" or not _is_product(product) \
+            or excite.activation != "identity" or not calls.is_product(product) \
             or any(c.batch_norm is not None or c.residual is not None for c in found):
         return None
     gates = [a for a in product.args if a is not x]
@@ -79,11 +78,6 @@ def _is_mean(node, x, modules):
     if node.target in (torch.mean, "mean"):
         return calls.reads_any_strides(node, modules) and calls.argument(node, 2, "keepdim", False) is True
     return False
-
-
-def _is_product(node):
-    return not node.kwargs and (node.op == "call_function" and getattr(node.target, "__name__", "") == "mul"
-                                or node.op == "call_method" and node.target in _PRODUCTS)
 
 
 def _gate(node, modules):

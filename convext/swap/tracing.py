@@ -201,6 +201,7 @@ class Trace:
     paths      their names as seen from the owner, by the same keys
     sequences  the containers looked through
     tensors    the nodes known to hold one tensor
+    parameters the owner's own, by name
     """
 
     def __init__(self, owner, signature):
@@ -252,7 +253,8 @@ class Trace:
     def _freeze(self):
         """Remembers what the trace depends on, in a form that `current` compares fast.
 
-        The plan is held by the owner, so neither the owner nor its dictionary is kept here."""
+        The plan is held by the owner, so neither the owner nor its dictionary is kept here. That of its parameters is:
+        no parameter holds its module."""
         paths = self.descendants
         by_path = {name: module for module, name in paths.items()}
         parents = {id(m): m for m in self.sequences}
@@ -267,7 +269,7 @@ class Trace:
         self.attributes = [(m.__dict__, _plain_attributes(m)) for m in self.sequences]
         self.sequence_types = [type(m) for m in self.sequences]
         self.paths = {key: paths.get(m, "") for key, m in self.modules.items()}
-        self.modules["0"] = None
+        self.modules["0"], self.parameters = None, self.owner._parameters
         del self.owner, self.descendants, self._keys
 
     @property
