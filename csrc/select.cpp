@@ -90,11 +90,12 @@ double tiled_share(int32_t out, int32_t dil, int32_t m) {
 // transforms, which weighs less with more channels; and reading the transformed weights, which are (m+2)^2 / 9 times
 // larger and come from memory while 6 FLOP go by for a byte: with few tiles that takes longer than the multiplications.
 // dgrad runs in training, where the weights are new at every call and their transform counts: 50 FLOP an element more
-// than the direct form's packing.
+// than the direct form's packing. wgrad transforms its sums back instead.
 double winograd_per_flop(const ConvProblem& p, Pass pass, int32_t m) {
-  const bool fprop = pass == Pass::kFprop;
+  const bool fprop = pass == Pass::kFprop, tiles_y = pass != Pass::kDgrad;
   const double positions = (m + 2.0) * (m + 2.0);
-  const double used = tiled_share(fprop ? p.p() : p.h, p.dil_h, m) * tiled_share(fprop ? p.q() : p.w, p.dil_w, m);
+  const double used = tiled_share(tiles_y ? p.p() : p.h, p.dil_h, m) *
+                      tiled_share(tiles_y ? p.q() : p.w, p.dil_w, m);
   const double channels = static_cast<double>(p.c) * p.k / (static_cast<double>(p.c) + p.k);
   const double arithmetic = (positions / (9.0 * m * m) + kTransforms / channels) / used;
   const double weights = positions * p.c * p.k / p.flops();

@@ -1,5 +1,6 @@
 """The accuracy setting, and how far Winograd's results may be from exact."""
 
+import itertools
 from contextlib import contextmanager
 
 import pytest
@@ -100,6 +101,49 @@ def test_the_factors_of_the_accuracy_policy_follow_from_the_transforms():
         assert (a.abs() @ (g.abs().sum(1) * b.abs().sum(1))).max().item() == pytest.approx(size, abs=0.005)
 
 
+def test_the_weight_gradients_factor_follows_from_the_transforms():
+    """As above, for each tap of the filter; a plain sum has 4 in one dimension of a tile, and is 16 times as long."""
+    a, g, b = transforms(4)
+    assert (g.T**2 @ ((a**2).sum(0) * (b**2).sum(1))).max().item() == pytest.approx(28.73, abs=0.005)
+    assert (g.T.abs() @ (a.abs().sum(0) * b.abs().sum(1))).max().item() == pytest.approx(33.10, abs=0.005)
+
+
+def plain_weight_gradient(dy, x):
+    """In float32, one product after the other."""
+    p, q = dy.shape[2:]
+    x, dw = F.pad(x, (1, 1, 1, 1)), torch.zeros(dy.shape[1], x.shape[1], 3, 3)
+    for n, i, j in itertools.product(range(dy.shape[0]), range(p), range(q)):
+        dw += dy[n, :, i, j, None, None, None] * x[n, :, i:i + 3, j:j + 3]
+    return dw
+
+
+@pytest.mark.parametrize("n", [2, 20])
+def test_rms_error_of_the_weight_gradient(n):
+    """docs/design.md: 28.73 / 16 of a plain sum's over the 16 * n tiles' outputs, and the transforms' own."""
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(n, 40, 16, 16, generator=generator) for _ in range(2))
+    exact = torch.ops.convext.wgrad(dy.double(), x.double(), [3, 3], [1, 1], [1, 1], [1, 1], 1)
+
+    def rms(dw):
+        return (dw - exact).square().mean().sqrt().item()
+
+    problem = ConvProblem.of_wgrad(dy, x, (3, 3), Geom((1, 1), (1, 1)))
+    with convext.backend("native"), convext.accuracy("strict"):
+        assert "direct" in backends.select(Pass.WGRAD, problem).variant
+    with convext.backend("native"), convext.accuracy("fast"):
+        assert "winograd4x4" in backends.select(Pass.WGRAD, problem).variant
+        dw = torch.ops.convext.wgrad(dy, x, [3, 3], [1, 1], [1, 1], [1, 1], 1)
+    bound = 1.1 * 28.73 / 16 * (1 + 2 * 17 / (16 * n)) ** 0.5 * rms(plain_weight_gradient(dy, x))
+    assert rms(dw) <= bound
+
+
+def test_too_few_tiles_for_the_bound_are_summed_directly():
+    problem = ConvProblem.of_wgrad(torch.zeros(1, 64, 16, 16), torch.zeros(1, 64, 16, 16), (3, 3),
+                                   Geom((1, 1), (1, 1)))
+    with convext.backend("native"), convext.accuracy("fast"):
+        assert "direct" in backends.select(Pass.WGRAD, problem).variant
+
+
 def plain_sum(x, w):
     """conv2d with padding 1 in float32, one product after the other."""
     n, c, h, width = x.shape
@@ -153,7 +197,7 @@ def test_too_few_channels_for_the_bound_are_summed_directly():
 def test_float64_never_runs_winograd(accuracy):
     x, w = (t.double() for t in operands(64, 64))
     with convext.backend("native"), convext.accuracy(accuracy):
-        for pass_ in (Pass.FPROP, Pass.DGRAD):
+        for pass_ in Pass:
             assert "winograd" not in variant(x, w, pass_)
 
 

@@ -1,81 +1,13 @@
 #include "gemm_wgrad.h"
 
+#include "gemm_outer.h"
+
 namespace convext::CONVEXT_ISA {
 namespace {
 
 constexpr int32_t kSlab = 96;       // pixels of a slab
 constexpr int32_t kItems = 32;      // items of work to aim for
 constexpr int64_t kMinShare = 384;  // pixels that are worth an item of their own
-
-// ---- The register tile: rows of K times vectors of columns, summed over the pixels of a slab ----
-
-template <class T>
-struct OuterArgs {
-  const T* const* dy;  // pointer to the tile's first filter, one for each pixel
-  const T* x;          // (pixels, vectors * width)
-  int32_t pixels;
-  int64_t offset;      // added to every pointer of dy
-  T* out;              // (rows, vectors * width)
-  bool accumulate;
-};
-
-template <class T, int ROWS, int VECTORS>
-void outer_tile(const OuterArgs<T>& args) {
-  using V = Vec<T>;
-  constexpr int kLanes = VECTORS * V::width;
-  V acc[ROWS][VECTORS];
-  CONVEXT_UNROLL
-  for (int i = 0; i < ROWS; ++i) {
-    CONVEXT_UNROLL
-    for (int j = 0; j < VECTORS; ++j) acc[i][j] = V::zero();
-  }
-  const T* x = args.x;
-  for (int32_t p = 0; p < args.pixels; ++p, x += kLanes) {
-    const T* dy = args.dy[p] + args.offset;
-    V column[VECTORS];
-    CONVEXT_UNROLL
-    for (int j = 0; j < VECTORS; ++j) column[j] = load(x + j * V::width);
-    CONVEXT_UNROLL
-    for (int i = 0; i < ROWS; ++i) {
-      const V broadcast(dy[i]);
-      CONVEXT_UNROLL
-      for (int j = 0; j < VECTORS; ++j) acc[i][j] = fma(acc[i][j], broadcast, column[j]);
-    }
-  }
-  CONVEXT_UNROLL
-  for (int i = 0; i < ROWS; ++i) {
-    CONVEXT_UNROLL
-    for (int j = 0; j < VECTORS; ++j) {
-      T* to = args.out + i * kLanes + j * V::width;
-      store(to, args.accumulate ? acc[i][j] + load(to) : acc[i][j]);
-    }
-  }
-}
-
-template <class T>
-using OuterKernel = void (*)(const OuterArgs<T>&);
-
-template <class T>
-struct OuterTable {
-  OuterKernel<T> kernels[kMaxVectors][kMaxRows];
-
-  template <int VECTORS, int ROWS>
-  constexpr void fill_rows() {
-    if constexpr (ROWS <= max_rows(VECTORS)) {
-      kernels[VECTORS - 1][ROWS - 1] = outer_tile<T, ROWS, VECTORS>;
-      fill_rows<VECTORS, ROWS + 1>();
-    }
-  }
-  template <int VECTORS>
-  constexpr void fill() {
-    fill_rows<VECTORS, 1>();
-    if constexpr (VECTORS < kMaxVectors) fill<VECTORS + 1>();
-  }
-  constexpr OuterTable() : kernels{} { fill<1>(); }
-};
-
-template <class T>
-constexpr OuterTable<T> outer_table;
 
 // ---- The problem cut into items ----
 
@@ -232,7 +164,7 @@ class Panel {
 
   void flush() {
     if (filled_ == 0) return;
-    OuterArgs<T> args{rows_, slab_, filled_, 0, out_, started_};
+    OuterArgs<T> args{rows_, slab_, lanes_, filled_, 0, out_, started_};
     const int32_t most = max_rows(vectors_), tiles = (plan_.kg + most - 1) / most;
     for (int32_t i = 0; i < tiles; ++i) {
       const int32_t begin = static_cast<int32_t>(int64_t{plan_.kg} * i / tiles);

@@ -87,6 +87,7 @@ std::vector<Case> cases() {
       {"winograd_padding_larger_than_filter", square(1, 35, 6, 34, 3, 1, 4), false, true, false, A::silu},
       {"winograd_asymmetric", make(2, 34, 13, 18, 33, 3, 3, 1, 1, 2, 0, 1, 1, 1), true},
       {"winograd_several_blocks", square(4, 32, 30, 32, 3, 1, 1), true, true, false, A::relu},
+      {"winograd_gradient_in_shares_with_tails", square(5, 33, 30, 37, 3, 1, 1)},
       {"winograd_few_tiles_many_panels", square(1, 64, 7, 300, 3, 1, 1), false, true, true, A::relu},
       {"winograd_phases_of_equal_length", square(1, 40, 16, 40, 3, 1, 2, 2), true, true, false, A::relu},
       {"winograd_phases_of_unequal_length", square(2, 36, 15, 33, 3, 1, 4, 4), true, true, true, A::relu},
@@ -338,7 +339,7 @@ Epilogue epilogue_of(const Case& test, const Operands<T>& o) {
 bool is_winograd(const Variant& v) { return std::strncmp(v.algo, "winograd", 8) == 0; }
 
 // The errors of a sum of k terms grow as sqrt(k) eps times the terms' magnitude; 2 is room, 4 the epilogue's steps.
-// Winograd's own factor is derived in docs/design.md: 26.3 / 9 for F(4x4), less than 1 for F(2x2).
+// Winograd's own factor is derived in docs/design.md: 26.3 / 9 for F(4x4), less in wgrad, less than 1 for F(2x2).
 // Products of bfloat16 are exact in float; the pair of an AVX512-BF16 instruction is two steps of the sum.
 template <class T>
 double tolerance(const Variant& v, const ConvProblem& p) {
