@@ -1,11 +1,13 @@
 // Several convolutions in one call, from a tensor to a tensor: what lies between them is scratch memory, which stays
-// warm from call to call, and nothing but kernels runs in between. The op is private to convext;
-// convext/backends/native.py calls it.
+// warm from call to call, and nothing but kernels runs in between. The ops are private to convext;
+// convext/backends/native.py calls them.
 //
 // A sequence is made of blocks (block.h), most of one step. Value 0 is the input, value i the output of block i - 1. The
 // program holds what does not change from call to call, kBlockFields numbers for a block and kStepFields for each of its
-// steps; tensors are named by their position in `tensors`, kAbsent for one that is not there. What may change are the
-// tensors, the version counters of the weights, and eps, one for each step.
+// steps; tensors are named by their position in `tensors`, kAbsent for one that is not there. Program, tensors and eps, one
+// for each step, are handed over once, and kept under a number: to pass hundreds of tensors took longer than some layers
+// do. A call brings the input and the version counters of the weights. Everything that is in a tensor, its address and
+// extents too, is read anew in each call.
 //
 // A weight in two dimensions is a linear layer's, a 1x1 filter over the channels. A step whose variant is kLayerNorm
 // normalises the channels of every pixel (cpu/layer_norm.h): of its tensors gamma and beta may be there.
@@ -14,6 +16,9 @@
 // blocks, in others all threads share each block. Values that one phase makes and another reads hold the whole batch.
 #include <algorithm>
 #include <atomic>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
 
 #include "block.h"
 #include "conv_call.h"
@@ -60,7 +65,7 @@ struct Lane {
 
 struct Sequence {
   View input;
-  std::vector<Tensor>& tensors;
+  const std::vector<Tensor>& tensors;
   const std::vector<int64_t>& versions;
   const std::vector<double>& eps;
   std::vector<Block> blocks;
@@ -295,8 +300,47 @@ struct Sequence {
   }
 };
 
-Tensor sequence(std::vector<int64_t> program, const Tensor& x, std::vector<Tensor> tensors,
-                std::vector<int64_t> versions, std::vector<double> eps) {
+// What is handed over once.
+struct Kept {
+  std::vector<int64_t> program;
+  std::vector<Tensor> tensors;
+  std::vector<double> eps;
+};
+
+std::mutex keeping;
+
+std::unordered_map<int64_t, std::shared_ptr<const Kept>>& all_kept() {
+  static auto* const kept = new std::unordered_map<int64_t, std::shared_ptr<const Kept>>;  // outlives every caller
+  return *kept;
+}
+
+int64_t keep_sequence(std::vector<int64_t> program, std::vector<Tensor> tensors, std::vector<double> eps) {
+  static int64_t last = 0;
+  auto kept = std::make_shared<const Kept>(Kept{std::move(program), std::move(tensors), std::move(eps)});
+  const std::lock_guard<std::mutex> lock(keeping);
+  all_kept().emplace(++last, std::move(kept));
+  return last;
+}
+
+void drop_sequence(int64_t number) {
+  std::shared_ptr<const Kept> dropped;  // its tensors are freed outside the lock
+  const std::lock_guard<std::mutex> lock(keeping);
+  const auto found = all_kept().find(number);
+  if (found == all_kept().end()) return;
+  dropped = std::move(found->second);
+  all_kept().erase(found);
+}
+
+std::shared_ptr<const Kept> kept_sequence(int64_t number) {
+  const std::lock_guard<std::mutex> lock(keeping);
+  const auto found = all_kept().find(number);
+  STD_TORCH_CHECK(found != all_kept().end(), "convext_cpu: there is no sequence ", number);
+  return found->second;
+}
+
+Tensor run_sequence(int64_t number, const Tensor& x, std::vector<int64_t> versions) {
+  const std::shared_ptr<const Kept> kept = kept_sequence(number);
+  const auto& [program, tensors, eps] = *kept;
   Sequence s{view_of(x, "x"), tensors, versions, eps, {}, {}, {}, {}, {}, {}};
   s.read(program);
   BlockStep& head = s.steps[0];
@@ -322,7 +366,7 @@ Tensor sequence(std::vector<int64_t> program, const Tensor& x, std::vector<Tenso
     const int64_t* const f = s.fields[i];
     const OptionalTensor bias = s.tensor(f[kBias]), mean = s.tensor(f[kMean]), var = s.tensor(f[kVar]),
                          gamma = s.tensor(f[kGamma]), beta = s.tensor(f[kBeta]);
-    use(BatchNormTensors{bias, mean, var, gamma, beta, eps[i]});
+    use(BatchNormTensors{bias, mean, var, gamma, beta, s.eps[i]});
   };
   const auto with_weights = [&](size_t i, auto&& use) {
     if (s.is_norm(i)) return;
@@ -379,7 +423,16 @@ Tensor sequence(std::vector<int64_t> program, const Tensor& x, std::vector<Tenso
 }  // namespace convext
 
 STABLE_TORCH_LIBRARY_FRAGMENT(convext_cpu, m) {
-  m.def("sequence(int[] program, Tensor x, Tensor[] tensors, int[] versions, float[] eps) -> Tensor");
+  m.def("keep_sequence(int[] program, Tensor[] tensors, float[] eps) -> int");
+  m.def("drop_sequence(int number) -> ()");
+  m.def("run_sequence(int number, Tensor x, int[] versions) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(convext_cpu, CPU, m) { m.impl("sequence", TORCH_BOX(&convext::sequence)); }
+STABLE_TORCH_LIBRARY_IMPL(convext_cpu, CPU, m) {
+  m.impl("keep_sequence", TORCH_BOX(&convext::keep_sequence));
+  m.impl("run_sequence", TORCH_BOX(&convext::run_sequence));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(convext_cpu, CompositeExplicitAutograd, m) {
+  m.impl("drop_sequence", TORCH_BOX(&convext::drop_sequence));
+}

@@ -17,7 +17,7 @@ namespace convext {
 
 constexpr int64_t kPackedHeader = 64;
 constexpr int64_t kHashedWhole = 2048;
-constexpr int64_t kSamples = 64;
+constexpr int64_t kSamples = 16;
 
 // Multiply and xor, as in FNV, over every word or over a sample of them, and the last one.
 inline uint64_t fingerprint(const void* data, int64_t bytes, uint64_t seed) {

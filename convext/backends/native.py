@@ -213,9 +213,10 @@ class NativeBackend:
                 or steps[0].problem.x_layout != _NHWC and not (kernels[0] and kernels[0]["reads_nchw"]) \
                 or any(len(block.steps) > 1 and _rejects_block(block) for block in blocks):
             return None
-        op, program = torch.ops.convext_cpu.sequence.default._op, native_sequence.program(blocks, plans)
+        ops, program = torch.ops.convext_cpu, native_sequence.program(blocks, plans)
+        op = ops.run_sequence.default._op
 
-        def arrange(tensors):
+        def keep(tensors, eps):
             operands = []
             for plan, step in zip(plans, tensors):
                 if plan is not None:
@@ -223,12 +224,12 @@ class NativeBackend:
                     if plan.pack_format is not None:
                         operands.append(_packed_buffer(step[0], plan))
                 operands += [t for t in step[1:] if t is not None]
-            return operands, [step[0] for step in tensors]
+            return native_sequence.Kept(ops.keep_sequence.default(program, operands, eps), [step[0] for step in tensors])
 
-        def run(x, operands, weights, eps):
-            return op(program, x, operands, [_version(w) for w in weights], eps)
+        def run(x, kept):
+            return op(kept.number, x, [_version(w) for w in kept.weights])
 
-        return native_sequence.Prepared(arrange, run, _C.Watch)
+        return native_sequence.Prepared(keep, run, _C.Watch)
 
     def dgrad(self, problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         if problem.device == "cuda":

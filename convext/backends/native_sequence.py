@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
+
+import torch
 
 from ..problem import ACTIVATIONS, ConvProblem
 
@@ -40,14 +43,25 @@ class Block(NamedTuple):
 class Prepared(NamedTuple):
     """A sequence whose kernels are chosen.
 
-    arrange(tensors by step) -> operands, weights   what `run` takes of the tensors, to be kept while they are the same
-    run(x, operands, weights, eps by step) -> y
-    watch() -> Watch                                an empty one (csrc/watch.h)
+    keep(tensors by step, eps by step) -> Kept   to be done anew where one of the tensors is another object
+    run(x, Kept) -> y
+    watch() -> Watch                             an empty one (csrc/watch.h)
     """
 
-    arrange: Callable
+    keep: Callable
     run: Callable
     watch: Callable
+
+
+class Kept:
+    """The tensors of a sequence, handed over to the compiled library, which lets go of them when this object dies.
+
+    number: the library's name for them. weights: each step's.
+    """
+
+    def __init__(self, number: int, weights: list[torch.Tensor]):
+        self.number, self.weights = number, weights
+        weakref.finalize(self, torch.ops.convext_cpu.drop_sequence.default, number).atexit = False
 
 
 def program(blocks, plans) -> list[int]:

@@ -480,10 +480,10 @@ def _prepared(builder, x, signature):
     present = [step.present for block in builder.blocks for step in block.steps]
     expected = [(step, step.facts(step.tensors()), there) for step, there in zip(steps, present)]
     counters = [choice.counter for choice in choices]
-    run, watch, operands = sequence.run, None, None
+    run, watch, kept = sequence.run, None, None
 
     def look_up():
-        """The tensors and eps of every step, or None where something is not as it was."""
+        """The tensors and eps of every step, handed over, or None where something is not as it was."""
         if any(not plan.trace.current(module) or plan.state() != state for plan, module, state in containers):
             return None
         tensors = []
@@ -492,21 +492,21 @@ def _prepared(builder, x, signature):
             if facts is None or tuple(t is not None for t in given) != there or step.facts(given) != facts:
                 return None
             tensors.append(given)
-        return *sequence.arrange(tensors), [step.eps for step in steps]
+        return sequence.keep(tensors, [step.eps for step in steps])
 
     def again(x):
-        nonlocal watch, operands
+        nonlocal watch, kept
         if (x.shape, x.stride(), x.dtype, x.device) != signature:
             return None
         if watch is None or not watch.holds():
-            operands = look_up()
-            if operands is None:
+            kept = look_up()
+            if kept is None:
                 return None
             watch = _watch(sequence.watch(), steps, containers)
         for counter in counters:
             counter[0] += 1
         try:
-            return run(x, *operands)
+            return run(x, kept)
         except RuntimeError:  # a weight of another shape through `.data`, which no dictionary shows
             return None
 
