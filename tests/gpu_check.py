@@ -117,7 +117,7 @@ def stages(capability: str | None, results: Path, device_name: str, cores: int) 
                                needs=("compute-sanitizer",)))
     bench = ("-m", "convext", "bench", "layers", "--device", "cuda", "--dtype", "bfloat16", "--batch", "32",
              "--seconds", "0.1", "--json")  # fmt: skip
-    tables = [Step(network, 75.0, (python(*bench, results / result_name(device_name, network), network),), environment,
+    tables = [Step(network, 90.0, (python(*bench, results / result_name(device_name, network), network),), environment,
                    needs=("torchvision", "typer", "rich")) for network in ("resnet50", "mobilenet_v2")]  # fmt: skip
     return [[Step("build", 180.0, tuple(build), environment)], checks, *([table] for table in tables)]
 

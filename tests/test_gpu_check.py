@@ -99,7 +99,7 @@ class TestStages:
     def test_tables_are_measured_alone_and_everything_fits_into_the_time(self):
         groups, _ = self.steps()
         assert [[step.name for step in group] for group in groups[2:]] == [["resnet50"], ["mobilenet_v2"]]
-        assert sum(max(step.seconds for step in group) for group in groups) < 9 * 60 and gpu_check.MINUTES == 8
+        assert sum(max(step.seconds for step in group) for group in groups) < 10 * 60 and gpu_check.MINUTES == 8
 
     def test_only_the_gpu_at_hand_is_compiled_for(self):
         _, steps = self.steps()

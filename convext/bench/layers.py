@@ -141,10 +141,10 @@ def _with_flag(call: Callable[[], object], flags: Callable, **values) -> Callabl
 
 
 def _operands(problem: ConvProblem, pass_: Pass) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(problem.device).manual_seed(0)
 
     def operand(shape: tuple[int, ...], layout: Layout) -> torch.Tensor:
-        values = torch.randn(shape, generator=generator).to(problem.device, problem.dtype.torch)
+        values = torch.randn(shape, generator=generator, device=problem.device).to(problem.dtype.torch)
         return values.contiguous(memory_format=memory_format(layout == Layout.NHWC))
 
     x, dy = operand(problem.x_shape, problem.x_layout), operand(problem.y_shape, problem.y_layout)
