@@ -275,7 +275,7 @@ def _print_table(grid, markdown: bool = False) -> None:
     if markdown:
         print(grid.markdown())
     else:
-        Console(width=None if sys.stdout.isatty() else 160).print(grid.rich())
+        Console(width=None if sys.stdout.isatty() else 180).print(grid.rich())
 
 
 def _print_machine(record: dict) -> None:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import convext
 from convext import backends
 from convext.backends import native_cuda
-from convext.problem import ConvProblem, Epilogue, Geom, Layout, Pass
+from convext.problem import ConvProblem, DType, Epilogue, Geom, Layout, Pass
 
 pytestmark = [pytest.mark.skipif(harness.why_not() is not None, reason=str(harness.why_not())),
               pytest.mark.timeout(1200)]  # the first test of a form waits for its build
@@ -237,6 +237,23 @@ def test_every_layer_pass_and_dtype_has_a_kernel(cuda, model, capsys):
         assert {n.split("_")[2] for n in names if n.startswith(pass_)} >= {"bf16", "f16", "tf32", "f64"}
         assert any(n.startswith(f"{pass_}_igemm_bf16") for n in names)
         assert model == "resnet50" or f"{pass_}_depthwise_bf16_window_sm80" in names
+
+
+def test_the_cost_model_takes_every_tile_somewhere(cuda):
+    """A tile that no layer at a batch of 32 wants would be dead weight."""
+    pytest.importorskip("torchvision")
+    from convext import zoo
+    from convext.bench import problems
+
+    taken = {pass_: set() for pass_ in Pass}
+    for model in ("resnet50", "mobilenet_v2"):
+        for problem in problems.collect(zoo.build(model)[0], zoo.sample(model, 1)):
+            problem = dataclasses.replace(problem, n=32, device="cuda", dtype=DType.BFLOAT16, x_layout=Layout.NHWC,
+                                          y_layout=Layout.NHWC)
+            for pass_ in Pass:
+                taken[pass_].add(cuda.variant(pass_, problem).partition("_bf16_")[2])
+    for pass_ in Pass:
+        assert taken[pass_] >= {f"{tile}x32_sm80" for tile in ("256x128", "128x128", "128x64", "64x64", "64x32")}
 
 
 def test_views_that_are_not_aligned_are_copied(cuda):
