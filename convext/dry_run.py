@@ -14,9 +14,9 @@ DEVICES = {"cpu": 0, "cuda": 1}  # `Device` in conv_problem.h
 
 def kernel(problem: ConvProblem, pass_: Pass) -> tuple[str | None, str]:
     """(name of the compiled kernel that takes the problem, ""), or (None, why not)."""
-    if problem.device == "cuda":
-        from .backends import native_cuda
+    from .backends import native_cuda
 
+    if problem.device == "cuda":
         reason = native_cuda.not_built() or native_cuda.reject(pass_, problem)
         return (native_cuda.variant(pass_, problem), "") if reason is None else (None, reason)
     try:
@@ -30,7 +30,7 @@ def kernel(problem: ConvProblem, pass_: Pass) -> tuple[str | None, str]:
     reasons = _C.reject_reasons(DEVICES[problem.device], pass_, fields)
     if not reasons:
         return None, f"no {problem.device} kernels are compiled into this build"
-    return None, "; ".join(f"{name}: {reason}" for name, reason in reasons)
+    return None, native_cuda.in_words(reasons)
 
 
 def table(problems: dict[ConvProblem, int], device: str, dtypes: list[DType]) -> tuple[Grid, dict[str, int]]:

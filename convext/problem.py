@@ -50,6 +50,15 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+def tf32_is_allowed() -> bool:
+    """Whether a convolution on CUDA may round its float32 operands to tf32: where PyTorch would let cuDNN do so, by
+    torch.backends.cudnn.conv.fp32_precision, which torch.backends.cudnn.allow_tf32 sets too. Its default is on.
+
+    That second one is not asked: it raises an error where convolutions and recurrent networks are set apart.
+    """
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
 class Geom(tuple):
     """How the filter walks over the input: stride, padding, dilation, (height, width) each, and groups. The one value
     in which they travel.

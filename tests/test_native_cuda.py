@@ -283,6 +283,23 @@ def test_batch_norm(cuda, layout, training):
         torch.testing.assert_close(g, w)
 
 
+def test_a_reason_is_given_once_with_all_its_kernels():
+    reasons = [("a_bf16", "it computes in another dtype"), ("b_f32", "the filter is dilated"), ("c_f64", "it is late"),
+               ("d_f32", "the filter is dilated")]
+    assert native_cuda.in_words(reasons) == "the filter is dilated (b_f32, d_f32); it is late (c_f64)"
+    assert native_cuda.in_words(reasons[:1]) == "no kernel is compiled for its dtype"
+    assert native_cuda.in_words([]) == "no kernel is compiled for it"
+
+
+def test_what_no_kernel_takes_is_said_in_words(cuda):
+    """A grid has at most 65535 blocks in y, where the groups are; a depthwise kernel has none there."""
+    problem = ConvProblem(1, 1 << 17, 4, 4, 1 << 17, 3, 3, 1, 1, 1, 1, 1, 1, 1 << 16, device="cuda")
+    for pass_ in Pass:
+        reason = cuda.reject(pass_, problem)
+        assert "there are more than 65535 groups (" in reason and reason.count("it serves depthwise") == 1
+        assert cuda.reject(pass_, dataclasses.replace(problem, groups=1 << 17)) is None
+
+
 def test_a_kernel_that_rejects_says_so(emulated):
     names = [v["name"] for v in emulated.variants()]
     index = names.index("fprop_depthwise_bf16_window_sm80")

@@ -10,7 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch.utils import _pytree
 
-from convext.problem import ACTIVATIONS, DTYPES, ConvProblem, DType, Epilogue, Geom, Layout, Pass
+from convext.problem import (
+    ACTIVATIONS,
+    DTYPES,
+    ConvProblem,
+    DType,
+    Epilogue,
+    Geom,
+    Layout,
+    Pass,
+    tf32_is_allowed,
+)
 
 CSRC = pathlib.Path(__file__).parent.parent / "csrc"
 
@@ -99,3 +109,17 @@ def test_geom_is_one_value():
 
 def test_epilogue_is_empty_by_default():
     assert Epilogue() == Epilogue(None, None, None, None, None, None, 1e-5, "identity")
+
+
+def test_tf32_is_allowed_as_pytorch_says_in_either_of_its_ways():
+    for allowed in (True, False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed):
+            assert tf32_is_allowed() == allowed
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    try:
+        for precision in ("ieee", "tf32"):
+            conv.fp32_precision = precision
+            assert tf32_is_allowed() == (precision == "tf32")
+    finally:
+        conv.fp32_precision = before

@@ -98,6 +98,22 @@ class TestWhoServes:
                     choice = convext.backends.select(pass_, problem)
                     assert choice.backend.name == "triton"
                     assert choice.passed_over == {"native": "the CUDA library is not built"}
+        with FakeTensorMode():
+            y = torch.empty(2, 8, 5, 5, device="cuda", dtype=torch.bfloat16)
+        monkeypatch.setattr(convext.backends, "_batch_norm", {})
+        assert convext.backends.select_batch_norm(y).name == "triton"
+
+    def test_what_the_cuda_library_rejects_is_tritons(self, monkeypatch):
+        """More groups than a grid has blocks in y, and none of them depthwise."""
+        reason = "there are more than 65535 groups"
+        monkeypatch.setattr(convext.backends, "_unavailable", dict.fromkeys(
+            (name, "cuda") for name in ("native", "triton", "aten")))
+        monkeypatch.setattr(convext.backends, "_choices", {})
+        monkeypatch.setattr(convext.backends.get("native"), "reject", lambda pass_, problem: reason)
+        problem = ConvProblem(1, 1 << 17, 4, 4, 1 << 17, 3, 3, 1, 1, 1, 1, 1, 1, 1 << 16, device="cuda")
+        for pass_ in Pass:
+            choice = convext.backends.select(pass_, problem)
+            assert (choice.backend.name, choice.passed_over) == ("triton", {"native": reason})
 
     def test_a_launch_too_large_is_rejected_in_words(self):
         problem = ConvProblem(1 << 20, 1 << 10, 64, 64, 1 << 10, 7, 7, 1, 1, 3, 3, 1, 1, 1, device="cuda")

@@ -129,7 +129,7 @@ class NativeBackend:
         if _plan(pass_, problem) is not None:
             return None
         reasons = _C.reject_reasons(_CPU, int(pass_), _fields(problem))
-        return "; ".join(f"{name}: {reason}" for name, reason in reasons) or "no kernel is compiled for it"
+        return native_cuda.in_words(reasons)
 
     def slower(self, pass_: Pass, problem: ConvProblem) -> str | None:
         """Why ATen is expected to be faster for a problem that a kernel here takes, in words, or None.

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..problem import ACTIVATIONS, ConvProblem, DType, Epilogue, Layout, Pass, accumulate_dtype
+from ..problem import ACTIVATIONS, ConvProblem, DType, Epilogue, Layout, Pass, accumulate_dtype, tf32_is_allowed
 
 try:
     from .. import _CUDA
@@ -69,7 +69,7 @@ def _plan_for(pass_: Pass, problem: ConvProblem, tf32: bool) -> _Plan | None:
 
 
 def _plan(pass_: Pass, problem: ConvProblem) -> _Plan | None:
-    tf32 = problem.dtype is not DType.FLOAT32 or torch.backends.cudnn.allow_tf32
+    tf32 = problem.dtype is not DType.FLOAT32 or tf32_is_allowed()
     return _plan_for(pass_, problem, tf32)
 
 
@@ -158,6 +158,17 @@ def unavailable() -> str | None:
     return None
 
 
+def in_words(reasons: list[tuple[str, str]]) -> str:
+    """(kernel, reason) pairs as one line: each reason once, with its kernels. Those of other dtypes are left out."""
+    kernels: dict[str, list[str]] = {}
+    for name, reason in reasons:
+        kernels.setdefault(reason, []).append(name)
+    if kernels.pop("it computes in another dtype", None) and not kernels:
+        return "no kernel is compiled for its dtype"
+    told = [f"{reason} ({', '.join(names)})" for reason, names in kernels.items()]
+    return "; ".join(told) or "no kernel is compiled for it"
+
+
 def reject(pass_: Pass, problem: ConvProblem) -> str | None:
     """Why no kernel takes the problem, in words, or None."""
     if max(problem.extents()) >= 2**31:
@@ -165,7 +176,7 @@ def reject(pass_: Pass, problem: ConvProblem) -> str | None:
     if _plan(pass_, problem) is not None:
         return None
     reasons = _CUDA.reject_reasons(int(pass_), _fields(problem, Layout.NHWC, Layout.NHWC))
-    return "; ".join(f"{name}: {reason}" for name, reason in reasons) or "no kernel is compiled for it"
+    return in_words(reasons)
 
 
 def variant(pass_: Pass, problem: ConvProblem) -> str:

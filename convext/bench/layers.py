@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from .. import backends
 from ..memory_format import memory_format
-from ..problem import ConvProblem, Epilogue, Layout, Pass, accumulate_dtype
+from ..problem import ConvProblem, Epilogue, Layout, Pass, accumulate_dtype, tf32_is_allowed
 from .machine import Ceilings
 from .problems import title
 from .tables import Grid
@@ -109,7 +109,7 @@ def measure(problem: ConvProblem, count: int, pass_: Pass, seconds: float, fused
             timings = interleave(calls, seconds=seconds, min_rounds=3)
         else:
             cudnn = torch.backends.cudnn  # the flag is for ATen alone: Triton would measure for minutes by it
-            calls["aten"] = _with_flag(calls["aten"], cudnn.flags, benchmark=True, allow_tf32=cudnn.allow_tf32)
+            calls["aten"] = _with_flag(calls["aten"], cudnn.flags, benchmark=True, allow_tf32=tf32_is_allowed())
             timings = interleave_on_gpu(calls, torch.device(problem.device), seconds=seconds)
     return Measurement(problem, count, pass_, timings, choice.backend.name, choice.variant, off, fused)
 

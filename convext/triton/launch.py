@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..problem import tf32_is_allowed
 from .configs import cheapest, gemm_configs
 from .interpreter import interpreting
 
@@ -142,15 +143,14 @@ def processors(device: torch.device) -> int:
 
 
 def precision(dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
-    """(family of configurations, PRECISION of `multiply_accumulate`) for a dtype. Float32 goes through tf32 exactly
-    where PyTorch would let cuDNN do so: on CUDA, by torch.backends.cudnn.conv.fp32_precision, which
-    torch.backends.cudnn.allow_tf32 sets too."""
+    """(family of configurations, PRECISION of `multiply_accumulate`) for a dtype. Float32 goes through tf32 on CUDA,
+    where that is allowed."""
     if dtype is torch.float64:
         return "sum", "sum"
     if dtype is torch.float32 and interpreting():
         return "interpreter", "ieee"
     if dtype is torch.float32:
-        tf32 = target(device.type) == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32"
+        tf32 = target(device.type) == "cuda" and tf32_is_allowed()
         return ("tf32", "tf32") if tf32 else ("ieee", "ieee")
     return "half", "widen" if dtype is torch.bfloat16 and interpreting() else "ieee"
 
