@@ -4,7 +4,7 @@ compare on the CPU."""
 import pytest
 import torch
 from cases import BY_NAME, PROBLEMS
-from places import BACKENDS, backends
+from places import BACKENDS, backends, on_gpu
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import convext
@@ -96,6 +96,14 @@ def test_opcheck(name, case):
     torch.library.opcheck(operator, recorded(first))
     for arguments in (first, *others):
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("backend", on_gpu("native", "triton"))
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck_there(name, backend):
+    first, *others = SAMPLES[name](CASES[1], CASES[1].operands())
+    with convext.backend(backend):
+        torch.library.opcheck(getattr(torch.ops.convext, name).default, recorded(first))
 
 
 def described(results):
