@@ -99,6 +99,8 @@ GATHER = "fprop_igemm_bf16_64x64x32_gather_sm80"
 WINDOW = "fprop_depthwise_bf16_window_sm80"
 BACKWARD = "wgrad_depthwise_bf16_window_sm80"
 BACKWARD_ANY = "wgrad_depthwise_bf16_any_sm80"
+PLANES = "dgrad_depthwise_bf16_planes_sm80"
+SIMT = "fprop_simt_f32_64x64x16_sm80"
 
 MUTANTS = {
     "missing_wait": Mutant("cuda/tile/igemm_pixels.h", "cp_async_wait<STAGES - 2>", "cp_async_wait<STAGES - 1>",
@@ -158,6 +160,11 @@ MUTANTS = {
     "statistics_over_rows_not_yet_read": Mutant("cuda/tile/statistics.h",
                                                 "__syncthreads();  // the rows are read before",
                                                 "// the rows are read before", "race", WINDOW),
+    "row_stored_past_its_end": Mutant("cuda/tile/depthwise_patch.h", "p.w % kPatchW == 0 && p.pad_w", "p.pad_w",
+                                      "plain", PLANES),
+    "missing_barrier_without_tensor_cores": Mutant("cuda/simt_sm80.cu", "__syncthreads();  // the tile is whole;",
+                                                   "// the tile is whole;", "plain", SIMT),
+    "one_buffer_instead_of_two": Mutant("cuda/simt_sm80.cu", "buffer ^= 1", "buffer ^= 0", "race", SIMT),
     "split_forgotten": Mutant("cuda/tile/reduce_splits.h", "split < splits;", "split < splits - (splits > 1);", "plain",
                               BACKWARD),
 }
@@ -171,6 +178,8 @@ ONLY = {
     WINDOW: ("cuda/depthwise_fprop_sm80.cu", None),
     BACKWARD: ("cuda/depthwise_backward_window_sm80.cu", None),
     BACKWARD_ANY: ("cuda/depthwise_backward_any_sm80.cu", None),
+    PLANES: ("cuda/depthwise_backward_planes_sm80.cu", None),
+    SIMT: ("cuda/simt_sm80.cu", None),
 }
 
 
