@@ -126,19 +126,25 @@ struct BatchNormTensors {
     STD_TORCH_CHECK(mean.has_value() == var.has_value(), "convext_cpu: mean and var come together or not at all");
     if (!has_any()) return;
     T* const shift = static_cast<T*>(scratch().take(k * sizeof(T)));
-    epilogue.shift = shift;
-    load_channels<T>(bias, "bias", k, T(0), shift);
+    const T* const given = channels<T>(bias, "bias", k, T(0), shift);
+    epilogue.shift = given;
     if (!has_norm()) return;
     T* const scale = static_cast<T*>(scratch().take(k * sizeof(T)));
     T* const part = static_cast<T*>(scratch().take(k * sizeof(T)));
     epilogue.scale = scale;
-    load_channels<T>(var, "var", k, T(1), part);
-    load_channels<T>(gamma, "gamma", k, T(1), scale);
-    for (int64_t i = 0; i < k && mean; ++i) scale[i] /= std::sqrt(part[i] + static_cast<T>(eps));
-    load_channels<T>(mean, "mean", k, T(0), part);
-    for (int64_t i = 0; i < k; ++i) shift[i] = (shift[i] - part[i]) * scale[i];
-    load_channels<T>(beta, "beta", k, T(0), part);
-    for (int64_t i = 0; i < k; ++i) shift[i] += part[i];
+    epilogue.shift = shift;
+    const T* const factor = channels<T>(gamma, "gamma", k, T(1), scale);
+    if (mean) {
+      const T* const variance = channels<T>(var, "var", k, T(1), part);
+      for (int64_t i = 0; i < k; ++i) scale[i] = factor[i] / std::sqrt(variance[i] + static_cast<T>(eps));
+    } else {
+      for (int64_t i = 0; i < k; ++i) scale[i] = factor[i];
+    }
+    const T* const middle = channels<T>(mean, "mean", k, T(0), part);
+    for (int64_t i = 0; i < k; ++i) shift[i] = (given[i] - middle[i]) * scale[i];
+    if (!beta) return;
+    const T* const added = channels<T>(beta, "beta", k, T(0), part);
+    for (int64_t i = 0; i < k; ++i) shift[i] += added[i];
   }
 };
 

@@ -10,7 +10,8 @@
 // extents too, is read anew in each call.
 //
 // A weight in two dimensions is a linear layer's, a 1x1 filter over the channels. A step whose variant is kLayerNorm
-// normalises the channels of every pixel (cpu/layer_norm.h): of its tensors gamma and beta may be there.
+// normalises the channels of every pixel (cpu/layer_norm.h): of its tensors gamma and beta may be there. One whose variant
+// is kPixelMean takes the mean over the pixels (cpu/mean.h), and has no tensors.
 //
 // A batch goes through the sequence in phases (phases.h): in some each thread takes images of its own through many
 // blocks, in others all threads share each block. Values that one phase makes and another reads hold the whole batch.
@@ -23,6 +24,7 @@
 #include "block.h"
 #include "conv_call.h"
 #include "cpu/layer_norm.h"
+#include "cpu/mean.h"
 #include "phases.h"
 
 namespace convext {
@@ -34,7 +36,7 @@ enum StepField {
   kResidual,  // a value
   kExcites, kSqueezeWeight, kSqueezeBias, kExciteWeight, kExciteBias, kSqueezeActivation, kGate, kStepFields
 };
-constexpr int64_t kAbsent = -1, kLayerNorm = -1;
+constexpr int64_t kAbsent = -1, kLayerNorm = -1, kPixelMean = -2;
 
 // The weight of a step as a filter bank.
 View filters_of(const Tensor& w) {
@@ -112,10 +114,12 @@ struct Sequence {
   }
 
   bool is_norm(size_t step) const { return fields[step][kVariant] == kLayerNorm; }
+  bool is_mean(size_t step) const { return fields[step][kVariant] == kPixelMean; }
 
   // Adds a step that reads `v`, which becomes its output.
   void read_step(const int64_t* f, Value& v) {
     if (f[kVariant] == kLayerNorm) return read_norm(f, v);
+    if (f[kVariant] == kPixelMean) return read_mean(f, v);
     const OptionalTensor weight = tensor(f[kWeight]);
     STD_TORCH_CHECK(weight.has_value(), "convext_cpu: a step has no weight");
     const View wv = filters_of(*weight);
@@ -147,15 +151,28 @@ struct Sequence {
   }
 
   void read_norm(const int64_t* f, Value& v) {
+    add_layer(f, make_problem(v.n, v.c, v.h, v.w, v.c, 1, 1, {1, 1, 0, 0, 1, 1, 1}, input.dtype),
+              layer_norm_for(settings().cpu_isa, input.dtype), v);
+  }
+
+  void read_mean(const int64_t* f, Value& v) {
+    const Geom whole{1, 1, 0, 0, 1, 1, static_cast<int32_t>(v.c)};
+    add_layer(f, make_problem(v.n, v.c, v.h, v.w, v.c, v.h, v.w, whole, input.dtype),
+              mean_for(settings().cpu_isa, input.dtype), v);
+  }
+
+  // Adds a step without weights.
+  void add_layer(const int64_t* f, const ConvProblem& problem, const Variant* variant, Value& v) {
+    STD_TORCH_CHECK(variant != nullptr, "convext_cpu: a layer that is no convolution has no kernel for this dtype");
+    STD_TORCH_CHECK(problem.x_size() > 0, "convext_cpu: a step has nothing to do");
     BlockStep step{};
-    step.problem = make_problem(v.n, v.c, v.h, v.w, v.c, 1, 1, {1, 1, 0, 0, 1, 1, 1}, input.dtype);
-    step.variant = layer_norm_for(settings().cpu_isa, input.dtype);
-    STD_TORCH_CHECK(step.variant != nullptr, "convext_cpu: there is no layer norm for this dtype");
-    STD_TORCH_CHECK(step.problem.y_size() > 0, "convext_cpu: a step has nothing to do");
+    step.problem = problem;
+    step.variant = variant;
     steps.push_back(step);
     fields.push_back(f);
     weights.push_back(View{});
-    v.image_bytes = step.problem.y_size() / v.n * dtype_size(input.dtype);
+    v = {v.n, problem.k, problem.p(), problem.q()};
+    v.image_bytes = problem.y_size() / v.n * dtype_size(input.dtype);
   }
 
   Excite excite_of(const int64_t* f, int64_t c) const {
@@ -187,6 +204,7 @@ struct Sequence {
       const BlockStep& step = steps[i];
       const bool packs = step.variant->pack_format != nullptr && step.variant->pack_format(step.problem) != nullptr;
       moved.weights += packs        ? step.variant->packed_size(step.problem)
+                       : is_mean(i) ? 0
                        : is_norm(i) ? 2 * step.problem.c * dtype_size(step.problem.dtype)
                                     : step.problem.w_size() * dtype_size(step.problem.dtype);
       if (fields[i][kResidual] != kAbsent) moved.image += values[fields[i][kResidual]].image_bytes;
@@ -305,6 +323,7 @@ struct Kept {
   std::vector<int64_t> program;
   std::vector<Tensor> tensors;
   std::vector<double> eps;
+  bool flat;  // the result is (N, C), which its one pixel is
 };
 
 std::mutex keeping;
@@ -314,9 +333,9 @@ std::unordered_map<int64_t, std::shared_ptr<const Kept>>& all_kept() {
   return *kept;
 }
 
-int64_t keep_sequence(std::vector<int64_t> program, std::vector<Tensor> tensors, std::vector<double> eps) {
+int64_t keep_sequence(std::vector<int64_t> program, std::vector<Tensor> tensors, std::vector<double> eps, bool flat) {
   static int64_t last = 0;
-  auto kept = std::make_shared<const Kept>(Kept{std::move(program), std::move(tensors), std::move(eps)});
+  auto kept = std::make_shared<const Kept>(Kept{std::move(program), std::move(tensors), std::move(eps), flat});
   const std::lock_guard<std::mutex> lock(keeping);
   all_kept().emplace(++last, std::move(kept));
   return last;
@@ -340,7 +359,7 @@ std::shared_ptr<const Kept> kept_sequence(int64_t number) {
 
 Tensor run_sequence(int64_t number, const Tensor& x, std::vector<int64_t> versions) {
   const std::shared_ptr<const Kept> kept = kept_sequence(number);
-  const auto& [program, tensors, eps] = *kept;
+  const auto& [program, tensors, eps, flat] = *kept;
   Sequence s{view_of(x, "x"), tensors, versions, eps, {}, {}, {}, {}, {}, {}};
   s.read(program);
   BlockStep& head = s.steps[0];
@@ -357,7 +376,9 @@ Tensor run_sequence(int64_t number, const Tensor& x, std::vector<int64_t> versio
     }
   }
   const Value& last = s.values.back();
-  Tensor y = empty_activation(last.n, last.c, last.h, last.w, s.input.dtype, true);
+  STD_TORCH_CHECK(!flat || (last.h == 1 && last.w == 1), "convext_cpu: the result has more than one pixel");
+  Tensor y = flat ? empty_matrix(last.n, last.c, s.input.dtype)
+                  : empty_activation(last.n, last.c, last.h, last.w, s.input.dtype, true);
 
   const Staging& staging = staging_for(settings().cpu_isa);
   const Parallel& parallel = torch_parallel();
@@ -369,7 +390,7 @@ Tensor run_sequence(int64_t number, const Tensor& x, std::vector<int64_t> versio
     use(BatchNormTensors{bias, mean, var, gamma, beta, s.eps[i]});
   };
   const auto with_weights = [&](size_t i, auto&& use) {
-    if (s.is_norm(i)) return;
+    if (s.is_norm(i) || s.is_mean(i)) return;
     const OptionalTensor packed = s.tensor(s.fields[i][kPacked]);
     use(Weights{*s.steps[i].variant, s.steps[i].problem, s.weights[i], packed, versions[i]});
   };
@@ -392,7 +413,7 @@ Tensor run_sequence(int64_t number, const Tensor& x, std::vector<int64_t> versio
   char* const memory = static_cast<char*>(scratch().take(s.batch_bytes));
   for (Value& v : s.values) v.data = s.whole(v) ? memory + v.offset : nullptr;
   s.values.front().data = static_cast<char*>(s.input.data);
-  s.values.back().data = static_cast<char*>(view_of(y, "y").data);
+  s.values.back().data = static_cast<char*>(y.mutable_data_ptr());
   char* const lane_memory = static_cast<char*>(scratch().take(lanes));
 
   for (size_t i = 0; i < s.steps.size(); ++i) {
@@ -423,7 +444,7 @@ Tensor run_sequence(int64_t number, const Tensor& x, std::vector<int64_t> versio
 }  // namespace convext
 
 STABLE_TORCH_LIBRARY_FRAGMENT(convext_cpu, m) {
-  m.def("keep_sequence(int[] program, Tensor[] tensors, float[] eps) -> int");
+  m.def("keep_sequence(int[] program, Tensor[] tensors, float[] eps, bool flat) -> int");
   m.def("drop_sequence(int number) -> ()");
   m.def("run_sequence(int number, Tensor x, int[] versions) -> Tensor");
 }

@@ -9,6 +9,7 @@
 
 #include <cstring>
 #include <optional>
+#include <type_traits>
 
 #include "scratch.h"
 #include "variant.h"
@@ -102,6 +103,11 @@ inline Tensor empty_activation(int64_t n, int64_t c, int64_t h, int64_t w, DType
   return empty(sizes, channels_last ? nhwc : nchw, 4, dtype);
 }
 
+inline Tensor empty_matrix(int64_t rows, int64_t columns, DType dtype) {
+  const int64_t sizes[2] = {rows, columns}, strides[2] = {columns, 1};
+  return empty(sizes, strides, 2, dtype);
+}
+
 inline Tensor empty_vector(int64_t size, DType dtype) {
   const int64_t stride = 1;
   return empty(&size, &stride, 1, dtype);
@@ -132,7 +138,8 @@ inline double widen(double value) { return value; }
 inline float widen(torch::headeronly::Half value) { return static_cast<float>(value); }
 inline float widen(torch::headeronly::BFloat16 value) { return static_cast<float>(value); }
 
-// Per-channel parameters of any dtype, and in one dimension of any stride, as k values of T, `absent` where there is no tensor.
+// Per-channel parameters of any dtype, and in one dimension of any stride, as k values of T, `absent` where there is no
+// tensor.
 template <class T>
 void load_channels(const OptionalTensor& t, const char* name, int64_t k, T absent, T* out) {
   if (!t) {
@@ -156,6 +163,15 @@ void load_channels(const OptionalTensor& t, const char* name, int64_t k, T absen
     case DType::kBFloat16: copy(static_cast<const torch::headeronly::BFloat16*>(data)); break;
     case DType::kFloat16: copy(static_cast<const torch::headeronly::Half*>(data)); break;
   }
+}
+
+// The same, where they lie if they lie so, else in `room`.
+template <class T>
+const T* channels(const OptionalTensor& t, const char* name, int64_t k, T absent, T* room) {
+  const bool same = t && (std::is_same_v<T, float> ? dtype_of(*t) == DType::kFloat32 : dtype_of(*t) == DType::kFloat64);
+  if (same && t->is_cpu() && t->numel() == k && t->is_contiguous()) return static_cast<const T*>(t->const_data_ptr());
+  load_channels<T>(t, name, k, absent, room);
+  return room;
 }
 
 }  // namespace convext

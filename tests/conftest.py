@@ -116,3 +116,27 @@ def isa(request):
     yield request.param
     _C.set_isa(None)
     native.forget_plans()
+
+
+@pytest.fixture
+def sequence_calls(monkeypatch):
+    """The numbers of steps of the calls that ran as one (convext/swap/sequences.py), in order."""
+    from convext.swap import sequences
+
+    calls = []
+    prepared = sequences._prepared
+
+    def counting(builder, *args):
+        call = prepared(builder, *args)
+        if call is None:
+            return None
+
+        def counted(x):
+            y = call(x)
+            if y is not None:
+                calls.append(len(builder.steps))
+            return y
+        return counted
+
+    monkeypatch.setattr(sequences, "_prepared", counting)
+    return calls

@@ -11,33 +11,10 @@ from torch import nn
 from torchvision.models.convnext import CNBlock, CNBlockConfig, ConvNeXt, LayerNorm2d
 
 import convext
-from convext.swap import sequences
 
 pytestmark = pytest.mark.skipif(
     convext.backends.unavailable("native", "cpu") is not None, reason="sequences are calls of the compiled library"
 )
-
-
-@pytest.fixture
-def steps_run(monkeypatch):
-    """Numbers of steps of the calls that ran as one."""
-    calls = []
-    prepared = sequences._prepared
-
-    def counting(builder, *args):
-        call = prepared(builder, *args)
-        if call is None:
-            return None
-
-        def counted(x):
-            y = call(x)
-            if y is not None:
-                calls.append(len(builder.steps))
-            return y
-        return counted
-
-    monkeypatch.setattr(sequences, "_prepared", counting)
-    return calls
 
 
 def _settled(model, seed=5):
@@ -122,16 +99,16 @@ def _close(actual, model, x):
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("channels_last", [False, True])
 @torch.no_grad()
-def test_a_network_runs_as_one_call_and_computes_the_same(name, channels_last, steps_run):
+def test_a_network_runs_as_one_call_and_computes_the_same(name, channels_last, sequence_calls):
     build, steps = NETWORKS[name]
     model, x = build(), torch.randn(2, 3, 72, 56, generator=torch.Generator().manual_seed(1))
     if channels_last:
         model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     swapped = convext.swap(copy.deepcopy(model))
     apart = swapped(x)
-    steps_run.clear()
+    sequence_calls.clear()
     together = swapped(x)
-    assert steps_run == [steps]
+    assert sequence_calls == [steps]
     assert together.stride() == apart.stride() == model(x).stride()
     _close(together, model, x)
     with convext.layer_by_layer():
@@ -153,7 +130,7 @@ def test_a_part_called_by_itself_returns_the_strides_that_it_did(part):
 
 
 @torch.no_grad()
-def test_results_do_not_depend_on_the_number_of_threads(steps_run):
+def test_results_do_not_depend_on_the_number_of_threads(sequence_calls):
     swapped, x = convext.swap(_convnext()), torch.randn(3, 3, 96, 64)
     threads, results = torch.get_num_threads(), []
     try:
@@ -163,28 +140,28 @@ def test_results_do_not_depend_on_the_number_of_threads(steps_run):
             results.append(swapped(x))
     finally:
         torch.set_num_threads(threads)
-    assert steps_run and torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert sequence_calls and torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 @torch.no_grad()
-def test_double_precision_runs_as_one_call(steps_run):
+def test_double_precision_runs_as_one_call(sequence_calls):
     model, x = _convnext().double(), torch.randn(2, 3, 40, 40, dtype=torch.float64)
     swapped = convext.swap(copy.deepcopy(model))
     for _ in range(3):
         y = swapped(x)
-    assert steps_run
+    assert sequence_calls
     torch.testing.assert_close(y, model(x), rtol=1e-11, atol=1e-11)
 
 
 @torch.no_grad()
-def test_bfloat16_and_autocast_run_layer_by_layer(steps_run):
+def test_bfloat16_and_autocast_run_layer_by_layer(sequence_calls):
     model, x = _convnext(), torch.randn(2, 3, 40, 40)
     swapped = convext.swap(copy.deepcopy(model))
     with torch.autocast("cpu", torch.bfloat16):
         expected = model(x)
         for _ in range(3):
             y = swapped(x)
-    assert not any(steps > 2 for steps in steps_run) and y.dtype is expected.dtype
+    assert not any(steps > 2 for steps in sequence_calls) and y.dtype is expected.dtype
     # bfloat16 has 8 bits, and rounds every layer's output.
     torch.testing.assert_close(y, expected, rtol=0, atol=0.1 * expected.abs().max().item())
     half = convext.swap(copy.deepcopy(model).bfloat16())
@@ -194,14 +171,14 @@ def test_bfloat16_and_autocast_run_layer_by_layer(steps_run):
 
 
 @torch.no_grad()
-def test_a_mean_far_from_zero_costs_the_variance_no_accuracy(steps_run):
+def test_a_mean_far_from_zero_costs_the_variance_no_accuracy(sequence_calls):
     model = _settled(Norms())
     model.first.bias.add_(3e3)
     x = torch.randn(2, 3, 72, 56)
     swapped = convext.swap(copy.deepcopy(model))
     for _ in range(2):
         y = swapped(x)
-    assert steps_run
+    assert sequence_calls
     _close(y, model, x)
 
 
@@ -237,12 +214,12 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
-def test_a_change_of_the_model_is_noticed(change, steps_run):
+def test_a_change_of_the_model_is_noticed(change, sequence_calls):
     model, x = _convnext(), torch.randn(2, 3, 40, 40)
     swapped = convext.swap(copy.deepcopy(model))
     for _ in range(3):
         before = swapped(x)
-    assert steps_run
+    assert sequence_calls
     for changed in (model, swapped):
         torch.manual_seed(1)
         CHANGES[change](changed)
@@ -266,23 +243,23 @@ def test_an_order_of_dimensions_changed_in_place_is_noticed():
         _close(swapped(x), block, x)
 
 
-def test_gradients_are_recorded_as_before(steps_run):
+def test_gradients_are_recorded_as_before(sequence_calls):
     model, x = _convnext(), torch.randn(1, 3, 40, 40)
     swapped = convext.swap(copy.deepcopy(model))
     with torch.no_grad():
         for _ in range(3):
             swapped(x)
-    calls = len(steps_run)
+    calls = len(sequence_calls)
     assert calls
     swapped(x).sum().backward()
     model(x).sum().backward()
-    assert len(steps_run) == calls
+    assert len(sequence_calls) == calls
     for ours, theirs in zip(swapped.parameters(), model.parameters()):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()
-def test_training_mode_runs_the_modules(steps_run):
+def test_training_mode_runs_the_modules(sequence_calls):
     model, x = _convnext().train(), torch.randn(2, 3, 40, 40)
     swapped = convext.swap(copy.deepcopy(model))
     for seed in range(3):
@@ -293,19 +270,19 @@ def test_training_mode_runs_the_modules(steps_run):
 
 
 @torch.no_grad()
-def test_layers_shared_between_blocks(steps_run):
+def test_layers_shared_between_blocks(sequence_calls):
     first, second = Block("timm"), Block("timm")
     second.one, second.norm = first.one, first.norm
     model = _settled(nn.Sequential(nn.Conv2d(3, 24, 4, 4), first, second))
     swapped, x = convext.swap(copy.deepcopy(model)), torch.randn(2, 3, 64, 64)
     for _ in range(3):
         y = swapped(x)
-    assert steps_run[-1] == 9
+    assert sequence_calls[-1] == 9
     _close(y, model, x)
 
 
 @torch.no_grad()
-def test_a_run_alone_and_one_that_the_user_looks_into(steps_run):
+def test_a_run_alone_and_one_that_the_user_looks_into(sequence_calls):
     class Mixer(nn.Module):
         def __init__(self):
             super().__init__()

@@ -215,16 +215,18 @@ def forced() -> str | None:
     return _forced
 
 
-def select(pass_: Pass, problem: ConvProblem) -> Choice:
-    """Who serves a pass over a problem. Cached; raises RuntimeError with every reason where nobody does."""
-    choice = _choices.get((pass_, problem))
+def select(pass_: Pass, problem: ConvProblem, alone: bool = True) -> Choice:
+    """Who serves a pass over a problem. `alone` False: as a part of a larger call, where a backend that could is not
+    passed over because another's call is faster. Cached; raises RuntimeError with every reason where nobody does."""
+    key = pass_, problem, alone
+    choice = _choices.get(key)
     if choice is None:
         with _lock:
-            choice = _select(pass_, problem)
+            choice = _select(*key)
             if len(_choices) >= CACHE_LIMIT:
                 _choices.clear()
                 CALL_CACHE.clear()
-            _choices[pass_, problem] = choice
+            _choices[key] = choice
     return choice
 
 
@@ -236,7 +238,7 @@ def _is_empty(problem: ConvProblem) -> bool:
     return 0 in problem.x_shape or 0 in problem.w_shape or 0 in problem.y_shape
 
 
-def _select(pass_: Pass, problem: ConvProblem) -> Choice:
+def _select(pass_: Pass, problem: ConvProblem, alone: bool) -> Choice:
     if _is_empty(problem):  # nothing to compute, so no kernel to choose, whatever the setting
         return Choice(get("aten"), pass_, problem, {"native": "nothing to compute: an extent is 0"})
     reasons: dict[str, str] = {}
@@ -245,7 +247,7 @@ def _select(pass_: Pass, problem: ConvProblem) -> Choice:
         if reason is None:
             candidate = get(name)
             reason = candidate.reject(pass_, problem)
-            if reason is None and _forced is None and hasattr(candidate, "slower"):
+            if reason is None and alone and _forced is None and hasattr(candidate, "slower"):
                 reason = candidate.slower(pass_, problem)
         if reason is None:
             return Choice(candidate, pass_, problem, reasons)

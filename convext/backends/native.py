@@ -206,7 +206,7 @@ class NativeBackend:
         steps = [step for block in blocks for step in block.steps]
         if any(step.problem.device == "cuda" for step in steps):
             return None
-        plans = [None if step.is_norm else _plan(Pass.FPROP, step.problem) for step in steps]
+        plans = [None if step.layer else _plan(Pass.FPROP, step.problem) for step in steps]
         kernels = [None if plan is None else _C.variants()[plan.variant] for plan in plans]
         if any(kernel is not None and kernel["dtype"] != step.problem.dtype or step.problem.y_layout != _NHWC
                for kernel, step in zip(kernels, steps)) or any(step.problem.x_layout != _NHWC for step in steps[1:]) \
@@ -216,7 +216,7 @@ class NativeBackend:
         ops, program = torch.ops.convext_cpu, native_sequence.program(blocks, plans)
         op = ops.run_sequence.default._op
 
-        def keep(tensors, eps):
+        def keep(tensors, eps, flat):
             operands = []
             for plan, step in zip(plans, tensors):
                 if plan is not None:
@@ -224,7 +224,8 @@ class NativeBackend:
                     if plan.pack_format is not None:
                         operands.append(_packed_buffer(step[0], plan))
                 operands += [t for t in step[1:] if t is not None]
-            return native_sequence.Kept(ops.keep_sequence.default(program, operands, eps), [step[0] for step in tensors])
+            number = ops.keep_sequence.default(program, operands, eps, flat)
+            return native_sequence.Kept(number, [step[0] for step in tensors])
 
         def run(x, kept):
             return op(kept.number, x, [_version(w) for w in kept.weights])

@@ -11,17 +11,18 @@ import torch
 from ..problem import ACTIVATIONS, ConvProblem
 
 _ABSENT = -1
-_LAYER_NORM = -1  # in the place of a kernel
+_LAYERS = {"layer norm": -1, "mean": -2}  # what stands in the place of a kernel
 
 
 class Step(NamedTuple):
-    """One convolution of a sequence, or a LayerNorm over the channels of each pixel.
+    """One convolution of a sequence, a LayerNorm over the channels of each pixel, or the mean over the pixels.
 
     problem, activation: what it computes. residual: the value that it adds (see `Block`), or None.
     present: which of its tensors are there: weight, bias, mean, var, gamma, beta and, where it scales its input by
         squeeze and excitation first, weight and bias of each of that one's convolutions.
     excite: (activation, number of the gate) of that squeeze and excitation, or None.
-    is_norm: a LayerNorm, whose problem is that of a 1x1 convolution and whose tensors are gamma and beta.
+    layer: None of a convolution. "layer norm", whose problem is that of a 1x1 convolution and whose tensors are gamma
+        and beta; "mean", whose problem is that of a depthwise convolution as large as the image.
     """
 
     problem: ConvProblem
@@ -29,7 +30,7 @@ class Step(NamedTuple):
     residual: int | None
     present: tuple[bool, ...]
     excite: tuple[str, int] | None
-    is_norm: bool = False
+    layer: str | None = None
 
 
 class Block(NamedTuple):
@@ -43,9 +44,10 @@ class Block(NamedTuple):
 class Prepared(NamedTuple):
     """A sequence whose kernels are chosen.
 
-    keep(tensors by step, eps by step) -> Kept   to be done anew where one of the tensors is another object
+    keep(tensors by step, eps by step, flat) -> Kept   to be done anew where one of the tensors is another object;
+                                                       flat: y is (N, C), whose one pixel it is
     run(x, Kept) -> y
-    watch() -> Watch                             an empty one (csrc/watch.h)
+    watch() -> Watch                                   an empty one (csrc/watch.h)
     """
 
     keep: Callable
@@ -65,7 +67,8 @@ class Kept:
 
 
 def program(blocks, plans) -> list[int]:
-    """The numbers of the blocks, one after the other. `plans`: the call of each step's kernel, None of a LayerNorm.
+    """The numbers of the blocks, one after the other. `plans`: the call of each step's kernel, None of a layer that is
+    no convolution.
 
     The op's list of tensors has the steps' present ones in their order, the packed weight after the weight where there
     is one.
@@ -82,7 +85,7 @@ def program(blocks, plans) -> list[int]:
         for step, plan in zip(block.steps, plans):
             weight, packed = take(step.present[0]), take(plan is not None and plan.pack_format is not None)
             bias, mean, var, gamma, beta, *excited = map(take, step.present[1:])
-            numbers += [_LAYER_NORM, *[0] * 7] if plan is None else [plan.variant, *plan.geom]
+            numbers += [_LAYERS[step.layer], *[0] * 7] if plan is None else [plan.variant, *plan.geom]
             numbers += [ACTIVATIONS[step.activation], weight, packed, bias, mean, var, gamma,
                         beta, _ABSENT if step.residual is None else step.residual]
             numbers += [0, *[_ABSENT] * 4, 0, 0] if step.excite is None else [

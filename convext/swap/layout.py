@@ -14,6 +14,7 @@ from torch import fx
 from .. import backends
 from ..memory_format import suggests_channels_last
 from . import calls
+from .heads import Head
 from .pixelwise import Run
 
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
@@ -41,8 +42,8 @@ def contiguous_weights(convs):
 
 
 class Layout:
-    """Which nodes are of which kind. `units`: chains and runs; `result_of(node)`: what a leaf container returns for
-    free arguments, "free" or "channels-last", or None where it minds their format or hides that of its result.
+    """Which nodes are of which kind. `units`: chains, runs and heads; `result_of(node)`: what a leaf container returns
+    for free arguments, "free" or "channels-last", or None where it minds their format or hides that of its result.
 
     free           may be channels-last
     channels_last  are
@@ -82,6 +83,8 @@ class Layout:
             self.plain.add(node)
             return
         unit = self.last.get(node)
+        if isinstance(unit, Head):
+            return  # the same from either format, and no image
         inputs = node.all_input_nodes if unit is None else unit.inputs
         if unit is None and self._is_metadata(node, inputs):
             self.plain.add(node)

@@ -20,17 +20,20 @@ from . import calls, chains, place
 
 _TO_NHWC, _TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 _DTYPES = torch.float32, torch.float64
+_POINTWISE = 1, 1, 1, 1, 0, 0, 1, 1, 1  # filter, stride, padding, dilation, groups
 
 # ---- finding them ----------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Layer:
-    """A LayerNorm or a linear layer. `module` is its key in the trace's modules; the rest is of linear layers alone.
+    """A LayerNorm, a linear layer or the mean over all pixels (heads.py). `module` is its key in the trace's modules,
+    None of the mean; what follows `is_mean` is of linear layers alone.
     `scale`: name of a parameter of the container that multiplies its output by channels, or None; `scale_shapes`: those
     that it may have, where -1 stands for the channels."""
-    module: str
-    is_norm: bool
+    module: str | None
+    is_norm: bool = False
+    is_mean: bool = False
     activation: str = "identity"
     scale: str | None = None
     scale_shapes: tuple = ()
@@ -108,12 +111,14 @@ def _run_from(node, modules, opaque, taken):
         return Run(node.args[0], [Layer(node.target, True)], [node])
     if _permutation(node, modules) != _TO_NHWC or node.op == "call_module" and node.target in opaque:
         return None
-    grown = _Grower(Run(node.args[0], [], [node]), modules, opaque, taken)
+    grown = Grower(Run(node.args[0], [], [node]), modules, opaque, taken)
     grown.note_permutation(node)
     return grown.run if grown.inside() and grown.run.layers else None
 
 
-class _Grower:
+class Grower:
+    """Adds what follows in the graph to a run, or to a head."""
+
     def __init__(self, run, modules, opaque, taken):
         self.run, self.modules, self.opaque, self.taken = run, modules, opaque, taken
 
@@ -139,28 +144,36 @@ class _Grower:
         while (node := self.follower()) is not None:
             layer = run.layers[-1] if run.layers else None
             first = bool(node.args) and node.args[0] is run.last and node.all_input_nodes == [run.last]
-            alone = first and len(node.args) == 1 and not node.kwargs
-            kind = type(modules[node.target]) if node.op == "call_module" else None
             if first and layer is not None and _permutation(node, modules) == _TO_NCHW:
                 run.core.append(node)
                 self.note_permutation(node)
                 self.outside()
                 return True
-            if alone and kind in (nn.LayerNorm, nn.Linear):
-                run.layers.append(Layer(node.target, kind is nn.LayerNorm))
-            elif first and _is_linear(layer) and (name := calls.activation(node, modules)):
-                layer.activation = name
-                if kind is nn.GELU:
-                    self.note(node, "approximate")
-            elif not (first and calls.passes_through(node, modules)) and not self.takes_scale(node, ((-1,),)):
+            if not (first and (self.takes_layer(node) or calls.passes_through(node, modules))) \
+                    and not self.takes_scale(node, ((-1,),)):
                 return False
             run.core.append(node)
+        return False
+
+    def takes_layer(self, node):
+        """True of a LayerNorm or linear layer, and of an activation behind the latter, that reads the last node alone;
+        notes it."""
+        layers, modules = self.run.layers, self.modules
+        kind = type(modules[node.target]) if node.op == "call_module" else None
+        if kind in (nn.LayerNorm, nn.Linear) and len(node.args) == 1 and not node.kwargs:
+            layers.append(Layer(node.target, kind is nn.LayerNorm))
+            return True
+        if ends_in_linear(layers) and (name := calls.activation(node, modules)):
+            layers[-1].activation = name
+            if kind is nn.GELU:
+                self.note(node, "approximate")
+            return True
         return False
 
     def outside(self):
         """What follows in the order NCHW: a scale by channels, and a sum."""
         run, modules = self.run, self.modules
-        while _is_linear(run.layers[-1]) and (node := self.follower()) is not None:
+        while ends_in_linear(run.layers) and (node := self.follower()) is not None:
             first = bool(node.args) and node.args[0] is run.last
             if (pair := calls.summands(node)) and (first or not calls.writes_first_argument(node, modules)):
                 run.residual, run.comes_second = pair[1] if first else pair[0], not first
@@ -175,8 +188,8 @@ class _Grower:
         """True of a node that multiplies by a parameter of the owner, of one of the shapes, where -1 stands for the
         channels; notes it as the scale of the last layer."""
         run, layer = self.run, self.run.layers[-1] if self.run.layers else None
-        if not _is_linear(layer) or layer.scale is not None or not calls.is_product(node) or len(node.args) != 2 \
-                or run.last not in node.args:
+        if not ends_in_linear(run.layers) or layer.scale is not None or not calls.is_product(node) \
+                or len(node.args) != 2 or run.last not in node.args:
             return False
         factor, between = next((a for a in node.args if a is not run.last), None), []
         if isinstance(factor, fx.Node) and factor.op == "call_method" and factor.target in ("reshape", "view") \
@@ -193,9 +206,9 @@ class _Grower:
         return True
 
 
-def _is_linear(layer):
-    """True of a linear layer that nothing but a scale follows so far."""
-    return layer is not None and not layer.is_norm and layer.activation == "identity"
+def ends_in_linear(layers):
+    """True where the last layer is a linear one that nothing but a scale follows so far."""
+    return bool(layers) and not layers[-1].is_norm and not layers[-1].is_mean and layers[-1].activation == "identity"
 
 
 def _permutation(node, modules):
@@ -235,12 +248,16 @@ class LayerStep:
     excite = excite_module = None
 
     def __init__(self, layer, run, parts):
-        module = parts.modules[layer.module]
-        self.layer, self.attributes, self.parameters = layer, module.__dict__, module._parameters
+        attributes = {} if layer.module is None else parts.modules[layer.module].__dict__
+        self.layer, self.attributes, self.parameters = layer, attributes, attributes.get("_parameters", {})
         self.scales = parts.parameters if layer.scale is not None else {}
         self.constants = [(parts.modules[key].__dict__, name, value) for key, name, value in run.constants]
         self.choice = None  # of a linear layer, once it is prepared
         self.activation = layer.activation
+
+    @property
+    def is_linear(self):
+        return not self.layer.is_norm and not self.layer.is_mean
 
     @property
     def eps(self):
@@ -248,7 +265,7 @@ class LayerStep:
 
     def tensors(self):
         weight, bias = self.parameters.get("weight"), self.parameters.get("bias")
-        if self.layer.is_norm:
+        if not self.is_linear:
             return None, None, None, None, weight, bias
         return weight, bias, None, None, self.scales.get(self.layer.scale), None
 
@@ -257,14 +274,17 @@ class LayerStep:
         tensors, c = self.tensors(), before.k
         if self.facts(tensors) is None or before.dtype.torch not in _DTYPES or not self._fits(c):
             return None
-        k = c if self.layer.is_norm else tensors[0].shape[0]
-        problem = _pointwise(before.y_shape, k, before.dtype, before.y_layout, Layout.NHWC, before.device)
-        if not self.layer.is_norm:
-            self.choice = backends.select(Pass.FPROP, problem)
-        return PreparedStep(problem, self.activation, residual, tuple(t is not None for t in tensors), None,
-                            self.layer.is_norm)
+        filters = (c, *before.y_shape[2:], 1, 1, 0, 0, 1, 1, c) if self.layer.is_mean else \
+            (tensors[0].shape[0] if self.is_linear else c, *_POINTWISE)
+        problem = ConvProblem(*before.y_shape, *filters, before.dtype, before.y_layout, Layout.NHWC, before.device)
+        if self.is_linear:
+            self.choice = backends.select(Pass.FPROP, problem, alone=False)
+        name = "mean" if self.layer.is_mean else "layer norm" if self.layer.is_norm else None
+        return PreparedStep(problem, self.activation, residual, tuple(t is not None for t in tensors), None, name)
 
     def _fits(self, c):
+        if self.layer.is_mean:
+            return True
         if self.layer.is_norm:
             return tuple(self.attributes["normalized_shape"]) == (c,)
         weight, _, _, _, scale, _ = self.tensors()
@@ -295,13 +315,9 @@ class LayerStep:
                 watch.elements(attributes[name], tuple(attributes[name]))
 
 
-def _pointwise(x_shape, k, *rest):
-    return ConvProblem(*x_shape, k, 1, 1, 1, 1, 0, 0, 1, 1, 1, *rest)
-
-
 def _identity_of(x):
     layout = Layout(suggests_channels_last(x))
-    return _pointwise(x.shape, x.shape[1], DTYPES[x.dtype], layout, layout, x.device.type)
+    return ConvProblem(*x.shape, x.shape[1], *_POINTWISE, DTYPES[x.dtype], layout, layout, x.device.type)
 
 
 def _frozen(value):

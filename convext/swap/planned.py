@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules import module as _torch_module
 
 from .. import backends
-from . import calls, chains, codegen, layout, linears, pixelwise, place, sequences, squeeze_excite
+from . import calls, chains, codegen, heads, layout, linears, pixelwise, place, sequences, squeeze_excite
 from . import signature as signatures
 from .audit import Untraceable
 from .tracing import Trace
@@ -39,11 +39,14 @@ class Variant:
         modules = trace.modules
         self.chains, self.alone = chains.find(trace.graph, modules, opaque)
         taken = {node for chain in self.chains for node in chain.nodes}
+        found_heads = heads.find(trace.graph, modules, opaque, taken) if direct is True else []
+        taken.update(node for head in found_heads for node in head.nodes)
         self.runs = pixelwise.find(trace.graph, modules, opaque, taken)
         self.layout = None
         if in_seam:
             aliases = chains.aliases_of(trace.graph, modules)
-            self.layout = layout.Layout(trace.graph, modules, self.chains + self.runs, aliases, opaque, plan.result_of)
+            units = self.chains + self.runs + found_heads
+            self.layout = layout.Layout(trace.graph, modules, units, aliases, opaque, plan.result_of)
 
         def call_leaf(node):
             module = modules[node.target]
@@ -98,7 +101,7 @@ class Variant:
             nested = {n: (call_leaf(n), functools.partial(_whole_of, modules[n.target], in_any_format(n), direct))
                       for n in excites}
             units = sequences.find_blocks(trace.graph, units, modules, is_free, lambda n: excites.get(n) is not None)
-            units = sequences.find(trace.graph, units, is_free, lambda n: n in nested)
+            units = sequences.find(trace.graph, units + found_heads, is_free, lambda n: n in nested)
             parts = sequences.Parts(modules, trace.parameters, fused_chain, apart_run, excites, nested,
                                     None if direct is True else direct)
             runners = {unit.last: parts.runner(unit) for unit in units}

@@ -24,6 +24,7 @@ from ..backends.native_sequence import Step as PreparedStep
 from ..problem import DTYPES
 from . import pixelwise, place, squeeze_excite
 from .chains import Chain
+from .heads import Head
 from .pixelwise import Run
 
 # ---- finding them ----------------------------------------------------------------------------------------------------
@@ -136,8 +137,8 @@ def _nothing_between(unit, order, graph):
 def find(graph, units, is_free, nests):
     """The units of a graph, those that follow each other put together: a list of Chain, Run, Block and Sequence.
 
-    `nests(node)`: whether a node calls a container that may be a sequence itself. A LayerNorm that nothing is put
-    together with is left to its module."""
+    `nests(node)`: whether a node calls a container that may be a sequence itself. A LayerNorm or a head that nothing is
+    put together with is left to its modules."""
     by_last = {unit.last: unit for unit in units}
     inside = {node for unit in units for node in unit.nodes}
     rows = [[]]
@@ -152,7 +153,7 @@ def find(graph, units, is_free, nests):
     for row in rows:
         while row:
             length = _longest(row, is_free)
-            alone = [] if isinstance(row[0], Nested) or pixelwise.is_norm_alone(row[0]) else row[:1]
+            alone = [] if isinstance(row[0], (Nested, Head)) or pixelwise.is_norm_alone(row[0]) else row[:1]
             found += [Sequence(row[:length])] if length > 1 else alone
             row = row[length:]
     return found
@@ -166,11 +167,14 @@ def _longest(row, is_free):
         return 1
     source = row[0].inputs[0]
     for length, member in enumerate(row, 1):
-        if not values.issuperset(member.inputs) or not is_free(member.last):
+        is_head = isinstance(member, Head)
+        if not values.issuperset(member.inputs) or not is_head and not is_free(member.last):
             break
         nodes.update(member.nodes)
         if all(nodes.issuperset(value.users) for value in values if value is not source):
             longest = length
+        if is_head:
+            break  # its result is no image
         values.add(member.last)
     return longest
 
@@ -183,7 +187,8 @@ class layer_by_layer:
         convext.layer_by_layer(True)         # from here on
         convext.layer_by_layer(False)        # together again, the default
 
-    Results are the same; what lies between two layers is a tensor again. The setting is the process's.
+    Convolutions compute the same bit for bit; squeeze and excitation, LayerNorm and linear layers are torch's own then.
+    What lies between two layers is a tensor again. The setting is the process's.
     """
 
     on = False
@@ -275,6 +280,7 @@ class _Builder:
     def __init__(self):
         self.blocks, self.steps = [], []
         self.containers = []  # (plan, container, its state) of all that are looked through
+        self.flat = False     # whether the result is (N, C), not an image
 
     def add(self, steps, source, residuals, before=None):
         """Adds a block and returns the value that it computes; None where a step has no kernel yet. `before`: the
@@ -345,6 +351,8 @@ class Parts:
             return RunRunner(unit, self)
         if isinstance(unit, Block):
             return BlockRunner(unit, self)
+        if isinstance(unit, Head):
+            return HeadRunner(unit, self)
         if isinstance(unit, Nested):
             return NestedRunner(*self.nested[unit.last])
         return SequenceRunner(unit.inputs[0], [(m.last, m.inputs, self.runner(m)) for m in unit.members], self.autocast)
@@ -395,6 +403,27 @@ class RunRunner(BlockRunner):
 
     def __init__(self, run, parts):
         super().__init__(Block([run]), parts)
+
+
+class HeadRunner:
+    """A head as the last member of a sequence."""
+
+    def __init__(self, head, parts):
+        self.function = parts.apart(head)
+        self.steps = [pixelwise.LayerStep(layer, head, parts) for layer in head.layers]
+
+    def __call__(self, *given):
+        return self.function(*given)
+
+    def emit(self, builder, values):
+        value = values[0]
+        for step in self.steps:
+            before = builder.blocks[value - 1].steps[-1].problem if value > 0 else self.function.source
+            value = builder.add([step], value, [None], before)
+            if value is None:
+                return None
+        builder.flat = True
+        return value
 
 
 class ChainRunner:
@@ -492,7 +521,7 @@ def _prepared(builder, x, signature):
             if facts is None or tuple(t is not None for t in given) != there or step.facts(given) != facts:
                 return None
             tensors.append(given)
-        return sequence.keep(tensors, [step.eps for step in steps])
+        return sequence.keep(tensors, [step.eps for step in steps], builder.flat)
 
     def again(x):
         nonlocal watch, kept

@@ -1,6 +1,6 @@
 // Stand-alone test of blocks (block.h): bit for bit what their steps give one by one, on every instruction set that this
-// CPU has, for any number of threads and any size of strip; squeeze and excitation against plain loops; and what images
-// go together (phases.h). No torch.
+// CPU has, for any number of threads and any size of strip; squeeze and excitation, and the mean over pixels, against
+// plain loops; and what images go together (phases.h). No torch.
 // Exits non-zero on failure.
 #include "../block.h"
 
@@ -12,6 +12,7 @@
 #include <string>
 #include <thread>
 
+#include "../cpu/mean.h"
 #include "../phases.h"
 #include "../select.h"
 
@@ -234,6 +235,35 @@ void test_rejects() {
   check(reject_block(b.steps) != nullptr, "a depthwise step after squeeze and excitation");
 }
 
+void test_mean(Isa isa, const std::string& name) {
+  for (const int c : {1, 3, 16, 37, 64, 129, 200}) {
+    const int n = 2, h = 5, w = 7;
+    const std::vector<float> x = random_values(n * h * w * c);
+    ConvProblem p{};
+    p.n = n, p.c = p.k = p.groups = c, p.h = p.r = h, p.w = p.s = w;
+    p.stride_h = p.stride_w = p.dil_h = p.dil_w = 1;
+    p.dtype = DType::kFloat32, p.x_layout = p.y_layout = Layout::kNHWC;
+    const Variant& mean = *mean_for(isa, DType::kFloat32);
+    const std::string what = "mean of " + std::to_string(c) + " channels, " + name;
+    check(mean.reject(p) == nullptr, what);
+    for (const int threads : {1, 3}) {
+      Buffer out(n * c * sizeof(float));
+      const Parallel parallel = parallel_with(threads);
+      LaunchArgs args{};
+      args.a = x.data(), args.out = out.floats(), args.parallel = &parallel;
+      check(mean.launch(p, args) == nullptr, what);
+      for (int i = 0; i < n * c; ++i) {
+        double sum = 0;
+        for (int j = 0; j < h * w; ++j) sum += x[(i / c * h * w + j) * c + i % c];
+        // Each value, of size 1 at most, is in at most h + w additions, and the product.
+        check(std::fabs(out.floats()[i] - sum / (h * w)) <= (h + w + 1) * 6e-8, what);
+      }
+    }
+    p.r = h - 1;
+    check(mean.reject(p) != nullptr, what + ": a smaller filter");
+  }
+}
+
 void check_phases(const std::vector<LayerBytes>& layers, int64_t batch, int threads, std::vector<int64_t> expected) {
   const std::vector<Phase> found = phases(layers, batch, threads, 1 << 20);
   const std::string what = std::to_string(layers.size()) + " layers, batch " + std::to_string(batch) + ", " +
@@ -275,6 +305,7 @@ int main() {
     if (isa > detect_cpu_isa()) continue;
     settings().cpu_isa = isa;
     for (const Case& c : cases()) test(c, squeeze_excite_for(isa), name);
+    test_mean(isa, name);
   }
   test_rejects();
   test_phases();

@@ -1,0 +1,68 @@
+// The mean over pixels in the instruction set of this file: see mean.h.
+#include "mean.h"
+
+#include "vec.h"
+
+namespace convext {
+namespace CONVEXT_ISA {
+namespace {
+
+constexpr int kVectors = 4;  // channels of a thread's turn, in vectors: sums of a row and of the rows stay in registers
+
+// out[0 .. lanes) = factor * the sum over h x w pixels, `c` apart, of x[0 .. lanes).
+template <class T, class... L>
+CONVEXT_INLINE void mean_of(const T* x, int32_t h, int32_t w, int64_t c, T factor, T* out, int vectors, L... lanes) {
+  using V = Vec<T>;
+  V sum[kVectors];
+  for (V& s : sum) s = V::zero();
+  for (int32_t i = 0; i < h; ++i) {
+    V row[kVectors];
+    for (V& r : row) r = V::zero();
+    for (int32_t j = 0; j < w; ++j, x += c) {
+      for (int v = 0; v < vectors; ++v) row[v] += load(x + v * V::width, lanes...);
+    }
+    for (int v = 0; v < vectors; ++v) sum[v] += row[v];
+  }
+  for (int v = 0; v < vectors; ++v) store(out + v * V::width, sum[v] * V(factor), lanes...);
+}
+
+template <class T>
+const char* launch(const ConvProblem& p, const LaunchArgs& args) {
+  constexpr int kWidth = Vec<T>::width, kTurn = kVectors * kWidth;
+  const T* const x = static_cast<const T*>(args.a);
+  T* const y = static_cast<T*>(args.out);
+  const T factor = T(1) / (static_cast<T>(p.h) * static_cast<T>(p.w));
+  const int64_t c = p.c, turns = (c + kTurn - 1) / kTurn;
+  args.parallel->for_each(p.n * turns, [&](int64_t turn) {
+    const int64_t image = turn / turns, end = (turn % turns + 1) * kTurn;
+    int64_t k = end - kTurn;
+    const auto of = [&](int vectors, auto... lanes) {
+      mean_of(x + image * p.h * p.w * c + k, p.h, p.w, c, factor, y + image * c + k, vectors, lanes...);
+    };
+    if (end <= c) return of(kVectors);
+    for (; k + kWidth <= c; k += kWidth) of(1);
+    if (k < c) of(1, Lanes<T>(c - k));
+  });
+  return nullptr;
+}
+
+const char* reject(const ConvProblem& p) {
+  return p.groups == p.c && p.k == p.c && p.r == p.h && p.s == p.w && p.p() == 1 && p.q() == 1
+             ? nullptr
+             : "it is no mean over all pixels";
+}
+
+}  // namespace
+}  // namespace CONVEXT_ISA
+
+#define CONVEXT_DEFINE(T, type, dtype)                                                                     \
+  extern const Variant CONVEXT_VARIANT(mean_##type);                                                       \
+  const Variant CONVEXT_VARIANT(mean_##type) = {                                                           \
+      CONVEXT_VARIANT_NAME(mean_##type), "mean", Device::kCPU, Pass::kFprop, DType::dtype,                 \
+      CONVEXT_ISA_ENUM, Layouts::kNHWCOnly, CONVEXT_ISA::reject, nullptr, nullptr, nullptr, nullptr,       \
+      CONVEXT_ISA::launch<T>};
+CONVEXT_DEFINE(float, f32, kFloat32)
+CONVEXT_DEFINE(double, f64, kFloat64)
+#undef CONVEXT_DEFINE
+
+}  // namespace convext
