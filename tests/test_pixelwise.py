@@ -71,7 +71,7 @@ class Norms(nn.Module):
 
 
 NETWORKS = {
-    "convnext": (_convnext, 20),
+    "convnext": (_convnext, 23),
     "timm": (lambda: _settled(nn.Sequential(nn.Conv2d(3, 24, 4, 4), Block("timm"), Block("timm"))), 9),
     "paper": (lambda: _settled(nn.Sequential(nn.Conv2d(3, 24, 4, 4), LayerNorm2d(24), Block("paper"))), 6),
     "no scale": (lambda: _settled(nn.Sequential(nn.Conv2d(3, 24, 4, 4), Block("sum"))), 5),
