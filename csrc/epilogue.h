@@ -76,14 +76,17 @@ struct hardswish {
   }
 };
 
-// The exact form, 0.5 z (1 + erf(z / sqrt 2)): torch.nn.GELU's default, not the tanh approximation.
+// P(X <= z) of a standard normal X. A vector type may bring one of its own.
+template <class T>
+CONVEXT_HD T normal_cdf(T z) { return T(0.5) * (T(1) + erf(z * T(0.70710678118654752440))); }
+
+// The exact form, z P(X <= z): torch.nn.GELU's default, not the tanh approximation.
 template <class T>
 struct gelu {
-  CONVEXT_HD static T forward(T z) { return T(0.5) * z * (T(1) + erf(z * T(0.70710678118654752440))); }
+  CONVEXT_HD static T forward(T z) { return z * normal_cdf(z); }
   CONVEXT_HD static T derivative(T z) {
-    const T cdf = T(0.5) * (T(1) + erf(z * T(0.70710678118654752440)));
     const T pdf = T(0.39894228040143267794) * exp(T(-0.5) * z * z);
-    return cdf + z * pdf;
+    return normal_cdf(z) + z * pdf;
   }
 };
 
