@@ -79,6 +79,8 @@ struct Plan {
     const int64_t batch = steps[0].problem.n;
     int64_t weight_bytes = 0, image_bytes = 0;
     for (const BlockStep& step : steps) weight_bytes += step.problem.w_size() * dtype_size(step.problem.dtype);
+    // Weights beyond the second-level cache are read anew for every strip: strips may then take as much as they do.
+    const int64_t strip_bytes = weight_bytes > 2 * budget ? weight_bytes : budget;
     for (Segment& segment : segments) {
       int64_t row_bytes = 0, shared = 0, rows_below = 1, whole = 0;
       for (int i = segment.last; i >= segment.first; --i) {  // a row of output stands on `rows_below` rows of a step's
@@ -90,7 +92,7 @@ struct Plan {
       }
       row_bytes += rows_below * x_row_bytes(steps[segment.first].problem);
       whole += steps[segment.first].problem.h * x_row_bytes(steps[segment.first].problem);
-      segment.strip = std::max<int64_t>(1, (budget - shared) / row_bytes);
+      segment.strip = std::max<int64_t>(1, (strip_bytes - shared) / row_bytes);
       image_bytes = std::max(image_bytes, whole);
     }
     // Small images go together: what they take of the cache may be as much as the weights that they share.

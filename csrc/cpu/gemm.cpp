@@ -39,17 +39,20 @@ struct Multiply<BFloat16> {
 template <class T>
 __attribute__((noinline)) void activate(const TileArgs<T>& args, int32_t rows, int32_t lanes_a_row) {
   using V = VecOf<T>;
+  const int32_t columns = args.columns, whole = columns / V::width * V::width;
+  const Lanes<compute_t<T>> tail(columns - whole);
   visit_activation<V>(args.activation, [&](auto f) {
     for (int32_t i = 0; i < rows; ++i) {
-      for (int32_t j = 0; j < args.columns; j += V::width) {
-        const Lanes<compute_t<T>> lanes(args.columns - j);
-        T* p = args.out[i] + args.out_offset + j;
+      T* const out = args.out[i] + args.out_offset;
+      const auto apply = [&](int32_t j, auto... lanes) __attribute__((always_inline)) {
         if constexpr (kPartialInOutput<T>) {
-          store(p, f.forward(load(p, lanes)), lanes);
+          store(out + j, f.forward(load(out + j, lanes...)), lanes...);
         } else {
-          store_as(p, f.forward(load(args.partial + i * lanes_a_row + j)), lanes);
+          store_as(out + j, f.forward(load(args.partial + i * lanes_a_row + j)), lanes...);
         }
-      }
+      };
+      for (int32_t j = 0; j < whole; j += V::width) apply(j);
+      if (whole < columns) apply(whole, tail);
     }
   });
 }
