@@ -14,6 +14,7 @@
 
 #include "../cpu/mean.h"
 #include "../phases.h"
+#include "../cpu/layer_norm.h"
 #include "../select.h"
 
 namespace {
@@ -64,7 +65,7 @@ std::vector<float> random_values(int64_t count) {
   return values;
 }
 
-// A layer of a block: channels out, filter, stride; 0 channels for a depthwise one.
+// A layer of a block: channels out, filter, stride; 0 channels for a depthwise one, and no filter for a LayerNorm.
 struct Layer {
   int k, r, stride, dilation = 1;
   bool excites = false, residual = false, input_as_residual = false;
@@ -91,6 +92,10 @@ std::vector<Case> cases() {
       {"excited", 2, 16, 14, 14, {{72, 1, 1}, {0, 5, 1}, {16, 1, 1, 1, true, false, true}}},
       {"excited_stride_2", 3, 24, 13, 11, {{100, 1, 1}, {0, 3, 2}, {40, 1, 1, 1, true}}},
       {"excited_without_expansion", 1, 32, 20, 20, {{0, 3, 1}, {16, 1, 1, 1, true}}},
+      {"layer_norm", 2, 24, 14, 15, {{0, 7, 1}, {0, 0, 1}, {96, 1, 1}, {24, 1, 1, 1, false, false, true}}},
+      {"layer_norm_first", 1, 37, 19, 8, {{0, 0, 1}, {0, 3, 2}, {20, 1, 1}}},
+      {"layer_norm_excited", 3, 16, 12, 12, {{48, 1, 1}, {0, 0, 1}, {16, 1, 1, 1, true}, {0, 0, 1}}},
+      {"layer_norm_weights_beyond_the_cache", 2, 40, 9, 9, {{0, 7, 1}, {0, 0, 1}, {640, 1, 1}, {40, 1, 1}}},
       {"pointwise_twice", 4, 33, 7, 7, {{65, 1, 1}, {16, 1, 1}}},
   };
 }
@@ -113,16 +118,26 @@ Built build(const Case& c) {
   for (const Layer& layer : c.layers) {
     ConvProblem p{};
     p.n = c.n, p.c = channels, p.h = h, p.w = w;
-    p.k = layer.k == 0 ? channels : layer.k, p.groups = layer.k == 0 ? channels : 1;
-    p.r = p.s = layer.r;
+    const bool norm = layer.r == 0;
+    p.k = layer.k == 0 ? channels : layer.k, p.groups = layer.k == 0 && !norm ? channels : 1;
+    p.r = p.s = norm ? 1 : layer.r;
     p.stride_h = p.stride_w = layer.stride;
     p.dil_h = p.dil_w = layer.dilation;
-    p.pad_h = p.pad_w = (layer.r - 1) / 2 * layer.dilation;
+    p.pad_h = p.pad_w = (p.r - 1) / 2 * layer.dilation;
     p.dtype = DType::kFloat32;
     p.x_layout = p.y_layout = Layout::kNHWC;
     BlockStep step{};
-    step.variant = variants()[select(Device::kCPU, Pass::kFprop, p)];
     step.problem = p;
+    if (norm) {
+      static const double eps = 1e-5;
+      step.variant = layer_norm_for(settings().cpu_isa, p.dtype);
+      step.weights = &eps;
+      step.epilogue.scale = values(p.k);
+      step.epilogue.shift = values(p.k);
+      b.steps.push_back(step);
+      continue;
+    }
+    step.variant = variants()[select(Device::kCPU, Pass::kFprop, p)];
     const float* const weights = values(p.w_size());
     step.weights = weights;
     if (step.variant->pack_format != nullptr && step.variant->pack_format(p) != nullptr) {
