@@ -58,6 +58,16 @@ Parallel threads_for(const Parallel& parallel, const BatchNormArgs& args) {
   return {parallel.run, args.n * args.c * args.hw < kSerial ? 1 : parallel.threads};
 }
 
+constexpr int64_t kChannelBlock = 64;  // channels whose chunks are merged together: a line of each chunk at a time
+
+// Calls body(begin, count) for every block of channels.
+template <class Body>
+void for_channel_blocks(const Parallel& parallel, int64_t c, const Body& body) {
+  parallel.for_each(ceil_div(c, kChannelBlock), [&](int64_t block) {
+    body(block * kChannelBlock, smaller(kChannelBlock, c - block * kChannelBlock));
+  });
+}
+
 // ---- per-channel constants, and the partial sums behind them in the workspace ----
 
 constexpr int kConstants = 5;  // arrays of C
@@ -210,22 +220,31 @@ void batch_stats(const Parallel& parallel, const BatchNormArgs& args, void* mean
     });
   }
   const int64_t row_elements = nhwc ? 1 : args.hw;  // of one channel
-  for (int64_t c = 0; c < args.c; ++c) {
-    const double origin = load_as(y + c * channel, 1).v[0];  // means are merged relative to it, where they are small
-    double n_a = 0, mean_a = 0, m2_a = 0;
+  for_channel_blocks(parallel, args.c, [&](int64_t begin, int64_t count) {
+    // Means are merged relative to the channel's first value, where they are small.
+    double origin[kChannelBlock], first[kChannelBlock], mean_a[kChannelBlock] = {}, m2_a[kChannelBlock] = {}, n_a = 0;
+    const auto load_row = [&](int64_t index, double* out) {
+      for (int64_t i = 0; i < count; ++i) out[i] = load_as(y + index * row + (begin + i) * channel, 1).v[0];
+    };
+    load_row(0, origin);
     for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-      const double n_b = static_cast<double>((chunks.end(chunk) - chunks.begin(chunk)) * row_elements);
-      const double first = load_as(y + chunks.begin(chunk) * row + c * channel, 1).v[0];
-      const double sum = partial[chunk * 2 * args.c + c], sum_squares = partial[chunk * 2 * args.c + args.c + c];
-      const double mean_b = (first - origin) + sum / n_b, m2_b = sum_squares - sum * sum / n_b;
-      const double n = n_a + n_b, delta = mean_b - mean_a;
-      mean_a += delta * n_b / n;
-      m2_a += (m2_b < 0 ? 0 : m2_b) + delta * delta * n_a * n_b / n;
+      const double n_b = static_cast<double>((chunks.end(chunk) - chunks.begin(chunk)) * row_elements), n = n_a + n_b;
+      const double inverse = 1 / n_b, share = n_b / n, cross = n_a * n_b / n;
+      const T *const sums = partial + chunk * 2 * args.c + begin, *const squares = sums + args.c;
+      load_row(chunks.begin(chunk), first);
+      for (int64_t i = 0; i < count; ++i) {
+        const double sum = sums[i], m2_b = squares[i] - sum * sum * inverse;
+        const double delta = (first[i] - origin[i]) + sum * inverse - mean_a[i];
+        mean_a[i] += delta * share;
+        m2_a[i] += (m2_b < 0 ? 0 : m2_b) + delta * delta * cross;
+      }
       n_a = n;
     }
-    static_cast<T*>(mean)[c] = static_cast<T>(origin + mean_a);
-    static_cast<T*>(var)[c] = static_cast<T>(m2_a / n_a);
-  }
+    for (int64_t i = 0; i < count; ++i) {
+      static_cast<T*>(mean)[begin + i] = static_cast<T>(origin[i] + mean_a[i]);
+      static_cast<T*>(var)[begin + i] = static_cast<T>(m2_a[i] / n_a);
+    }
+  });
 }
 
 // ---- element-wise passes ----
@@ -378,21 +397,28 @@ struct Backward {
 
 // Adds the chunks up in their order: dbeta, dgamma, and what the second pass subtracts.
 template <class T>
-void finish_sums(const BatchNormArgs& args, const BatchNormGradients& gradients, const Constants<T>& constants) {
+void finish_sums(const Parallel& parallel, const BatchNormArgs& args, const BatchNormGradients& gradients,
+                 const Constants<T>& constants) {
   const int64_t chunks = Chunks(args).count;
-  const double count = static_cast<double>(args.n) * static_cast<double>(args.hw);
-  for (int64_t c = 0; c < args.c; ++c) {
-    double sum = 0, sum_products = 0;
+  const double elements = static_cast<double>(args.n) * static_cast<double>(args.hw);
+  for_channel_blocks(parallel, args.c, [&](int64_t begin, int64_t count) {
+    double sum[kChannelBlock] = {}, sum_products[kChannelBlock] = {};
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      sum += constants.partial[chunk * 2 * args.c + c];
-      sum_products += constants.partial[chunk * 2 * args.c + args.c + c];
+      const T *const sums = constants.partial + chunk * 2 * args.c + begin, *const products = sums + args.c;
+      for (int64_t i = 0; i < count; ++i) {
+        sum[i] += sums[i];
+        sum_products[i] += products[i];
+      }
     }
-    const double inverse = inverse_std<T>(args, c);
-    if (gradients.dbeta) static_cast<T*>(gradients.dbeta)[c] = static_cast<T>(sum);
-    if (gradients.dgamma) static_cast<T*>(gradients.dgamma)[c] = static_cast<T>(sum_products * inverse);
-    constants.mean_dz[c] = static_cast<T>(sum / count);
-    constants.slope[c] = static_cast<T>(sum_products * inverse * inverse / count);
-  }
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t c = begin + i;
+      const double inverse = inverse_std<T>(args, c);
+      if (gradients.dbeta) static_cast<T*>(gradients.dbeta)[c] = static_cast<T>(sum[i]);
+      if (gradients.dgamma) static_cast<T*>(gradients.dgamma)[c] = static_cast<T>(sum_products[i] * inverse);
+      constants.mean_dz[c] = static_cast<T>(sum[i] / elements);
+      constants.slope[c] = static_cast<T>(sum_products[i] * inverse * inverse / elements);
+    }
+  });
 }
 
 template <class S, template <class> class Act>
@@ -411,7 +437,7 @@ void bn_act_backward(const Parallel& parallel, const BatchNormArgs& args, const 
   const bool keep = costly && sizeof(S) == sizeof(T);
   pass.work = !through_stats ? Work::kSumsAndResults : keep ? Work::kSumsKeepingDz : Work::kSums;
   pass.run(parallel, args, constants);
-  finish_sums(args, gradients, constants);
+  finish_sums(parallel, args, gradients, constants);
   if (!through_stats) return;
   pass.work = keep ? Work::kResultsFromDz : Work::kResults;
   pass.run(parallel, args, constants);

@@ -9,7 +9,8 @@ using V = Vec<float>;
 
 // ---- The transforms of one row or column; Real is a vector or, for the weights, a vector of float64 ----
 //
-// input: B^T d, filter: G g, output: A^T m; and for the weight gradient output_transposed: A y, filter_transposed: G^T u (F(4) alone).
+// input: B^T d, filter: G g, output: A^T m; and, for F(4) alone, what the weight gradient takes:
+// output_transposed: A y, filter_transposed: G^T u.
 
 template <int M>
 struct Transform;

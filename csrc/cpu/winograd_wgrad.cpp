@@ -11,7 +11,9 @@
 //                             G^T S G, which is that part of dw
 //
 // 36 multiplications for the 16 outputs of a tile and nine taps, where the sum itself takes 144. The form for tiles of
-// 2x2 would err more than the sum itself (docs/design.md), which is what that tile is for. Tiles are cut into shares whose V and D stay in a cache; the sums of the shares before wait in S. A share is a function of the problem alone and sums run in the order of the tiles: no result depends on threads.
+// 2x2 would err more than the sum itself (docs/design.md), which is what that tile is for. Tiles are cut into shares
+// whose V and D stay in a cache; the sums of the shares before wait in S. A share is a function of the problem alone
+// and sums run in the order of the tiles: no result depends on threads.
 #include "gemm_outer.h"
 #include "winograd_passes.h"
 #include "winograd_tile.h"
