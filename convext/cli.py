@@ -78,6 +78,8 @@ def bench_model(
     memory_format: Format = MemoryFormat.contiguous,
     train: Annotated[bool, typer.Option("--train/--eval", help="A training step, or inference.")] = False,
     peers: Annotated[bool, typer.Option("--peers", help="Also the engines that people leave PyTorch for.")] = False,
+    peer: Annotated[Optional[list[str]], typer.Option(  # noqa: UP045
+        help="One of those alone, such as OpenVINO; may be given more than once.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     seconds: Seconds = 10.0,
     output: Json = None,
@@ -92,6 +94,11 @@ def bench_model(
 
     batches, counts = options.integers("--batch", batch), options.integers("--threads", threads)
     options.output("--json", output)
+    known = model.peers(train)
+    for name in peer or ():
+        if name not in known:
+            raise options.OptionError("--peer", name, f"one of {', '.join(known)}")
+    asked = known if peers else peer or ()
     names = names or ["resnet50", "mobilenet_v2"]
     for name in names:
         zoo.check(name)
@@ -101,7 +108,7 @@ def bench_model(
         task = progress.add_task("", total=len(cases))
         for case in cases:
             progress.update(task, description=str(case))
-            outcomes.append(model.run(case, with_peers=peers, seconds=seconds))
+            outcomes.append(model.run(case, peers=asked, seconds=seconds))
             progress.console.print(model.images_per_second(outcomes[-1]), soft_wrap=True)
             progress.advance(task)
     _print_table(model.table(outcomes), markdown)

@@ -170,12 +170,18 @@ def test_markdown_aligns_figures_to_the_right():
 def test_a_case_gives_timings_of_eager_and_convext(train):
     case = model.Case("resnet18", 1 + train, 1, train=train)
     threads = torch.get_num_threads()
-    outcome = model.run(case, with_peers=False, seconds=0.0)
+    outcome = model.run(case, seconds=0.0)
     assert torch.get_num_threads() == threads
     assert set(outcome.timings) == {"eager", "convext"}
     assert outcome.agreement["convext"].ok
     assert "resnet18" in model.images_per_second(outcome)
     assert model.table([outcome]).rows[0][:3] == ["resnet18", str(1 + train), "1"]
+
+
+def test_only_the_peers_asked_for_take_part():
+    assert {"torch.compile", "ONNX Runtime", "OpenVINO"} < set(model.peers(train=False))
+    outcome = model.run(model.Case("resnet18", 1, 1), peers=["eager channels-last"], seconds=0.0)
+    assert set(outcome.timings) == {"eager", "convext", "eager channels-last"}
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch):
@@ -186,7 +192,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
 
     monkeypatch.setattr(convext, "swap", broken)
     with pytest.raises(model.Disagreement, match="rounding explains"):
-        model.run(model.Case("resnet18", 1, 1), with_peers=False, seconds=0.0)
+        model.run(model.Case("resnet18", 1, 1), seconds=0.0)
 
 
 @pytest.mark.parametrize("name", ["eager channels-last", "ONNX Runtime", "OpenVINO"])

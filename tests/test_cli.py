@@ -42,6 +42,7 @@ def test_options_take_several_integers(given, joined):
         ("demo --epochs 3", "No such option: --epochs"),
         ("bench model resnet51", "got 'resnet51', expected a network of torchvision's"),
         ("bench model --batch 1 x", "x"),
+        ("bench model --peer MATLAB", "--peer: got 'MATLAB', expected one of eager channels-last, torch.compile,"),
         ("bench layers resnet18 --passes fprop,sideways", "--passes: got 'fprop,sideways', expected some of"),
         ("report --model resnet51", "got 'resnet51'"),
         ("report --model resnet18 --device tpu --dry-run", "--device: got 'tpu', expected cpu or cuda"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -75,21 +75,29 @@ def cases(names: Iterable[str], batches: list[int], threads: list[int], **settin
     return (Case(name, batch, count, **setting) for name in names for batch in batches for count in threads)
 
 
-def run(case: Case, *, with_peers: bool, seconds: float, on_round: Callable[[int], object] = lambda n: None) -> Outcome:
+def peers(train: bool) -> tuple[str, ...]:
+    """Names of all that a swapped network can be measured against, in inference or in a training step."""
+    return tuple((training if train else inference).PEERS)
+
+
+def run(
+    case: Case, *, peers: Collection[str] = (), seconds: float, on_round: Callable[[int], object] = lambda n: None
+) -> Outcome:
     """Builds the network, checks every candidate's result against eager's, then times them in turns.
 
-    Raises `Disagreement` where convext's result is further from eager's than rounding explains; a peer whose result
-    is, is skipped with that reason.
+    `peers`: names of who takes part besides eager and convext (see the function of that name). Raises `Disagreement`
+    where convext's result is further from eager's than rounding explains; a peer whose result is, is skipped with that
+    reason.
     """
     threads_before = torch.get_num_threads()
     torch.set_num_threads(case.threads)
     try:
-        return _run(case, with_peers, seconds, on_round)
+        return _run(case, peers, seconds, on_round)
     finally:
         torch.set_num_threads(threads_before)
 
 
-def _run(case: Case, with_peers: bool, seconds: float, on_round: Callable[[int], object]) -> Outcome:
+def _run(case: Case, peers: Collection[str], seconds: float, on_round: Callable[[int], object]) -> Outcome:
     outcome = Outcome(case)
     model = zoo.build(case.model)[0].to(case.dtype.torch, memory_format=case.memory_format.torch)
     x = zoo.sample(case.model, case.batch).to(case.dtype.torch, memory_format=case.memory_format.torch)
@@ -109,9 +117,10 @@ def _run(case: Case, with_peers: bool, seconds: float, on_round: Callable[[int],
         raise Disagreement(
             f"{case}: convext is {agreement.distance:.1e} away from the reference, rounding explains {limit:.1e}"
         )
-    if with_peers:
+    if peers:
         torch._dynamo.reset()  # compiled code bakes in the number of threads
-        for name, prepare in mode.PEERS.items():
+        for name in peers:
+            prepare = mode.PEERS[name]
             try:
                 candidate = prepare(copy.deepcopy(model), x, case.threads)
             except Skipped as reason:
