@@ -272,6 +272,17 @@ def test_a_result_of_the_user_between_layers_stays_a_tensor(sequence_calls):
 
 
 @torch.no_grad()
+def test_a_batch_norm_that_keeps_no_statistics_runs_by_itself(sequence_calls):
+    layers = [nn.Conv2d(8, 32, 1), nn.BatchNorm2d(32, track_running_stats=False), nn.ReLU(),
+              nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.Conv2d(32, 16, 1)]
+    model, x = nn.Sequential(*layers).eval(), torch.randn(2, 8, 24, 24)
+    swapped = convext.swap(copy.deepcopy(model))
+    for _ in range(3):
+        _close(swapped(x), model(x))
+    assert not sequence_calls
+
+
+@torch.no_grad()
 def test_a_swapped_network_is_freed():
     model = convext.swap(NETWORKS["squeeze and excitation"]())
     for _ in range(3):

@@ -248,6 +248,8 @@ class Step:
         if self.state.call is None or self.excite is not None and not self.excite.holds(self.excite_module):
             return None
         tensors = self.tensors()
+        if self.statistics and tensors[2] is None:  # the batch's own statistics are wanted
+            return None
         if any(not t.is_contiguous() for t in tensors[6:] if t is not None):
             return None
         excite = self.excite and (self.excite.activation, squeeze_excite.GATES.index(self.excite.gate))
