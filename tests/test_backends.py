@@ -165,3 +165,20 @@ def test_a_device_without_kernels_has_aten():
     problem = ConvProblem(1, 2, 5, 5, 3, 3, 3, 1, 1, 0, 0, 1, 1, 1, device="meta")
     assert backends.select(Pass.FPROP, problem).backend.name == "aten"
     assert convext.conv2d(X.to("meta"), W.to("meta")).shape == (1, 3, 3, 3)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_aten_writes_all_of_a_bfloat16_weight_gradient(width):
+    """torch 2.11 leaves parts of it as the memory was, where channels-last images are narrow and the stride not 1."""
+    for _ in range(100):
+        x = torch.randn(1, 2, 2, width).bfloat16().to(memory_format=torch.channels_last)
+        w = torch.randn(1, 2, 1, 3).bfloat16().requires_grad_()
+        wanted = w.detach().double().requires_grad_()
+        with convext.backend("aten"):
+            y = convext.conv2d(x, w, stride=(1, 2), padding=(0, 1))
+            dy = torch.randn_like(y)
+            y.backward(dy)
+        torch.full((1000,), 1e30)  # what the next gradient's memory may hold
+        torch.nn.functional.conv2d(x.double(), wanted, stride=(1, 2), padding=(0, 1)).backward(dy.double())
+        # Two products, each of at most 5 * 5, rounded once.
+        assert (w.grad - wanted.grad).abs().max() <= 50 * torch.finfo(torch.bfloat16).eps
