@@ -481,3 +481,13 @@ def test_seam_is_for_contiguous_inputs_of_the_native_backend():
     assert not layout.wanted([x.transpose(2, 3)])
     with convext.backend("aten"):
         assert not layout.wanted([x])
+
+
+@pytest.mark.skipif(convext.backends.unavailable("native", "cpu") is not None, reason="the compiled library's own copy")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 37, 5, 3), (1, 64, 9, 17), (3, 2, 1, 1), (0, 3, 4, 4), (2, 1, 4, 6)])
+def test_a_channels_last_image_is_handed_back_contiguous(shape, dtype):
+    x = torch.randn(shape).to(dtype).to(memory_format=torch.channels_last)
+    for given in (x, x[:, :, 1:], x.transpose(2, 3), x.flatten(2), x[:1]):
+        result = layout.contiguous(given)
+        assert torch.equal(result, given) and result.stride() == given.contiguous().stride()

@@ -14,12 +14,12 @@ from torch import fx
 _PLAIN = (int, str, bool, type(None))
 
 
-def generate(graph, units, layout, call_leaf, fused, attribute):
+def generate(graph, units, layout, call_leaf, fused, attribute, contiguous):
     """The compiled function of (owner, *tensors).
 
     units: the chains, blocks and sequences, each called at its last node with its inputs; call_leaf(node) -> callable
     of a call_module node; fused(unit) -> callable of its inputs; attribute(node) -> callable of (owner) for a get_attr
-    node. `layout` is None outside the seam.
+    node; contiguous(tensor) -> the same, contiguous. `layout` is None outside the seam.
     """
     writer = _Writer()
     last = {unit.last: (position, unit) for position, unit in enumerate(units)}
@@ -52,7 +52,7 @@ def generate(graph, units, layout, call_leaf, fused, attribute):
             value = node.name
         if value is not None:
             done = reads.get(node, ())
-            line = f"{node.name} = {value}{'.contiguous()' if pinned else ''}"
+            line = f"{node.name} = {writer.name('contiguous', contiguous) + f'({value})' if pinned else value}"
             writer.lines.append("; ".join([line, *(f"{name} = None" for name in done)]))
     return writer.compile()
 

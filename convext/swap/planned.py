@@ -32,7 +32,7 @@ class Variant:
     """A compiled plan for one combination of training flags, hooks and memory formats.
 
     function(owner, *tensors); chains; runs: those of pixelwise.py that run as steps; alone: why a convolution has
-    nothing fused; layout: None outside the seam."""
+    nothing fused; layout: None outside the seam; contiguous(tensor) -> the same, contiguous."""
 
     def __init__(self, plan, opaque, in_seam, direct):
         trace = plan.trace
@@ -123,7 +123,8 @@ class Variant:
             runner = runners[unit.last]
             return runner.function if isinstance(unit, chains.Chain) else runner
 
-        self.function = codegen.generate(trace.graph, units, self.layout, call_leaf, fused, attribute)
+        self.contiguous = layout.contiguous if direct else torch.Tensor.contiguous
+        self.function = codegen.generate(trace.graph, units, self.layout, call_leaf, fused, attribute, self.contiguous)
 
     @property
     def works_in_any_format(self):
@@ -338,7 +339,7 @@ class PlannedForward:
         if variant is None:
             return type(owner).forward(owner, *args, **kwargs)
         result = variant.function(owner, *tensors)
-        return result.contiguous() if in_seam and variant.layout.returns == "free" else result
+        return variant.contiguous(result) if in_seam and variant.layout.returns == "free" else result
 
     def in_any_format(self, *tensors):
         """The call from another plan: arguments and result may be channels-last where the user's own are not."""
