@@ -132,6 +132,24 @@ def is_product(node):
                                 or node.op == "call_method" and node.target in _PRODUCT_METHODS)
 
 
+def mean_over_pixels(node, modules):
+    """True where a node computes the mean over the pixels of its only tensor as (N, C), False where as (N, C, 1, 1),
+    None of another node."""
+    if not node.args or len(node.all_input_nodes) != 1 or node.args[0] is not node.all_input_nodes[0]:
+        return None
+    if node.op == "call_module":
+        module = modules[node.target]
+        known = type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1)) and len(node.args) == 1
+        return False if known else None
+    if node.op == "call_function" and node.target is F.adaptive_avg_pool2d:
+        return False if argument(node, 1, "output_size") in (1, (1, 1), [1, 1]) else None
+    if (node.op, node.target) not in (("call_function", torch.mean), ("call_method", "mean")):
+        return None
+    if not _mean_over_space(node) or set(node.kwargs) - {"dim", "keepdim"} or len(node.args) > 3:
+        return None
+    return not argument(node, 2, "keepdim", False)
+
+
 def is_layer_norm_2d(module):
     """True of torchvision's and timm's LayerNorm over the channels of an image, (N, C, H, W) in and out."""
     return isinstance(module, nn.LayerNorm) and type(module).__name__ == "LayerNorm2d" \

@@ -9,7 +9,6 @@ The mean is a kernel of its own (csrc/cpu/mean.h), an image of one pixel the sam
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from . import calls, chains, pixelwise
@@ -53,10 +52,10 @@ def _head_from(node, modules, opaque, taken):
     """The head that begins with a node, or None."""
     if node.op == "call_module" and node.target in opaque:
         return None
-    flat = _mean(node, modules)
+    flat = calls.mean_over_pixels(node, modules)
     if flat is None:
         return None
-    head = Head(node.args[0], [pixelwise.Layer(None, is_mean=True)], [node])
+    head = Head(node.args[0], [pixelwise.Layer(None, "mean")], [node])
     grown = pixelwise.Grower(head, modules, opaque, taken)
     if node.op == "call_module":
         grown.note(node, "output_size")
@@ -68,29 +67,11 @@ def _head_from(node, modules, opaque, taken):
                 grown.note(node, "start_dim")
                 grown.note(node, "end_dim")
         elif alone and not flat and node.op == "call_module" and calls.is_layer_norm_2d(modules[node.target]):
-            head.layers.append(pixelwise.Layer(node.target, is_norm=True))
+            head.layers.append(pixelwise.Layer(node.target, "layer norm"))
         elif not (alone and (flat and grown.takes_layer(node) or calls.passes_through(node, modules))):
             break
         head.core.append(node)
     return head if flat and pixelwise.ends_in_linear(head.layers) else None
-
-
-def _mean(node, modules):
-    """Whether the mean over the pixels that a node computes is flat, (N, C); None of another node."""
-    if not node.args or not isinstance(node.args[0], fx.Node) or node.all_input_nodes != [node.args[0]]:
-        return None
-    if node.op == "call_module":
-        module = modules[node.target]
-        known = type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1)) and len(node.args) == 1
-    elif node.op == "call_function" and node.target is F.adaptive_avg_pool2d:
-        known = calls.argument(node, 1, "output_size") in (1, (1, 1), [1, 1])
-    elif node.target in (torch.mean, "mean") and node.op in ("call_function", "call_method"):
-        if not calls.reads_any_strides(node, modules) or set(node.kwargs) - {"dim", "keepdim"} or len(node.args) > 3:
-            return None
-        return not calls.argument(node, 2, "keepdim", False)
-    else:
-        known = False
-    return False if known else None
 
 
 def _flattens(node, modules):

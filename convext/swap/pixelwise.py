@@ -27,13 +27,12 @@ _POINTWISE = 1, 1, 1, 1, 0, 0, 1, 1, 1  # filter, stride, padding, dilation, gro
 
 @dataclass
 class Layer:
-    """A LayerNorm, a linear layer or the mean over all pixels (heads.py). `module` is its key in the trace's modules,
-    None of the mean; what follows `is_mean` is of linear layers alone.
+    """`kind`: "linear", "layer norm" or "mean", that over all pixels (heads.py). `module` is its key in the trace's
+    modules, None of the mean; what follows is of linear layers alone.
     `scale`: name of a parameter of the container that multiplies its output by channels, or None; `scale_shapes`: those
     that it may have, where -1 stands for the channels."""
     module: str | None
-    is_norm: bool = False
-    is_mean: bool = False
+    kind: str = "linear"
     activation: str = "identity"
     scale: str | None = None
     scale_shapes: tuple = ()
@@ -84,7 +83,7 @@ class Run:
         """What it computes, in words."""
         parts = []
         for layer in self.layers:
-            parts.append("layer norm" if layer.is_norm else "linear")
+            parts.append(layer.kind)
             parts += [layer.activation] if layer.activation != "identity" else []
             parts += ["scale"] if layer.scale is not None else []
         return parts + (["add"] if self.residual is not None else [])
@@ -108,7 +107,7 @@ def _run_from(node, modules, opaque, taken):
     if node.op == "call_module" and calls.is_layer_norm_2d(modules[node.target]):
         if node.target in opaque or len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
             return None
-        return Run(node.args[0], [Layer(node.target, True)], [node])
+        return Run(node.args[0], [Layer(node.target, "layer norm")], [node])
     if _permutation(node, modules) != _TO_NHWC or node.op == "call_module" and node.target in opaque:
         return None
     grown = Grower(Run(node.args[0], [], [node]), modules, opaque, taken)
@@ -161,7 +160,7 @@ class Grower:
         layers, modules = self.run.layers, self.modules
         kind = type(modules[node.target]) if node.op == "call_module" else None
         if kind in (nn.LayerNorm, nn.Linear) and len(node.args) == 1 and not node.kwargs:
-            layers.append(Layer(node.target, kind is nn.LayerNorm))
+            layers.append(Layer(node.target, "layer norm" if kind is nn.LayerNorm else "linear"))
             return True
         if ends_in_linear(layers) and (name := calls.activation(node, modules)):
             layers[-1].activation = name
@@ -208,7 +207,7 @@ class Grower:
 
 def ends_in_linear(layers):
     """True where the last layer is a linear one that nothing but a scale follows so far."""
-    return bool(layers) and not layers[-1].is_norm and not layers[-1].is_mean and layers[-1].activation == "identity"
+    return bool(layers) and layers[-1].kind == "linear" and layers[-1].activation == "identity"
 
 
 def _permutation(node, modules):
@@ -223,7 +222,7 @@ def _permutation(node, modules):
 
 
 def is_norm_alone(unit):
-    return isinstance(unit, Run) and all(layer.is_norm for layer in unit.layers)
+    return isinstance(unit, Run) and all(layer.kind == "layer norm" for layer in unit.layers)
 
 
 # ---- running them ----------------------------------------------------------------------------------------------------
@@ -256,16 +255,12 @@ class LayerStep:
         self.activation = layer.activation
 
     @property
-    def is_linear(self):
-        return not self.layer.is_norm and not self.layer.is_mean
-
-    @property
     def eps(self):
-        return self.attributes["eps"] if self.layer.is_norm else 0.0
+        return self.attributes["eps"] if self.layer.kind == "layer norm" else 0.0
 
     def tensors(self):
         weight, bias = self.parameters.get("weight"), self.parameters.get("bias")
-        if not self.is_linear:
+        if self.layer.kind != "linear":
             return None, None, None, None, weight, bias
         return weight, bias, None, None, self.scales.get(self.layer.scale), None
 
@@ -274,18 +269,19 @@ class LayerStep:
         tensors, c = self.tensors(), before.k
         if self.facts(tensors) is None or before.dtype.torch not in _DTYPES or not self._fits(c):
             return None
-        filters = (c, *before.y_shape[2:], 1, 1, 0, 0, 1, 1, c) if self.layer.is_mean else \
-            (tensors[0].shape[0] if self.is_linear else c, *_POINTWISE)
+        kind = self.layer.kind
+        filters = (c, *before.y_shape[2:], 1, 1, 0, 0, 1, 1, c) if kind == "mean" else \
+            (tensors[0].shape[0] if kind == "linear" else c, *_POINTWISE)
         problem = ConvProblem(*before.y_shape, *filters, before.dtype, before.y_layout, Layout.NHWC, before.device)
-        if self.is_linear:
+        if kind == "linear":
             self.choice = backends.select(Pass.FPROP, problem, alone=False)
-        name = "mean" if self.layer.is_mean else "layer norm" if self.layer.is_norm else None
-        return PreparedStep(problem, self.activation, residual, tuple(t is not None for t in tensors), None, name)
+        present = tuple(t is not None for t in tensors)
+        return PreparedStep(problem, self.activation, residual, present, None, None if kind == "linear" else kind)
 
     def _fits(self, c):
-        if self.layer.is_mean:
+        if self.layer.kind == "mean":
             return True
-        if self.layer.is_norm:
+        if self.layer.kind == "layer norm":
             return tuple(self.attributes["normalized_shape"]) == (c,)
         weight, _, _, _, scale, _ = self.tensors()
         if weight is None or weight.dim() != 2 or weight.shape[1] != c:

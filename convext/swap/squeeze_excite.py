@@ -48,7 +48,8 @@ def match(module, plan):
         return None
     squeeze, excite = found
     product = output.args[0]
-    if not _is_mean(squeeze.source, x, modules) or excite.source is not squeeze.last \
+    if squeeze.source.args[:1] != (x,) or calls.mean_over_pixels(squeeze.source, modules) is not False \
+            or excite.source is not squeeze.last \
             or excite.activation != "identity" or not calls.is_product(product) \
             or any(c.batch_norm is not None or c.residual is not None for c in found):
         return None
@@ -64,20 +65,6 @@ def match(module, plan):
            for c in convs):
         return None
     return SqueezeExcite(plan, state, *convs, squeeze.activation, gate)
-
-
-def _is_mean(node, x, modules):
-    """True where a node is the mean over the pixels of x, of extent one in both directions."""
-    if not node.args or node.args[0] is not x:
-        return False
-    if node.op == "call_module":
-        module = modules[node.target]
-        return type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1))
-    if node.op == "call_function" and node.target is F.adaptive_avg_pool2d:
-        return calls.argument(node, 1, "output_size") in (1, (1, 1))
-    if node.target in (torch.mean, "mean"):
-        return calls.reads_any_strides(node, modules) and calls.argument(node, 2, "keepdim", False) is True
-    return False
 
 
 def _gate(node, modules):
