@@ -142,12 +142,7 @@ struct Sequence {
     }
     step.excites = f[kExcites] != 0;
     if (step.excites) step.excite = excite_of(f, v.c);
-    steps.push_back(step);
-    fields.push_back(f);
-    weights.push_back(wv);
-    v = {v.n, step.problem.k, step.problem.p(), step.problem.q()};
-    STD_TORCH_CHECK(step.problem.y_size() > 0 && step.problem.x_size() > 0, "convext_cpu: a step has nothing to do");
-    v.image_bytes = step.problem.y_size() / v.n * dtype_size(input.dtype);
+    add(f, step, wv, v);
   }
 
   void read_norm(const int64_t* f, Value& v) {
@@ -164,15 +159,20 @@ struct Sequence {
   // Adds a step without weights.
   void add_layer(const int64_t* f, const ConvProblem& problem, const Variant* variant, Value& v) {
     STD_TORCH_CHECK(variant != nullptr, "convext_cpu: a layer that is no convolution has no kernel for this dtype");
-    STD_TORCH_CHECK(problem.x_size() > 0, "convext_cpu: a step has nothing to do");
     BlockStep step{};
     step.problem = problem;
     step.variant = variant;
+    add(f, step, View{}, v);
+  }
+
+  void add(const int64_t* f, const BlockStep& step, const View& weight, Value& v) {
+    const ConvProblem& p = step.problem;
+    STD_TORCH_CHECK(p.y_size() > 0 && p.x_size() > 0, "convext_cpu: a step has nothing to do");
     steps.push_back(step);
     fields.push_back(f);
-    weights.push_back(View{});
-    v = {v.n, problem.k, problem.p(), problem.q()};
-    v.image_bytes = problem.y_size() / v.n * dtype_size(input.dtype);
+    weights.push_back(weight);
+    v = {v.n, p.k, p.p(), p.q()};
+    v.image_bytes = p.y_size() / v.n * dtype_size(input.dtype);
   }
 
   Excite excite_of(const int64_t* f, int64_t c) const {
@@ -197,8 +197,9 @@ struct Sequence {
   }
 
   // What a block moves, for the choice of phases.
-  LayerBytes bytes_of(const Block& block) const {
-    const int64_t output = values[&block - blocks.data() + 1].image_bytes;
+  LayerBytes bytes_of(size_t b) const {
+    const Block& block = blocks[b];
+    const int64_t output = values[b + 1].image_bytes;
     LayerBytes moved{0, values[block.source].image_bytes + output, output};
     for (size_t i = block.first; i < block.first + block.count; ++i) {
       const BlockStep& step = steps[i];
@@ -216,7 +217,7 @@ struct Sequence {
   // lives, in the memory of the whole batch or in that of a thread.
   void place_values(int32_t threads) {
     std::vector<LayerBytes> layers;
-    for (const Block& block : blocks) layers.push_back(bytes_of(block));
+    for (size_t b = 0; b < blocks.size(); ++b) layers.push_back(bytes_of(b));
     parts = phases(layers, input.size[0], threads, 2 * block_cache_budget());
     for (const Phase& phase : parts) {
       for (int64_t b = phase.first; b < phase.first + phase.count; ++b) {

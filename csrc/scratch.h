@@ -8,8 +8,8 @@
 namespace convext {
 
 constexpr int64_t kScratchAlignment = 64;
-// A thread keeps at most this much between calls; larger requests are given back when the call ends. The memory of a
-// batch of 32 in ResNet-50 is below it: fresh pages would cost such a call more than some of its layers.
+// A thread keeps at most this much between calls; larger requests are given back when the call ends, and every page is
+// fetched anew by the next one.
 constexpr int64_t kScratchKept = int64_t{256} << 20;
 
 // A bump allocator over one block. Use: reserve() the sum of what the call needs, then take() the pieces.
