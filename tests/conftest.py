@@ -1,5 +1,6 @@
 """Fixtures that the suites share. The edge cases are in cases.py, the reference in reference.py."""
 
+import copy
 import zlib
 from contextlib import contextmanager
 
@@ -140,3 +141,24 @@ def sequence_calls(monkeypatch):
 
     monkeypatch.setattr(sequences, "_prepared", counting)
     return calls
+
+
+@pytest.fixture
+def swapped_and_changed(sequence_calls):
+    """f(model, x, change, rtol, atol): a swapped copy that has run as one call, after `change` of it and of the model.
+    The change must alter the result by more than the tolerances."""
+    import convext
+
+    def swapped_and_changed(model, x, change, rtol, atol=1e-8):
+        swapped = convext.swap(copy.deepcopy(model))
+        for _ in range(3):
+            before = swapped(x)
+        assert sequence_calls
+        for changed in (model, swapped):
+            torch.manual_seed(1)
+            change(changed)
+        after = model(x)
+        assert after.shape != before.shape or not torch.allclose(after, before, rtol, atol), "the change must matter"
+        return swapped
+
+    return swapped_and_changed
