@@ -31,6 +31,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+CPU_HOST = [CSRC / name for name in ("select.cpp", "block.cpp", "output_pool.cpp", "phases.cpp")]  # no ISA, no torch
 TORCH_TARGET_VERSION = "0x020a000000000000"  # the stable ABI of torch 2.10
 GIB_PER_JOB = 1.0  # the largest translation unit's peak, with room to spare
 
@@ -224,8 +225,8 @@ class BuildWithNinja(build_ext):
         build.rule("link__C", f"{cxx} -shared -o $out $in -L{torch_root / 'lib'} -ltorch_cpu", depfile=False)
         for source, isa, flags in cpu_kernels():
             build.compile("_C", "cxx", source, f".{isa}", flags)
-        for host in ("select.cpp", "block.cpp", "phases.cpp"):
-            build.compile("_C", "cxx", CSRC / host)
+        for host in CPU_HOST:
+            build.compile("_C", "cxx", host)
         for source in sorted(CSRC.glob("ops_*.cpp")):
             build.compile("_C", "cxx", source, flags=stable_abi)
         build.compile("_C", "cxx", CSRC / "bindings.cpp", flags=f"-O1 {python} {defines}")  # nothing hot in it

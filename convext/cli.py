@@ -80,6 +80,8 @@ def bench_model(
     peers: Annotated[bool, typer.Option("--peers", help="Also the engines that people leave PyTorch for.")] = False,
     peer: Annotated[Optional[list[str]], typer.Option(  # noqa: UP045
         help="One of those alone, such as OpenVINO; may be given more than once.")] = None,
+    output_pool: Annotated[bool, typer.Option(
+        "--output-pool/--no-output-pool", help="Reuse memory of dropped results, or take it from malloc.")] = True,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     seconds: Seconds = 10.0,
     output: Json = None,
@@ -89,6 +91,8 @@ def bench_model(
     Default networks: resnet50 and mobilenet_v2. A cell reads median ± distance between the quartiles.
     """
     _needs("demo", "torchvision")
+    import convext
+
     from . import zoo
     from .bench import machine, model, results
 
@@ -104,7 +108,8 @@ def bench_model(
         zoo.check(name)
     cases = list(model.cases(names, batches, counts, dtype=dtype, memory_format=memory_format, train=train))
     outcomes = []
-    with _progress() as progress:
+    with _progress() as progress, convext.output_pool(convext.output_pool.limit() if output_pool else 0):
+        record = machine.record()
         task = progress.add_task("", total=len(cases))
         for case in cases:
             progress.update(task, description=str(case))
@@ -116,8 +121,8 @@ def bench_model(
         print(machine.ceilings(count))
     for reason in dict.fromkeys(f"skipped {name}: {why}" for o in outcomes for name, why in o.skipped.items()):
         print(reason)
-    _print_machine(machine.record())
-    results.write(output, machine.record(), [outcome.as_json() for outcome in outcomes])
+    _print_machine(record)
+    results.write(output, record, [outcome.as_json() for outcome in outcomes])
 
 
 @bench.command("layers")

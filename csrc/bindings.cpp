@@ -12,6 +12,7 @@
 
 #include "bindings_problem.h"
 #include "block.h"
+#include "output_pool.h"
 #include "cpu/roofline.h"
 #include "watch.h"
 
@@ -171,6 +172,12 @@ PYBIND11_MODULE(_C, m) {
     if (accuracy < 0 || accuracy > 2) throw std::invalid_argument("no accuracy " + std::to_string(accuracy));
     settings().accuracy = static_cast<Accuracy>(accuracy);
   }, py::arg("accuracy"));
+  m.def("output_pool_limit", [] { return OutputPool::of_process().limit(); }, "Bytes that the pool may keep.");
+  m.def("set_output_pool_limit", [](int64_t bytes) {
+    if (bytes < 0) throw std::invalid_argument("bytes must not be negative, got " + std::to_string(bytes));
+    OutputPool::of_process().set_limit(bytes);
+  }, py::arg("bytes"));
+  m.def("output_pool_kept", [] { return OutputPool::of_process().kept(); }, "Bytes that the pool keeps now.");
   m.def("activations", &activation_names,
         "Names of the fused activations; the position is the number that the ops take.");
   m.def("build_info", [] {

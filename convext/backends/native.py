@@ -164,6 +164,19 @@ class NativeBackend:
             _C.set_accuracy(accuracy)
             forget_plans()
 
+    def output_pool_limit(self) -> int:
+        """Bytes of dropped results that the CPU library may keep; 0 without it."""
+        return 0 if _C is None else _C.output_pool_limit()
+
+    def set_output_pool_limit(self, size: int) -> None:
+        """Sets it; without the compiled library there is no pool."""
+        if _C is not None:
+            _C.set_output_pool_limit(size)
+
+    def output_pool_kept(self) -> int:
+        """Bytes that the CPU library keeps now."""
+        return 0 if _C is None else _C.output_pool_kept()
+
     def variant(self, pass_: Pass, problem: ConvProblem) -> str:
         """Name of the kernel that serves the problem."""
         if problem.device == "cuda":

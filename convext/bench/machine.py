@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from ..output_pool import output_pool
 from ..problem import DType
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,6 +109,7 @@ def record(device: torch.device = CPU, root: Path = ROOT) -> dict:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
         "allocator": {key: value for key, value in os.environ.items() if key.startswith(("MALLOC_", "LD_PRELOAD"))},
+        "output_pool": output_pool.limit(),
         "commit": commit(root),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

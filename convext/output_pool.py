@@ -1,0 +1,60 @@
+"""How much memory of results that were dropped is kept for the next ones."""
+
+from __future__ import annotations
+
+from . import backends
+
+
+class output_pool:
+    """Says how many bytes of dropped results are kept for the next results: a setting, and a context manager that puts
+    the former one back.
+
+        convext.output_pool(0)                 # off: every result comes from malloc and goes back to it
+        convext.output_pool(4 << 30)           # 4 GiB from here on
+        with convext.output_pool(0): ...       # inside only
+        convext.output_pool.limit()            # the setting
+        convext.output_pool.kept()             # how much is kept now, in use by no tensor
+
+    malloc returns large blocks to the system, which clears every page again when it is next used; on the CPU that takes
+    longer than many layers. Where the pool is on, the results of convext's CPU kernels, gradients among them, of 64 KiB
+    and more, lie in pages that a dropped result left behind. A result owns its memory as any tensor does, until the
+    last tensor or array that shares it is gone. Only its storage cannot be made larger (`Tensor.resize_`,
+    `UntypedStorage.resize_`), as that of `torch.from_numpy` cannot: torch raises RuntimeError.
+
+    bytes: what may be kept, an int of at least 0. The default is an eighth of the machine's memory, 2 GiB at most. What
+    is kept beyond a new limit is given back at once; what was kept longest goes first.
+
+    The setting is the process's, and threads share what is kept. After os.fork() the child has the same setting and its
+    own memory. Without the compiled library, or under torch 2.10, which cannot wrap memory that way, results come from
+    torch's allocator and nothing is kept.
+
+    Raises TypeError if bytes is not an int, ValueError if it is negative.
+    """
+
+    def __init__(self, bytes: int):
+        if isinstance(bytes, bool) or not isinstance(bytes, int):
+            raise TypeError(f"output_pool: bytes must be an int, got {bytes!r}")
+        if not 0 <= bytes < 1 << 63:
+            raise ValueError(f"output_pool: bytes must be at least 0 and less than 2**63, got {bytes}")
+        self.bytes = bytes
+        self._former = self.limit()
+        backends.get("native").set_output_pool_limit(bytes)
+
+    def __enter__(self) -> output_pool:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        backends.get("native").set_output_pool_limit(self._former)
+
+    def __repr__(self) -> str:
+        return f"convext.output_pool({self.bytes})"
+
+    @staticmethod
+    def limit() -> int:
+        """Bytes that may be kept; 0 where the pool is off."""
+        return backends.get("native").output_pool_limit()
+
+    @staticmethod
+    def kept() -> int:
+        """Bytes that are kept now."""
+        return backends.get("native").output_pool_kept()
