@@ -111,8 +111,9 @@ const char* reject(const Variant& variant, Device device, Pass pass, const ConvP
   if (device == Device::kCPU && variant.isa > settings().cpu_isa) {
     return "this CPU, or the current setting, does not offer its instruction set";
   }
-  if (settings().accuracy != Accuracy::kFast && is_algo(variant, "winograd4x4")) {
-    return "the accuracy setting rules F(4x4, 3x3) out";
+  if (settings().accuracy != Accuracy::kFast &&
+      (is_algo(variant, "winograd3x3") || is_algo(variant, "winograd4x4"))) {
+    return "the accuracy setting rules F(3x3, 3x3) and F(4x4, 3x3) out";
   }
   if (settings().accuracy == Accuracy::kDirect && is_algo(variant, "winograd2x2")) {
     return "the accuracy setting rules Winograd out";
@@ -147,6 +148,8 @@ double cost(const Variant& variant, const ConvProblem& problem) {
     per_flop = std::min(0.99, 0.02 + 1.1 * share);
   } else if (is_algo(variant, "winograd2x2")) {
     per_flop = winograd_per_flop(problem, variant.pass, 2);
+  } else if (is_algo(variant, "winograd3x3")) {
+    per_flop = winograd_per_flop(problem, variant.pass, 3);
   } else if (is_algo(variant, "winograd4x4")) {
     per_flop = winograd_per_flop(problem, variant.pass, 4);
   }

@@ -12,7 +12,7 @@ from convext import backends
 from convext.problem import ConvProblem, Geom, Pass
 
 # The finite points of csrc/cpu/winograd.cpp.
-POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.75, -0.75, 1.5, -1.5)}
+POINTS = {2: (0.0, 1.0, -1.0), 3: (0.5, -0.5, 1.25, -1.25), 4: (0.0, 0.75, -0.75, 1.5, -1.5)}
 
 
 def transforms(m):
@@ -52,9 +52,10 @@ def winograd(x, w, a, g, b):
     return y.permute(0, 1, 2, 4, 3, 5).reshape(x.shape[0], w.shape[0], *x.shape[2:])
 
 
-def operands(c, k):
-    generator = torch.Generator().manual_seed(0)
-    return (torch.randn(2, c, 16, 16, generator=generator), torch.randn(k, c, 3, 3, generator=generator))
+def operands(c, k, m=4):
+    """An image of whole tiles of m x m, of which larger ones would be cut."""
+    generator, extent = torch.Generator().manual_seed(0), 18 if m == 3 else 16
+    return (torch.randn(2, c, extent, extent, generator=generator), torch.randn(k, c, 3, 3, generator=generator))
 
 
 def variant(x, w, pass_=Pass.FPROP):
@@ -63,27 +64,27 @@ def variant(x, w, pass_=Pass.FPROP):
 
 @contextmanager
 def running(m):
-    """F(m x m, 3x3) where m is 2 or 4, the direct form where it is 0; on operands of 64 channels and more."""
-    with convext.backend("native"), convext.accuracy({4: "fast", 2: "strict", 0: "direct"}[m]):
-        name = variant(*operands(64, 64))
+    """F(m x m, 3x3) where m is 2, 3 or 4, the direct form where it is 0; on operands of 64 channels and more."""
+    with convext.backend("native"), convext.accuracy({4: "fast", 3: "fast", 2: "strict", 0: "direct"}[m]):
+        name = variant(*operands(64, 64, m))
         assert f"winograd{m}x{m}" in name if m else "direct" in name
         yield
 
 
-@pytest.mark.parametrize("m", [2, 4])
+@pytest.mark.parametrize("m", [2, 3, 4])
 def test_the_transforms_of_this_file_compute_a_convolution(m):
-    x, w = (t.double() for t in operands(5, 3))
+    x, w = (t.double() for t in operands(5, 3, m))
     torch.testing.assert_close(winograd(x, w, *transforms(m)), F.conv2d(x, w, padding=1))
 
 
-@pytest.mark.parametrize("m", [2, 4])
+@pytest.mark.parametrize("m", [2, 3, 4])
 @pytest.mark.parametrize("c", [64, 200])
 def test_winograd_error_within_the_bound_of_its_transforms(m, c):
     """Every product and sum rounds once, relative to its size. The sizes are bounded by the same computation on
     absolute values; rounding errors of a chain of n operations add up like a random walk, eps * sqrt(n) (Higham and
     Mary, 2019), with a factor of 4 for the largest of many outputs. A chain is the sum over c and at most 6 operations
     in each of two dimensions of three transforms."""
-    x, w = operands(c, 64)
+    x, w = operands(c, 64, m)
     with running(m):
         y = convext.conv2d(x, w, padding=1)
     size = winograd(x.double().abs(), w.double().abs(), *(t.abs() for t in transforms(m)))
@@ -95,7 +96,7 @@ def test_winograd_error_within_the_bound_of_its_transforms(m, c):
 def test_the_factors_of_the_accuracy_policy_follow_from_the_transforms():
     """The figures of docs/design.md: for each output of a tile, what the variance of a sum's rounding errors is
     multiplied by in one dimension (3 for plain sums, which are 9 times as long), and the same for sizes."""
-    for m, variance, size in [(2, 5.0, 8.0), (4, 26.32, 27.42)]:
+    for m, variance, size in [(2, 5.0, 8.0), (3, 11.03, 16.79), (4, 26.32, 27.42)]:
         a, g, b = transforms(m)
         assert (a**2 @ ((g**2).sum(1) * (b**2).sum(1))).max().item() == pytest.approx(variance, abs=0.005)
         assert (a.abs() @ (g.abs().sum(1) * b.abs().sum(1))).max().item() == pytest.approx(size, abs=0.005)
@@ -158,18 +159,18 @@ def plain_sum(x, w):
 @pytest.mark.parametrize("c", [32, 64, 256])
 def test_rms_error_beside_that_of_plain_sums(c):
     """docs/design.md: factor / 9 of a plain sum's, times sqrt(1 + 2 * roundings / c) for the transforms' own."""
-    x, w = operands(c, 64)
-    exact = F.conv2d(x.double(), w.double(), padding=1)
+    for m, factor, roundings in [(2, 5.0, 7), (3, 11.03, 17), (4, 26.32, 17)]:
+        x, w = operands(c, 64, m)
+        exact = F.conv2d(x.double(), w.double(), padding=1)
 
-    def rms(y):
-        return (y - exact).square().mean().sqrt().item()
+        def rms(y, exact=exact):
+            return (y - exact).square().mean().sqrt().item()
 
-    plain = rms(plain_sum(x, w))
-    for m, factor, roundings in [(2, 5.0, 7), (4, 26.32, 17)]:
+        plain, (height, width) = rms(plain_sum(x, w)), x.shape[2:]
         with running(m):
             y = convext.conv2d(x, w, padding=1)
             # The gradient of a convolution with the transposed filters turned by half a turn is the same convolution.
-            dx = torch.ops.convext.dgrad(x, w.flip(2, 3).transpose(0, 1), [16, 16], [1, 1], [1, 1], [1, 1], 1)
+            dx = torch.ops.convext.dgrad(x, w.flip(2, 3).transpose(0, 1), [height, width], [1, 1], [1, 1], [1, 1], 1)
         bound = 1.1 * factor / 9 * (1 + 2 * roundings / c) ** 0.5 * plain
         assert rms(y) <= bound and rms(dx) <= bound
         if m == 2:
@@ -186,6 +187,7 @@ def test_the_setting_chooses_and_is_put_back():
                     assert "direct" in variant(x, w, pass_)
                 assert "winograd2x2" in variant(x, w, pass_)
             assert "winograd4x4" in variant(x, w, pass_)
+            assert "winograd3x3" in variant(*operands(64, 64, 3), pass_)
 
 
 def test_too_few_channels_for_the_bound_are_summed_directly():

@@ -12,7 +12,7 @@
 // The transforms are Toom-Cook's: with M(x) the product of (x - a_i) over the finite points a_i,
 //   row i of B^T: the coefficients of M(x) / (x - a_i);  row i of G: (1, a_i, a_i^2) / M'(a_i);  column i of A^T: a_i^k
 // and for F(2) rows scaled so that B^T and A^T hold 0 and +-1 alone. The points +-3/4, +-3/2 of F(4) lose fewer bits
-// than the usual +-1, +-2: the transforms' entries are closer to one another in size.
+// than the usual +-1, +-2: the transforms' entries are closer to one another in size; so do +-1/2, +-5/4 of F(3).
 #include "winograd.h"
 
 #include "gemm_passes.h"
@@ -26,6 +26,9 @@ constexpr int kLanes = kMaxVectors * V::width;
 // Tiles of a block, at most. Fewer read the weights more often, more push M and what of V is in use out of the
 // second-level cache; measured best from 64 to 512 channels.
 constexpr int32_t kBlockTiles = 48;
+// With more channels than this V of such a block would push everything else out of the caches. Then the channels are
+// taken in chunks, and M of all panels waits for the next one. That leaves room for more tiles.
+constexpr int32_t kWholeDepth = 512, kChunkDepth = 128, kChunkTiles = 144;
 // Depth of a part of U that stays in the first-level cache while the block's tiles pass over it.
 constexpr int32_t kPartDepth = 16384 / (kLanes * 4);
 // Bytes of weights that stay in the second-level cache from block to block.
@@ -125,13 +128,17 @@ struct Plan {
   int64_t tiles;
   int64_t blocks;
   int64_t block_tiles;              // at most
-  int32_t pitch;                    // of V: the depth in whole vectors
+  int32_t depth, chunks;            // of the channels: as many times the sums in M are added to
+  int32_t pitch;                    // of V: a chunk's depth in whole vectors
   Panels<float> split;
   int32_t panel_runs;               // of a block, an item each
 
   Plan(const Winograd& g, int32_t threads) : grid(g.height, g.width), tiles(grid.count(g.batch)), split(g.columns) {
-    pitch = (g.depth + V::width - 1) / V::width * V::width;
-    blocks = (tiles + kBlockTiles - 1) / kBlockTiles;
+    depth = g.depth;
+    chunks = depth > kWholeDepth ? (depth + kChunkDepth - 1) / kChunkDepth : 1;
+    pitch = chunks > 1 ? kChunkDepth : (depth + V::width - 1) / V::width * V::width;
+    const int32_t most = chunks > 1 ? kChunkTiles : kBlockTiles;
+    blocks = (tiles + most - 1) / most;
     // As many items for one thread as for another. Where blocks are few, threads share them panel by panel, and each
     // transforms the block for itself: that takes less time than another core's cache.
     panel_runs = 1;
@@ -146,12 +153,17 @@ struct Plan {
   int64_t block_begin(int64_t block) const { return tiles * block / blocks; }
   int32_t run_begin(int64_t run) const { return static_cast<int32_t>(int64_t{split.count} * run / panel_runs); }
 
+  int32_t chunk_begin(int32_t chunk) const { return chunk * kChunkDepth; }
+  int32_t chunk_end(int32_t chunk) const { return chunk + 1 < chunks ? chunk_begin(chunk + 1) : depth; }
+
   int64_t v_pitch() const { return skewed(block_tiles * pitch); }    // from position to position
   int64_t m_pitch() const { return skewed(block_tiles * kLanes); }
+  int64_t m_panel() const { return kPositions * m_pitch(); }         // from panel to panel, where several wait
+  int32_t waiting_panels() const { return chunks > 1 ? (split.count + panel_runs - 1) / panel_runs : 1; }
 
   // The workspace: a row of zeros, then V and M of each thread.
-  int64_t zeros_bytes() const { return align64(int64_t{pitch} * 4); }
-  int64_t slot_bytes() const { return align64(kPositions * (v_pitch() + m_pitch()) * 4); }
+  int64_t zeros_bytes() const { return align64((int64_t{depth} + V::width) * 4); }
+  int64_t slot_bytes() const { return align64((kPositions * v_pitch() + waiting_panels() * m_panel()) * 4); }
 };
 
 // ---- The output transform ----
@@ -200,28 +212,32 @@ CONVEXT_INLINE void scatter_tile(const Winograd& g, Tile tile, Tile next, const 
 
 // ---- One item of work: a block of tiles and a run of panels ----
 
-// M = V U for one panel and all positions.
+// M = V U for one panel, all positions and one chunk of the channels.
 template <int M>
-void multiply(const Plan<M>& plan, int32_t depth, const float* v, const float* u, int32_t tiles, int32_t vectors,
+void multiply(const Plan<M>& plan, int32_t chunk, const float* v, const float* u, int32_t tiles, int32_t vectors,
               bool fetch_ahead, float* m) {
   const int32_t lanes = vectors * V::width, most = max_rows(vectors), pieces = (tiles + most - 1) / most;
+  const int32_t chunk_begin = plan.chunk_begin(chunk), depth = plan.chunk_end(chunk) - chunk_begin;
   const int32_t parts = depth > kPartDepth ? (depth + kPartDepth - 1) / kPartDepth : 1;
-  // The pieces of a part ask for the next part between them, whose weights lie behind this one's.
+  // The pieces of a part ask for the next part between them.
   const int32_t ahead = fetch_ahead ? (vectors + pieces - 1) / pieces : 0;
   Product args;
   args.v_pitch = plan.pitch;
   for (int position = 0; position < Plan<M>::kPositions; ++position) {
+    const float* const weights = u + (int64_t{position} * plan.depth + chunk_begin) * lanes;
     for (int32_t part = 0; part < parts; ++part) {
       const int32_t begin = depth * part / parts;
       args.depth = depth * (part + 1) / parts - begin;
-      args.u = u + (int64_t{position} * depth + begin) * lanes;
-      args.accumulate = part > 0;
+      args.u = weights + int64_t{begin} * lanes;
+      args.accumulate = chunk > 0 || part > 0;
+      const float* const next = part + 1 < parts ? args.u + int64_t{args.depth} * lanes
+                                                 : weights + int64_t{plan.depth} * lanes;
       for (int32_t i = 0; i < pieces; ++i) {
         const int32_t first = tiles * i / pieces, last = tiles * (i + 1) / pieces;
         args.v = v + position * plan.v_pitch() + int64_t{first} * plan.pitch + begin;
         args.m = m + position * plan.m_pitch() + int64_t{first} * kLanes;
         args.ahead_vectors = i * ahead < vectors ? ahead : 0;
-        args.ahead = args.u + int64_t{args.depth} * (lanes + i * ahead * V::width);
+        args.ahead = next + int64_t{i} * ahead * V::width * args.depth;
         kProducts.kernels[vectors - 1][last - first - 1](args);
       }
     }
@@ -229,29 +245,33 @@ void multiply(const Plan<M>& plan, int32_t depth, const float* v, const float* u
 }
 
 template <int M>
-void gather_block(const Winograd& g, const Plan<M>& plan, int64_t block, const float* zeros, float* v) {
+void gather_chunk(const Winograd& g, const Plan<M>& plan, int64_t block, int32_t chunk, const float* zeros, float* v) {
   const int64_t begin = plan.block_begin(block), end = plan.block_begin(block + 1);
   for (int64_t t = begin; t < end; ++t) {
-    gather_tile<M>(g, zeros, plan.grid.at(t), plan.grid.at(t + 1), v + (t - begin) * plan.pitch,
-                   plan.v_pitch());
+    gather_tile<M>(g, zeros, plan.grid.at(t), plan.grid.at(t + 1), plan.chunk_begin(chunk), plan.chunk_end(chunk),
+                   v + (t - begin) * plan.pitch, plan.v_pitch());
   }
 }
 
+// `v` holds the chunk; where it is the last one, the outputs follow.
 template <int M>
-void run_item(const Winograd& g, const Plan<M>& plan, int64_t block, int64_t run, const float* v, float* m) {
+void run_chunk(const Winograd& g, const Plan<M>& plan, int64_t block, int64_t run, int32_t chunk, const float* v,
+               float* m) {
   const int64_t begin = plan.block_begin(block);
   const int32_t tiles = static_cast<int32_t>(plan.block_begin(block + 1) - begin);
   const bool fetch_ahead = Plan<M>::kPositions * int64_t{g.depth} * g.columns * 4 > kCachedWeights;
   for (int32_t panel = plan.run_begin(run); panel < plan.run_begin(run + 1); ++panel) {
     const float* u = g.packed + int64_t{Plan<M>::kPositions} * g.depth * plan.split.begin(panel) * V::width;
-    multiply<M>(plan, g.depth, v, u, tiles, plan.split.width(panel), fetch_ahead, m);
-    visit_activation<V>(g.epilogue.activation, [&](auto f) {
-      for (int32_t t = 0; t < tiles; ++t) {
-        scatter_tile<M>(g, plan.grid.at(begin + t), plan.grid.at(begin + t + 1),
-                        m + int64_t{t} * kLanes, plan.m_pitch(), plan.split.first_column(panel),
-                        plan.split.num_columns(panel), f);
-      }
-    });
+    multiply<M>(plan, chunk, v, u, tiles, plan.split.width(panel), fetch_ahead, m);
+    if (chunk + 1 == plan.chunks) {
+      visit_activation<V>(g.epilogue.activation, [&](auto f) {
+        for (int32_t t = 0; t < tiles; ++t) {
+          scatter_tile<M>(g, plan.grid.at(begin + t), plan.grid.at(begin + t + 1), m + int64_t{t} * kLanes,
+                          plan.m_pitch(), plan.split.first_column(panel), plan.split.num_columns(panel), f);
+        }
+      });
+    }
+    if (plan.chunks > 1) m += plan.m_panel();
   }
 }
 
@@ -344,7 +364,7 @@ void run_winograd(const Winograd& g, void* workspace, const Parallel& parallel) 
   const Plan<M> plan(g, slots);
   if (plan.tiles == 0 || g.columns == 0) return;
   float* const zeros = static_cast<float*>(workspace);
-  for (int32_t l = 0; l < plan.pitch; ++l) zeros[l] = 0;
+  for (int32_t l = 0; l < g.depth; ++l) zeros[l] = 0;
   const int64_t items = plan.blocks * plan.panel_runs;
   parallel.for_each(slots, [&](int64_t slot) {
     float* const v =
@@ -352,8 +372,10 @@ void run_winograd(const Winograd& g, void* workspace, const Parallel& parallel) 
     const int64_t first = items * slot / slots, last = items * (slot + 1) / slots;
     for (int64_t item = first; item < last; ++item) {
       const int64_t block = item / plan.panel_runs, run = item % plan.panel_runs;
-      if (item == first || run == 0) gather_block<M>(g, plan, block, zeros, v);
-      run_item<M>(g, plan, block, run, v, v + Plan<M>::kPositions * plan.v_pitch());
+      for (int32_t chunk = 0; chunk < plan.chunks; ++chunk) {
+        if (plan.chunks > 1 || item == first || run == 0) gather_chunk<M>(g, plan, block, chunk, zeros, v);
+        run_chunk<M>(g, plan, block, run, chunk, v, v + Plan<M>::kPositions * plan.v_pitch());
+      }
     }
   });
 }
@@ -364,6 +386,7 @@ void run_winograd(const Winograd& g, void* workspace, const Parallel& parallel) 
   template int64_t winograd_workspace<M>(const Winograd&, int32_t);                                                  \
   template void run_winograd<M>(const Winograd&, void*, const Parallel&);
 CONVEXT_INSTANTIATE(2)
+CONVEXT_INSTANTIATE(3)
 CONVEXT_INSTANTIATE(4)
 #undef CONVEXT_INSTANTIATE
 

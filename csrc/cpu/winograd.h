@@ -5,9 +5,10 @@
 //
 //   m   multiplications an output   points                          what its arithmetic costs in accuracy
 //   2   4    (9 directly)           0, +-1, infinity                nothing: no more error than the sum itself
+//   3   2.78                        +-1/2, +-5/4, infinity          as much error as the sum itself, or a little more
 //   4   2.25                        0, +-3/4, +-3/2, infinity       several times the error of the sum
 //
-// (docs/design.md derives both bounds.)
+// (docs/design.md derives the bounds.)
 #pragma once
 #include "gemm.h"
 
@@ -34,7 +35,7 @@ struct Winograd {
   Epilogue epilogue;
 };
 
-// M is 2 or 4 throughout.
+// M is 2, 3 or 4 throughout.
 
 // Elements of the transformed weights of (9, depth, columns).
 template <int M>

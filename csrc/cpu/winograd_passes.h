@@ -24,8 +24,9 @@ struct WinogradFprop {
   static const char* reject(const ConvProblem& p) { return reject_winograd(p, p.c); }
 
   static const char* pack_format(const ConvProblem&) {
-    return M == 2 ? "fprop_winograd2x2_f32_" CONVEXT_STRING(CONVEXT_ISA)
-                  : "fprop_winograd4x4_f32_" CONVEXT_STRING(CONVEXT_ISA);
+    return M == 2   ? "fprop_winograd2x2_f32_" CONVEXT_STRING(CONVEXT_ISA)
+           : M == 3 ? "fprop_winograd3x3_f32_" CONVEXT_STRING(CONVEXT_ISA)
+                    : "fprop_winograd4x4_f32_" CONVEXT_STRING(CONVEXT_ISA);
   }
   static int64_t packed_size(const ConvProblem& p) {
     return winograd_packed_elements<M>(p.c, p.k) * int64_t{sizeof(float)};
@@ -62,8 +63,9 @@ struct WinogradDgrad {
   static const char* reject(const ConvProblem& p) { return reject_winograd(p, p.k); }
 
   static const char* pack_format(const ConvProblem&) {
-    return M == 2 ? "dgrad_winograd2x2_f32_" CONVEXT_STRING(CONVEXT_ISA)
-                  : "dgrad_winograd4x4_f32_" CONVEXT_STRING(CONVEXT_ISA);
+    return M == 2   ? "dgrad_winograd2x2_f32_" CONVEXT_STRING(CONVEXT_ISA)
+           : M == 3 ? "dgrad_winograd3x3_f32_" CONVEXT_STRING(CONVEXT_ISA)
+                    : "dgrad_winograd4x4_f32_" CONVEXT_STRING(CONVEXT_ISA);
   }
   static int64_t packed_size(const ConvProblem& p) {
     return winograd_packed_elements<M>(p.k, p.c) * int64_t{sizeof(float)};
@@ -94,13 +96,13 @@ struct WinogradDgrad {
 
 }  // namespace convext::CONVEXT_ISA
 
-// Defines <pass>_winograd2x2_f32 and <pass>_winograd4x4_f32 for this instruction set.
-#define CONVEXT_WINOGRAD_VARIANTS(prefix, pass, Impl)                                                              \
-  namespace convext {                                                                                              \
-  extern const Variant CONVEXT_VARIANT(prefix##_winograd2x2_f32) =                                                 \
-      CONVEXT_ISA::packed_variant<float, CONVEXT_ISA::Impl<2>>(CONVEXT_VARIANT_NAME(prefix##_winograd2x2_f32),     \
-                                                               "winograd2x2", pass, CONVEXT_ISA::Impl<2>::reject); \
-  extern const Variant CONVEXT_VARIANT(prefix##_winograd4x4_f32) =                                                 \
-      CONVEXT_ISA::packed_variant<float, CONVEXT_ISA::Impl<4>>(CONVEXT_VARIANT_NAME(prefix##_winograd4x4_f32),     \
-                                                               "winograd4x4", pass, CONVEXT_ISA::Impl<4>::reject); \
+// Defines <pass>_winograd2x2_f32, <pass>_winograd3x3_f32 and <pass>_winograd4x4_f32 for this instruction set.
+#define CONVEXT_WINOGRAD_VARIANTS(prefix, pass, Impl)                          \
+  CONVEXT_WINOGRAD_VARIANT(prefix##_winograd2x2_f32, "winograd2x2", pass, Impl<2>) \
+  CONVEXT_WINOGRAD_VARIANT(prefix##_winograd3x3_f32, "winograd3x3", pass, Impl<3>) \
+  CONVEXT_WINOGRAD_VARIANT(prefix##_winograd4x4_f32, "winograd4x4", pass, Impl<4>)
+#define CONVEXT_WINOGRAD_VARIANT(base, algo, pass, Impl)                                                       \
+  namespace convext {                                                                                          \
+  extern const Variant CONVEXT_VARIANT(base) = CONVEXT_ISA::packed_variant<float, CONVEXT_ISA::Impl>(          \
+      CONVEXT_VARIANT_NAME(base), algo, pass, CONVEXT_ISA::Impl::reject);                                      \
   }

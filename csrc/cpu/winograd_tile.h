@@ -34,6 +34,37 @@ struct Transform<2> {
 };
 
 template <>
+struct Transform<3> {
+  static constexpr float kP = 0.5f, kQ = 1.25f;
+
+  static CONVEXT_INLINE void input(V (&d)[5]) {
+    const V p(kP), q(kQ), p2(kP * kP), q2(kQ * kQ), sum(kP * kP + kQ * kQ), product(kP * kP * kQ * kQ);
+    const V even_p = d[3] - q2 * d[1], odd_p = d[2] - q2 * d[0];
+    const V even_q = d[3] - p2 * d[1], odd_q = d[2] - p2 * d[0];
+    d[4] = (d[4] - sum * d[2]) + product * d[0];
+    d[0] = even_p + p * odd_p, d[1] = even_p - p * odd_p;
+    d[2] = even_q + q * odd_q, d[3] = even_q - q * odd_q;
+  }
+  static CONVEXT_INLINE void output(const V (&m)[5], V (&y)[3]) {
+    const V p(kP), q(kQ), p2(kP * kP), q2(kQ * kQ);
+    const V sum_p = m[0] + m[1], sum_q = m[2] + m[3];
+    y[0] = sum_p + sum_q;
+    y[1] = p * (m[0] - m[1]) + q * (m[2] - m[3]);
+    y[2] = (p2 * sum_p + q2 * sum_q) + m[4];
+  }
+  template <class Real>
+  static CONVEXT_INLINE void filter(Real g0, Real g1, Real g2, Real (&u)[5]) {
+    constexpr double p2 = double{kP} * kP, q2 = double{kQ} * kQ;
+    constexpr double np = 1 / (2 * kP * (p2 - q2)), nq = 1 / (2 * kQ * (q2 - p2));
+    const Real even_p = Real(np) * (g0 + Real(p2) * g2), odd_p = Real(np * kP) * g1;
+    const Real even_q = Real(nq) * (g0 + Real(q2) * g2), odd_q = Real(nq * kQ) * g1;
+    u[0] = odd_p + even_p, u[1] = odd_p - even_p;
+    u[2] = odd_q + even_q, u[3] = odd_q - even_q;
+    u[4] = g2;
+  }
+};
+
+template <>
 struct Transform<4> {
   static constexpr float kP = 0.75f, kQ = 1.5f;
 
@@ -151,9 +182,11 @@ struct Ahead {
   }
 };
 
-// V of one tile: position i * (M + 2) + j goes to v + position * position_pitch. `next` is the tile to come.
+// V of one tile, channels [begin, end): position i * (M + 2) + j goes to v + position * position_pitch. `next` is the
+// tile to come.
 template <int M>
-void gather_tile(const Winograd& g, const float* zeros, Tile tile, Tile next, float* v, int64_t position_pitch) {
+void gather_tile(const Winograd& g, const float* zeros, Tile tile, Tile next, int32_t begin, int32_t end, float* v,
+                 int64_t position_pitch) {
   constexpr int kPatch = M + 2;
   const Ahead ahead(g.in, g.height.in, g.width.in, g.depth, next.n, next.h + int64_t{g.height.offset},
                     next.w + int64_t{g.width.offset}, g.height.step, g.width.step);
@@ -166,8 +199,8 @@ void gather_tile(const Winograd& g, const float* zeros, Tile tile, Tile next, fl
       patch[i][j] = inside ? g.in + ((tile.n * g.height.in + h) * g.width.in + w) * g.depth : zeros;
     }
   }
-  for (int32_t l = 0; l < g.depth; l += V::width) {
-    const Lanes<float> lanes(g.depth - l);
+  for (int32_t l = begin; l < end; l += V::width) {
+    const Lanes<float> lanes(end - l);
     ahead.fetch<kPatch, 2, false>(l);  // its first two columns are the last two of this tile
     V columns[kPatch][kPatch];  // [column of d B][row of d]
     CONVEXT_UNROLL
@@ -183,7 +216,7 @@ void gather_tile(const Winograd& g, const float* zeros, Tile tile, Tile next, fl
     for (int j = 0; j < kPatch; ++j) {
       Transform<M>::input(columns[j]);
       CONVEXT_UNROLL
-      for (int i = 0; i < kPatch; ++i) store(v + (i * kPatch + j) * position_pitch + l, columns[j][i]);
+      for (int i = 0; i < kPatch; ++i) store(v + (i * kPatch + j) * position_pitch + l - begin, columns[j][i]);
     }
   }
 }

@@ -214,7 +214,7 @@ struct WinogradWgrad {
       const int64_t begin = plan.share_begin(share), tiles = plan.share_begin(share + 1) - begin;
       parallel.for_each(tiles, [&](int64_t t) {
         const Tile tile = plan.grid.at(begin + t), next = plan.grid.at(begin + t + 1);
-        gather_tile<M>(g, zeros, tile, next, v + t * plan.c_pitch, plan.v_pitch());
+        gather_tile<M>(g, zeros, tile, next, 0, g.depth, v + t * plan.c_pitch, plan.v_pitch());
         spread_tile(plan, dy, zeros, tile, next, d + t * plan.k_pitch, plan.d_pitch());
       });
       parallel.for_each(threads, [&](int64_t thread) {
