@@ -11,6 +11,8 @@ namespace convext {
 namespace {
 
 constexpr int64_t kAlignment = 64;
+constexpr double kRegionFlops = 1e6;  // what a core could compute while threads come together
+constexpr double kWeightFlops = 2;    // what a core could compute while it reads a byte of weights
 constexpr int64_t kMinRows = 3;  // fewer rows a thread would compute more shared rows twice than it saves
 
 int64_t padded(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
@@ -43,6 +45,7 @@ Rows input_rows(const ConvProblem& p, Rows out) {
 
 int64_t x_row_bytes(const ConvProblem& p) { return int64_t{p.w} * p.c * dtype_size(p.dtype); }
 int64_t y_row_bytes(const ConvProblem& p) { return int64_t{p.q()} * p.k * dtype_size(p.dtype); }
+double row_flops(const ConvProblem& p) { return 2.0 * p.q() * p.k * p.c_per_group() * p.r * p.s; }
 bool row_by_row(const ConvProblem& p) { return p.r == 1 && p.stride_h == 1 && p.pad_h == 0; }
 
 // Steps first .. last, between two squeeze-and-excitations.
@@ -56,6 +59,7 @@ struct Plan {
   int64_t images = 1, groups = 1;  // a group of images is computed together; more than one only as whole images
   int64_t parts = 1;               // runs of rows that an image is cut into for the threads
   int64_t lanes = 1;               // threads that work at once, each with buffers of its own
+  bool together = false;           // all threads share every step, over the whole batch at once
 
   // Offsets into the workspace.
   std::vector<int64_t> image_at;   // by segment: its output for the whole batch; the last one's is the block's
@@ -71,7 +75,11 @@ struct Plan {
       segments.back().last = i;
     }
     cut(steps, threads, budget);
-    lay_out(steps);
+    if (together) {
+      lay_out_together(steps, threads);
+    } else {
+      lay_out(steps);
+    }
   }
 
  private:
@@ -104,6 +112,7 @@ struct Plan {
       if (images == 1) parts = std::min<int64_t>((threads + groups - 1) / groups, most);
     }
     lanes = std::clamp<int64_t>(groups * parts, 1, threads);
+    together = images == 1 && groups < threads && better_together(steps, threads, budget);
     for (Segment& segment : segments) {
       const int64_t rows = (steps[segment.last].problem.p() + parts - 1) / parts;
       const int64_t strips = (rows + segment.strip - 1) / segment.strip;
@@ -111,28 +120,79 @@ struct Plan {
     }
   }
 
+  // Whether an image that is cut by rows would keep the threads busy for longer than steps that they share: where rows
+  // are few, the parts differ, compute more of each other's rows, and each reads all of the weights.
+  bool better_together(const std::vector<BlockStep>& steps, int32_t threads, int64_t budget) const {
+    double by_rows = 0, shared = 0;
+    int64_t weight_bytes = 0, largest = 0;
+    for (const Segment& segment : segments) {
+      double longest = 0;
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t rows = steps[segment.last].problem.p();
+        Rows need{rows * part / parts, rows * (part + 1) / parts};
+        double flops = 0;
+        for (int i = segment.last; i >= segment.first; --i) {
+          const ConvProblem& p = steps[i].problem;
+          flops += need.count() * row_flops(p);
+          need = input_rows(p, need).within(p.h);
+        }
+        longest = std::max(longest, flops);
+      }
+      by_rows += longest * groups * parts / lanes;
+    }
+    for (const BlockStep& step : steps) {
+      const ConvProblem& p = step.problem;
+      shared += kRegionFlops + p.n * p.p() * row_flops(p) / threads;
+      weight_bytes += p.w_size() * dtype_size(p.dtype);
+      largest = std::max(largest, (p.x_size() + p.y_size()) * dtype_size(p.dtype));
+    }
+    by_rows += segments.size() * kRegionFlops + weight_bytes * kWeightFlops;
+    shared += weight_bytes * kWeightFlops / threads;
+    return largest <= 2 * budget * threads && shared < by_rows;
+  }
+
+  static int64_t take(int64_t& top, int64_t size) {
+    const int64_t at = top;
+    top += padded(size);
+    return at;
+  }
+
+  // What squeeze and excitation takes; returns the scratch memory that its gates need.
+  int64_t lay_out_gates(const std::vector<BlockStep>& steps, int64_t& top) {
+    int64_t sums = 0, gates = 0, scratch = 0;
+    for (const BlockStep& step : steps) {
+      if (!step.excites) continue;
+      sums = std::max<int64_t>(sums, int64_t{step.problem.n} * step.problem.h * step.problem.c);
+      gates = std::max<int64_t>(gates, int64_t{step.problem.n} * step.problem.c);
+      scratch = std::max<int64_t>(scratch, step.excite.c + step.excite.squeezed);
+    }
+    sums_at = take(top, sums * 4);
+    gates_at = take(top, gates * 4);
+    return scratch * 4;
+  }
+
+  // Outputs of the steps but the last, in two buffers by turns.
+  void lay_out_together(const std::vector<BlockStep>& steps, int32_t threads) {
+    int64_t top = 0, largest = 0, scratch = lay_out_gates(steps, top);
+    for (const BlockStep& step : steps) {
+      const ConvProblem& p = step.problem;
+      if (&step != &steps.back()) largest = std::max(largest, p.y_size() * dtype_size(p.dtype));
+      if (step.variant->workspace != nullptr) scratch = std::max(scratch, step.variant->workspace(p, threads));
+    }
+    const int64_t buffers[] = {take(top, largest), take(top, largest)};
+    for (size_t i = 0; i < steps.size(); ++i) buffer_at.push_back(buffers[i % 2]);
+    lanes_at = take(top, scratch);
+    bytes = top;
+  }
+
   void lay_out(const std::vector<BlockStep>& steps) {
-    const auto take = [](int64_t& top, int64_t size) {
-      const int64_t at = top;
-      top += padded(size);
-      return at;
-    };
     int64_t top = 0;
     for (size_t s = 0; s + 1 < segments.size(); ++s) {
       const ConvProblem& p = steps[segments[s].last].problem;
       image_at.push_back(take(top, p.y_size() * dtype_size(p.dtype)));
     }
-    int64_t most_sums = 0, most_gates = 0, most_scratch = 0;
-    for (const BlockStep& step : steps) {
-      if (!step.excites) continue;
-      most_sums = std::max<int64_t>(most_sums, int64_t{step.problem.n} * step.problem.h * step.problem.c);
-      most_gates = std::max<int64_t>(most_gates, int64_t{step.problem.n} * step.problem.c);
-      most_scratch = std::max<int64_t>(most_scratch, step.excite.c + step.excite.squeezed);
-    }
-    sums_at = take(top, most_sums * 4);
-    gates_at = take(top, most_gates * 4);
     buffer_at.assign(steps.size(), 0);
-    int64_t lane = 0, edge = 0, scratch = most_scratch * 4;
+    int64_t lane = 0, edge = 0, scratch = lay_out_gates(steps, top);
     for (const Segment& segment : segments) {
       int64_t rows = segment.strip;
       const bool whole = rows >= steps[segment.last].problem.p();
@@ -309,10 +369,45 @@ struct Runner {
   }
 
   // The gates in front of segment s for one image.
-  void excite(int s, int64_t image, char* lane) {
+  void excite(int s, int64_t image, char* lane, const Parallel& parallel) {
     const BlockStep& step = steps[plan.segments[s].first];
     squeeze_excite.gates(step.excite, sums(step, image), step.problem.h, int64_t{step.problem.h} * step.problem.w,
-                         gates(step, image), reinterpret_cast<float*>(lane + plan.scratch_at));
+                         gates(step, image), reinterpret_cast<float*>(lane + plan.scratch_at), parallel);
+  }
+
+  // The whole block, its steps shared by all threads.
+  void run_together(const Parallel& parallel) {
+    char* const lane = workspace + plan.lanes_at;
+    const char* x = in;
+    for (int s = 0; s < static_cast<int>(plan.segments.size()); ++s) {
+      const Segment& segment = plan.segments[s];
+      const ConvProblem& first = steps[segment.first].problem;
+      if (s > 0) {
+        char* const image = workspace + plan.buffer_at[segment.first - 1];
+        parallel.for_each(int64_t{first.n} * first.h, [&](int64_t i) {
+          sum_rows(steps[segment.first], i / first.h, 1, {i % first.h, i % first.h + 1},
+                   image + i / first.h * first.h * x_row_bytes(first));
+        });
+        for (int64_t i = 0; i < first.n; ++i) excite(s, i, lane, parallel);
+        parallel.for_each(int64_t{first.n} * first.h, [&](int64_t i) {
+          squeeze_excite.scale(reinterpret_cast<float*>(image + i * x_row_bytes(first)), first.w, first.c,
+                               gates(steps[segment.first], i / first.h));
+        });
+      }
+      for (int i = segment.first; i <= segment.last; ++i) {
+        const BlockStep& step = steps[i];
+        char* const y = i + 1 == static_cast<int>(steps.size()) ? out : workspace + plan.buffer_at[i];
+        LaunchArgs args{};
+        args.a = x;
+        args.b = step.weights;
+        args.out = y;
+        args.epilogue = step.epilogue;
+        args.workspace = lane;
+        args.parallel = &parallel;
+        if (const char* why = step.variant->launch(step.problem, args)) failure = why;
+        x = y;
+      }
+    }
   }
 };
 
@@ -355,6 +450,10 @@ const char* run_block(const std::vector<BlockStep>& steps, const void* in, void*
   const Plan plan(steps, parallel.threads, budget);
   Runner runner{steps, plan, static_cast<const char*>(in), static_cast<char*>(out), static_cast<char*>(workspace),
                 squeeze_excite};
+  if (plan.together) {
+    runner.run_together(parallel);
+    return runner.failure;
+  }
   const auto lane_at = [&](int64_t lane) { return runner.workspace + plan.lanes_at + lane * plan.lane_bytes; };
   const int64_t batch = steps[0].problem.n;
   const int segments = static_cast<int>(plan.segments.size());
@@ -371,7 +470,7 @@ const char* run_block(const std::vector<BlockStep>& steps, const void* in, void*
     for_units([&](int64_t image, int64_t, char* lane) {
       const int64_t count = std::min(plan.images, batch - image);
       for (int s = 0; s < segments; ++s) {
-        for (int64_t i = 0; s > 0 && i < count; ++i) runner.excite(s, image + i, lane);
+        for (int64_t i = 0; s > 0 && i < count; ++i) runner.excite(s, image + i, lane, runner.serial);
         runner.run(s, image, count, {0, steps[plan.segments[s].last].problem.p()}, lane);
       }
     });
@@ -379,7 +478,7 @@ const char* run_block(const std::vector<BlockStep>& steps, const void* in, void*
   }
   for (int s = 0; s < segments; ++s) {
     if (s > 0) {
-      for (int64_t image = 0; image < batch; ++image) runner.excite(s, image, lane_at(0));
+      for (int64_t image = 0; image < batch; ++image) runner.excite(s, image, lane_at(0), parallel);
     }
     const int64_t rows = steps[plan.segments[s].last].problem.p();
     for_units([&](int64_t image, int64_t part, char* lane) {

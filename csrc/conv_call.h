@@ -85,6 +85,16 @@ struct Weights {
   int64_t packed_bytes() const { return packs() && !packed ? kPackedHeader + variant.packed_size(problem) : 0; }
   int64_t scratch_bytes() const { return dense_bytes() + Scratch::padded(packed_bytes()); }
 
+  // Asks for what `get` is going to look at, so that its waits for memory overlap.
+  void read_ahead() const {
+    if (!packed) return;
+    __builtin_prefetch(packed->const_data_ptr());
+    const int64_t bytes = view.numel() * dtype_size(view.dtype);
+    visit_fingerprint(bytes, [&](int64_t at, int64_t) {
+      if (bytes > kHashedWhole || at % kCacheLine == 0) __builtin_prefetch(static_cast<const char*>(view.data) + at);
+    });
+  }
+
   const void* get(const Staging& staging, const Parallel& parallel) const {
     auto load = [&]() -> const void* {
       if (dense()) return view.data;
@@ -114,6 +124,16 @@ struct Weights {
 struct BatchNormTensors {
   const OptionalTensor &bias, &mean, &var, &gamma, &beta;
   double eps;
+
+  // Asks for what `fold` is going to read, so that its waits for memory overlap.
+  void read_ahead() const {
+    for (const OptionalTensor* t : {&bias, &mean, &var, &gamma, &beta}) {
+      if (!*t || !(*t)->is_cpu() || !(*t)->is_contiguous()) continue;
+      const char* const data = static_cast<const char*>((*t)->const_data_ptr());
+      const int64_t bytes = (*t)->numel() * dtype_size(dtype_of(**t));
+      for (int64_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(data + at);
+    }
+  }
 
   bool has_norm() const { return mean.has_value() || gamma.has_value() || beta.has_value(); }
   bool has_any() const { return has_norm() || bias.has_value(); }

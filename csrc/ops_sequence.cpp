@@ -7,7 +7,8 @@
 // steps; tensors are named by their position in `tensors`, kAbsent for one that is not there. Program, tensors and eps, one
 // for each step, are handed over once, and kept under a number: to pass hundreds of tensors took longer than some layers
 // do. A call brings the input and the version counters of the weights. Everything that is in a tensor, its address and
-// extents too, is read anew in each call.
+// extents too, is read anew in each call; what follows from extents alone (kernels' consent, places in memory) is kept
+// with the program, and worked out again where an extent, the input's order, the threads or the instruction set differ.
 //
 // A weight in two dimensions is a linear layer's, a 1x1 filter over the channels. A step whose variant is kLayerNorm
 // normalises the channels of every pixel (cpu/layer_norm.h): of its tensors gamma and beta may be there. One whose variant
@@ -65,11 +66,19 @@ struct Lane {
   char *values, *workspace;
 };
 
+// What is handed over once.
+struct Given {
+  std::vector<int64_t> program;
+  std::vector<OptionalTensor> tensors;
+  std::vector<double> eps;
+  bool flat;  // the result is (N, C), which its one pixel is
+};
+
 struct Sequence {
   View input;
-  const std::vector<Tensor>& tensors;
-  const std::vector<int64_t>& versions;
-  const std::vector<double>& eps;
+  const Given& given;
+  int32_t threads;
+  Isa isa;
   std::vector<Block> blocks;
   std::vector<BlockStep> steps;
   std::vector<const int64_t*> fields;  // of each step
@@ -77,11 +86,60 @@ struct Sequence {
   std::vector<Value> values;
   std::vector<Phase> parts;
   int64_t batch_bytes = 0, lane_bytes = 0;  // of the values, in the memory of the whole batch and in that of a thread
+  int64_t shared_bytes = 0, own_bytes = 0;  // of workspace, for all threads together and for each
 
-  OptionalTensor tensor(int64_t at) const {
-    if (at == kAbsent) return std::nullopt;
-    STD_TORCH_CHECK(at >= 0 && at < static_cast<int64_t>(tensors.size()), "convext_cpu: the program names tensor ", at);
-    return tensors[at];
+  Sequence(const View& x, const Given& all, int32_t num_threads, Isa set)
+      : input(x), given(all), threads(num_threads), isa(set) {
+    read(given.program);
+    BlockStep& head = steps[0];
+    if (!input.is_dense(Layout::kNHWC)) {
+      STD_TORCH_CHECK(blocks[0].count == 1 && head.variant->layouts == Layouts::kAny && input.is_dense(Layout::kNCHW),
+                      "convext_cpu: a sequence's input must be dense in a layout that its first kernel reads");
+      head.problem.x_layout = Layout::kNCHW;
+      for (const int64_t* const f : fields) {
+        STD_TORCH_CHECK(f[kResidual] != 0, "convext_cpu: a residual must be dense channels-last");
+      }
+    }
+    for (const Block& block : blocks) {
+      if (!runs_in_strips(block)) {
+        STD_TORCH_CHECK(!steps[block.first].excites, "convext_cpu: a block begins with squeeze and excitation");
+      } else if (const char* const why = reject_block(steps_of(block, 0, input.size[0], {}))) {
+        STD_TORCH_CHECK(false, "convext_cpu: the steps cannot run as a block: ", why);
+      }
+    }
+    const Value& last = values.back();
+    STD_TORCH_CHECK(!given.flat || (last.h == 1 && last.w == 1), "convext_cpu: the result has more than one pixel");
+    place_values();
+    for (const Phase& phase : parts) {
+      int64_t& bytes = shares(phase) ? shared_bytes : own_bytes;
+      bytes = std::max(bytes, workspace(phase, shares(phase) ? threads : 1));
+    }
+  }
+
+  // Whether all this holds for a call: the same input but for its address, and weights as large as they were. Notes where
+  // the weights lie now.
+  bool still_fits(const View& x, int32_t num_threads, Isa set) {
+    if (std::memcmp(x.size, input.size, sizeof x.size) != 0 || std::memcmp(x.stride, input.stride, sizeof x.stride) != 0 ||
+        x.dtype != input.dtype || num_threads != threads || set != isa) {
+      return false;
+    }
+    input.data = x.data;
+    for (size_t i = 0; i < steps.size(); ++i) {
+      if (!has_weights(i)) continue;
+      const View now = filters_of(*tensor(fields[i][kWeight]));
+      if (std::memcmp(now.size, weights[i].size, sizeof now.size) != 0 || now.dtype != weights[i].dtype) return false;
+      weights[i] = now;
+      if (steps[i].excites) steps[i].excite = excite_of(fields[i], steps[i].problem.c);
+    }
+    return true;
+  }
+
+  const OptionalTensor& tensor(int64_t at) const {
+    static const OptionalTensor absent;
+    if (at == kAbsent) return absent;
+    STD_TORCH_CHECK(at >= 0 && at < static_cast<int64_t>(given.tensors.size()), "convext_cpu: the program names tensor ",
+                    at);
+    return given.tensors[at];
   }
 
   Value& value(int64_t at) {
@@ -109,18 +167,19 @@ struct Sequence {
       blocks.push_back(block);
       values.push_back(out);
     }
-    STD_TORCH_CHECK(!blocks.empty() && versions.size() == steps.size() && eps.size() == steps.size(),
-                    "convext_cpu: program, versions and eps must speak of the same steps");
+    STD_TORCH_CHECK(!blocks.empty() && given.eps.size() == steps.size(),
+                    "convext_cpu: program and eps must speak of the same steps");
   }
 
   bool is_norm(size_t step) const { return fields[step][kVariant] == kLayerNorm; }
   bool is_mean(size_t step) const { return fields[step][kVariant] == kPixelMean; }
+  bool has_weights(size_t step) const { return !is_norm(step) && !is_mean(step); }
 
   // Adds a step that reads `v`, which becomes its output.
   void read_step(const int64_t* f, Value& v) {
     if (f[kVariant] == kLayerNorm) return read_norm(f, v);
     if (f[kVariant] == kPixelMean) return read_mean(f, v);
-    const OptionalTensor weight = tensor(f[kWeight]);
+    const OptionalTensor& weight = tensor(f[kWeight]);
     STD_TORCH_CHECK(weight.has_value(), "convext_cpu: a step has no weight");
     const View wv = filters_of(*weight);
     STD_TORCH_CHECK(wv.dtype == input.dtype || (wv.dtype == DType::kFloat32 && dtype_size(input.dtype) == 2),
@@ -147,13 +206,13 @@ struct Sequence {
 
   void read_norm(const int64_t* f, Value& v) {
     add_layer(f, make_problem(v.n, v.c, v.h, v.w, v.c, 1, 1, {1, 1, 0, 0, 1, 1, 1}, input.dtype),
-              layer_norm_for(settings().cpu_isa, input.dtype), v);
+              layer_norm_for(isa, input.dtype), v);
   }
 
   void read_mean(const int64_t* f, Value& v) {
     const Geom whole{1, 1, 0, 0, 1, 1, static_cast<int32_t>(v.c)};
     add_layer(f, make_problem(v.n, v.c, v.h, v.w, v.c, v.h, v.w, whole, input.dtype),
-              mean_for(settings().cpu_isa, input.dtype), v);
+              mean_for(isa, input.dtype), v);
   }
 
   // Adds a step without weights.
@@ -176,12 +235,12 @@ struct Sequence {
   }
 
   Excite excite_of(const int64_t* f, int64_t c) const {
-    const OptionalTensor squeeze = tensor(f[kSqueezeWeight]);
+    const OptionalTensor& squeeze = tensor(f[kSqueezeWeight]);
     STD_TORCH_CHECK(squeeze.has_value() && squeeze->dim() == 4 && squeeze->size(1) == c,
                     "convext_cpu: squeeze and excitation must read ", c, " channels");
     const int64_t squeezed = squeeze->size(0);
     const auto operand = [&](StepField field, int64_t numel) -> const float* {
-      const OptionalTensor t = tensor(f[field]);
+      const OptionalTensor& t = tensor(f[field]);
       if (!t) return nullptr;
       STD_TORCH_CHECK(t->is_cpu() && dtype_of(*t) == DType::kFloat32 && t->numel() == numel && t->is_contiguous(),
                       "convext_cpu: squeeze and excitation takes contiguous float32 tensors of ", numel, " values here");
@@ -215,7 +274,7 @@ struct Sequence {
 
   // Chooses the phases and places every value but the first and the last: at the lowest address that is free while it
   // lives, in the memory of the whole batch or in that of a thread.
-  void place_values(int32_t threads) {
+  void place_values() {
     std::vector<LayerBytes> layers;
     for (size_t b = 0; b < blocks.size(); ++b) layers.push_back(bytes_of(b));
     parts = phases(layers, input.size[0], threads, 2 * block_cache_budget());
@@ -267,13 +326,13 @@ struct Sequence {
     return some;
   }
 
-  int64_t workspace(const Phase& phase, int32_t threads) const {
+  int64_t workspace(const Phase& phase, int32_t sharing) const {
     int64_t most = 0;
     for (int64_t b = phase.first; b < phase.first + phase.count; ++b) {
       const std::vector<BlockStep> some = steps_of(blocks[b], 0, phase.images, {});
       const auto needed = some[0].variant->workspace;
-      most = std::max(most, runs_in_strips(blocks[b]) ? block_workspace(some, threads)
-                            : needed != nullptr       ? needed(some[0].problem, threads)
+      most = std::max(most, runs_in_strips(blocks[b]) ? block_workspace(some, sharing)
+                            : needed != nullptr       ? needed(some[0].problem, sharing)
                                                       : 0);
     }
     return Scratch::padded(most);
@@ -286,7 +345,7 @@ struct Sequence {
     const char* const in = at(values[block.source], image, lane);
     char* const out = at(values[b + 1], image, lane);
     if (runs_in_strips(block)) {
-      return run_block(some, in, out, lane.workspace, squeeze_excite_for(settings().cpu_isa), parallel);
+      return run_block(some, in, out, lane.workspace, squeeze_excite_for(isa), parallel);
     }
     LaunchArgs args{};
     args.a = in;
@@ -298,52 +357,101 @@ struct Sequence {
     return some[0].variant->launch(some[0].problem, args);
   }
 
-  // Runs a phase; `lanes`: memory for each thread, the first one's for all threads together.
-  void run(const Phase& phase, const std::vector<Lane>& lanes, const Parallel& parallel) const {
-    const int64_t batch = input.size[0], threads = shares(phase) ? 1 : parallel.threads;
-    std::atomic<const char*> failure{nullptr};
-    const auto run_images = [&](int64_t begin, int64_t end, const Lane& lane, const Parallel& inner) {
-      for (int64_t image = begin; image < end; image += phase.images) {
-        for (int64_t b = phase.first; b < phase.first + phase.count; ++b) {
-          if (const char* const why = run(b, image, phase.images, lane, inner)) failure = why;
-        }
+  BatchNormTensors norm_of(size_t step) const {
+    const int64_t* const f = fields[step];
+    return {tensor(f[kBias]), tensor(f[kMean]), tensor(f[kVar]), tensor(f[kGamma]), tensor(f[kBeta]), given.eps[step]};
+  }
+  Weights weights_of(size_t step, int64_t version) const {
+    return {*steps[step].variant, steps[step].problem, weights[step], tensor(fields[step][kPacked]), version};
+  }
+
+  DType accumulate_dtype() const { return steps[0].problem.accumulate_dtype(); }
+
+  // What `prepare` takes of the scratch memory for all steps.
+  int64_t scratch_bytes() const {
+    int64_t bytes = 0;
+    for (size_t i = 0; i < steps.size(); ++i) {
+      bytes += norm_of(i).scratch_bytes(steps[i].problem.k, accumulate_dtype());
+      if (has_weights(i)) bytes += weights_of(i, 0).scratch_bytes();
+    }
+    return bytes;
+  }
+
+  // Asks for what `prepare` is going to look at.
+  void read_ahead(int64_t b) const {
+    for (size_t i = blocks[b].first; i < blocks[b].first + blocks[b].count; ++i) {
+      norm_of(i).read_ahead();
+      if (has_weights(i)) weights_of(i, 0).read_ahead();
+    }
+  }
+
+  // Batch norms and weights of a block as its kernels take them.
+  void prepare(int64_t b, const std::vector<int64_t>& versions, const Staging& staging, const Parallel& parallel) {
+    for (size_t i = blocks[b].first; i < blocks[b].first + blocks[b].count; ++i) {
+      BlockStep& step = steps[i];
+      if (accumulate_dtype() == DType::kFloat64) {
+        norm_of(i).fold<double>(step.problem.k, step.epilogue);
+      } else {
+        norm_of(i).fold<float>(step.problem.k, step.epilogue);
       }
-    };
+      if (is_norm(i)) step.weights = &given.eps[i];
+      if (has_weights(i)) step.weights = weights_of(i, versions[i]).get(staging, parallel);
+    }
+  }
+
+  // Runs a phase; `lanes`: memory for each thread, the first one's for all threads together.
+  void run(const Phase& phase, const std::vector<Lane>& lanes, const std::vector<int64_t>& versions,
+           const Parallel& parallel) {
+    const Staging& staging = staging_for(isa);
+    const int64_t end = phase.first + phase.count;
+    std::atomic<const char*> failure{nullptr};
     if (shares(phase)) {
-      run_images(0, batch, lanes[0], parallel);
+      for (int64_t b = phase.first; b < end; ++b) {
+        prepare(b, versions, staging, parallel);
+        // While a block runs, what the next one's weights are judged by comes from memory.
+        if (b + 1 < static_cast<int64_t>(blocks.size())) read_ahead(b + 1);
+        if (const char* const why = run(b, 0, input.size[0], lanes[0], parallel)) failure = why;
+      }
     } else {
-      const int64_t each = batch / threads;
-      parallel.for_each(threads, [&](int64_t t) { run_images(t * each, (t + 1) * each, lanes[t], {nullptr, 1}); });
+      for (int64_t b = phase.first; b < end; ++b) read_ahead(b);
+      for (int64_t b = phase.first; b < end; ++b) prepare(b, versions, staging, parallel);
+      const int64_t each = input.size[0] / threads;
+      parallel.for_each(threads, [&](int64_t t) {
+        for (int64_t image = t * each; image < (t + 1) * each; image += phase.images) {
+          for (int64_t b = phase.first; b < end; ++b) {
+            if (const char* const why = run(b, image, phase.images, lanes[t], {nullptr, 1})) failure = why;
+          }
+        }
+      });
     }
     STD_TORCH_CHECK(failure == nullptr, "convext_cpu: a step of a sequence failed: ", failure.load());
   }
 };
 
-// What is handed over once.
+// What is kept under a number: what was given, and the Sequence of a call that is over, for the next one.
 struct Kept {
-  std::vector<int64_t> program;
-  std::vector<Tensor> tensors;
-  std::vector<double> eps;
-  bool flat;  // the result is (N, C), which its one pixel is
+  Given given;
+  std::unique_ptr<Sequence> idle;
 };
 
 std::mutex keeping;
 
-std::unordered_map<int64_t, std::shared_ptr<const Kept>>& all_kept() {
-  static auto* const kept = new std::unordered_map<int64_t, std::shared_ptr<const Kept>>;  // outlives every caller
+std::unordered_map<int64_t, std::shared_ptr<Kept>>& all_kept() {
+  static auto* const kept = new std::unordered_map<int64_t, std::shared_ptr<Kept>>;  // outlives every caller
   return *kept;
 }
 
 int64_t keep_sequence(std::vector<int64_t> program, std::vector<Tensor> tensors, std::vector<double> eps, bool flat) {
   static int64_t last = 0;
-  auto kept = std::make_shared<const Kept>(Kept{std::move(program), std::move(tensors), std::move(eps), flat});
+  auto kept = std::make_shared<Kept>(Kept{
+      {std::move(program), {tensors.begin(), tensors.end()}, std::move(eps), flat}, nullptr});
   const std::lock_guard<std::mutex> lock(keeping);
   all_kept().emplace(++last, std::move(kept));
   return last;
 }
 
 void drop_sequence(int64_t number) {
-  std::shared_ptr<const Kept> dropped;  // its tensors are freed outside the lock
+  std::shared_ptr<Kept> dropped;  // its tensors are freed outside the lock
   const std::lock_guard<std::mutex> lock(keeping);
   const auto found = all_kept().find(number);
   if (found == all_kept().end()) return;
@@ -351,92 +459,59 @@ void drop_sequence(int64_t number) {
   all_kept().erase(found);
 }
 
-std::shared_ptr<const Kept> kept_sequence(int64_t number) {
-  const std::lock_guard<std::mutex> lock(keeping);
-  const auto found = all_kept().find(number);
-  STD_TORCH_CHECK(found != all_kept().end(), "convext_cpu: there is no sequence ", number);
-  return found->second;
-}
+// A Sequence for the length of a call. Calls in several threads at once have one each; the next call takes over one of
+// them.
+class Borrowed {
+ public:
+  Borrowed(int64_t number, const View& x, int32_t threads, Isa isa) {
+    {
+      const std::lock_guard<std::mutex> lock(keeping);
+      const auto found = all_kept().find(number);
+      STD_TORCH_CHECK(found != all_kept().end(), "convext_cpu: there is no sequence ", number);
+      kept_ = found->second;
+      sequence_ = std::move(kept_->idle);
+    }
+    if (sequence_ == nullptr || !sequence_->still_fits(x, threads, isa)) {
+      sequence_ = std::make_unique<Sequence>(x, kept_->given, threads, isa);
+    }
+  }
+  ~Borrowed() {
+    const std::lock_guard<std::mutex> lock(keeping);
+    std::swap(kept_->idle, sequence_);
+  }
+  Borrowed(const Borrowed&) = delete;
+  Borrowed& operator=(const Borrowed&) = delete;
+  Sequence& operator*() const { return *sequence_; }
+
+ private:
+  std::shared_ptr<Kept> kept_;
+  std::unique_ptr<Sequence> sequence_;
+};
 
 Tensor run_sequence(int64_t number, const Tensor& x, std::vector<int64_t> versions) {
-  const std::shared_ptr<const Kept> kept = kept_sequence(number);
-  const auto& [program, tensors, eps, flat] = *kept;
-  Sequence s{view_of(x, "x"), tensors, versions, eps, {}, {}, {}, {}, {}, {}};
-  s.read(program);
-  BlockStep& head = s.steps[0];
-  if (!s.input.is_dense(Layout::kNHWC)) {
-    STD_TORCH_CHECK(s.blocks[0].count == 1 && head.variant->layouts == Layouts::kAny && s.input.is_dense(Layout::kNCHW),
-                    "convext_cpu: a sequence's input must be dense in a layout that its first kernel reads");
-    head.problem.x_layout = Layout::kNCHW;
-  }
-  for (const Block& block : s.blocks) {
-    if (!s.runs_in_strips(block)) {
-      STD_TORCH_CHECK(!s.steps[block.first].excites, "convext_cpu: a block begins with squeeze and excitation");
-    } else if (const char* const why = reject_block(s.steps_of(block, 0, s.input.size[0], {}))) {
-      STD_TORCH_CHECK(false, "convext_cpu: the steps cannot run as a block: ", why);
-    }
-  }
-  const Value& last = s.values.back();
-  STD_TORCH_CHECK(!flat || (last.h == 1 && last.w == 1), "convext_cpu: the result has more than one pixel");
-  Tensor y = flat ? empty_matrix(last.n, last.c, s.input.dtype)
-                  : empty_activation(last.n, last.c, last.h, last.w, s.input.dtype, true);
-
-  const Staging& staging = staging_for(settings().cpu_isa);
   const Parallel& parallel = torch_parallel();
-  const DType accumulate = head.problem.accumulate_dtype();
-  const auto norm_of = [&](size_t i, auto&& use) {
-    const int64_t* const f = s.fields[i];
-    const OptionalTensor bias = s.tensor(f[kBias]), mean = s.tensor(f[kMean]), var = s.tensor(f[kVar]),
-                         gamma = s.tensor(f[kGamma]), beta = s.tensor(f[kBeta]);
-    use(BatchNormTensors{bias, mean, var, gamma, beta, s.eps[i]});
-  };
-  const auto with_weights = [&](size_t i, auto&& use) {
-    if (s.is_norm(i) || s.is_mean(i)) return;
-    const OptionalTensor packed = s.tensor(s.fields[i][kPacked]);
-    use(Weights{*s.steps[i].variant, s.steps[i].problem, s.weights[i], packed, versions[i]});
-  };
-  int64_t bytes = 0;
-  for (size_t i = 0; i < s.steps.size(); ++i) {
-    norm_of(i, [&](const BatchNormTensors& norm) { bytes += norm.scratch_bytes(s.steps[i].problem.k, accumulate); });
-    with_weights(i, [&](const Weights& weights) { bytes += weights.scratch_bytes(); });
-  }
-  s.place_values(parallel.threads);
-  int64_t shared = 0, own = 0;  // workspace of all threads together, and of each
-  for (const Phase& phase : s.parts) {
-    if (s.shares(phase)) {
-      shared = std::max(shared, s.workspace(phase, parallel.threads));
-    } else {
-      own = std::max(own, s.workspace(phase, 1));
-    }
-  }
-  const int64_t lane = s.lane_bytes + own, lanes = std::max(parallel.threads * lane, shared);
-  const ScratchScope scope(bytes + s.batch_bytes + lanes);
+  const Isa isa = settings().cpu_isa;
+  const Borrowed borrowed(number, view_of(x, "x"), parallel.threads, isa);
+  Sequence& s = *borrowed;
+  STD_TORCH_CHECK(versions.size() == s.steps.size(), "convext_cpu: versions must be one a step");
+  const Value& last = s.values.back();
+  Tensor y = s.given.flat ? empty_matrix(last.n, last.c, s.input.dtype)
+                          : empty_activation(last.n, last.c, last.h, last.w, s.input.dtype, true);
+
+  const int64_t lane = s.lane_bytes + s.own_bytes, lanes = std::max(parallel.threads * lane, s.shared_bytes);
+  const ScratchScope scope(s.scratch_bytes() + s.batch_bytes + lanes);
   char* const memory = static_cast<char*>(scratch().take(s.batch_bytes));
   for (Value& v : s.values) v.data = s.whole(v) ? memory + v.offset : nullptr;
   s.values.front().data = static_cast<char*>(s.input.data);
   s.values.back().data = static_cast<char*>(y.mutable_data_ptr());
   char* const lane_memory = static_cast<char*>(scratch().take(lanes));
 
-  for (size_t i = 0; i < s.steps.size(); ++i) {
-    BlockStep& step = s.steps[i];
-    norm_of(i, [&](const BatchNormTensors& norm) {
-      if (accumulate == DType::kFloat64) {
-        norm.fold<double>(step.problem.k, step.epilogue);
-      } else {
-        norm.fold<float>(step.problem.k, step.epilogue);
-      }
-    });
-    if (s.is_norm(i)) step.weights = &s.eps[i];
-    with_weights(i, [&](const Weights& weights) { step.weights = weights.get(staging, parallel); });
-    STD_TORCH_CHECK(s.fields[i][kResidual] != 0 || s.input.is_dense(Layout::kNHWC),
-                    "convext_cpu: a residual must be dense channels-last");
-  }
   for (const Phase& phase : s.parts) {
     std::vector<Lane> memory_of(s.shares(phase) ? 1 : parallel.threads, Lane{nullptr, lane_memory});
     for (size_t t = 0; !s.shares(phase) && t < memory_of.size(); ++t) {
       memory_of[t] = {lane_memory + t * lane, lane_memory + t * lane + s.lane_bytes};
     }
-    s.run(phase, memory_of, parallel);
+    s.run(phase, memory_of, versions, parallel);
   }
   return y;
 }

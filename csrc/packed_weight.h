@@ -19,21 +19,27 @@ constexpr int64_t kPackedHeader = 64;
 constexpr int64_t kHashedWhole = 2048;
 constexpr int64_t kSamples = 16;
 
+constexpr int64_t kCacheLine = 64;
+
+// visit(offset, size): the bytes that a fingerprint looks at.
+template <class F>
+void visit_fingerprint(int64_t bytes, F&& visit) {
+  const int64_t words = bytes / 8, step = bytes <= kHashedWhole ? 1 : words / kSamples;
+  for (int64_t i = 0; i < words; i += step) visit(8 * i, 8);
+  visit(bytes >= 8 ? bytes - 8 : 0, bytes >= 8 ? 8 : bytes);
+}
+
 // Multiply and xor, as in FNV, over every word or over a sample of them, and the last one.
 inline uint64_t fingerprint(const void* data, int64_t bytes, uint64_t seed) {
   constexpr uint64_t kPrime = 0x9E3779B97F4A7C15ull;
   const char* const base = static_cast<const char*>(data);
-  const int64_t words = bytes / 8;
-  const int64_t step = bytes <= kHashedWhole ? 1 : words / kSamples;
   uint64_t h = seed ^ static_cast<uint64_t>(bytes);
-  const auto mix = [&](const char* from, int64_t size) {
+  visit_fingerprint(bytes, [&](int64_t at, int64_t size) {
     uint64_t word = 0;
-    std::memcpy(&word, from, size);
+    std::memcpy(&word, base + at, size);
     h = (h ^ word) * kPrime;
     h ^= h >> 29;
-  };
-  for (int64_t i = 0; i < words; i += step) mix(base + 8 * i, 8);
-  mix(bytes >= 8 ? base + bytes - 8 : base, bytes >= 8 ? 8 : bytes);
+  });
   return h | 1;  // never 0, which marks an empty buffer
 }
 

@@ -259,11 +259,13 @@ void sum_taps(const TapSum<T>& sum, const Parallel& all_threads) {
   int64_t splits = parallel.threads <= 1 ? 1 : (4 * parallel.threads + tasks - 1) / tasks;
   if (splits > blocks / 2) splits = blocks / 2;
   if (splits < 1) splits = 1;
-  parallel.for_each(tasks * splits, [&](int64_t task) {
-    const int32_t begin = static_cast<int32_t>(task % splits * blocks / splits);
-    const int32_t end = static_cast<int32_t>((task % splits + 1) * blocks / splits);
-    const int64_t n = task / splits / row_tasks;
-    const int32_t row = static_cast<int32_t>(task / splits % row_tasks);
+  // A split's rows one after the other: threads that cut a matrix product by channels then read what they have written.
+  parallel.for_each(tasks * splits, [&](int64_t item) {
+    const int64_t split = item / tasks, task = item % tasks;
+    const int32_t begin = static_cast<int32_t>(split * blocks / splits);
+    const int32_t end = static_cast<int32_t>((split + 1) * blocks / splits);
+    const int64_t n = task / row_tasks;
+    const int32_t row = static_cast<int32_t>(task % row_tasks);
     const int32_t stride = sum.h.count();
     const TapAxis h = sum.h.at(row % stride);
     if (!pairs) return rows.run(n, h, row / stride, false, begin, end);

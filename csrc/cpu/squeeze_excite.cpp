@@ -35,9 +35,14 @@ void scale(float* x, int64_t pixels, int32_t c, const float* gates) {
   }
 }
 
+constexpr int64_t kSerialWeights = 16384;  // below, threads cost more than they bring
+
 // out[i] = bias[i] + sum_j w[i, j] * x[j]: a vector's worth of rows at a time, whose partial sums are added lane by lane.
-void multiply(const float* w, const float* bias, const float* x, int32_t rows, int32_t columns, float* out) {
-  for (int32_t i = 0; i < rows; i += kWidth) {
+void multiply(const float* w, const float* bias, const float* x, int32_t rows, int32_t columns, float* out,
+              const Parallel& all_threads) {
+  const Parallel parallel{all_threads.run, int64_t{rows} * columns < kSerialWeights ? 1 : all_threads.threads};
+  parallel.for_each((rows + kWidth - 1) / kWidth, [&](int64_t block) {
+    const int32_t i = static_cast<int32_t>(block) * kWidth;
     const int32_t count = rows - i < kWidth ? rows - i : kWidth;
     float lane[kWidth][kWidth];
     for (int32_t r = 0; r < count; ++r) {
@@ -60,7 +65,7 @@ void multiply(const float* w, const float* bias, const float* x, int32_t rows, i
       }
       out[i + r] = lane[r][0] + (bias != nullptr ? bias[i + r] : 0.0f);
     }
-  }
+  });
 }
 
 template <class F>
@@ -71,7 +76,8 @@ void map(float* x, int32_t count, F&& f) {
   }
 }
 
-void gates(const Excite& e, const float* sums, int64_t rows, int64_t pixels, float* out, float* scratch) {
+void gates(const Excite& e, const float* sums, int64_t rows, int64_t pixels, float* out, float* scratch,
+           const Parallel& parallel) {
   float *const mean = scratch, *const squeezed = scratch + e.c;
   const V per_pixel(1.0f / static_cast<float>(pixels));
   for (int32_t k = 0; k < e.c; k += kWidth) {
@@ -80,11 +86,11 @@ void gates(const Excite& e, const float* sums, int64_t rows, int64_t pixels, flo
     for (int64_t i = 0; i < rows; ++i) sum += load(sums + i * e.c + k, lanes);
     store(mean + k, sum * per_pixel, lanes);
   }
-  multiply(e.w1, e.b1, mean, e.squeezed, e.c, squeezed);
+  multiply(e.w1, e.b1, mean, e.squeezed, e.c, squeezed, parallel);
   visit_activation<V>(e.activation, [&](auto f) {
     map(squeezed, e.squeezed, [&](V z) { return decltype(f)::forward(z); });
   });
-  multiply(e.w2, e.b2, squeezed, e.c, e.squeezed, out);
+  multiply(e.w2, e.b2, squeezed, e.c, e.squeezed, out, parallel);
   if (e.gate == Gate::sigmoid) {
     map(out, e.c, [](V z) { return V(1.0f) / (V(1.0f) + exp(-z)); });
   } else {

@@ -32,7 +32,8 @@ struct SqueezeExcite {
   void (*sums)(const float* x, int64_t pixels, int32_t c, float* sums);
 
   // The gates of one image from `rows` rows of sums, over `pixels` pixels in all. `scratch` holds c + squeezed floats.
-  void (*gates)(const Excite&, const float* sums, int64_t rows, int64_t pixels, float* gates, float* scratch);
+  void (*gates)(const Excite&, const float* sums, int64_t rows, int64_t pixels, float* gates, float* scratch,
+                const Parallel&);
 
   // x[i, c] *= gates[c] over `pixels` pixels.
   void (*scale)(float* x, int64_t pixels, int32_t c, const float* gates);
