@@ -8,6 +8,7 @@ packed weights between calls. What concerns CUDA tensors is in ``native_cuda.py`
 from __future__ import annotations
 
 import functools
+import operator
 import weakref
 from typing import NamedTuple
 
@@ -98,6 +99,11 @@ def _packed_buffer(w: torch.Tensor, plan: _Plan) -> torch.Tensor | None:
 
 def _version(w: torch.Tensor | None) -> int:
     return 0 if w is None or w.is_inference() else w._version  # inference tensors keep no version counter
+
+
+def new_watch():
+    """An empty Watch (csrc/watch.h), or None where the library is not built."""
+    return None if _C is None else _C.Watch()
 
 
 class NativeBackend:
@@ -238,12 +244,14 @@ class NativeBackend:
                         operands.append(_packed_buffer(step[0], plan))
                 operands += [t for t in step[1:] if t is not None]
             number = ops.keep_sequence.default(program, operands, eps, flat)
-            return native_sequence.Kept(number, [step[0] for step in tensors])
+            weights = [step[0] for step in tensors]
+            tracked = all(w is not None and not w.is_inference() for w in weights)
+            return native_sequence.Kept(number, weights, operator.attrgetter("_version") if tracked else _version)
 
         def run(x, kept):
-            return op(kept.number, x, [_version(w) for w in kept.weights])
+            return op(kept.number, x, [*map(kept.version, kept.weights)])
 
-        return native_sequence.Prepared(keep, run, _C.Watch)
+        return native_sequence.Prepared(keep, run, new_watch)
 
     def dgrad(self, problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         if problem.device == "cuda":

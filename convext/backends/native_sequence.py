@@ -58,11 +58,11 @@ class Prepared(NamedTuple):
 class Kept:
     """The tensors of a sequence, handed over to the compiled library, which lets go of them when this object dies.
 
-    number: the library's name for them. weights: each step's.
+    number: the library's name for them. weights: each step's. version(weight): its version counter.
     """
 
-    def __init__(self, number: int, weights: list[torch.Tensor]):
-        self.number, self.weights = number, weights
+    def __init__(self, number: int, weights: list[torch.Tensor], version: Callable):
+        self.number, self.weights, self.version = number, weights, version
         weakref.finalize(self, torch.ops.convext_cpu.drop_sequence.default, number).atexit = False
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules import module as _torch_module
 
 from .. import backends
+from ..backends import native
 from . import calls, chains, codegen, heads, layout, linears, pixelwise, place, sequences, squeeze_excite
 from . import signature as signatures
 from .audit import Untraceable
@@ -126,6 +127,11 @@ class Variant:
         self.contiguous = layout.contiguous if direct else torch.Tensor.contiguous
         self.function = codegen.generate(trace.graph, units, self.layout, call_leaf, fused, attribute, self.contiguous)
 
+    def result(self, owner, tensors, in_seam):
+        """The forward's, for the caller of the module."""
+        result = self.function(owner, *tensors)
+        return self.contiguous(result) if in_seam and self.layout.returns == "free" else result
+
     @property
     def works_in_any_format(self):
         return self.layout is not None and self.layout.accepts and self.layout.returns is not None
@@ -234,9 +240,9 @@ class Plan:
             opaque = self._foreign
         return training, opaque
 
-    def watch(self, watch, owner):
+    def watch(self, watch, owner=None):
         """Adds to a Watch that this plan, in the state it is in, stands for the owner's forward; False where the state
-        is one that a Watch cannot tell."""
+        is one that a Watch cannot tell. Without an owner, what is to be seen of it is left out (Trace.owner_stands)."""
         if self.state() is None or self.state()[1] or not self.trace.watch(watch, owner):
             return False
         for module, kind, attributes in zip(self.leaves, self.types, self.attributes):
@@ -275,6 +281,22 @@ class Plan:
         return found
 
 
+class Known:
+    """What a call without gradients on one tensor found, for the next one on a tensor like it. `watch` tells whether
+    the plan's modules are as they were; it knows nothing of the owner, which holds this."""
+
+    __slots__ = ("plan", "variant", "in_seam", "contiguous", "epoch", "watch")
+
+    def __init__(self, plan, variant, in_seam):
+        self.plan, self.variant, self.in_seam = plan, variant, in_seam
+        self.contiguous, self.epoch = layout.contiguous_weights(plan.weights), backends.epoch
+        self.watch = None
+
+    def holds(self, owner):
+        return self.watch is not None and self.epoch is backends.epoch and self.plan.trace.owner_stands(owner) \
+            and self.watch.holds() and layout.contiguous_weights(self.plan.weights) is self.contiguous
+
+
 class PlannedForward:
     """A container's `forward` after the swap. Copies belong to the copied container; pickles carry no plan."""
 
@@ -285,6 +307,7 @@ class PlannedForward:
         self._owner = weakref.ref(owner)
         self._plans = {}       # signature -> list of Plan, the latest first
         self._refusals = {}    # (signature, training) -> why there is no plan
+        self._known = {}       # properties of a call's one tensor -> Known
         self.__name__, self.__doc__ = "forward", type(owner).forward.__doc__
 
     @property
@@ -311,7 +334,7 @@ class PlannedForward:
     def _attach_later(self, owner):
         # While unpickling, the owner may still be without its attributes: nothing of it is read here.
         self._owner = weakref.ref(owner)
-        self._plans, self._refusals = {}, {}
+        self._plans, self._refusals, self._known = {}, {}, {}
         self.__name__ = "forward"
 
     def __copy__(self):
@@ -330,16 +353,38 @@ class PlannedForward:
         owner = self.owner
         if torch.compiler.is_compiling() or _is_tracing() is not None or any(_GLOBAL_HOOKS):
             return type(owner).forward(owner, *args, **kwargs)
-        plan = self.plan(owner, signatures.of_call(args, kwargs))
+        signature, direct = signatures.of_call(args, kwargs), place.runs_direct()
+        if direct and signature is signatures.ONE_TENSOR:
+            x, = args
+            properties = x.shape, x.stride(), x.dtype, x.device, direct
+            known = self._known.get(properties)
+            if known is not None and known.holds(owner):
+                return known.variant.result(owner, args, known.in_seam)
+        else:
+            properties = None
+        plan = self.plan(owner, signature)
         if plan is None:
             return type(owner).forward(owner, *args, **kwargs)
         tensors = args if plan.signature is signatures.ONE_TENSOR else signatures.tensors(args, kwargs)
         in_seam = layout.wanted(tensors) and layout.contiguous_weights(plan.weights)
-        variant = plan.variant(in_seam, place.runs_direct())
+        variant = plan.variant(in_seam, direct)
         if variant is None:
             return type(owner).forward(owner, *args, **kwargs)
-        result = variant.function(owner, *tensors)
-        return variant.contiguous(result) if in_seam and variant.layout.returns == "free" else result
+        if properties is not None:
+            self._know(properties, plan, variant, in_seam)
+        return variant.result(owner, tensors, in_seam)
+
+    def _know(self, properties, plan, variant, in_seam):
+        """Remembers what was found for a call. Only one that comes again is worth a Watch."""
+        former = self._known.get(properties)
+        known = Known(plan, variant, in_seam)
+        if former is not None and (former.plan, former.variant, former.in_seam) == (plan, variant, in_seam):
+            watch = native.new_watch()
+            if watch is not None and plan.watch(watch):
+                known.watch = watch
+        if len(self._known) >= _MOST_SIGNATURES:
+            self._known.clear()
+        self._known[properties] = known
 
     def in_any_format(self, *tensors):
         """The call from another plan: arguments and result may be channels-last where the user's own are not."""

@@ -277,10 +277,14 @@ class Trace:
         """The modules that the graph calls or takes tensors from, without the owner."""
         return [m for key, m in self.modules.items() if key != "0"]
 
+    def owner_stands(self, owner):
+        """False once something of the owner itself that the trace took for constant has changed."""
+        return type(owner) is self.owner_type and self.owner_type.forward is self.forward \
+            and [*owner._modules.values()] == self.children and _same(owner.__dict__, self.own_attributes)
+
     def current(self, owner):
         """False once anything that the trace took for constant has changed."""
-        if type(owner) is not self.owner_type or self.owner_type.forward is not self.forward \
-                or [*owner._modules.values()] != self.children or not _same(owner.__dict__, self.own_attributes):
+        if not self.owner_stands(owner):
             return False
         for modules, values in self.containers:
             if [*modules.values()] != values:
@@ -290,15 +294,20 @@ class Trace:
                 return False
         return [*map(type, self.sequences)] == self.sequence_types
 
-    def watch(self, watch, owner):
-        """Adds what `current` checks to a Watch; False where it cannot: a value that may change in place."""
-        watch.type(owner, self.owner_type)
-        watch.attribute(self.owner_type, "forward", self.forward)
-        for modules, values in [(owner._modules, self.children), *self.containers]:
+    def watch(self, watch, owner=None):
+        """Adds what `current` checks to a Watch, without an owner what it checks besides `owner_stands`; False where it
+        cannot: a value that may change in place."""
+        containers, expected = self.containers, self.attributes
+        if owner is not None:
+            watch.type(owner, self.owner_type)
+            watch.attribute(self.owner_type, "forward", self.forward)
+            containers = [(owner._modules, self.children), *containers]
+            expected = [(owner.__dict__, self.own_attributes), *expected]
+        for modules, values in containers:
             watch.values(modules, tuple(values))
         for module in self.sequences:
             watch.type(module, type(module))
-        for attributes, (count, names, values) in [(owner.__dict__, self.own_attributes), *self.attributes]:
+        for attributes, (count, names, values) in expected:
             if any(isinstance(value, (list, dict, set)) for value in values):
                 return False
             watch.length(attributes, count)

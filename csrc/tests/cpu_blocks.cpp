@@ -97,6 +97,9 @@ std::vector<Case> cases() {
       {"layer_norm_excited", 3, 16, 12, 12, {{48, 1, 1}, {0, 0, 1}, {16, 1, 1, 1, true}, {0, 0, 1}}},
       {"layer_norm_weights_beyond_the_cache", 2, 40, 9, 9, {{0, 7, 1}, {0, 0, 1}, {640, 1, 1}, {40, 1, 1}}},
       {"pointwise_twice", 4, 33, 7, 7, {{65, 1, 1}, {16, 1, 1}}},
+      {"few_rows_of_many_channels", 1, 64, 4, 8, {{1024, 1, 1}, {0, 5, 1}, {64, 1, 1, 1, false, false, true}}},
+      {"few_rows_excited", 1, 64, 4, 8, {{1024, 1, 1}, {0, 5, 2}, {72, 1, 1, 1, true, true}}},
+      {"few_rows_of_two_images", 2, 64, 4, 8, {{1024, 1, 1}, {0, 3, 1}, {64, 1, 1, 1, true}}},
   };
 }
 
