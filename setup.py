@@ -50,10 +50,10 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ]
     ISA_FLAGS["avx512_bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
     CXX_FLAGS.append("-DCONVEXT_HAVE_X86_ISAS")
-# Files of csrc/cpu that multiply bfloat16: AVX512-BF16 offers nothing to the others.
+# Files of csrc/cpu with kernels that read and write bfloat16: AVX512-BF16 offers nothing to the others.
 BF16_SOURCES = {
     *("roofline", "gemm", "implicit_gemm", "direct_fprop", "direct_dgrad", "dilated_fprop", "dilated_dgrad"),
-    *("depthwise_taps", "depthwise_fprop", "depthwise_dgrad"),
+    *("depthwise_taps", "depthwise_fprop", "depthwise_dgrad", "winograd", "winograd_fprop", "winograd_dgrad", "mean"),
 }
 
 

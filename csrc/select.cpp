@@ -56,6 +56,15 @@ namespace {
 
 bool is_algo(const Variant& variant, const char* algo) { return std::string(variant.algo) == algo; }
 
+// The outputs along an axis of the tile of a Winograd kernel, 0 of any other.
+int32_t winograd_tile(const Variant& variant) {
+  for (int32_t m : {2, 3, 4}) {
+    const std::string size = std::to_string(m);
+    if (is_algo(variant, ("winograd" + size + "x" + size).c_str())) return m;
+  }
+  return 0;
+}
+
 // Whether a kernel serves problems of the dtype: its own, or on the CPU halves staged through float32 (cpu/staging.h).
 bool serves(const Variant& variant, DType dtype) {
   if (variant.dtype == dtype) return true;
@@ -146,18 +155,14 @@ double cost(const Variant& variant, const ConvProblem& problem) {
         in_bounds_share(problem.q(), problem.s, problem.stride_w, problem.pad_w, problem.dil_w, problem.w);
     // A register tile keeps every tap that one of its pixels needs.
     per_flop = std::min(0.99, 0.02 + 1.1 * share);
-  } else if (is_algo(variant, "winograd2x2")) {
-    per_flop = winograd_per_flop(problem, variant.pass, 2);
-  } else if (is_algo(variant, "winograd3x3")) {
-    per_flop = winograd_per_flop(problem, variant.pass, 3);
-  } else if (is_algo(variant, "winograd4x4")) {
-    per_flop = winograd_per_flop(problem, variant.pass, 4);
+  } else if (const int32_t m = winograd_tile(variant)) {
+    per_flop = winograd_per_flop(problem, variant.pass, m);
   }
-  // AVX512-BF16 kernels add two products at once and read half the bytes.
-  const double width = variant.isa == Isa::kAVX512BF16 ? 0.5
-                       : variant.isa == Isa::kAVX512   ? 1.0
-                       : variant.isa == Isa::kAVX2     ? 2.0
-                                                       : 6.0;
+  // AVX512-BF16 kernels add two products at once and read half the bytes; Winograd's multiply floats.
+  const double width = variant.isa == Isa::kAVX512BF16 && winograd_tile(variant) == 0 ? 0.5
+                       : variant.isa >= Isa::kAVX512                                  ? 1.0
+                       : variant.isa == Isa::kAVX2                                    ? 2.0
+                                                                                      : 6.0;
   // Activations in another type are copied on the way in and out, which takes an element about as long as 50 FLOP.
   const double staging = variant.dtype == problem.dtype ? 0 : 50.0 * (problem.x_size() + problem.y_size());
   return (problem.flops() * per_flop + staging) * width;

@@ -79,6 +79,25 @@ def test_a_head_runs_with_the_layers_before_it(head, dtype, sequence_calls):
         _close(swapped(x), model, x)
 
 
+@pytest.mark.skipif(not convext.backends.native._has_bf16_dot(), reason="this CPU does not multiply bfloat16")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("head", [head for head in HEADS if "layer norm" not in head])
+@torch.no_grad()
+def test_a_bfloat16_head_runs_with_the_layers_before_it(head, autocast, sequence_calls):
+    model, x = HEADS[head]().eval(), torch.randn(3, 3, 39, 21)
+    if not autocast:
+        model, x = model.bfloat16(), x.bfloat16()
+    swapped = convext.swap(copy.deepcopy(model))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for _ in range(4):
+            y = swapped(x)
+    assert sequence_calls[-1] == STEPS.get(head, 4) - 1  # the kernel of three channels does not read NCHW
+    assert y.shape == (3, CLASSES) and y.dtype is torch.bfloat16
+    for parameter in model.parameters():  # under autocast they are rounded on their way to the kernels
+        parameter.copy_(parameter.bfloat16())
+    _close(y, model, x.bfloat16())
+
+
 @torch.no_grad()
 def test_results_do_not_depend_on_the_number_of_threads_or_the_batch(sequence_calls):
     model = Net(_pooled(), _flat(), nn.Linear(CHANNELS, 300), nn.ReLU(), nn.Linear(300, CLASSES)).eval()

@@ -19,7 +19,8 @@ from ..problem import DTYPES, ConvProblem, Layout, Pass
 from . import calls, chains, place
 
 _TO_NHWC, _TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
-_DTYPES = torch.float32, torch.float64
+_DTYPES = torch.float32, torch.float64, torch.bfloat16
+_NORM_DTYPES = torch.float32, torch.float64  # of the LayerNorm's kernel
 _POINTWISE = 1, 1, 1, 1, 0, 0, 1, 1, 1  # filter, stride, padding, dilation, groups
 
 # ---- finding them ----------------------------------------------------------------------------------------------------
@@ -267,9 +268,10 @@ class LayerStep:
     def prepared(self, before, residual):
         """The PreparedStep that reads the output of the problem `before`; None where it cannot be one."""
         tensors, c = self.tensors(), before.k
-        if self.facts(tensors) is None or before.dtype.torch not in _DTYPES or not self._fits(c):
-            return None
         kind = self.layer.kind
+        dtypes = _NORM_DTYPES if kind == "layer norm" else _DTYPES
+        if self.facts(tensors) is None or before.dtype.torch not in dtypes or not self._fits(c):
+            return None
         filters = (c, *before.y_shape[2:], 1, 1, 0, 0, 1, 1, c) if kind == "mean" else \
             (tensors[0].shape[0] if kind == "linear" else c, *_POINTWISE)
         problem = ConvProblem(*before.y_shape, *filters, before.dtype, before.y_layout, Layout.NHWC, before.device)

@@ -40,7 +40,9 @@ class Variant:
         modules = trace.modules
         self.chains, self.alone = chains.find(trace.graph, modules, opaque)
         taken = {node for chain in self.chains for node in chain.nodes}
-        found_heads = heads.find(trace.graph, modules, opaque, taken) if direct is True else []
+        found_heads = heads.find(trace.graph, modules, opaque, taken) if direct else []
+        if direct is not True:  # under autocast a LayerNorm is computed in float32
+            found_heads = [head for head in found_heads if all(layer.kind != "layer norm" for layer in head.layers)]
         taken.update(node for head in found_heads for node in head.nodes)
         self.runs = pixelwise.find(trace.graph, modules, opaque, taken)
         self.layout = None

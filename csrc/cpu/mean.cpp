@@ -1,7 +1,7 @@
 // The mean over pixels in the instruction set of this file: see mean.h.
 #include "mean.h"
 
-#include "vec.h"
+#include "half.h"
 
 namespace convext {
 namespace CONVEXT_ISA {
@@ -11,27 +11,29 @@ constexpr int kVectors = 4;  // channels of a thread's turn, in vectors: sums of
 
 // out[0 .. lanes) = factor * the sum over h x w pixels, `c` apart, of x[0 .. lanes).
 template <class T, class... L>
-CONVEXT_INLINE void mean_of(const T* x, int32_t h, int32_t w, int64_t c, T factor, T* out, int vectors, L... lanes) {
-  using V = Vec<T>;
+CONVEXT_INLINE void mean_of(const T* x, int32_t h, int32_t w, int64_t c, compute_t<T> factor, T* out, int vectors,
+                            L... lanes) {
+  using V = VecOf<T>;
   V sum[kVectors];
   for (V& s : sum) s = V::zero();
   for (int32_t i = 0; i < h; ++i) {
     V row[kVectors];
     for (V& r : row) r = V::zero();
     for (int32_t j = 0; j < w; ++j, x += c) {
-      for (int v = 0; v < vectors; ++v) row[v] += load(x + v * V::width, lanes...);
+      for (int v = 0; v < vectors; ++v) row[v] += load_as(x + v * V::width, lanes...);
     }
     for (int v = 0; v < vectors; ++v) sum[v] += row[v];
   }
-  for (int v = 0; v < vectors; ++v) store(out + v * V::width, sum[v] * V(factor), lanes...);
+  for (int v = 0; v < vectors; ++v) store_as(out + v * V::width, sum[v] * V(factor), lanes...);
 }
 
 template <class T>
 const char* launch(const ConvProblem& p, const LaunchArgs& args) {
-  constexpr int kWidth = Vec<T>::width, kTurn = kVectors * kWidth;
+  using C = compute_t<T>;
+  constexpr int kWidth = VecOf<T>::width, kTurn = kVectors * kWidth;
   const T* const x = static_cast<const T*>(args.a);
   T* const y = static_cast<T*>(args.out);
-  const T factor = T(1) / (static_cast<T>(p.h) * static_cast<T>(p.w));
+  const C factor = C(1) / (static_cast<C>(p.h) * static_cast<C>(p.w));
   const int64_t c = p.c, turns = (c + kTurn - 1) / kTurn;
   args.parallel->for_each(p.n * turns, [&](int64_t turn) {
     const int64_t image = turn / turns, end = (turn % turns + 1) * kTurn;
@@ -41,7 +43,7 @@ const char* launch(const ConvProblem& p, const LaunchArgs& args) {
     };
     if (end <= c) return of(kVectors);
     for (; k + kWidth <= c; k += kWidth) of(1);
-    if (k < c) of(1, Lanes<T>(c - k));
+    if (k < c) of(1, Lanes<C>(c - k));
   });
   return nullptr;
 }
@@ -55,14 +57,13 @@ const char* reject(const ConvProblem& p) {
 }  // namespace
 }  // namespace CONVEXT_ISA
 
-#define CONVEXT_DEFINE(T, type, dtype)                                                                     \
+#define CONVEXT_DEFINE(T, type)                                                                            \
   extern const Variant CONVEXT_VARIANT(mean_##type);                                                       \
   const Variant CONVEXT_VARIANT(mean_##type) = {                                                           \
-      CONVEXT_VARIANT_NAME(mean_##type), "mean", Device::kCPU, Pass::kFprop, DType::dtype,                 \
+      CONVEXT_VARIANT_NAME(mean_##type), "mean", Device::kCPU, Pass::kFprop, CONVEXT_ISA::kDType<T>,       \
       CONVEXT_ISA_ENUM, Layouts::kNHWCOnly, CONVEXT_ISA::reject, nullptr, nullptr, nullptr, nullptr,       \
       CONVEXT_ISA::launch<T>};
-CONVEXT_DEFINE(float, f32, kFloat32)
-CONVEXT_DEFINE(double, f64, kFloat64)
+CONVEXT_FOR_ELEMENTS(CONVEXT_DEFINE)
 #undef CONVEXT_DEFINE
 
 }  // namespace convext

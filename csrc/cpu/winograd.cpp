@@ -133,7 +133,8 @@ struct Plan {
   Panels<float> split;
   int32_t panel_runs;               // of a block, an item each
 
-  Plan(const Winograd& g, int32_t threads) : grid(g.height, g.width), tiles(grid.count(g.batch)), split(g.columns) {
+  template <class T>
+  Plan(const Winograd<T>& g, int32_t threads) : grid(g.height, g.width), tiles(grid.count(g.batch)), split(g.columns) {
     depth = g.depth;
     chunks = depth > kWholeDepth ? (depth + kChunkDepth - 1) / kChunkDepth : 1;
     pitch = chunks > 1 ? kChunkDepth : (depth + V::width - 1) / V::width * V::width;
@@ -169,19 +170,19 @@ struct Plan {
 // ---- The output transform ----
 
 // The output of one tile and one panel: A^T M A, the epilogue, the part of the tile that lies inside.
-template <int M, class F>
-CONVEXT_INLINE void scatter_tile(const Winograd& g, Tile tile, Tile next, const float* m, int64_t position_pitch,
+template <int M, class T, class F>
+CONVEXT_INLINE void scatter_tile(const Winograd<T>& g, Tile tile, Tile next, const float* m, int64_t position_pitch,
                                  int32_t first_column, int32_t columns, F activation) {
   constexpr int kPatch = M + 2;
   const Ahead ahead(g.out, g.height.out, g.width.out, g.columns, next.n, next.h, next.w, g.height.step, g.width.step);
   const float* scales = static_cast<const float*>(g.epilogue.scale);
   const float* shifts = static_cast<const float*>(g.epilogue.shift);
-  const float* residual = static_cast<const float*>(g.epilogue.residual);
+  const T* residual = static_cast<const T*>(g.epilogue.residual);
   const int32_t height = valid_outputs<M>(g.height, tile.h), width = valid_outputs<M>(g.width, tile.w);
   const int64_t step = int64_t{g.width.step} * g.columns;
   for (int32_t j = 0; j < columns; j += V::width) {
     const Lanes<float> lanes(columns - j);
-    ahead.fetch<M, 0, true>(first_column + j);
+    ahead.fetch<M, 0, true>((first_column + j) * int64_t{sizeof(T)});
     V half[M][kPatch];  // A^T M
     CONVEXT_UNROLL
     for (int b = 0; b < kPatch; ++b) {
@@ -203,8 +204,8 @@ CONVEXT_INLINE void scatter_tile(const Winograd& g, Tile tile, Tile next, const 
       for (int b = 0; b < M; ++b) {
         if (b >= width) break;
         V value = y[b] * scale + shift;
-        if (residual) value += load(residual + at + b * step, lanes);
-        store(g.out + at + b * step, activation.forward(value), lanes);
+        if (residual) value += load_as(residual + at + b * step, lanes);
+        store_as(g.out + at + b * step, activation.forward(value), lanes);
       }
     }
   }
@@ -244,8 +245,8 @@ void multiply(const Plan<M>& plan, int32_t chunk, const float* v, const float* u
   }
 }
 
-template <int M>
-void gather_chunk(const Winograd& g, const Plan<M>& plan, int64_t block, int32_t chunk, const float* zeros, float* v) {
+template <int M, class T>
+void gather_chunk(const Winograd<T>& g, const Plan<M>& plan, int64_t block, int32_t chunk, const T* zeros, float* v) {
   const int64_t begin = plan.block_begin(block), end = plan.block_begin(block + 1);
   for (int64_t t = begin; t < end; ++t) {
     gather_tile<M>(g, zeros, plan.grid.at(t), plan.grid.at(t + 1), plan.chunk_begin(chunk), plan.chunk_end(chunk),
@@ -254,8 +255,8 @@ void gather_chunk(const Winograd& g, const Plan<M>& plan, int64_t block, int32_t
 }
 
 // `v` holds the chunk; where it is the last one, the outputs follow.
-template <int M>
-void run_chunk(const Winograd& g, const Plan<M>& plan, int64_t block, int64_t run, int32_t chunk, const float* v,
+template <int M, class T>
+void run_chunk(const Winograd<T>& g, const Plan<M>& plan, int64_t block, int64_t run, int32_t chunk, const float* v,
                float* m) {
   const int64_t begin = plan.block_begin(block);
   const int32_t tiles = static_cast<int32_t>(plan.block_begin(block + 1) - begin);
@@ -320,8 +321,8 @@ int64_t winograd_packed_elements(int32_t depth, int32_t columns) {
   return Plan<M>::kPositions * int64_t{depth} * Panels<float>(columns).vectors * V::width;
 }
 
-template <int M>
-void winograd_pack(const float* w, int64_t column_pitch, int64_t depth_pitch, bool rotated, int32_t depth,
+template <int M, class T>
+void winograd_pack(const T* w, int64_t column_pitch, int64_t depth_pitch, bool rotated, int32_t depth,
                    int32_t columns, float* packed, const Parallel& parallel) {
   if (columns == 0) return;
   constexpr int kPositions = Plan<M>::kPositions;
@@ -334,9 +335,9 @@ void winograd_pack(const float* w, int64_t column_pitch, int64_t depth_pitch, bo
     const int32_t run = depth - begin < kPackRun ? depth - begin : kPackRun;
     float taps[kPackRun][9][kLanes] = {};
     for (int32_t j = 0; j < split.num_columns(panel); ++j) {
-      const float* filter = w + (split.first_column(panel) + j) * column_pitch + begin * depth_pitch;
+      const T* filter = w + (split.first_column(panel) + j) * column_pitch + begin * depth_pitch;
       for (int32_t l = 0; l < run; ++l, filter += depth_pitch) {
-        for (int tap = 0; tap < 9; ++tap) taps[l][tap][j] = filter[rotated ? 8 - tap : tap];
+        for (int tap = 0; tap < 9; ++tap) taps[l][tap][j] = to_compute(filter[rotated ? 8 - tap : tap]);
       }
     }
     float u[kPositions * kPitch];
@@ -352,19 +353,19 @@ void winograd_pack(const float* w, int64_t column_pitch, int64_t depth_pitch, bo
   });
 }
 
-template <int M>
-int64_t winograd_workspace(const Winograd& g, int32_t threads) {
+template <int M, class T>
+int64_t winograd_workspace(const Winograd<T>& g, int32_t threads) {
   const Plan<M> plan(g, threads > 1 ? threads : 1);
   return plan.zeros_bytes() + (threads > 1 ? threads : 1) * plan.slot_bytes();
 }
 
-template <int M>
-void run_winograd(const Winograd& g, void* workspace, const Parallel& parallel) {
+template <int M, class T>
+void run_winograd(const Winograd<T>& g, void* workspace, const Parallel& parallel) {
   const int32_t slots = parallel.threads > 1 ? parallel.threads : 1;
   const Plan<M> plan(g, slots);
   if (plan.tiles == 0 || g.columns == 0) return;
-  float* const zeros = static_cast<float*>(workspace);
-  for (int32_t l = 0; l < g.depth; ++l) zeros[l] = 0;
+  T* const zeros = static_cast<T*>(workspace);
+  for (int32_t l = 0; l < g.depth; ++l) zeros[l] = T{};
   const int64_t items = plan.blocks * plan.panel_runs;
   parallel.for_each(slots, [&](int64_t slot) {
     float* const v =
@@ -380,14 +381,14 @@ void run_winograd(const Winograd& g, void* workspace, const Parallel& parallel) 
   });
 }
 
-#define CONVEXT_INSTANTIATE(M)                                                                                       \
+#define CONVEXT_INSTANTIATE(T, name, M)                                                                              \
   template int64_t winograd_packed_elements<M>(int32_t, int32_t);                                                    \
-  template void winograd_pack<M>(const float*, int64_t, int64_t, bool, int32_t, int32_t, float*, const Parallel&);   \
-  template int64_t winograd_workspace<M>(const Winograd&, int32_t);                                                  \
-  template void run_winograd<M>(const Winograd&, void*, const Parallel&);
-CONVEXT_INSTANTIATE(2)
-CONVEXT_INSTANTIATE(3)
-CONVEXT_INSTANTIATE(4)
+  template void winograd_pack<M, T>(const T*, int64_t, int64_t, bool, int32_t, int32_t, float*, const Parallel&);    \
+  template int64_t winograd_workspace<M, T>(const Winograd<T>&, int32_t);                                            \
+  template void run_winograd<M, T>(const Winograd<T>&, void*, const Parallel&);
+CONVEXT_FOR_WINOGRAD(CONVEXT_INSTANTIATE, 2)
+CONVEXT_FOR_WINOGRAD(CONVEXT_INSTANTIATE, 3)
+CONVEXT_FOR_WINOGRAD(CONVEXT_INSTANTIATE, 4)
 #undef CONVEXT_INSTANTIATE
 
 }  // namespace convext::CONVEXT_ISA

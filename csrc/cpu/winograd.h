@@ -26,9 +26,12 @@ struct WinogradAxis {
   int32_t tiles(int32_t m) const { return ((out + step - 1) / step + m - 1) / m; }
 };
 
+// T: the type of input, output, residual and weights in memory. All arithmetic is float's: bfloat16 is widened as a
+// tile is read and rounded once, as it is written.
+template <class T>
 struct Winograd {
-  const float* in;      // (batch, height.in, width.in, depth)
-  float* out;           // (batch, height.out, width.out, columns)
+  const T* in;          // (batch, height.in, width.in, depth)
+  T* out;               // (batch, height.out, width.out, columns)
   const float* packed;  // winograd_pack() made it
   int32_t batch, depth, columns;
   WinogradAxis height, width;
@@ -42,15 +45,22 @@ template <int M>
 int64_t winograd_packed_elements(int32_t depth, int32_t columns);
 
 // Transforms weight(column, l, tap) = w[column * column_pitch + l * depth_pitch + (rotated ? 8 - tap : tap)].
-template <int M>
-void winograd_pack(const float* w, int64_t column_pitch, int64_t depth_pitch, bool rotated, int32_t depth,
+template <int M, class T>
+void winograd_pack(const T* w, int64_t column_pitch, int64_t depth_pitch, bool rotated, int32_t depth,
                    int32_t columns, float* packed, const Parallel&);
 
 // Scratch memory in bytes; `in`, `out` and `packed` need not be known yet.
-template <int M>
-int64_t winograd_workspace(const Winograd&, int32_t threads);
+template <int M, class T>
+int64_t winograd_workspace(const Winograd<T>&, int32_t threads);
 
-template <int M>
-void run_winograd(const Winograd&, void* workspace, const Parallel&);
+template <int M, class T>
+void run_winograd(const Winograd<T>&, void* workspace, const Parallel&);
+
+// X(type, name, ...) for the types that this instruction set has Winograd's kernels for.
+#if defined(__AVX512BF16__)
+#define CONVEXT_FOR_WINOGRAD(X, ...) X(::convext::CONVEXT_ISA::BFloat16, bf16, ##__VA_ARGS__)
+#else
+#define CONVEXT_FOR_WINOGRAD(X, ...) X(float, f32, ##__VA_ARGS__)
+#endif
 
 }  // namespace convext::CONVEXT_ISA

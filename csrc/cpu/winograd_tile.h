@@ -165,18 +165,20 @@ struct Ahead {
   uintptr_t first;
   int64_t line, step;
 
-  Ahead(const float* tensor, int32_t height, int32_t width, int32_t channels, int64_t n, int64_t h, int64_t w,
+  template <class T>
+  Ahead(const T* tensor, int32_t height, int32_t width, int32_t channels, int64_t n, int64_t h, int64_t w,
         int32_t step_h, int32_t step_w) {
-    step = int64_t{channels} * 4 * step_w;
-    line = int64_t{channels} * 4 * width * step_h;
-    first = reinterpret_cast<uintptr_t>(tensor) + ((n * height + h) * width + w) * channels * 4;
+    const int64_t pixel = channels * int64_t{sizeof(T)};
+    step = pixel * step_w;
+    line = pixel * width * step_h;
+    first = reinterpret_cast<uintptr_t>(tensor) + ((n * height + h) * width + w) * pixel;
   }
-  // The vector at channel c of the pixels in rows [0, SIZE), columns [SKIP, SIZE).
+  // The vector at byte c of the pixels in rows [0, SIZE), columns [SKIP, SIZE).
   template <int SIZE, int SKIP, bool WRITE>
-  CONVEXT_INLINE void fetch(int32_t c) const {
+  CONVEXT_INLINE void fetch(int64_t c) const {
     for (int i = 0; i < SIZE; ++i) {
       for (int j = SKIP; j < SIZE; ++j) {
-        __builtin_prefetch(reinterpret_cast<const void*>(first + i * line + j * step + int64_t{c} * 4), WRITE, 3);
+        __builtin_prefetch(reinterpret_cast<const void*>(first + i * line + j * step + c), WRITE, 3);
       }
     }
   }
@@ -184,13 +186,13 @@ struct Ahead {
 
 // V of one tile, channels [begin, end): position i * (M + 2) + j goes to v + position * position_pitch. `next` is the
 // tile to come.
-template <int M>
-void gather_tile(const Winograd& g, const float* zeros, Tile tile, Tile next, int32_t begin, int32_t end, float* v,
+template <int M, class T>
+void gather_tile(const Winograd<T>& g, const T* zeros, Tile tile, Tile next, int32_t begin, int32_t end, float* v,
                  int64_t position_pitch) {
   constexpr int kPatch = M + 2;
   const Ahead ahead(g.in, g.height.in, g.width.in, g.depth, next.n, next.h + int64_t{g.height.offset},
                     next.w + int64_t{g.width.offset}, g.height.step, g.width.step);
-  const float* patch[kPatch][kPatch];
+  const T* patch[kPatch][kPatch];
   for (int i = 0; i < kPatch; ++i) {
     const int64_t h = int64_t{tile.h} + g.height.offset + int64_t{i} * g.height.step;
     for (int j = 0; j < kPatch; ++j) {
@@ -201,13 +203,13 @@ void gather_tile(const Winograd& g, const float* zeros, Tile tile, Tile next, in
   }
   for (int32_t l = begin; l < end; l += V::width) {
     const Lanes<float> lanes(end - l);
-    ahead.fetch<kPatch, 2, false>(l);  // its first two columns are the last two of this tile
+    ahead.fetch<kPatch, 2, false>(l * int64_t{sizeof(T)});  // its first two columns are the last two of this tile
     V columns[kPatch][kPatch];  // [column of d B][row of d]
     CONVEXT_UNROLL
     for (int i = 0; i < kPatch; ++i) {
       V d[kPatch];
       CONVEXT_UNROLL
-      for (int j = 0; j < kPatch; ++j) d[j] = load(patch[i][j] + l, lanes);
+      for (int j = 0; j < kPatch; ++j) d[j] = load_as(patch[i][j] + l, lanes);
       Transform<M>::input(d);
       CONVEXT_UNROLL
       for (int j = 0; j < kPatch; ++j) columns[j][i] = d[j];

@@ -100,7 +100,7 @@ void spread_tile(const Plan& plan, const float* dy, const float* zeros, Tile til
   }
   for (int32_t l = 0; l < channels; l += V::width) {
     const Lanes<float> lanes(channels - l);
-    ahead.fetch<M, 0, false>(l);
+    ahead.fetch<M, 0, false>(l * int64_t{sizeof(float)});
     V half[kPatch][M];  // [column of dY A^T][row of dY]
     CONVEXT_UNROLL
     for (int a = 0; a < M; ++a) {
@@ -196,7 +196,7 @@ struct WinogradWgrad {
     const Parallel& parallel = *args.parallel;
     const int32_t threads = parallel.threads > 1 ? parallel.threads : 1;
     const Plan plan(p, threads);
-    Winograd g{};
+    Winograd<float> g{};
     g.in = static_cast<const float*>(args.b);
     g.batch = p.n, g.depth = p.c, g.columns = p.k;
     g.height = plan.grid.height, g.width = plan.grid.width;

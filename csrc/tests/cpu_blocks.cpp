@@ -282,6 +282,41 @@ void test_mean(Isa isa, const std::string& name) {
   }
 }
 
+// A bfloat16 is the upper half of a float.
+float widened(uint16_t bits) {
+  const uint32_t wide = uint32_t{bits} << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+void test_mean_of_bfloat16() {
+  const Variant* const mean = mean_for(Isa::kAVX512BF16, DType::kBFloat16);
+  for (const int c : {1, 16, 37, 129}) {
+    const int n = 2, h = 5, w = 7;
+    std::vector<uint16_t> x(n * h * w * c);
+    for (uint16_t& bits : x) {  // of size 1/8 to 1, of either sign
+      bits = static_cast<uint16_t>(0x3e00 + generator() % 0x180 + (generator() % 2 << 15));
+    }
+    ConvProblem p{};
+    p.n = n, p.c = p.k = p.groups = c, p.h = p.r = h, p.w = p.s = w;
+    p.stride_h = p.stride_w = p.dil_h = p.dil_w = 1;
+    p.dtype = DType::kBFloat16, p.x_layout = p.y_layout = Layout::kNHWC;
+    std::vector<uint16_t> out(n * c + 1, 0x7777);
+    const Parallel parallel = parallel_with(3);
+    LaunchArgs args{};
+    args.a = x.data(), args.out = out.data(), args.parallel = &parallel;
+    const std::string what = "mean of " + std::to_string(c) + " channels in bfloat16";
+    check(mean->reject(p) == nullptr && mean->launch(p, args) == nullptr && out[n * c] == 0x7777, what);
+    for (int i = 0; i < n * c; ++i) {
+      double sum = 0;
+      for (int j = 0; j < h * w; ++j) sum += widened(x[(i / c * h * w + j) * c + i % c]);
+      const double exact = sum / (h * w), summing = (h + w + 1) * 6e-8;  // as in float32; then one rounding
+      check(std::fabs(widened(out[i]) - exact) <= summing + 0x1p-8 * (std::fabs(exact) + summing), what);
+    }
+  }
+}
+
 void check_phases(const std::vector<LayerBytes>& layers, int64_t batch, int threads, std::vector<int64_t> expected) {
   const std::vector<Phase> found = phases(layers, batch, threads, 1 << 20);
   const std::string what = std::to_string(layers.size()) + " layers, batch " + std::to_string(batch) + ", " +
@@ -325,6 +360,8 @@ int main() {
     for (const Case& c : cases()) test(c, squeeze_excite_for(isa), name);
     test_mean(isa, name);
   }
+  check(mean_for(Isa::kAVX512, DType::kBFloat16) == nullptr, "there is no mean of bfloat16 in AVX-512 alone");
+  if (detect_cpu_isa() >= Isa::kAVX512BF16) test_mean_of_bfloat16();
   test_rejects();
   test_phases();
   std::printf("%d checks of blocks, %d failed\n", checks, failures);
