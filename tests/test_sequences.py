@@ -264,6 +264,30 @@ def test_a_result_of_the_user_between_layers_stays_a_tensor(sequence_calls):
 
 
 @torch.no_grad()
+def test_a_container_that_is_no_sequence_leaves_those_around_it(sequence_calls):
+    from torchvision.models.resnet import BasicBlock
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.three = nn.Conv2d(16, 8, 1), nn.Conv2d(16, 8, 3, padding=1)
+
+        def forward(self, x):
+            return torch.cat([self.one(x), self.three(x)], 1)
+
+    model = _settled(nn.Sequential(nn.Conv2d(3, 16, 3), BasicBlock(16, 16), BasicBlock(16, 16), Branches(),
+                                   BasicBlock(16, 16)))
+    swapped, x = convext.swap(copy.deepcopy(model)), torch.randn(2, 3, 20, 20)
+    expected, apart = model(x), swapped(x)
+    swapped(x)
+    sequence_calls.clear()
+    together = swapped(x)
+    assert sequence_calls == [5, 2]
+    assert torch.equal(together, apart)
+    _close(together, expected)
+
+
+@torch.no_grad()
 def test_a_batch_norm_that_keeps_no_statistics_runs_by_itself(sequence_calls):
     layers = [nn.Conv2d(8, 32, 1), nn.BatchNorm2d(32, track_running_stats=False), nn.ReLU(),
               nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.Conv2d(32, 16, 1)]

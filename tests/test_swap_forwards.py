@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils import checkpoint
 
 import convext
-from convext.swap import layout
+from convext.swap import chains, layout, signature
 from convext.swap.planned import PlannedForward
+from convext.swap.tracing import Trace
 
 pytestmark = pytest.mark.smoke
 GLOBAL = []
@@ -491,3 +492,141 @@ def test_a_channels_last_image_is_handed_back_contiguous(shape, dtype):
     for given in (x, x[:, :, 1:], x.transpose(2, 3), x.flatten(2), x[:1]):
         result = layout.contiguous(given)
         assert torch.equal(result, given) and result.stride() == given.contiguous().stride()
+
+
+class Segments(nn.Module):
+    """As torchvision's networks for segmentation: a backbone that returns features by name, a head for each."""
+
+    def __init__(self):
+        super().__init__()
+        getter = pytest.importorskip("torchvision.models._utils").IntermediateLayerGetter
+        layers = {"stem": conv_bn(), "relu": nn.ReLU(inplace=True), "one": Block(), "two": Block(), "three": Block()}
+        self.backbone = getter(nn.Sequential(collections.OrderedDict(layers)), {"one": "aux", "two": "out"})
+        self.classifier, self.aux_classifier = nn.Sequential(Block(), nn.Conv2d(3, 2, 1)), nn.Conv2d(3, 2, 1)
+
+    def forward(self, x):
+        size, features = x.shape[-2:], self.backbone(x)
+        result = collections.OrderedDict()
+        result["out"] = F.interpolate(self.classifier(features["out"]), size=size, mode="bilinear")
+        result["aux"] = self.aux_classifier(features["aux"])
+        return result
+
+
+def assert_same_results(found, expected):
+    assert type(found) is type(expected) and list(found) == list(expected)
+    for a, b in zip(found.values(), expected.values()):
+        assert a.stride() == b.stride()
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@native
+@torch.no_grad()
+def test_a_backbone_that_returns_features_by_name_is_looked_through():
+    torch.manual_seed(0)
+    plain, log = Segments().double().eval(), []
+    swapped, x = convext.swap(copy.deepcopy(plain)), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    expected = plain(x)
+    for _ in range(2):
+        found = swapped(x)
+        assert_same_results(found, expected)
+    assert found["out"].data_ptr() != found["aux"].data_ptr()
+    [(variant, _)] = swapped.__dict__["forward"].present_variants()
+    # Between the image and the results no value is copied to another order of memory.
+    pinned = {node.name for node in variant.layout.pinned}
+    assert pinned == {"interpolate", "aux_classifier"}
+    # Called by itself, it does what it did.
+    assert_same_results(swapped.backbone(x), plain.backbone(x))
+    # What hooks it, changes it or replaces it is noticed.
+    handle = swapped.backbone.register_forward_hook(lambda m, args, out: log.append(list(out)))
+    assert_same_results(swapped(x), expected)
+    assert log == [["aux", "out"]]
+    handle.remove()
+    for model in (plain, swapped):
+        model.backbone.return_layers["one"] = "other"
+        model.backbone.return_layers["two"] = "aux"
+        model.backbone.return_layers["stem"] = "out"
+    assert_same_results(swapped(x), plain(x))
+
+
+@native
+@torch.no_grad()
+def test_features_that_are_written_in_place_keep_their_values():
+    """Features are the backbone's own values, some of them another layer's argument and result at once."""
+    class Writes(nn.Module):
+        def __init__(self, backbone):
+            super().__init__()
+            self.backbone, self.body = backbone, conv_bn()
+
+        def forward(self, x):
+            features = self.backbone(x)
+            one, two = features["aux"], features["out"]
+            y = F.relu(self.body(one))
+            one += two                     # after its reader
+            z = self.body[0](two)
+            two.view(-1).mul_(2)           # through a view
+            return {"y": y, "z": z, "one": one, "two": two, "sum": y + one}
+
+    torch.manual_seed(0)
+    plain = Writes(Segments().backbone).double().eval()
+    swapped, x = convext.swap(copy.deepcopy(plain)), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    expected = plain(x)
+    for _ in range(2):
+        assert_same_results(swapped(x), expected)
+
+
+@native
+@torch.no_grad()
+def test_a_write_into_what_a_container_returned_reaches_its_argument():
+    class Same(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = conv_bn()
+
+        def forward(self, x):
+            return {"y": F.relu(self.body(x)), "x": x}
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.same, self.body = conv_bn(), Same(), conv_bn()
+
+        def forward(self, x):
+            x = self.stem(x)
+            out = self.same(x)
+            early = self.body(x)
+            back = out["x"]
+            back += early                  # writes x
+            return {"early": early, "late": self.body[0](x), "y": out["y"]}
+
+    torch.manual_seed(0)
+    plain = Network().double().eval()
+    swapped, x = convext.swap(copy.deepcopy(plain)), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    expected = plain(x)
+    for _ in range(2):
+        assert_same_results(swapped(x), expected)
+
+
+def test_what_a_result_may_share_memory_with():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.block = nn.Conv2d(3, 3, 1), Block()
+
+        def forward(self, x, y):
+            a = self.conv(x)
+            b = a
+            b += y                                    # the first argument alone
+            c = b.mul_(y)
+            d = torch.add(c, y, out=x)                # nobody looks who is written
+            e = F.interpolate(c, scale_factor=1)      # a new tensor, whatever the size
+            f = self.block(y)                         # a container's result: anything that it was given
+            f += c                                    # and so it may be no tensor
+            return F.relu(e, inplace=True), d, f
+
+    trace = Trace(Network(), ((signature.TENSOR,) * 2, ()))
+    found = {node.name: {alias.name for alias in aliases - {node}}
+             for node, aliases in chains.aliases_of(trace.graph, trace.modules).items() if node.op != "output"}
+    x, y = (node.name for node in trace.graph.nodes if node.op == "placeholder")
+    assert found == {x: set(), y: set(), "conv": set(), "iadd": {"conv"}, "mul_": {"conv", "iadd"},
+                     "add": {"conv", "iadd", "mul_", x, y}, "interpolate": set(), "block": {y},
+                     "iadd_1": {"conv", "iadd", "mul_", "block", y}, "relu": {"interpolate"}}

@@ -5,7 +5,7 @@ import operator
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 _CONV_TYPE = nn.Conv2d
 
@@ -204,6 +204,27 @@ def written(node, modules):
     return node.all_input_nodes[:1]
 
 
+def shared_arguments(node, modules):
+    """The arguments of a node with which its result may share memory: none where it makes a new tensor, the first alone
+    where it is known to write a tensor and to return it, else all."""
+    if makes_new_tensor(node, modules):
+        return []
+    known = node.op == "call_function" and node.target in _ELEMENTWISE_FUNCTIONS | _ARITHMETIC \
+        or node.op == "call_method" and node.target in _ELEMENTWISE_METHODS
+    if known and "out" not in node.kwargs and node.args and _is_tensor(node.args[0], modules):
+        return list(node.args[:1])
+    return node.all_input_nodes
+
+
+def _is_tensor(value, modules):
+    """True of a node whose value is one tensor whatever the containers do that the graph calls."""
+    if not isinstance(value, fx.Node):
+        return False
+    if value.op == "call_module":
+        return modules[value.target] is not None and module_returns_tensor(modules[value.target])
+    return value.op in ("placeholder", "get_attr") or returns_tensor(value)
+
+
 def makes_new_tensor(node, modules):
     """True where the result surely shares no memory with the arguments."""
     if writes_first_argument(node, modules):
@@ -213,7 +234,7 @@ def makes_new_tensor(node, modules):
         return is_conv(module) or type(module) is not nn.Identity and type(module) in _ELEMENTWISE_MODULES \
             or type(module) in _SPATIAL_MODULES or type(module) in (nn.Linear, nn.LayerNorm) or is_layer_norm_2d(module)
     if node.op == "call_function":
-        return node.target in _ELEMENTWISE_FUNCTIONS | _ARITHMETIC | _CAT | _POOLING
+        return node.target in _ELEMENTWISE_FUNCTIONS | _ARITHMETIC | _CAT | _SPATIAL_FUNCTIONS
     return node.op == "call_method" and node.target in _ELEMENTWISE_METHODS
 
 

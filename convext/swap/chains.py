@@ -137,7 +137,7 @@ def aliases_of(graph, modules):
     aliases = {}
     for node in graph.nodes:
         aliases[node] = {node}
-        if node.op != "placeholder" and not calls.makes_new_tensor(node, modules):
-            for source in node.all_input_nodes:
+        if node.op != "placeholder":
+            for source in calls.shared_arguments(node, modules):
                 aliases[node] |= aliases[source]
     return aliases

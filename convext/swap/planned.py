@@ -104,7 +104,9 @@ class Variant:
             nested = {n: (call_leaf(n), functools.partial(_whole_of, modules[n.target], in_any_format(n), direct))
                       for n in excites}
             units = sequences.find_blocks(trace.graph, units, modules, is_free, lambda n: excites.get(n) is not None)
-            units = sequences.find(trace.graph, units + found_heads, is_free, lambda n: n in nested)
+            # One that is no sequence itself now would keep those around it from being one.
+            units = sequences.find(trace.graph, units + found_heads, is_free,
+                                   lambda n: n in nested and nested[n][1]() is not None)
             parts = sequences.Parts(modules, trace.parameters, fused_chain, apart_run, excites, nested,
                                     None if direct is True else direct)
             runners = {unit.last: parts.runner(unit) for unit in units}

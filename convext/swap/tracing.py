@@ -9,6 +9,7 @@ import operator
 import random
 import sys
 import threading
+from collections import OrderedDict
 from itertools import repeat
 
 import torch
@@ -25,8 +26,12 @@ _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 def inlined(module):
-    """True of a container whose forward is nn.Sequential's."""
-    return type(module).forward is nn.Sequential.forward and isinstance(module, nn.Sequential)
+    """True of a container whose forward does nothing but call its children one after the other: nn.Sequential's, or
+    that of torchvision's IntermediateLayerGetter, which returns some of the results by name."""
+    if isinstance(module, nn.Sequential):
+        return type(module).forward is nn.Sequential.forward
+    return isinstance(module, nn.ModuleDict) and type(module).__name__ == "IntermediateLayerGetter" \
+        and type(module).__module__ == "torchvision.models._utils"
 
 
 class _Watched:
@@ -112,6 +117,8 @@ class _Tracer(fx.proxy.TracerBase):
             return type(value)(map(self.create_arg, value))
         if type(value) is dict:
             return {key: self.create_arg(item) for key, item in value.items()}
+        if type(value) is OrderedDict:
+            return self.create_node("call_function", OrderedDict, (list(map(self.create_arg, value.items())),), {})
         if type(value) is slice:
             return slice(*map(self.create_arg, (value.start, value.stop, value.step)))
         if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -162,7 +169,7 @@ class _Tracer(fx.proxy.TracerBase):
             self.trace.inline(module)
             self.inside.append(module)
             try:
-                return nn.Sequential.forward(module, *args, **kwargs)
+                return type(module).forward(module, *args, **kwargs)
             finally:
                 self.inside.pop()
         if module is self.trace.owner:
