@@ -77,6 +77,7 @@ void tile(const TileArgs<T>& args) {
     for (int j = 0; j < VECTORS; ++j) acc[i][j] = V::zero();
   }
 
+  [[maybe_unused]] auto* ahead = reinterpret_cast<const char*>(args.ahead);
   for (int32_t n = 0; n < args.num_taps; ++n) {
     const int32_t t = args.taps[n];
     const T* const* rows = args.rows + t * args.rows_pitch;
@@ -95,6 +96,7 @@ void tile(const TileArgs<T>& args) {
         for (int j = 0; j < VECTORS; ++j) acc[i][j] = Step::add(acc[i][j], row, column[j]);
       }
       b += VECTORS * kWidth * kStep;
+      if constexpr (VECTORS >= kPrefetchingVectors) __builtin_prefetch(ahead, 0, 2), ahead += kCacheLine;
     };
     for (int64_t l = 0; l + kStep <= args.depth; l += kStep) {
       step([&](int i) __attribute__((always_inline)) { return Step::broadcast(a[i] + l); });

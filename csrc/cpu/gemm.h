@@ -33,6 +33,10 @@ constexpr int max_rows(int vectors) {
 }
 constexpr int kMaxRows = 14;
 
+// Tiles with fewer vectors have no general register left for the address.
+constexpr int kPrefetchingVectors = 3;
+constexpr int64_t kCacheLine = 64;
+
 // Steps of the reduction that one multiplication takes, and the depth of B in memory.
 template <class T>
 constexpr int kDepthStep = sizeof(T) == 2 ? 2 : 1;
@@ -57,6 +61,8 @@ struct TileArgs {
   const T* b;                 // tap t's packed (depth, vectors * width) weights are at b + b_taps[t] * b_tap_pitch
   const int32_t* b_taps;
   int64_t b_tap_pitch;
+  const T* ahead;             // weights that are needed later: a tile fetches a line of them for every step, if it has
+                              // at least kPrefetchingVectors
   T* const* out;              // row i goes to out[i] + out_offset
   int64_t out_offset;
   int32_t columns;            // how many columns to write

@@ -3,8 +3,10 @@
 namespace convext::CONVEXT_ISA {
 namespace {
 
-// Part of B that should stay in the first-level cache, and part of A (a block's pixels) in the second.
-constexpr int64_t kPartBytes = 32 << 10;
+// Part of B that all tiles of a block read before the next one, and part of A (a block's pixels): both should stay in the
+// second-level cache. A part as small as the first-level cache is no faster: what a tile reads of B comes in order, and
+// the more parts, the more often sums go to the output and back.
+constexpr int64_t kPartBytes = 128 << 10;
 constexpr int64_t kBlockBytes = 512 << 10;
 // Items of work to aim for, so that any sensible number of threads finds something to do.
 constexpr int32_t kItems = 32;
@@ -201,7 +203,12 @@ void run_item(const ImplicitGemm<T>& g, const Panels<T>& split, int64_t begin, i
           args.b = b + int64_t{depth_begin} * lanes;
           args.accumulate = first_tap + tap + depth_begin > 0;
           args.finish = last_taps && tap_end == num_taps && depth_end == g.depth;
+          // While this part is multiplied, the next one comes closer, a share with each of the first tiles. With few
+          // pixels a part is used up faster than the hardware brings the next one from memory.
+          const int64_t share = int64_t{args.depth} * (tap_end - tap) / kDepthStep<T> * kCacheLine / sizeof(T);
+          const T* next = b + table.b_taps[tap] * args.b_tap_pitch + int64_t{depth_begin} * lanes + share * vectors;
           for (int32_t i = 0; i < tiles.count; ++i) {
+            args.ahead = i < vectors ? next + i * share : args.b;
             int32_t from = tiles.taps_begin[i], to = tiles.taps_begin[i + 1];
             while (from < to && tiles.taps[from] < tap) ++from;
             while (to > from && tiles.taps[to - 1] >= tap_end) --to;
