@@ -316,6 +316,7 @@ def test_a_watch_notices_each_kind_of_change():
         pass
 
     thing, inner, value = Thing(), {}, object()
+    items = [value, thing]
     facts = {"here": value, "hooks": inner}
     watch = _C.Watch()
     watch.item(facts, "here", value)
@@ -325,16 +326,21 @@ def test_a_watch_notices_each_kind_of_change():
     watch.values(facts, (value, inner))
     watch.type(thing, Thing)
     watch.attribute(Thing, "__name__", Thing.__name__)
-    assert watch.holds() and len(watch) == 7
+    watch.elements(items, (value, thing))
+    assert watch.holds() and len(watch) == 8
     for change, undo in (
         (lambda: facts.update(here=object()), lambda: facts.update(here=value)),
         (lambda: facts.update(missing=None), lambda: facts.pop("missing")),
         (lambda: inner.update(a=1), inner.clear),
+        (lambda: facts.update(hooks={"a": 1}), lambda: facts.update(hooks=inner)),
+        (lambda: facts.pop("hooks"), lambda: facts.update(hooks=inner)),
+        (lambda: items.reverse(), lambda: items.reverse()),
         (lambda: setattr(thing, "__class__", type("Other", (Thing,), {})), lambda: setattr(thing, "__class__", Thing)),
         (lambda: setattr(Thing, "__name__", "Else"), lambda: setattr(Thing, "__name__", "Thing")),
     ):
         change()
-        assert not watch.holds()
+        assert not watch.holds() and not watch.holds()
         undo()
+        assert watch.holds() and watch.holds()
     with pytest.raises(TypeError):
         watch.item("no dictionary", "key", value)

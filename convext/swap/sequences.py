@@ -12,6 +12,7 @@ Two things are put together, in the graph of a container's forward:
 Both stand only where a chain would run straight (place.runs_direct). A call looks up what a chain's own call looks up;
 where anything is not as it was when the sequence was prepared, its members run one by one, and it is prepared anew.
 """
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -510,7 +511,9 @@ def _prepared(builder, x, signature):
         return None
     present = [step.present for block in builder.blocks for step in block.steps]
     expected = [(step, step.facts(step.tensors()), there) for step, there in zip(steps, present)]
-    counters = [choice.counter for choice in choices]
+    counters = {id(choice.counter): choice.counter for choice in choices}  # one for each kernel
+    times = Counter(id(choice.counter) for choice in choices)
+    counts = [(counter, times[key]) for key, counter in counters.items()]
     run, watch, kept = sequence.run, None, None
 
     def look_up():
@@ -534,8 +537,8 @@ def _prepared(builder, x, signature):
             if kept is None:
                 return None
             watch = _watch(sequence.watch(), steps, containers)
-        for counter in counters:
-            counter[0] += 1
+        for counter, calls in counts:
+            counter[0] += calls
         try:
             return run(x, kept)
         except RuntimeError:  # a weight of another shape through `.data`, which no dictionary shows
