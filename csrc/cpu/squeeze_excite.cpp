@@ -36,35 +36,82 @@ void scale(float* x, int64_t pixels, int32_t c, const float* gates) {
 }
 
 constexpr int64_t kSerialWeights = 16384;  // below, threads cost more than they bring
+constexpr int32_t kBlockRows = 16, kRowsAtOnce = 4;
+constexpr int64_t kLine = 64, kAhead = 8192;  // bytes: weights are used once, and as fast as they come
 
-// out[i] = bias[i] + sum_j w[i, j] * x[j]: a vector's worth of rows at a time, whose partial sums are added lane by lane.
+// lane[half][l]: the lane `half` after lane l, around the end. A table, since the compiler would put each index together
+// anew at every use.
+struct Turns {
+  alignas(kVectorBytes) int32_t lane[kWidth][kWidth];
+  constexpr Turns() : lane{} {
+    for (int half = 1; half < kWidth; ++half) {
+      for (int l = 0; l < kWidth; ++l) lane[half][l] = (l + half) % kWidth;
+    }
+  }
+};
+constexpr Turns kTurns;
+
+// The sum of all lanes: halves on halves.
+CONVEXT_INLINE float sum_of_lanes(V a) {
+  CONVEXT_UNROLL
+  for (int half = kWidth / 2; half > 0; half /= 2) {
+#if defined(__clang__)
+    V other;
+    for (int l = 0; l < kWidth; ++l) other.v[l] = a.v[kTurns.lane[half][l]];
+    a += other;
+#else
+    Native<float>::bits index;
+    __builtin_memcpy(&index, kTurns.lane[half], sizeof index);
+    a += __builtin_shuffle(a.v, index);
+#endif
+  }
+  return a.v[0];
+}
+
+// out[r] = sum_j w[r, j] * x[j] for the ROWS rows of w.
+template <int ROWS>
+CONVEXT_INLINE void multiply_rows(const float* w, const float* x, int32_t columns, float* out) {
+  V even[ROWS], odd[ROWS];
+  CONVEXT_UNROLL
+  for (int r = 0; r < ROWS; ++r) even[r] = odd[r] = V::zero();
+  int32_t j = 0;
+  for (; j + 2 * kWidth <= columns; j += 2 * kWidth) {
+    const V first = load(x + j), second = load(x + j + kWidth);
+    CONVEXT_UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+      const float* const row = w + int64_t{r} * columns + j;
+      CONVEXT_UNROLL
+      for (int64_t at = 0; at < 2 * kVectorBytes; at += kLine) {
+        __builtin_prefetch(reinterpret_cast<const char*>(row) + kAhead + at);
+      }
+      even[r] = fma(even[r], load(row), first);
+      odd[r] = fma(odd[r], load(row + kWidth), second);
+    }
+  }
+  for (; j < columns; j += kWidth) {
+    const Lanes<float> lanes(columns - j);
+    const V last = load(x + j, lanes);
+    CONVEXT_UNROLL
+    for (int r = 0; r < ROWS; ++r) even[r] = fma(even[r], load(w + int64_t{r} * columns + j, lanes), last);
+  }
+  CONVEXT_UNROLL
+  for (int r = 0; r < ROWS; ++r) out[r] = sum_of_lanes(even[r] + odd[r]);
+}
+
+// out[i] = bias[i] + sum_j w[i, j] * x[j]
 void multiply(const float* w, const float* bias, const float* x, int32_t rows, int32_t columns, float* out,
               const Parallel& all_threads) {
   const Parallel parallel{all_threads.run, int64_t{rows} * columns < kSerialWeights ? 1 : all_threads.threads};
-  parallel.for_each((rows + kWidth - 1) / kWidth, [&](int64_t block) {
-    const int32_t i = static_cast<int32_t>(block) * kWidth;
-    const int32_t count = rows - i < kWidth ? rows - i : kWidth;
-    float lane[kWidth][kWidth];
-    for (int32_t r = 0; r < count; ++r) {
-      const float* const row = w + int64_t{i + r} * columns;
-      V even = V::zero(), odd = V::zero();
-      int32_t j = 0;
-      for (; j + 2 * kWidth <= columns; j += 2 * kWidth) {
-        even = fma(even, load(row + j), load(x + j));
-        odd = fma(odd, load(row + j + kWidth), load(x + j + kWidth));
-      }
-      for (; j < columns; j += kWidth) {
-        const Lanes<float> lanes(columns - j);
-        even = fma(even, load(row + j, lanes), load(x + j, lanes));
-      }
-      store(lane[r], even + odd);
+  parallel.for_each((rows + kBlockRows - 1) / kBlockRows, [&](int64_t block) {
+    const int32_t begin = static_cast<int32_t>(block) * kBlockRows;
+    const int32_t end = begin + kBlockRows < rows ? begin + kBlockRows : rows;
+    int32_t i = begin;
+    for (; i + kRowsAtOnce <= end; i += kRowsAtOnce) {
+      multiply_rows<kRowsAtOnce>(w + int64_t{i} * columns, x, columns, out + i);
     }
-    for (int32_t r = 0; r < count; ++r) {
-      for (int half = kWidth / 2; half > 0; half /= 2) {
-        for (int l = 0; l < half; ++l) lane[r][l] += lane[r][l + half];
-      }
-      out[i + r] = lane[r][0] + (bias != nullptr ? bias[i + r] : 0.0f);
-    }
+    for (; i < end; ++i) multiply_rows<1>(w + int64_t{i} * columns, x, columns, out + i);
+    if (bias == nullptr) return;
+    for (int32_t j = begin; j < end; ++j) out[j] += bias[j];
   });
 }
 

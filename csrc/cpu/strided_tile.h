@@ -88,20 +88,28 @@ void strided_tile(const StridedTile& args) {
     }
   }
 
-  if (args.scale) {
+  const auto of_filter = [&](const float* values, int i, int j) __attribute__((always_inline)) {
+    return FILTERS_IN_LANES ? load_lanes(values, j) : V(values[i]);
+  };
+  if (args.scale && args.shift) {  // batch norm
     CONVEXT_UNROLL
     for (int j = 0; j < VECTORS; ++j) {
       CONVEXT_UNROLL
       for (int i = 0; i < ROWS; ++i) {
-        acc[i][j] = acc[i][j] * (FILTERS_IN_LANES ? load_lanes(args.scale, j) : V(args.scale[i]));
+        acc[i][j] = fma(of_filter(args.shift, i, j), acc[i][j], of_filter(args.scale, i, j));
       }
     }
-  }
-  if (args.shift) {
+  } else if (args.scale) {
     CONVEXT_UNROLL
     for (int j = 0; j < VECTORS; ++j) {
       CONVEXT_UNROLL
-      for (int i = 0; i < ROWS; ++i) acc[i][j] += FILTERS_IN_LANES ? load_lanes(args.shift, j) : V(args.shift[i]);
+      for (int i = 0; i < ROWS; ++i) acc[i][j] = acc[i][j] * of_filter(args.scale, i, j);
+    }
+  } else if (args.shift) {
+    CONVEXT_UNROLL
+    for (int j = 0; j < VECTORS; ++j) {
+      CONVEXT_UNROLL
+      for (int i = 0; i < ROWS; ++i) acc[i][j] += of_filter(args.shift, i, j);
     }
   }
   if (args.residual) {
