@@ -57,6 +57,23 @@ __attribute__((noinline)) void activate(const TileArgs<T>& args, int32_t rows, i
   });
 }
 
+// Asks for the residual and the outputs of a tile before its sums are there. A layer that has a residual is mostly one
+// of many channels, whose tiles touch short runs far apart, which the hardware does not follow.
+template <class T, int ROWS, int VECTORS>
+CONVEXT_INLINE void prefetch_ends(const TileArgs<T>& args) {
+  constexpr int kLanes = VECTORS * VecOf<T>::width, kLine = 64 / sizeof(T);
+  CONVEXT_UNROLL
+  for (int i = 0; i < ROWS; ++i) {
+    T* const to = args.out[i] + args.out_offset;
+    const T* const from = args.residual + (to - args.out_base);
+    CONVEXT_UNROLL
+    for (int j = 0; j < kLanes; j += kLine) {
+      __builtin_prefetch(from + j);
+      __builtin_prefetch(to + j, 1);
+    }
+  }
+}
+
 template <class T, int ROWS, int VECTORS>
 void tile(const TileArgs<T>& args) {
   using V = VecOf<T>;
@@ -77,6 +94,7 @@ void tile(const TileArgs<T>& args) {
     for (int j = 0; j < VECTORS; ++j) acc[i][j] = V::zero();
   }
 
+  if (args.finish && args.residual) prefetch_ends<T, ROWS, VECTORS>(args);
   [[maybe_unused]] auto* ahead = reinterpret_cast<const char*>(args.ahead);
   for (int32_t n = 0; n < args.num_taps; ++n) {
     const int32_t t = args.taps[n];
@@ -121,20 +139,13 @@ void tile(const TileArgs<T>& args) {
     }
   }
   if (args.finish) {
-    if (args.scale) {
+    if (args.scale || args.shift) {  // z * 1 - 0 is z, whatever the sign of a zero
       CONVEXT_UNROLL
       for (int j = 0; j < VECTORS; ++j) {
-        const V scale = load_columns(args.scale + j * kWidth, j);
+        const V scale = args.scale ? load_columns(args.scale + j * kWidth, j) : V(C(1));
+        const V shift = args.shift ? load_columns(args.shift + j * kWidth, j) : -V::zero();
         CONVEXT_UNROLL
-        for (int i = 0; i < ROWS; ++i) acc[i][j] = acc[i][j] * scale;
-      }
-    }
-    if (args.shift) {
-      CONVEXT_UNROLL
-      for (int j = 0; j < VECTORS; ++j) {
-        const V shift = load_columns(args.shift + j * kWidth, j);
-        CONVEXT_UNROLL
-        for (int i = 0; i < ROWS; ++i) acc[i][j] += shift;
+        for (int i = 0; i < ROWS; ++i) acc[i][j] = fma(shift, acc[i][j], scale);
       }
     }
     if (args.residual) {
@@ -160,13 +171,25 @@ void tile(const TileArgs<T>& args) {
   CONVEXT_UNROLL
   for (int i = 0; i < ROWS; ++i) {
     T* p = args.out[i] + args.out_offset;
+    const auto value = [&](int j) __attribute__((always_inline)) {
+      return min_keep_nan(max_keep_nan(acc[i][j], low), high);
+    };
+    // Two vectors of bfloat16 make one; the last two only where no lane is missing.
+    constexpr int kPaired = kStep == 2 ? (VECTORS - 1) / 2 * 2 : 0;
+    if constexpr (kStep == 2) {
+      CONVEXT_UNROLL
+      for (int j = 0; j < kPaired; j += 2) store_pair(p + j * kWidth, value(j), value(j + 1));
+      if (VECTORS % 2 == 0 && whole) {
+        store_pair(p + kPaired * kWidth, value(kPaired), value(VECTORS - 1));
+        continue;
+      }
+    }
     CONVEXT_UNROLL
-    for (int j = 0; j < VECTORS; ++j) {
-      const V value = min_keep_nan(max_keep_nan(acc[i][j], low), high);
+    for (int j = kPaired; j < VECTORS; ++j) {
       if (j == VECTORS - 1 && !whole) {
-        store_as(p + j * kWidth, value, tail);
+        store_as(p + j * kWidth, value(j), tail);
       } else {
-        store_as(p + j * kWidth, value);
+        store_as(p + j * kWidth, value(j));
       }
     }
   }

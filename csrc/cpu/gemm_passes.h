@@ -69,6 +69,12 @@ struct GemmFprop {
       g.filter_width = 1;
       g.packed_taps = p.r;
       g.depth = p.s * p.c;
+    } else if (p.is_pointwise() && p.is_unit_stride() && p.pad_h == 0 && p.pad_w == 0 && p.nhw() <= INT32_MAX) {
+      // All pixels are one row: their pointers are a single run, and tiles go across the ends of rows and images.
+      const int32_t pixels = static_cast<int32_t>(p.nhw());
+      g.batch = 1;
+      g.height = Axis::fprop(1, 1, 1, 1, 0, 1);
+      g.width = Axis::fprop(pixels, pixels, 1, 1, 0, 1);
     }
     run_implicit_gemm(g, *args.parallel);
     return nullptr;

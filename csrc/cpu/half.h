@@ -108,6 +108,13 @@ CONVEXT_INLINE Halves narrow(Float16, Vec<float> a) {
 
 // ---- Memory ----
 
+#if defined(__AVX512BF16__)
+// a, and b behind it.
+CONVEXT_INLINE void store_pair(BFloat16* p, Vec<float> a, Vec<float> b) {
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v));
+}
+#endif
+
 template <class S>
 CONVEXT_INLINE Vec<float> load_as(const S* p) {
   return widen(S{}, *reinterpret_cast<const UnalignedHalves*>(p));

@@ -87,28 +87,28 @@ struct Table {
  private:
   void fill_out(const ImplicitGemm<T>& g, int32_t p, int32_t length, int64_t n, int32_t i, int32_t j) {
     const int64_t y = n * g.height.out + g.height.out_first + int64_t{g.height.out_step} * i;
-    for (int32_t k = 0; k < length; ++k) {
-      const int64_t x = g.width.out_first + int64_t{g.width.out_step} * (j + k);
-      out[p + k] = g.out + (y * g.width.out + x) * g.out_pitch;
-      row_end[p + k] = p + length;
-    }
+    const int64_t x = g.width.out_first + int64_t{g.width.out_step} * j, jump = int64_t{g.width.out_step} * g.out_pitch;
+    T* const first = g.out + (y * g.width.out + x) * g.out_pitch;
+    for (int32_t k = 0; k < length; ++k) out[p + k] = first + k * jump;
+    for (int32_t k = 0; k < length; ++k) row_end[p + k] = p + length;
   }
 
   void fill_row(const ImplicitGemm<T>& g, const T** row, int32_t length, int64_t n, int32_t i, int32_t j, int32_t r,
                 int32_t s) {
     const int64_t h = int64_t{g.height.step} * i + g.height.offset_first + int64_t{g.height.offset_step} * r;
-    if (h < 0 || h >= g.height.in) {
-      for (int32_t k = 0; k < length; ++k) row[k] = g.zeros;
-      padded = true;
-      return;
-    }
-    const T* line = g.in + (n * g.height.in + h) * g.width.in * g.in_pitch;
     int64_t w = int64_t{g.width.step} * j + g.width.offset_first + int64_t{g.width.offset_step} * s;
-    for (int32_t k = 0; k < length; ++k, w += g.width.step) {
-      const bool inside = w >= 0 && w < g.width.in;
-      row[k] = inside ? line + w * g.in_pitch : g.zeros;
-      padded |= !inside;
+    int32_t k = 0;
+    if (h >= 0 && h < g.height.in) {
+      for (; k < length && w < 0; ++k, w += g.width.step) row[k] = g.zeros;
+      padded |= k > 0;
+      const int64_t inside = w < g.width.in ? (g.width.in - 1 - w) / g.width.step + 1 : 0;
+      const int32_t end = at_most<int64_t>(inside, length - k) + k;
+      const T* const first = g.in + ((n * g.height.in + h) * g.width.in + w) * g.in_pitch;
+      const int64_t jump = int64_t{g.width.step} * g.in_pitch;
+      for (int32_t from = k; k < end; ++k) row[k] = first + (k - from) * jump;
     }
+    padded |= k < length;
+    for (; k < length; ++k) row[k] = g.zeros;
   }
 };
 
