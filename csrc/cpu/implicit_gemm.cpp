@@ -8,6 +8,8 @@ namespace {
 // the more parts, the more often sums go to the output and back.
 constexpr int64_t kPartBytes = 128 << 10;
 constexpr int64_t kBlockBytes = 512 << 10;
+// B that stays in the second-level cache of a core beside a block of A.
+constexpr int64_t kKeptBytes = 768 << 10;
 // Items of work to aim for, so that any sensible number of threads finds something to do.
 constexpr int32_t kItems = 32;
 // Pixels of a block, and pointers in its table: 32 KiB on the stack.
@@ -257,8 +259,13 @@ void run_implicit_gemm(const ImplicitGemm<T>& g, const Parallel& parallel) {
   if (g.columns == 0 || g.batch == 0 || g.height.count <= 0 || g.width.count <= 0) return;
   const Panels<T> split(g.columns);
   const Partition<T> partition(g, split);
+  // A thread takes items in a row: those of a block of A where A is larger and the core keeps all of B, else of a run of B.
+  const int64_t depth = int64_t{g.depth} * g.groups, b_rows = int64_t{g.packed_taps} * g.columns;
+  const bool by_blocks = int64_t{g.batch} * g.height.in * g.width.in > b_rows &&
+                         b_rows * depth * static_cast<int64_t>(sizeof(T)) <= kKeptBytes;
   parallel.for_each(partition.blocks * partition.panel_runs, [&](int64_t item) {
-    const int64_t run = item / partition.blocks, block = item % partition.blocks;
+    const int64_t run = by_blocks ? item % partition.panel_runs : item / partition.blocks;
+    const int64_t block = by_blocks ? item / partition.panel_runs : item % partition.blocks;
     const int64_t begin = partition.block_begin(block);
     run_item(g, split, begin, static_cast<int32_t>(partition.block_begin(block + 1) - begin),
              partition.run_begin(run), partition.run_begin(run + 1));
