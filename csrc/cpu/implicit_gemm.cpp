@@ -259,7 +259,7 @@ void run_implicit_gemm(const ImplicitGemm<T>& g, const Parallel& parallel) {
   if (g.columns == 0 || g.batch == 0 || g.height.count <= 0 || g.width.count <= 0) return;
   const Panels<T> split(g.columns);
   const Partition<T> partition(g, split);
-  // A thread takes items in a row: those of a block of A where A is larger and the core keeps all of B, else of a run of B.
+  // A thread takes items in a row: of a block of A where A is larger and the core keeps all of B, else of a run of B.
   const int64_t depth = int64_t{g.depth} * g.groups, b_rows = int64_t{g.packed_taps} * g.columns;
   const bool by_blocks = int64_t{g.batch} * g.height.in * g.width.in > b_rows &&
                          b_rows * depth * static_cast<int64_t>(sizeof(T)) <= kKeptBytes;

@@ -39,8 +39,8 @@ constexpr int64_t kSerialWeights = 16384;  // below, threads cost more than they
 constexpr int32_t kBlockRows = 16, kRowsAtOnce = 4;
 constexpr int64_t kLine = 64, kAhead = 8192;  // bytes: weights are used once, and as fast as they come
 
-// lane[half][l]: the lane `half` after lane l, around the end. A table, since the compiler would put each index together
-// anew at every use.
+// lane[half][l]: the lane `half` after lane l, around the end. A table, since the compiler would put each index
+// together anew at every use.
 struct Turns {
   alignas(kVectorBytes) int32_t lane[kWidth][kWidth];
   constexpr Turns() : lane{} {
