@@ -139,13 +139,20 @@ void tile(const TileArgs<T>& args) {
     }
   }
   if (args.finish) {
-    if (args.scale || args.shift) {  // z * 1 - 0 is z, whatever the sign of a zero
+    if (args.scale) {
       CONVEXT_UNROLL
       for (int j = 0; j < VECTORS; ++j) {
-        const V scale = args.scale ? load_columns(args.scale + j * kWidth, j) : V(C(1));
-        const V shift = args.shift ? load_columns(args.shift + j * kWidth, j) : -V::zero();
+        const V scale = load_columns(args.scale + j * kWidth, j);
         CONVEXT_UNROLL
-        for (int i = 0; i < ROWS; ++i) acc[i][j] = fma(shift, acc[i][j], scale);
+        for (int i = 0; i < ROWS; ++i) acc[i][j] = acc[i][j] * scale;
+      }
+    }
+    if (args.shift) {
+      CONVEXT_UNROLL
+      for (int j = 0; j < VECTORS; ++j) {
+        const V shift = load_columns(args.shift + j * kWidth, j);
+        CONVEXT_UNROLL
+        for (int i = 0; i < ROWS; ++i) acc[i][j] += shift;
       }
     }
     if (args.residual) {
