@@ -4,6 +4,9 @@
 //   load_as(p), load_as(p, n)         Vec<compute_t<S>> from S*; with n, a number or Lanes, only the first n elements
 //   store_as(p, a), store_as(p, a, n) are touched
 #pragma once
+#include <cstring>
+#include <type_traits>
+
 #include "vec.h"
 
 namespace convext::CONVEXT_ISA {
@@ -171,10 +174,20 @@ CONVEXT_LOAD_STORE_AS(float)
 CONVEXT_LOAD_STORE_AS(double)
 #undef CONVEXT_LOAD_STORE_AS
 
-// One element in the type it is computed in.
+// One element in the type it is computed in. Not by way of a vector, where that can be helped: to load one from memory
+// that has just been written takes longer than all else that is done with an element.
 template <class S>
 CONVEXT_INLINE compute_t<S> to_compute(S element) {
-  return load_as(&element, 1).v[0];
+  if constexpr (std::is_same_v<S, compute_t<S>>) {
+    return element;
+  } else if constexpr (std::is_same_v<S, BFloat16>) {
+    const uint32_t bits = uint32_t{element.bits} << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  } else {
+    return load_as(&element, 1).v[0];
+  }
 }
 
 }  // namespace convext::CONVEXT_ISA
