@@ -8,7 +8,7 @@ NAMES = ("fast", "strict", "direct")  # in the order of Accuracy, csrc/select.h
 
 
 class accuracy:
-    """Says which float32 algorithms may run: a setting, and a context manager that puts the former one back.
+    """Says which algorithms may run: a setting, and a context manager that puts the former one back.
 
         convext.accuracy("strict")            # from here on
         with convext.accuracy("fast"): ...    # inside only
@@ -17,8 +17,9 @@ class accuracy:
     Winograd's F(4x4, 3x3) and F(3x3, 3x3): a quarter of the multiplications, and about 3 times the error of a plain
     sum, twice for the gradient of the weights. "strict" allows F(2x2, 3x3), for outputs and gradients of inputs, where
     there are enough channels for its error to be no larger than a plain sum's (derived in docs/design.md, tested in
-    tests/test_accuracy.py). "direct" allows the direct forms alone. float64 never runs Winograd. The report names the
-    kernel of every layer, and so those that use it. The setting is the process's, as `convext.backend` is.
+    tests/test_accuracy.py). "direct" allows the direct forms alone. Half precision does the same in float32 arithmetic;
+    float64 never runs Winograd. The report names the kernel of every layer, and so those that use it. The setting is
+    the process's, as `convext.backend` is.
 
     Raises ValueError for any other name.
     """
