@@ -104,8 +104,9 @@ struct Operands {
   }
 };
 
+// One block a multiprocessor is all that is asked for: for two, fp64 spilled or did not as ptxas happened to number it.
 template <class T, Pass PASS>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     simt(Operands<T> operands, int64_t k_per_split, T* __restrict__ out, Epilogue epilogue, PartialStats<T> stats) {
   CONVEXT_SHARED_MEMORY(shared);
   T* a_tiles = reinterpret_cast<T*>(shared);      // 2 x (kBlockK, kPitch)
