@@ -14,12 +14,12 @@ class accuracy:
         with convext.accuracy("fast"): ...    # inside only
 
     It concerns 3x3 convolutions of stride 1 on the CPU, their outputs and gradients. "fast", the default, allows
-    Winograd's F(4x4, 3x3) and F(3x3, 3x3): a quarter of the multiplications, and about 3 times the error of a plain
-    sum, twice for the gradient of the weights. "strict" allows F(2x2, 3x3), for outputs and gradients of inputs, where
-    there are enough channels for its error to be no larger than a plain sum's (derived in docs/design.md, tested in
-    tests/test_accuracy.py). "direct" allows the direct forms alone. Half precision does the same in float32 arithmetic;
-    float64 never runs Winograd. The report names the kernel of every layer, and so those that use it. The setting is
-    the process's, as `convext.backend` is.
+    Winograd's F(4x4, 3x3) and F(3x3, 3x3): a quarter to a third of the multiplications, and up to about 3 times the
+    error of a plain sum, twice for the gradient of the weights. "strict" allows F(2x2, 3x3), for outputs and gradients
+    of inputs, where there are enough channels for its error to be no larger than a plain sum's (derived in
+    docs/design.md, tested in tests/test_accuracy.py). "direct" allows the direct forms alone. Half precision does the
+    same in float32 arithmetic; float64 never runs Winograd. The report names the kernel of every layer, and so those
+    that use it. The setting is the process's, as `convext.backend` is.
 
     Raises ValueError for any other name.
     """

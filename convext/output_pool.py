@@ -15,8 +15,8 @@ class output_pool:
         convext.output_pool.limit()            # the setting
         convext.output_pool.kept()             # how much is kept now, in use by no tensor
 
-    malloc returns large blocks to the system, which clears every page again when it is next used; on the CPU that takes
-    longer than many layers. Where the pool is on, the results of convext's CPU kernels, gradients among them, of 64 KiB
+    malloc returns large blocks to the system, which clears every page again when it is next used, and that takes longer
+    than to write it. Where the pool is on, the results of convext's CPU kernels, gradients among them, of 64 KiB
     and more, lie in pages that a dropped result left behind. A result owns its memory as any tensor does, until the
     last tensor or array that shares it is gone. Only its storage cannot be made larger (`Tensor.resize_`,
     `UntypedStorage.resize_`), as that of `torch.from_numpy` cannot: torch raises RuntimeError.

@@ -167,7 +167,7 @@ PYBIND11_MODULE(_C, m) {
       .def("__len__", &Watch::size);
 
   m.def("accuracy", [] { return static_cast<int>(settings().accuracy); },
-        "Which float32 algorithms may run: 0 all, 1 those within a plain sum's error, 2 plain sums.");
+        "Which algorithms may run: 0 all, 1 those within a plain sum's error, 2 plain sums.");
   m.def("set_accuracy", [](int accuracy) {
     if (accuracy < 0 || accuracy > 2) throw std::invalid_argument("no accuracy " + std::to_string(accuracy));
     settings().accuracy = static_cast<Accuracy>(accuracy);

@@ -116,8 +116,8 @@ struct Sequence {
     }
   }
 
-  // Whether all this holds for a call: the same input but for its address, and weights as large as they were. Notes where
-  // the weights lie now.
+  // Whether all this holds for a call: the same input but for its address, and weights as large as they were, those of
+  // squeeze and excitation among them, for which there is memory. Notes where the weights lie now.
   bool still_fits(const View& x, int32_t num_threads, Isa set) {
     if (std::memcmp(x.size, input.size, sizeof x.size) != 0 || std::memcmp(x.stride, input.stride, sizeof x.stride) != 0 ||
         x.dtype != input.dtype || num_threads != threads || set != isa) {
@@ -129,7 +129,10 @@ struct Sequence {
       const View now = filters_of(*tensor(fields[i][kWeight]));
       if (std::memcmp(now.size, weights[i].size, sizeof now.size) != 0 || now.dtype != weights[i].dtype) return false;
       weights[i] = now;
-      if (steps[i].excites) steps[i].excite = excite_of(fields[i], steps[i].problem.c);
+      if (!steps[i].excites) continue;
+      const Excite excite = excite_of(fields[i], steps[i].problem.c);
+      if (excite.squeezed != steps[i].excite.squeezed) return false;
+      steps[i].excite = excite;
     }
     return true;
   }

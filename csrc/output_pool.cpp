@@ -15,7 +15,7 @@ constexpr int64_t kPage = 4096;
 // mostly empty would keep warm pages from a result that fits them.
 constexpr int64_t kLeastShareInEighths = 7;
 
-// An eighth of the machine's memory, 2 GiB at most: what a training step of ResNet-50 with eight images holds.
+// An eighth of the machine's memory, 2 GiB at most. A training step of ResNet-50 with eight images leaves 0.75 GiB.
 int64_t default_limit() {
   const int64_t pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
   if (pages <= 0 || page <= 0) return int64_t{256} << 20;

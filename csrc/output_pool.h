@@ -1,8 +1,9 @@
 // Memory of results that were dropped, kept for the next results.
 //
 // malloc gives large blocks back to the system when they are freed, and the system clears every page again at the next
-// use: 0.1 to 0.2 ms a MiB, longer than many layers take over one. The pool hands the same pages out again. A tensor
-// owns its block as any tensor owns its memory, until its storage dies; only then does the block come back here.
+// use: on a virtual machine a MiB took 0.6 ms to write for the first time, and 0.04 ms again. The pool hands the same
+// pages out again. A tensor owns its block as any tensor owns its memory, until its storage dies; only then does the
+// block come back here.
 #pragma once
 #include <atomic>
 #include <cstddef>
@@ -39,8 +40,7 @@ class OutputPool {
     void* data;
     int64_t bytes;
   };
-  // By the time of their return, the oldest first. A network has some hundred results: looking at all of them takes
-  // less than one page fault.
+  // By the time of their return, the oldest first. A network has some hundred results, few enough to look at all.
   static constexpr size_t kBlocks = 1024;
 
   OutputPool();

@@ -19,8 +19,6 @@ constexpr int64_t kPackedHeader = 64;
 constexpr int64_t kHashedWhole = 2048;
 constexpr int64_t kSamples = 16;
 
-constexpr int64_t kCacheLine = 64;
-
 // visit(offset, size): the bytes that a fingerprint looks at.
 template <class F>
 void visit_fingerprint(int64_t bytes, F&& visit) {

@@ -11,7 +11,7 @@ namespace convext {
 // Every variant compiled into this library, in the order of variants.inc. The index is the variant's handle in Python.
 const std::vector<const Variant*>& variants();
 
-// Which float32 algorithms may run (docs/design.md): all; those whose error stays within a plain sum's; plain sums.
+// Which algorithms may run (docs/design.md): all; those whose error stays within a plain sum's; plain sums.
 enum class Accuracy : int32_t { kFast = 0, kStrict = 1, kDirect = 2 };
 
 // What the user allows; process-wide, set through bindings.cpp.

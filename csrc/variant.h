@@ -12,6 +12,9 @@ namespace convext {
 // Instruction sets, each implying the ones before it on its device.
 enum class Isa : int32_t { kPortable = 0, kAVX2 = 1, kAVX512 = 2, kAVX512BF16 = 3, kSM80 = 10, kSM90 = 11 };
 
+// Bytes; of every CPU that there are kernels for.
+constexpr int64_t kCacheLine = 64;
+
 // A body that works on the half-open range [begin, end).
 using RangeBody = void (*)(void* context, int64_t begin, int64_t end);
 

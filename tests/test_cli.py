@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import convext
 from convext import cli, doctor, dry_run, options
 from convext.bench import problems
 from convext.problem import ConvProblem, DType, Pass
@@ -146,6 +147,14 @@ def test_json_has_machine_and_results(tmp_path, capsys):
     written = json.loads(path.read_text())
     assert {"cpu", "cores", "versions", "commit"} <= written["machine"].keys()
     assert written["results"][0]["candidates"]["convext"]["median_s"] > 0
+
+
+@pytest.mark.parametrize("option", ["--output-pool", "--no-output-pool"])
+def test_results_say_whether_the_output_pool_was_on(option, tmp_path, capsys):
+    path, limit = tmp_path / "figures.json", convext.output_pool.limit()
+    assert cli.main(f"bench model resnet18 --batch 1 --threads 1 --seconds 0 {option} --json {path}".split()) == 0
+    assert json.loads(path.read_text())["machine"]["output_pool"] == (limit if option == "--output-pool" else 0)
+    assert convext.output_pool.limit() == limit
 
 
 def test_json_that_cannot_be_written_is_named_before_anything_is_timed(tmp_path, capsys):

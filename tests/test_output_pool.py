@@ -70,7 +70,7 @@ def test_whatever_shares_a_result_keeps_its_memory(share):
     assert (other == 160).all()
     del other
     kept = output_pool.kept()
-    values = shared.tolist() if hasattr(shared, "tolist") else bytes(shared)
+    values = shared.tolist()
     if isinstance(shared, torch.UntypedStorage):
         values = torch.frombuffer(bytearray(values), dtype=torch.float32)
     assert (torch.as_tensor(values) == 96).all()

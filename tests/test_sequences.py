@@ -204,6 +204,22 @@ def test_inputs_of_other_shapes_dtypes_and_layouts_in_turns():
 
 
 @torch.no_grad()
+def test_a_squeeze_of_another_width_through_data_is_noticed():
+    """What follows from extents is kept from call to call, the memory for the squeezed channels among it."""
+    model, x = NETWORKS["squeeze and excitation"](), torch.randn(1, 3, 32, 32)
+    swapped = convext.swap(copy.deepcopy(model))
+    for _ in range(3):
+        swapped(x)
+    wide = 1 << 18  # a row of them is larger than all that was taken
+    weights = torch.randn(wide, 64, 1, 1) / 8, torch.randn(wide), torch.randn(64, wide, 1, 1) / 512
+    for network in (model, swapped):
+        [excite] = [m for m in network[3].modules() if type(m).__name__ == "SqueezeExcitation"]
+        excite.fc1.weight.data, excite.fc1.bias.data, excite.fc2.weight.data = weights
+    for _ in range(3):
+        _close(swapped(x), model(x))
+
+
+@torch.no_grad()
 def test_layer_by_layer_runs_them_apart(sequence_calls):
     swapped, x = convext.swap(NETWORKS["inverted residuals"]()), torch.randn(1, 3, 32, 32)
     for _ in range(3):

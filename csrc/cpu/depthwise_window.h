@@ -49,7 +49,7 @@ CONVEXT_INLINE void add_row(const Tile<T>& t, const T* in, const compute_t<T>* a
 // channels, of which each block asks for a share, in order.
 template <int TH, int TW, class T>
 CONVEXT_INLINE void prefetch_outputs_below(const Tile<T>& t, int64_t k, int64_t block) {
-  constexpr int64_t kLine = 64 / sizeof(T);
+  constexpr int64_t kLine = kCacheLine / sizeof(T);
   const bool neighbours = t.out_column == t.k;
   const int64_t step = neighbours ? kLine : t.out_column;
   for (int i = TH; i < 2 * TH; ++i) {

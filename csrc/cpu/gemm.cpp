@@ -61,7 +61,7 @@ __attribute__((noinline)) void activate(const TileArgs<T>& args, int32_t rows, i
 // of many channels, whose tiles touch short runs far apart, which the hardware does not follow.
 template <class T, int ROWS, int VECTORS>
 CONVEXT_INLINE void prefetch_ends(const TileArgs<T>& args) {
-  constexpr int kLanes = VECTORS * VecOf<T>::width, kLine = 64 / sizeof(T);
+  constexpr int kLanes = VECTORS * VecOf<T>::width, kLine = kCacheLine / sizeof(T);
   CONVEXT_UNROLL
   for (int i = 0; i < ROWS; ++i) {
     T* const to = args.out[i] + args.out_offset;

@@ -35,7 +35,6 @@ constexpr int kMaxRows = 14;
 
 // Tiles with fewer vectors have no general register left for the address.
 constexpr int kPrefetchingVectors = 3;
-constexpr int64_t kCacheLine = 64;
 
 // Steps of the reduction that one multiplication takes, and the depth of B in memory.
 template <class T>

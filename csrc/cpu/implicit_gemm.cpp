@@ -3,9 +3,9 @@
 namespace convext::CONVEXT_ISA {
 namespace {
 
-// Part of B that all tiles of a block read before the next one, and part of A (a block's pixels): both should stay in the
-// second-level cache. A part as small as the first-level cache is no faster: what a tile reads of B comes in order, and
-// the more parts, the more often sums go to the output and back.
+// Part of B that all tiles of a block read before the next one, and part of A (a block's pixels): both should stay in
+// the second-level cache. A part as small as the first-level cache is no faster: what a tile reads of B comes in order,
+// and the more parts, the more often sums go to the output and back.
 constexpr int64_t kPartBytes = 128 << 10;
 constexpr int64_t kBlockBytes = 512 << 10;
 // B that stays in the second-level cache of a core beside a block of A.

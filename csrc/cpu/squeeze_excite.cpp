@@ -37,7 +37,7 @@ void scale(float* x, int64_t pixels, int32_t c, const float* gates) {
 
 constexpr int64_t kSerialWeights = 16384;  // below, threads cost more than they bring
 constexpr int32_t kBlockRows = 16, kRowsAtOnce = 4;
-constexpr int64_t kLine = 64, kAhead = 8192;  // bytes: weights are used once, and as fast as they come
+constexpr int64_t kAhead = 8192;  // bytes: weights are used once, and as fast as they come
 
 // lane[half][l]: the lane `half` after lane l, around the end. A table, since the compiler would put each index
 // together anew at every use.
@@ -81,7 +81,7 @@ CONVEXT_INLINE void multiply_rows(const float* w, const float* x, int32_t column
     for (int r = 0; r < ROWS; ++r) {
       const float* const row = w + int64_t{r} * columns + j;
       CONVEXT_UNROLL
-      for (int64_t at = 0; at < 2 * kVectorBytes; at += kLine) {
+      for (int64_t at = 0; at < 2 * kVectorBytes; at += kCacheLine) {
         __builtin_prefetch(reinterpret_cast<const char*>(row) + kAhead + at);
       }
       even[r] = fma(even[r], load(row), first);
