@@ -1022,6 +1022,7 @@ def state_dict_from_the_other(s):
 def cast(s):
     dtype = s.pick((torch.float32, torch.float64, torch.float32, torch.float64, torch.bfloat16))
     former = s.dtype
+    s.align()
     s.both(lambda m: m.to(dtype) and None)
     s.dtype = dtype
 
@@ -1035,6 +1036,7 @@ def cast(s):
 @change
 def cast_a_part(s):
     name, dtype = s.pick(s.modules()), s.pick((torch.float32, torch.float64, torch.bfloat16))
+    s.align()
     s.each(name, lambda m: m.to(dtype) and None)
     s.undo_change = lambda m: m.to(s.dtype)
     return f"{name!r} to {dtype}"

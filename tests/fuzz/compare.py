@@ -212,7 +212,9 @@ def close(plain, swapped, eps, terms, moved, what):
         def said(r):
             return f"raised {r.error.__name__}: {r.message[:300]}" if r.error else "returned"
         raise Difference(f"{what}: unswapped {said(plain)}; swapped {said(swapped)}")
-    if plain.error is None and plain.facts != swapped.facts:
+    if plain.error is not None:
+        return
+    if plain.facts != swapped.facts:
         raise Difference(f"{what}: {first_of(plain.facts, swapped.facts)}")
     fast = MARGIN * eps * math.sqrt(terms)
     moves = None
