@@ -71,6 +71,7 @@ def main():
     parser.add_argument("--functional", action="store_true", help="the functional interface instead of the swap")
     parser.add_argument("--twin", choices=swap_machine.TWINS, default="convext",
                         help="what is compared: plain and rounding must find nothing, and test the fuzz itself")
+    parser.add_argument("--only", metavar="RULE,RULE", help="rules of the swap's fuzz to run alone")
     parser.add_argument("--without", metavar="RULE,RULE", default="", help="rules of the swap's fuzz to leave out")
     parser.add_argument("--no-shrink", action="store_true", help="print the first failing steps as they are")
     parser.add_argument("--keep-going", action="store_true", help="go on after a difference, and count them")
@@ -81,7 +82,11 @@ def main():
     if arguments.functional:
         machine, progress = functional_machine.make_functional_machine(), functional_machine.PROGRESS
     else:
-        changes = [c for c in CHANGES if c.__name__ not in arguments.without.split(",")]
+        only = arguments.only.split(",") if arguments.only else [c.__name__ for c in CHANGES]
+        unknown = {*only, *filter(None, arguments.without.split(","))} - {c.__name__ for c in CHANGES}
+        if unknown:
+            parser.error(f"unknown rules {sorted(unknown)}: expected some of {[c.__name__ for c in CHANGES]}")
+        changes = [c for c in CHANGES if c.__name__ in only and c.__name__ not in arguments.without.split(",")]
         machine, progress = swap_machine.make_machine(arguments.twin, changes), swap_machine.PROGRESS
     if arguments.replay:
         version, blob = arguments.replay.split(":", 1)
