@@ -21,11 +21,16 @@ class Progress:
 
     def __init__(self):
         self.steps, self.runs, self.kinds, self.counts = 0, 0, {}, True
+        self.first = None              # what the first difference of the batch said: a flaky one is not met again
 
     def count(self, name, steps):
         if self.counts and steps:
             self.steps += steps
             self.kinds[name] = self.kinds.get(name, 0) + steps
+
+    def differ(self, difference):
+        self.first, self.counts = self.first or str(difference), False
+        return difference
 
     def begin(self):
         self.runs += self.counts

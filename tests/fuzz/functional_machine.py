@@ -414,9 +414,9 @@ def make_functional_machine():
                     raise Difference("an earlier result has changed")
             m.held = m.held[-2:]
         except Exception as error:
-            PROGRESS.counts = False
             kind = "" if isinstance(error, Difference) else f"{type(error).__name__}: "
-            raise Difference(f"{kind}{error}\n\nwhat was done:\n" + "\n".join(m.log)) from error
+            text = f"{kind}{error}\n\nwhat was done:\n" + "\n".join(m.log)
+            raise PROGRESS.differ(Difference(text)) from error
         PROGRESS.count(function.__name__, done)
 
     class FunctionalMachine(RuleBasedStateMachine):

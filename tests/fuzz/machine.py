@@ -104,11 +104,11 @@ def make_machine(twin="convext", changes=CHANGES):
         try:
             done = self.session.step(function)
         except Difference as difference:
-            PROGRESS.counts = False
-            raise Difference(f"{difference}\n\nwhat was done:\n{self.session.story()}") from None
+            text = f"{difference}\n\nwhat was done:\n{self.session.story()}"
+            raise PROGRESS.differ(Difference(text)) from None
         except Exception as error:
-            PROGRESS.counts = False
-            raise Difference(f"{type(error).__name__}: {error}\n\nwhat was done:\n{self.session.story()}") from error
+            text = f"{type(error).__name__}: {error}\n\nwhat was done:\n{self.session.story()}"
+            raise PROGRESS.differ(Difference(text)) from error
         PROGRESS.count(function.__name__, done)
 
     class SwapMachine(RuleBasedStateMachine):

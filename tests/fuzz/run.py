@@ -22,7 +22,7 @@ import machine as swap_machine  # noqa: E402
 import torch  # noqa: E402
 from changes import CHANGES  # noqa: E402
 from hypothesis import HealthCheck, Phase, reproduce_failure, seed, settings  # noqa: E402
-from hypothesis.errors import HypothesisException  # noqa: E402
+from hypothesis.errors import Flaky, HypothesisException  # noqa: E402
 from hypothesis.stateful import run_state_machine_as_test  # noqa: E402
 
 EXAMPLES, LENGTH = 20, 25
@@ -34,19 +34,21 @@ def options(shrink=True, examples=EXAMPLES, length=LENGTH):
                     suppress_health_check=list(HealthCheck), print_blob=True, report_multiple_bugs=False)
 
 
-def run_batch(machine, number, settings_, progress=None):
+def run_batch(machine, number, settings_, progress):
     """One batch, from its seed; returns what it found wrong as text, or None."""
     machine = type(machine.__name__, (machine,), {})
-    if progress is not None:
-        progress.counts = True
+    progress.counts, progress.first = True, None
     if number is not None:
         machine = seed(number)(machine)
     try:
         run_state_machine_as_test(machine, settings=settings_)
     except (Exception, HypothesisException) as error:
         text = "".join(traceback.format_exception(error, limit=-2))
+        if isinstance(error, Flaky) or progress.first is None:
+            text += f"\nwhat failed first, and not again:\n{progress.first}\n"
         blob = re.search(r"reproduce_failure\('([^']+)', b'([^']+)'\)", text)
-        return text + (f"\nonly the failing steps again: --replay {blob[1]}:{blob[2]}" if blob else "")
+        hint = f"\nonly the failing steps again, with the same options: --replay {blob[1]}:{blob[2]}" if blob else ""
+        return text + hint
     return None
 
 
@@ -90,7 +92,7 @@ def main():
         machine, progress = swap_machine.make_machine(arguments.twin, changes), swap_machine.PROGRESS
     if arguments.replay:
         version, blob = arguments.replay.split(":", 1)
-        found = run_batch(reproduce_failure(version, blob.encode())(machine), None, options())
+        found = run_batch(reproduce_failure(version, blob.encode())(machine), None, options(), progress)
         print(found or "no difference")
         return int(found is not None)
     first = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(1 << 31)

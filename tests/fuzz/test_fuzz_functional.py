@@ -55,5 +55,5 @@ def test_finds_a_stale_weight(monkeypatch):
     plain(monkeypatch, stale)
     found = None
     for seed in range(20):
-        found = found or run_batch(make_functional_machine(), seed, options(shrink=False, examples=10))
+        found = found or run_batch(make_functional_machine(), seed, options(shrink=False, examples=10), PROGRESS)
     assert found and "beyond the bound" in found

@@ -40,7 +40,7 @@ def test_two_unswapped_twins_agree(twin):
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_finds_a_planted_fault(fault):
     machine = make_machine(fault, [c for c in CHANGES if c.__name__ in FAULTS[fault]])
-    found = next(filter(None, (run_batch(machine, seed, options(shrink=False)) for seed in range(10))), None)
+    found = next(filter(None, (run_batch(machine, seed, options(shrink=False), PROGRESS) for seed in range(10))), None)
     assert found and "Difference" in found, f"10 batches did not find: {fault.__doc__}"
 
 
@@ -59,6 +59,6 @@ def test_patches_are_undone():
         "class_attribute", "method_of_a_class", "class_of_torch", "function_of_torch", "method_of_tensor",
         "module_global", "code_or_closure", "global_hook", "undo_a_patch")]
     steps = PROGRESS.steps
-    run_batch(make_machine("plain", patching), 0, options(examples=10))
+    run_batch(make_machine("plain", patching), 0, options(examples=10), PROGRESS)
     assert PROGRESS.steps > steps + 50
     assert places() == before
