@@ -267,7 +267,8 @@ def class_attribute(s):
 @change
 def method_of_a_class(s):
     """Of the user's classes and of torch's."""
-    kinds = sorted({type(m) for m in s.plain.modules()} - {nn.Identity}, key=lambda k: (k.__module__, k.__qualname__))
+    shared = {type(m) for m in s.swapped.modules()} | {nn.Conv2d}     # a parametrized module has a class of its own
+    kinds = sorted({type(m) for m in s.plain.modules()} & shared, key=lambda k: (k.__module__, k.__qualname__))
     kind = s.pick(kinds)
     names = ["forward", "__call__"] + (["_conv_forward"] if issubclass(kind, nn.Conv2d) else [])
     name = s.pick(names)
@@ -1203,8 +1204,8 @@ def revert_and_swap(s):
 def verify_and_report(s):
     if not s.is_convext or any(p.dtype not in (torch.float32, torch.float64) for p in s.plain.parameters()):
         return None
-    call = s.default_call()
-    if not s.compare(call):
+    call = Call((s.image().requires_grad_(),), backward="once", seed=s.serial)
+    if not s.compare(call):        # verify wants a model that runs, forward and backward
         return None
     before, random = state_of(s.swapped), torch.get_rng_state()
     if s.flag():
@@ -1450,7 +1451,10 @@ def call_functionally(s):
                   "batched gradients"))
     scale = s.pick((0.5, 1.25))
 
-    def functional(model, args, kwargs):
+    def functional(model, args, kwargs):   # the order of derivatives in memory is nobody's promise
+        return torch.utils._pytree.tree_map(torch.Tensor.contiguous, answer(model, args))
+
+    def answer(model, args):
         params = {n: p.detach() * scale for n, p in model.named_parameters()}
         x = args[0]
 

@@ -2,14 +2,16 @@
 
 How far apart two right results may be: a sum of n products in a type of precision eps errs by about eps·sqrt(n) of its
 size, which a few layers and Winograd's forms multiply by less than `MARGIN`. Where a result is further away, batch
-norms of few values or a unit that rounding pushes across a kink may be the reason. So the unswapped twin runs again,
-several times, with every operand moved by as much as such a sum errs, and what that does to each value is allowed too.
+norms of few values, or of values with a large mean, or a unit that rounding pushes across a kink may be the reason. So
+the unswapped twin runs again, several times, with every operand, and in half of the runs every module's result, moved
+by as much as such a sum errs, and what that does to each value is allowed too.
 """
 import dataclasses
 import math
 
 import numpy as np
 import torch
+from torch import nn
 
 MARGIN = 32.0
 MOVES = 8          # a unit close to its kink crosses it in half of the moves: all of them miss one in 256
@@ -263,9 +265,7 @@ def move(model, call, eps, terms, seed):
                 and t.layout is torch.strided:
             done.add(t.data_ptr())
             saved.append((t, t.detach().clone()))
-            signs = torch.randint(0, 2, t.shape, generator=generator, device="cpu").mul_(2).sub_(1)
-            values = (t.detach().double() * (1 + by * signs)).to(t.dtype)
-            _write(t, values)
+            _write(t, (t.detach().double() * signs(t, generator).mul_(by).add_(1)).to(t.dtype))
     others = [(t, t.detach().clone()) for _, t in named_tensors(model) if not t.is_floating_point()]
     numbers = [(m, {k: v for k, v in m.__dict__.items() if isinstance(v, (int, float))}) for m in model.modules()]
 
@@ -275,6 +275,23 @@ def move(model, call, eps, terms, seed):
         for t, values in [*saved, *others]:
             _write(t, values)
     return restore
+
+
+def signs(t, generator):
+    """1 or -1 for each element of t, in float64."""
+    return torch.randint(0, 2, t.shape, generator=generator, dtype=torch.float64, device="cpu").mul_(2).sub_(1)
+
+
+def moving_results(eps, terms, seed):
+    """A hook for all modules that moves what they return."""
+    by = 4 * eps * math.sqrt(terms)
+    generator = torch.Generator("cpu").manual_seed(seed)
+
+    def hook(module, args, out):
+        if isinstance(out, torch.Tensor) and out.is_floating_point() and out.device.type == "cpu":
+            return out + out.detach() * signs(out, generator).mul_(by).to(out.dtype)
+        return None
+    return nn.modules.module.register_module_forward_hook(hook)
 
 
 def _write(t, values):

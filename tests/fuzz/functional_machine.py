@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import torch
 import torch.nn.functional as F
-from compare import Difference, Progress
+from compare import Difference, Progress, signs
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
@@ -272,8 +272,7 @@ def step_conv_bn_relu(m):
     generator = torch.Generator().manual_seed(m.serial)
     moves = [torch.zeros(()) for _ in truths]
     for _ in range(4):
-        moved = [None if t is None else
-                 (t.detach() * (1 + by * (torch.randint(0, 2, t.shape, generator=generator) * 2 - 1))).requires_grad_()
+        moved = [None if t is None else (t.detach() * signs(t, generator).mul_(by).add_(1)).requires_grad_()
                  for t in wide]
         y_moved = parts(*moved, mean.double().clone(), var.double().clone())
         others = [y_moved, *torch.autograd.grad(y_moved, [t for t in moved if t is not None], dy.double())]

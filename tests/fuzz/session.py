@@ -6,7 +6,21 @@ import math
 
 import networks
 import torch
-from compare import MARGIN, Difference, close, distance, first_of, fresh, move, named_tensors, record, size_of, state_of
+from compare import (
+    MARGIN,
+    MOVES,
+    Difference,
+    close,
+    distance,
+    first_of,
+    fresh,
+    move,
+    moving_results,
+    named_tensors,
+    record,
+    size_of,
+    state_of,
+)
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -266,19 +280,25 @@ class Session:
             swapped = record(self.swapped, call, way)
         if plain.error is RuntimeError and "modified by an inplace operation" in plain.message and not swapped.error:
             # Who saves less for backward need not raise, but its gradients must be those of the values then saved.
+            call = dataclasses.replace(call, names=(*call.names, "saved tensors"))
+            buffers = plain.values["buffer"]
             plain = self.unwritten(call, way)
+            plain.values["buffer"] = buffers     # of one call, not two
         eps, terms = self.epsilon(call), self.terms(call)
         if eps == EPS[torch.bfloat16]:
             terms = 1                       # sums are kept in float32: what counts is the rounding of each result
 
         def moved():
             runs = []
-            for seed in range(8):
+            for seed in range(MOVES):
                 restore = move(self.plain, call, eps, terms, seed)
+                handle = moving_results(eps, terms, seed) if seed % 2 else None
                 try:
                     runs.append(record(self.plain, call, way))
                 finally:
                     restore()
+                    if handle is not None:
+                        handle.remove()
             return runs
         close(plain, swapped, eps, terms, moved, what)
         if plain.results and len(self.held) < 3:
@@ -295,7 +315,7 @@ class Session:
         """What the unswapped twin answers when everything that it saves for backward is a copy."""
         restore = move(self.plain, call, 0.0, 1, 0)
         try:
-            return record(self.plain, dataclasses.replace(call, names=(*call.names, "saved tensors")), way)
+            return record(self.plain, call, way)
         finally:
             restore()
 
