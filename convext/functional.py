@@ -16,7 +16,7 @@ _strided = torch.strided
 _jit_tracing = ops._jit_tracing  # a TorchScript trace gets ATen's operators: it runs without convext
 
 
-def _pair(name: str, value) -> tuple[int, int]:
+def as_pair(name: str, value) -> tuple[int, int]:
     """An int or a sequence of one or two ints as (height, width)."""
     if type(value) is int:
         return value, value
@@ -58,9 +58,9 @@ def _same_padding(x, w, stride, dilation):
     return x, (total[0] // 2, total[1] // 2)
 
 
-def _normalise(x, w, stride, padding, dilation, groups):
+def normalised(x, w, stride, padding, dilation, groups):
     """x (padded where "same" asks for it) and geom."""
-    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
+    stride, dilation = as_pair("stride", stride), as_pair("dilation", dilation)
     if type(groups) is not int:
         if not _is_int(groups):
             raise TypeError(f"groups: expected an int, got {groups!r} ({type(groups).__name__})")
@@ -76,7 +76,7 @@ def _normalise(x, w, stride, padding, dilation, groups):
         else:
             raise RuntimeError(f"padding: invalid padding string {padding!r}, expected 'same' or 'valid'")
     else:
-        padding = _pair("padding", padding)
+        padding = as_pair("padding", padding)
     return x, Geom(stride, padding, dilation, groups)
 
 
@@ -114,7 +114,7 @@ def _conv2d(function, x, w, bias, stride, padding, dilation, groups):
     known = x.dtype in DTYPES or w.dtype in DTYPES  # one alone is an error, which the checks explain
     if not known or x.layout is not _strided or w.layout is not _strided or _is_foreign(x, w, bias) or _jit_tracing():
         return torch.conv2d(x, w, bias, stride, padding, dilation, groups)
-    x, geom = _normalise(x, w, stride, padding, dilation, groups)
+    x, geom = normalised(x, w, stride, padding, dilation, groups)
     if ops._autocast_active():
         x, w, bias = _autocast(x, w, bias)
     if x.dim() == 3:
@@ -136,7 +136,7 @@ def _conv2d_traced(x, w, bias, stride, padding, dilation, groups):
     """What a compiler sees: one operator, which knows its own gradient."""
     if x.dtype not in DTYPES or w.dtype not in DTYPES:
         return torch.conv2d(x, w, bias, stride, padding, dilation, groups)
-    x, geom = _normalise(x, w, stride, padding, dilation, groups)
+    x, geom = normalised(x, w, stride, padding, dilation, groups)
     if x.dim() == 3:
         return torch.ops.convext.fprop(x.unsqueeze(0), w, bias, *geom).squeeze(0)
     return torch.ops.convext.fprop(x, w, bias, *geom)
@@ -205,7 +205,7 @@ def conv_act(input, weight, bias=None, *, stride=1, padding=0, dilation=1, group
         return handle_torch_function(conv_act, tensors, input, weight, bias, stride=stride, padding=padding,
                                      dilation=dilation, groups=groups, activation=activation, residual=residual)
     if type(groups) is int and not isinstance(padding, str) and _is_simple(*tensors):
-        geom = Geom(_pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups)
+        geom = Geom(as_pair("stride", stride), as_pair("padding", padding), as_pair("dilation", dilation), groups)
         out = ops.fprop_bn_act_again(input, weight, bias, None, None, None, None, residual, geom, 0.0, activation)
         if out is not None:
             return out
@@ -252,7 +252,7 @@ def conv_bn_relu(input, weight, bias, running_mean, running_var, bn_weight, bn_b
     batch_norm = running_mean, running_var, bn_weight, bn_bias
     if not training and running_mean is not None and type(groups) is int and not isinstance(padding, str) \
             and _is_simple(*tensors):
-        geom = Geom(_pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups)
+        geom = Geom(as_pair("stride", stride), as_pair("padding", padding), as_pair("dilation", dilation), groups)
         out = ops.fprop_bn_act_again(input, weight, bias, *batch_norm, residual, geom, eps, activation)
         if out is not None:
             return out
@@ -299,7 +299,7 @@ def _prepare_fused(input, weight, bias, residual, batch_norm, stride, padding, d
         return None
     if ops._autocast_active():
         x, w, b = _autocast(x, w, b)
-    x, geom = _normalise(x, w, stride, padding, dilation, groups)
+    x, geom = normalised(x, w, stride, padding, dilation, groups)
     if x.dim() == 3:
         x = x.unsqueeze(0)
         residual = residual.unsqueeze(0) if residual is not None and residual.dim() == 3 else residual

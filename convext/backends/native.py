@@ -101,9 +101,14 @@ def _version(w: torch.Tensor | None) -> int:
     return 0 if w is None or w.is_inference() else w._version  # inference tensors keep no version counter
 
 
-def new_watch():
-    """An empty Watch (csrc/watch.h), or None where the library is not built."""
-    return None if _C is None else _C.Watch()
+def has_guards() -> bool:
+    """Whether the library is built, without which nothing tells that a plan still stands."""
+    return _C is not None
+
+
+def new_guards():
+    """Empty guards (csrc/guards.h)."""
+    return _C.Guards()
 
 
 class NativeBackend:
@@ -251,7 +256,7 @@ class NativeBackend:
         def run(x, kept):
             return op(kept.number, x, [*map(kept.version, kept.weights)])
 
-        return native_sequence.Prepared(keep, run, new_watch)
+        return native_sequence.Prepared(keep, run, new_guards)
 
     def dgrad(self, problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         if problem.device == "cuda":
