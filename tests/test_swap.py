@@ -329,13 +329,6 @@ def test_deep_copy_is_independent_and_planned():
     assert fused(twin) == ["bn + relu", "bn + add + relu"]
 
 
-def test_forward_cannot_be_copied_apart_from_its_module():
-    model = convext.swap(make())
-    for copier in (copy.copy, copy.deepcopy):
-        with pytest.raises(TypeError, match="apart from its module"):
-            copier(model.forward)
-
-
 def test_nothing_but_the_model_keeps_the_model_alive():
     model = convext.swap(make())
     model(sample())

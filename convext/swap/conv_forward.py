@@ -6,6 +6,7 @@ from torch import nn
 from .. import functional
 from ..nn import LAST_INPUTS
 from .method import InstanceMethod
+from .modes import function_mode_watches
 
 _TORCHS, _CONV2D = nn.Conv2d._conv_forward, F.conv2d
 _is_tracing = torch._C._get_tracing_state
@@ -13,7 +14,8 @@ _is_tracing = torch._C._get_tracing_state
 
 class ConvForward(InstanceMethod):
     """nn.Conv2d._conv_forward(input, weight, bias) by convext's kernels. torch's own runs where torch.export and
-    TorchScript record it, and where somebody has put another in the place of it or of F.conv2d."""
+    TorchScript record it, where a function mode watches, and where somebody has put another in the place of it or of
+    F.conv2d."""
 
     name = "_conv_forward"
 
@@ -27,6 +29,8 @@ class ConvForward(InstanceMethod):
             return type(conv)._conv_forward(conv, input, weight, bias)
         if not torch.compiler.is_compiling():
             conv = self.called()
+            if function_mode_watches():
+                return type(conv)._conv_forward(conv, input, weight, bias)
             if type(input) is torch.Tensor:
                 LAST_INPUTS[conv] = input.shape, input.stride(), input.dtype, input.device
         if conv.padding_mode != "zeros":

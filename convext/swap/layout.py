@@ -21,13 +21,14 @@ _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 
 def wanted(tensors):
-    """True where the native backend would serve, and the caller's tensors are contiguous and not channels-last."""
+    """True where the native backend would serve, and the caller's tensors are contiguous and not channels-last. An
+    empty one is contiguous whatever its strides are, which a user may look at."""
     forced = backends.forced()
     if forced is not None and forced != "native" or torch._C._are_functorch_transforms_active():
         return False
     for t in tensors:
         if t.dtype not in _DTYPES or backends.unavailable("native", t.device.type) is not None \
-                or not t.is_contiguous() or suggests_channels_last(t):
+                or not t.is_contiguous() or suggests_channels_last(t) or t.numel() == 0:
             return False
     return bool(tensors)
 

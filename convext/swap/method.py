@@ -4,6 +4,7 @@ To those who ask it is the bound method that it stands for: `__self__` is the mo
 and so are code, name, defaults and signature. Whoever wraps, patches, unwraps or binds it anew therefore ends up with
 the class's own function, never with one that is bound twice.
 """
+import copy
 import inspect
 import sys
 import weakref
@@ -11,7 +12,7 @@ import weakref
 from torch import nn
 
 _OF_THE_FUNCTION = frozenset(("__code__", "__defaults__", "__kwdefaults__", "__closure__", "__qualname__",
-                              "__annotations__", "__module__", "__doc__", "__type_params__", "__builtins__"))
+                              "__annotations__", "__type_params__", "__builtins__"))
 _CALLS = frozenset(("_call_impl", "forward", "_conv_forward"))
 
 
@@ -28,7 +29,8 @@ class InstanceMethod:
     def _attach(self, owner):
         # While unpickling, the owner may still be without its attributes: nothing of it is read here.
         self._owner = weakref.ref(owner)
-        self.__name__ = self.name
+        function = getattr(type(owner), self.name)
+        self.__name__, self.__doc__, self.__module__ = self.name, function.__doc__, function.__module__
 
     @property
     def owner(self) -> nn.Module:
@@ -82,13 +84,13 @@ class InstanceMethod:
         self._attach(state["owner"])
 
     def __copy__(self):
-        raise TypeError(f"a swapped module's {self.name} cannot be copied apart from its module")
+        return self  # as a bound method: that of the same module
 
     def __deepcopy__(self, memo):
-        owner = memo.get(id(self.owner))
-        if owner is None:
-            raise TypeError(f"a swapped module's {self.name} cannot be copied apart from its module; "
-                            "copy the whole module, or convext.revert() it first")
+        owner = copy.deepcopy(self.owner, memo)  # the copy that is being made, or one for this method alone
+        own = owner.__dict__.get(self.name)
+        if isinstance(own, InstanceMethod) and own._owner() is owner:
+            return own
         twin = type(self).__new__(type(self))
         twin._attach(owner)
         return twin

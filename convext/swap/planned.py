@@ -8,7 +8,6 @@ import operator
 
 import torch
 from torch.nn.modules import module as _torch_module
-from torch.utils._device import DeviceContext
 
 from .. import backends
 from ..backends import native
@@ -16,22 +15,15 @@ from . import calls, chains, codegen, heads, layout, linears, pixelwise, place, 
 from .capture import signature as signatures
 from .capture.trace import HOOKS, Trace
 from .method import InstanceMethod
+from .modes import function_mode_watches
 from .refusal import ForNow, Untraceable
 
 _GLOBAL_HOOKS = tuple(getattr(_torch_module, name) for name in (
     "_global_backward_pre_hooks", "_global_backward_hooks", "_global_forward_hooks", "_global_forward_pre_hooks"))
 _is_tracing = torch._C._get_tracing_state
-_function_modes = torch._C._len_torch_function_stack
 _MOST_SIGNATURES = 8   # that a container keeps plans for
 _MOST_PLANS = 8        # for one signature: training and evaluation, with hooks and without, ...
 _MOST_CAPTURES = 64    # for one signature: a forward that reads something new in each call runs as it is
-
-
-def watched() -> bool:
-    """True inside a TorchFunctionMode, which must see what the user's code calls. That of `torch.device` only says
-    where
-    new tensors lie."""
-    return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(_function_modes()))
 
 
 class Variant:
@@ -252,7 +244,7 @@ class PlannedForward(InstanceMethod):
             owner = self.owner
             return type(owner).forward(owner, *args, **kwargs)
         owner = self.called()
-        if _is_tracing() is not None or any(_GLOBAL_HOOKS) or _function_modes() and watched():
+        if _is_tracing() is not None or any(_GLOBAL_HOOKS) or function_mode_watches():
             return type(owner).forward(owner, *args, **kwargs)
         plan = self.plan(owner, signatures.of_call(args, kwargs))
         if plan is None:

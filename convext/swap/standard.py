@@ -109,12 +109,18 @@ def _class_has(kind, name):
     return any(name in base.__dict__ for base in kind.__mro__)
 
 
+def note_code(module: nn.Module, facts) -> None:
+    """Notes whose code a call of a module runs."""
+    for name in _CODE:
+        facts.class_item(type(module), name)
+        facts.item_or_absent(module.__dict__, name)
+
+
 def note(module: nn.Module, facts) -> None:
     """Notes that a module stays as it is: its code, its settings, and which tensors it has. Which tensors they are is
     for the plan to look up in each call."""
     kind = type(module)
-    for name in _CODE:
-        facts.class_item(kind, name)
+    note_code(module, facts)
     facts.contents(module.__dict__)
     facts.kinds(module._parameters)
     facts.kinds(module._buffers)

@@ -244,17 +244,20 @@ class Trace:
 
     def __init__(self, owner, signature):
         self.owner, self.facts = owner, Facts(owner)
-        standard.note_functions(self.facts)
         self.descendants = {module: name for name, module in owner.named_modules() if module is not owner}
         self.modules, self._keys = {"0": owner}, {owner: "0"}
         self.sequences, self.places, self.opaque, self.planned = [], [], set(), set()
         self._homes = {}  # id of a dictionary of parameters or buffers -> the module
-        try:
-            self._run(signature)
-        except Untraceable as refusal:
-            self.facts.done()
-            refusal.facts = self.facts
-            raise
+        with noticed() as refusals:
+            try:
+                standard.note_functions(self.facts)
+                self._run(signature, refusals)
+            except Untraceable as refusal:
+                self.facts.done()
+                refusal.facts = self.facts
+                raise
+            finally:
+                refusals.clear()  # their tracebacks would lead back to this
         self._freeze()
 
     def key(self, module):
@@ -297,12 +300,13 @@ class Trace:
             return plan is not None and plan.trace.result in plan.trace.tensors
         known = own is ABSENT and not any(listens) and standard.is_standard(module)
         if not known:
+            standard.note_code(module, facts)
             self.opaque.add(self.key(module))
             return not any(listens) and standard.is_standard(module) and own is ABSENT and _returns_tensor(module)
         standard.note(module, facts)
         return _returns_tensor(module)
 
-    def _run(self, signature):
+    def _run(self, signature, refusals):
         tracer = _Tracer(self)
         recorder = tracer.recorder
         forward = self.facts.class_item(type(self.owner), "forward")
@@ -311,7 +315,7 @@ class Trace:
         args, kwargs = signatures.build(signature, tracer.new_tensor, List)
         random_state = random.getstate()
         try:
-            with _LOCK, noticed() as refusals, _RecordEverything(tracer):
+            with _LOCK, _RecordEverything(tracer):
                 run = recorder.bound(forward, "forward", self.owner, recorder.wrap(self.owner))
                 with tracer.audit:
                     result = run(*args, **kwargs)
