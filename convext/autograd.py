@@ -19,6 +19,7 @@ import threading
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from . import ops, reference
 from .activation import BACKWARD, FORWARD
@@ -97,14 +98,26 @@ def _channel_sum(dy):
 
 
 class _Function(Function):
-    """A Function whose `apply` costs half: without torch.func, the base class would look up the signature of `forward`
-    on every call only to fill in defaults that the call below fills in by itself."""
+    """A Function whose `apply` costs a fifth: without torch.func, the base class would look up the signature of
+    `forward` on every call, or have its C code do so, only to fill in defaults that the call below fills in by itself.
+
+    `on_one_level` is the class that the call below is one of: the same methods without what torch.func adds to a
+    Function, as torch.func itself makes them (torch/_functorch/autograd_function.py). It goes straight to the graph,
+    under the same name.
+    """
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.on_one_level = type(cls)(cls.__name__, (_SingleLevelFunction,), {
+            "__doc__": cls.__doc__, "__module__": cls.__module__, "__qualname__": cls.__qualname__,
+            **{name: staticmethod(getattr(cls, name))
+               for name in ("forward", "setup_context", "backward", "jvp", "_compiled_autograd_key")}})
 
     @classmethod
     def apply(cls, *args):
         if ops._functorch_active():
             return super().apply(*args)
-        return super(Function, cls).apply(*unwrap_dead_wrappers(args))
+        return cls.on_one_level.apply(*unwrap_dead_wrappers(args))
 
 
 class Conv2dFunction(_Function):
@@ -246,29 +259,38 @@ def _refuse_forward_mode(name: str):
 class ConvBNReLUFunction(_Function):
     """out = activation(batch_norm(x * w + bias) + residual). Forward mode raises NotImplementedError.
 
-    `apply(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation)` with mean and var (K), the statistics
-    to normalise by, or None for the batch's own. Returns (out, y) or, in the second form, (out, y, mean, var): y is the
-    convolution's output and var is biased. Only `out` is differentiable.
+    `apply(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation, update=None)` with mean and var (K), the
+    statistics to normalise by, or None for the batch's own. Returns (out, y) or, in the second form, (out, y, mean,
+    var): y is the convolution's output and var is biased. Only `out` is differentiable.
+
+    `update(y, mean, var)` is called, in the second form, when all is computed and before anything is saved: what is
+    saved may go to a hook that raises, as that of torch.utils.checkpoint does when it has recomputed enough, and by
+    then F.batch_norm has updated its running statistics.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation):
+    def forward(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation, update=None):
         if mean is None:
-            return ops.fprop_bn_act_train(x, w, bias, gamma, beta, residual, geom, eps, activation)
+            found = ops.fprop_bn_act_train(x, w, bias, gamma, beta, residual, geom, eps, activation)
+            if update is not None:
+                update(*found[1:])
+            return found
         y = ops.fprop(x, w, bias, geom)
         acc = accumulate_dtype(y.dtype)
         return ops.bn_act(y, mean.to(acc), var.to(acc), gamma, beta, residual, eps, activation), y
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, w, bias, mean, var, gamma, beta, residual, ctx.geom, ctx.eps, ctx.activation = inputs
+        x, w, bias, mean, var, gamma, beta, residual, ctx.geom, ctx.eps, ctx.activation = inputs[:11]
         y = output[1]
         ctx.training = mean is None
         ctx.mark_non_differentiable(*output[1:])
         if ctx.training:
             mean, var = output[2:]
+        else:  # running statistics move in training, unseen by autograd; this graph keeps those that it ran with
+            mean, var = mean.clone(), var.clone()
         ctx.input_size, ctx.kernel_size = x.shape[2:], w.shape[2:]
         ctx.channels_last = suggests_channels_last(y)
         ctx.dtypes = tuple(t.dtype if t is not None else None for t in (gamma, beta))
@@ -279,7 +301,7 @@ class ConvBNReLUFunction(_Function):
     @staticmethod
     def backward(ctx, dout, *_):
         if dout is None:
-            return (None,) * 11
+            return (None,) * 12
         x, w, bias, mean, var, gamma, beta, residual, y = ctx.saved_tensors
         x_needed, w_needed, bias_needed, _, _, gamma_needed, beta_needed, residual_needed = ctx.needs_input_grad[:8]
         if torch.is_grad_enabled():
@@ -303,7 +325,7 @@ class ConvBNReLUFunction(_Function):
             _cast(dgamma, ctx.dtypes[0]) if gamma_needed else None,
             _cast(dbeta, ctx.dtypes[1]) if beta_needed else None,
             dresidual if residual_needed else None,
-            None, None, None,
+            None, None, None, None,
         )
 
     @staticmethod
@@ -391,7 +413,7 @@ def _apply_at_this_level(function, *args):
     _level.recording = ops._functorch_active()
     try:
         with enable_single_level_autograd_function():
-            return super(Function, function).apply(*args)
+            return function.on_one_level.apply(*args)
     finally:
         _level.recording = former
 
@@ -463,10 +485,10 @@ def conv_act(x, w, bias, residual, geom, activation, apply=_apply):
     return apply(ConvActFunction, x, w, bias, residual, geom, activation)[0]
 
 
-def conv_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation, apply=_apply):
-    """ConvBNReLUFunction, or in forward mode what it stands for."""
+def conv_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation, apply=_apply, update=None):
+    """ConvBNReLUFunction, or in forward mode, without `update`, what it stands for."""
     if not carries_tangents():
-        return apply(ConvBNReLUFunction, x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation)
+        return apply(ConvBNReLUFunction, x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation, update)
     y = apply(Conv2dFunction, x, w, bias, geom)
     stats = reference.batch_stats(y) if mean is None else (mean, var)
     out = reference.bn_act(y, *stats, gamma, beta, residual, eps, activation)

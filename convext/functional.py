@@ -124,6 +124,8 @@ def _conv2d(function, x, w, bias, stride, padding, dilation, groups):
 
 def _record(function, x, w, bias, geom):
     if _needs_function(x, w, bias):
+        if ops.batches_the_older_way():  # the operator, which each slice gets, records for itself
+            return torch.ops.convext.fprop(x, w, bias, *geom)
         return function.apply(x, w, bias, geom)
     return ops.fprop(x, w, bias, geom)
 
@@ -223,7 +225,8 @@ def conv_act(input, weight, bias=None, *, stride=1, padding=0, dilation=1, group
 
 
 def conv_bn_relu(input, weight, bias, running_mean, running_var, bn_weight, bn_bias, *, stride=1, padding=0, dilation=1,
-                 groups=1, training=False, momentum=0.1, eps=1e-5, activation="relu", residual=None):
+                 groups=1, training=False, momentum=0.1, eps=1e-5, activation="relu", residual=None,
+                 num_batches_tracked=None):
     """activation(batch_norm(conv2d(input, weight, bias)) + residual) in one call.
 
     Args:
@@ -236,17 +239,19 @@ def conv_bn_relu(input, weight, bias, running_mean, running_var, bn_weight, bn_b
         eps: added to the variance.
         activation: "relu", "relu6", "silu", "hardswish", "gelu" (the exact one) or "identity".
         residual: added after the batch norm and before the activation; broadcasts to the output.
+        num_batches_tracked: a tensor of one integer, which a call with `training` counts up, or None.
 
     Returns: (N, K, P, Q), or (K, P, Q) for one image, which is normalised as a batch of one.
 
     Raises RuntimeError, TypeError and ValueError where F.conv2d and F.batch_norm do, ValueError for an unknown
-    activation, RuntimeError for a residual that does not fit. The running statistics are as before then.
+    activation, RuntimeError for a residual that does not fit. The running statistics and the count are as before then.
     """
     tensors = input, weight, bias, running_mean, running_var, bn_weight, bn_bias, residual
     if has_torch_function(tensors):
         return handle_torch_function(
             conv_bn_relu, tensors, *tensors[:7], stride=stride, padding=padding, dilation=dilation, groups=groups,
-            training=training, momentum=momentum, eps=eps, activation=activation, residual=residual)
+            training=training, momentum=momentum, eps=eps, activation=activation, residual=residual,
+            num_batches_tracked=num_batches_tracked)
     if not isinstance(momentum, (int, float)):
         raise TypeError(f"momentum: expected a float, got {momentum!r}; convext.nn.ConvBNReLU takes None")
     batch_norm = running_mean, running_var, bn_weight, bn_bias
@@ -260,7 +265,7 @@ def conv_bn_relu(input, weight, bias, running_mean, running_var, bn_weight, bn_b
     fused = _prepare_fused(input, weight, bias, residual, batch_norm, stride, padding, dilation, groups)
     if fused is None:
         return _unfused(input, weight, bias, *batch_norm, stride, padding, dilation, groups, training, momentum, eps,
-                        activation, residual)
+                        activation, residual, num_batches_tracked)
     x, w, b, r, geom = fused
     _check_batch_norm(x, w, geom, *batch_norm, training)
     needs_function = not torch.compiler.is_compiling() and _needs_function(x, w, b, bn_weight, bn_bias, r)
@@ -270,12 +275,18 @@ def conv_bn_relu(input, weight, bias, running_mean, running_var, bn_weight, bn_b
         else:
             out = ops.fprop_bn_act(x, w, b, *batch_norm, r, geom, eps, activation)
     else:
+        def update(y, mean, var):
+            if num_batches_tracked is not None:
+                num_batches_tracked.add_(1)
+            if running_mean is not None:
+                _update_running(running_mean, running_var, mean, var, momentum, y.shape[0] * y.shape[2] * y.shape[3])
+
         if needs_function:
-            out, y, mean, var = autograd.conv_bn_act(x, w, b, None, None, bn_weight, bn_bias, r, geom, eps, activation)
+            out, *_ = autograd.conv_bn_act(x, w, b, None, None, bn_weight, bn_bias, r, geom, eps, activation,
+                                           update=update)
         else:
-            out, y, mean, var = ops.fprop_bn_act_train(x, w, b, bn_weight, bn_bias, r, geom, eps, activation)
-        if running_mean is not None:
-            _update_running(running_mean, running_var, mean, var, momentum, y.shape[0] * y.shape[2] * y.shape[3])
+            out, *statistics = ops.fprop_bn_act_train(x, w, b, bn_weight, bn_bias, r, geom, eps, activation)
+            update(*statistics)
     return out.squeeze(0) if input.dim() == 3 else out
 
 
@@ -292,7 +303,8 @@ def _prepare_fused(input, weight, bias, residual, batch_norm, stride, padding, d
         _check_tensors(input, weight, bias)
         for t in (residual, *batch_norm):
             checks.check_tensor("residual and the batch norm's parameters", t, optional=True)
-        if ops._functorch_active() or autograd.carries_tangents() or _is_foreign(*tensors) or _jit_tracing():
+        if ops._functorch_active() or ops.batches_the_older_way() or autograd.carries_tangents() \
+                or _is_foreign(*tensors) or _jit_tracing():
             return None
     x, w, b = input, weight, bias
     if x.dtype not in DTYPES or w.dtype not in DTYPES or x.layout is not _strided or w.layout is not _strided:
@@ -325,15 +337,23 @@ def _check_batch_norm(x, w, geom, mean, var, gamma, beta, training) -> None:
 
 @torch.no_grad()
 def _update_running(running_mean, running_var, mean, var, momentum, count) -> None:
+    """Unseen by autograd, as F.batch_norm does it: where a graph of evaluation mode has saved the statistics, its
+    backward pass must not refuse because they have moved. What records operators has to see the tensors themselves."""
+    if not (torch.compiler.is_compiling() or ops._dispatch_modes()):
+        running_mean, running_var = running_mean.data, running_var.data
     running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
     running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
 
 
 def _unfused(input, weight, bias, running_mean, running_var, bn_weight, bn_bias, stride, padding, dilation, groups,
-             training, momentum, eps, activation, residual):
+             training, momentum, eps, activation, residual, num_batches_tracked):
     y = conv2d(input, weight, bias, stride, padding, dilation, groups)
+    if residual is not None and not _jit_tracing():  # before anything is updated
+        checks.check_residual(residual, y.shape)
     unbatched = y.dim() == 3
     y = y.unsqueeze(0) if unbatched else y
+    if training and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
     y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
     y = y.squeeze(0) if unbatched else y
     return FORWARD[activation](y if residual is None else y + residual)

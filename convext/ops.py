@@ -58,8 +58,29 @@ _jit_tracing = torch._C._get_tracing_state
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_active = torch._C._are_functorch_transforms_active
 _autocast_active = torch._C._is_any_autocast_enabled
+_key_included = torch._C._dispatch_tls_is_dispatch_key_included
 _calls = backends.CALL_CACHE
 _NO_EPILOGUE = Epilogue()
+
+
+def _key_of_the_older_vmap():
+    """The dispatch key that torch._vmap_internals switches on, which has no name in Python."""
+    before = torch._C._dispatch_tls_local_include_set()
+    torch._C._vmapmode_increment_nesting()
+    try:
+        return (torch._C._dispatch_tls_local_include_set() - before).highestPriorityTypeId()
+    finally:
+        torch._C._vmapmode_decrement_nesting()
+
+
+_OLDER_VMAP = _key_of_the_older_vmap()
+
+
+def batches_the_older_way() -> bool:
+    """True inside the vmap that torch.func's replaced: torch.autograd.grad(is_grads_batched=True) and
+    torch.autograd.functional's vectorize=True still run it. Its tensors do not look batched to Python, and none of
+    torch.func's transforms is active."""
+    return _key_included(_OLDER_VMAP)
 
 
 def dispatcher_is_idle() -> bool:
@@ -69,7 +90,8 @@ def dispatcher_is_idle() -> bool:
 
 def idle_but_for_autocast() -> bool:
     """dispatcher_is_idle(), whatever autocast does."""
-    return not (_is_compiling() or _jit_tracing() or _dispatch_modes() or _functorch_active())
+    return not (_is_compiling() or _jit_tracing() or _dispatch_modes() or _functorch_active()
+                or _key_included(_OLDER_VMAP))
 
 
 def all_plain(*tensors) -> bool:
