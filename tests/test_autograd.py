@@ -427,14 +427,13 @@ class Block(torch.nn.Module):
         return F.relu(x + self.norm2(self.conv2(y)))
 
 
-NOT_OF_THE_CALL = [name for name in TRANSFORMS if not name.endswith("_forward") and name != "older_vmap_of_a_call"]
-
-
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("transform", NOT_OF_THE_CALL)
+@pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms_of_a_swapped_network(transform, training):
     plain = Block().double().train(training)
     for norm in (plain.norm1, plain.norm2):
+        if transform == "older_vmap_of_a_call" and training:  # which cannot write batched statistics into running ones
+            norm.running_mean = norm.running_var = norm.track_running_stats = None
         norm.num_batches_tracked = None  # grad and jvp refuse to count
     swapped = convext.swap(copy.deepcopy(plain))
     found = []
