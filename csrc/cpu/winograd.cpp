@@ -172,8 +172,8 @@ struct Plan {
 // ---- The output transform ----
 
 // The output of one tile and one panel: A^T M A, the epilogue, the part of the tile that lies inside. Sets `flag` where
-// an output is not finite before the epilogue, which may hide it: relu6(infinity) is 6. One sum of all outputs tells: it
-// is not finite if one of them is not. It may overflow by itself, which costs time alone.
+// an output is not finite before the epilogue, which may hide it: relu6(infinity) is 6. The sum of all outputs tells,
+// which is not finite if one of them is not. It may overflow by itself, which costs time alone.
 template <int M, class T, class F>
 CONVEXT_INLINE void scatter_tile(const Winograd<T>& g, Tile tile, Tile next, const float* m, int64_t position_pitch,
                                  int32_t first_column, int32_t columns, F activation, uint8_t* flag) {

@@ -1,9 +1,9 @@
 // Tiles of Winograd's filtering whose outputs are computed again as plain sums, because some of them came out infinite
 // or NaN.
 //
-// The transforms mix the pixels of a patch and the taps of a filter: one NaN reaches every output of its tiles, infinity
-// becomes NaN, and finite values near the type's limit overflow although their sum does not. What a plain sum says of
-// such a tile is what counts. That no other tile needs it:
+// The transforms mix the pixels of a patch and the taps of a filter: one NaN reaches every output of its tiles,
+// infinity becomes NaN, and finite values near the type's limit overflow although their sum does not. What a plain sum
+// says of such a tile is what counts. That no other tile needs it:
 //
 //   A finite output is right. It is made of sums, differences and products alone, from the operands to the sum before
 //   the epilogue, and the result of one of those is finite only if both its operands are: infinity plus or times
@@ -11,8 +11,11 @@
 //   infinity among the pixels and weights that it read, no overflow on the way.
 //
 //   An output whose plain sum is not finite because of an operand is not finite here either. With d_i the pixel and g_r
-//   the tap that meet in output a, i = a + r, the transforms multiply to  sum_p A_pa G_pr B_pi = 1  (a pixel and a tap
-//   that do not meet: 0). So some position p has all three coefficients, and the output reads both d_i and g_r there.
+//   the tap that meet in output a, i = a + r, the transforms multiply to  sum_p A_pa G_pr B_pi = 1.  So some position p
+//   has all three coefficients, and the output reads both d_i and g_r there.
+//
+// What is left is a sum that overflows by its order alone, partial sums too large for the type and the end not: there
+// any two orders of summing differ.
 //
 // It takes no more than one kernel with plain sums takes for the same outputs, for any set of tiles: pixels are reached
 // through pointers, so that they need not lie side by side. Taps in the padding are left out, pixel by pixel: a weight
@@ -130,8 +133,8 @@ void sum_panel(const Winograd<T>& g, const DirectOutputs<M, T>& outputs, const P
   }
 }
 
-// One panel of the weights as tile_kernel reads them: [tap][depth][vectors * width]. Some of the depth at a time, all taps
-// of it: they lie side by side in memory.
+// One panel of the weights as tile_kernel reads them: [tap][depth][vectors * width]. Some of the depth at a time, and
+// all taps of it, which lie side by side in memory.
 template <class T>
 void pack_panel(const Winograd<T>& g, const T* dense, const Panels<T>& split, int32_t panel, T* to) {
   constexpr int32_t kRun = 8, kTaps = 9, step = kDepthStep<T>;
@@ -160,8 +163,8 @@ const char* sum_flagged_tiles(const Winograd<T>& g, const Tiles<M>& grid, const 
   int64_t count = 0;
   for (int64_t t = 0; t < all; ++t) count += flags[t];
   if (count == 0) return nullptr;
-  // An item is a panel and a run of groups of tiles. A panel is packed for each item, into memory that stays in a cache,
-  // so that a single tile does not pay for a copy of all weights.
+  // An item is a panel and a run of groups of tiles. The panel is packed for each item, into memory that stays in a
+  // cache: to write all of the weights to memory took several times as long as the sums of a few tiles.
   const Panels<T> split(g.columns);
   const int64_t groups = (count + Outputs::kTiles - 1) / Outputs::kTiles;
   const int64_t threads = parallel.threads > 1 ? parallel.threads : 1;

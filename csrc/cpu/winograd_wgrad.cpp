@@ -16,8 +16,8 @@
 // and sums run in the order of the tiles: no result depends on threads.
 //
 // Filters with a tap that comes out infinite or NaN are summed directly, for the input channels where they do. No other
-// needs it, as winograd_direct.h shows for outputs: a tap that is finite was made of finite values alone, and a pixel of
-// x and one of dy that meet in tap r multiply to  sum_p G_pr A_pa B_pi = 1,  so that the tap reads both at some position.
+// needs it, as winograd_direct.h shows for outputs: a tap that is finite was made of finite values alone, and a pixel
+// of x and one of dy that meet in tap r have  sum_p G_pr A_pa B_pi = 1,  so that the tap reads both at some position p.
 #include "gemm_outer.h"
 #include "gemm_wgrad.h"
 #include "winograd_direct.h"

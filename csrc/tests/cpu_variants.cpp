@@ -47,7 +47,7 @@ Parallel parallel_with(int threads) {
 
 // ---- One case: a problem and what its epilogue does ----
 
-// What Winograd's kernels alone are given besides: pixel for pixel, and tap for tap, they promise what a plain sum gives
+// What Winograd's kernels alone are given besides: pixel for pixel and tap for tap they promise what a plain sum gives
 // whose taps in the padding contribute nothing. The other kernels may multiply such taps by zero.
 enum class Plant {
   kNothing,
