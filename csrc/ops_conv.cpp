@@ -101,6 +101,7 @@ Tensor fprop(int64_t variant_index, const Tensor& x, const Tensor& w, const Opti
     norm.fold<float>(problem.k, args.epilogue);
   }
   args.b = weights.get(staging, parallel);
+  args.weights = weights.source();
   stage_in(in, compute, staging, parallel);
   args.a = in.data;
   if (addend) {
@@ -141,6 +142,7 @@ Tensor dgrad(int64_t variant_index, const Tensor& dy, const Tensor& w, const Opt
   LaunchArgs args{};
   args.parallel = &parallel;
   args.b = weights.get(staging, parallel);
+  args.weights = weights.source();
   stage_in(in, compute, staging, parallel);
   args.a = in.data;
   if (out.staged) out.data = scratch().take(out.bytes);
