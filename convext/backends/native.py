@@ -109,7 +109,7 @@ def _packed_buffer(w: torch.Tensor, plan: _Plan) -> torch.Tensor | None:
         _packed[key] = entry
     buffer = entry[1].get(plan.pack_format)
     if buffer is None or buffer.numel() < plan.packed_bytes:
-        buffer = torch.empty(plan.packed_bytes, dtype=torch.uint8)
+        buffer = torch.empty(plan.packed_bytes, dtype=torch.uint8, device="cpu")  # whatever the default device
         buffer[:_PACKED_HEADER] = 0  # an empty fingerprint: stale
         entry[1][plan.pack_format] = buffer
     return buffer
@@ -286,17 +286,19 @@ class NativeBackend:
             problem.x_layout == _NHWC,
         )  # fmt: skip
 
-    def wgrad(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def wgrad(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor,
+              channels_last: bool = False) -> torch.Tensor:
         if problem.device == "cuda":
-            return native_cuda.wgrad(problem, dy, x)
+            return native_cuda.wgrad(problem, dy, x, channels_last)
         plan = _plan(Pass.WGRAD, problem)
-        return torch.ops.convext_cpu.wgrad.default(plan.variant, dy, x, problem.r, problem.s, plan.geom)
+        return torch.ops.convext_cpu.wgrad.default(plan.variant, dy, x, problem.r, problem.s, plan.geom, channels_last)
 
-    def depthwise_backward(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor):
+    def depthwise_backward(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor,
+                           channels_last: bool = False):
         """dgrad(dy, w) and wgrad(dy, x) of a depthwise problem; on CUDA in one pass over both where a kernel does."""
         if problem.device == "cuda" and native_cuda.backward_in_one_pass(problem):
-            return native_cuda.backward(problem, dy, x, w)
-        return self.dgrad(problem, dy, w), self.wgrad(problem, dy, x)
+            return native_cuda.backward(problem, dy, x, w, channels_last)
+        return self.dgrad(problem, dy, w), self.wgrad(problem, dy, x, channels_last)
 
     def batch_stats(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if y.is_cuda:
