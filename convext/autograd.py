@@ -23,7 +23,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 from . import ops, reference
 from .activation import BACKWARD, FORWARD
-from .memory_format import suggests_channels_last
+from .memory_format import suggests_channels_last, weight_gradient_is_channels_last
 from .problem import Geom, accumulate_dtype
 
 
@@ -73,24 +73,32 @@ def _fprop(x, w, bias, geom, channels_last=False):
     return ops.fprop(x, w, bias, geom, channels_last)
 
 
-def _dgrad(dy, w, input_size, geom, channels_last=False):
+def _dgrad(dy, w, input_size, geom, channels_last=None):
     if torch.is_grad_enabled():
         return torch.ops.convext.dgrad(dy, w, input_size, *geom, channels_last)
     return ops.dgrad(dy, w, input_size, geom, channels_last)
 
 
-def _wgrad(dy, x, kernel_size, geom):
+def _wgrad(dy, x, kernel_size, geom, channels_last=None):
     if torch.is_grad_enabled():
-        return torch.ops.convext.wgrad(dy, x, kernel_size, *geom)
-    return ops.wgrad(dy, x, kernel_size, geom)
+        return torch.ops.convext.wgrad(dy, x, kernel_size, *geom, channels_last)
+    return ops.wgrad(dy, x, kernel_size, geom, channels_last)
+
+
+def _keep_formats(ctx, x, w, y) -> None:
+    """The formats of dx and dw: that of y, which x and w decide, whatever that of dy."""
+    ctx.channels_last = suggests_channels_last(y)
+    if not ctx.channels_last and (y.shape[1] == 1 or y.shape[2] == y.shape[3] == 1):  # it may look the same in both
+        ctx.channels_last = suggests_channels_last(x) or suggests_channels_last(w)
+    ctx.dw_channels_last = weight_gradient_is_channels_last(w, ctx.channels_last)
 
 
 def _dgrad_and_wgrad(ctx, dy, x, w, x_needed, w_needed):
     """dx and dw of a Function's convolution, None where not needed."""
     if x_needed and w_needed and not torch.is_grad_enabled():
-        return ops.dgrad_and_wgrad(dy, x, w, ctx.geom, ctx.channels_last)
+        return ops.dgrad_and_wgrad(dy, x, w, ctx.geom, ctx.channels_last, ctx.dw_channels_last)
     return (_dgrad(dy, w, ctx.input_size, ctx.geom, ctx.channels_last) if x_needed else None,
-            _wgrad(dy, x, ctx.kernel_size, ctx.geom) if w_needed else None)
+            _wgrad(dy, x, ctx.kernel_size, ctx.geom, ctx.dw_channels_last) if w_needed else None)
 
 
 def _channel_sum(dy):
@@ -138,7 +146,7 @@ class Conv2dFunction(_Function):
         _save_for_jvp(ctx, x, w)
         ctx.geom = geom
         ctx.input_size, ctx.kernel_size = x.shape[2:], w.shape[2:]
-        ctx.channels_last = suggests_channels_last(output)
+        _keep_formats(ctx, x, w, output)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -173,13 +181,13 @@ class DilatedConv2dFunction(Conv2dFunction):
 
 
 class DgradFunction(_Function):
-    """dx from dy and w: `apply(dy, w, input_size, geom, channels_last=False)`. Also the forward of a transposed
+    """dx from dy and w: `apply(dy, w, input_size, geom, channels_last=None)`. Also the forward of a transposed
     convolution."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(dy, w, input_size, geom, channels_last=False):
+    def forward(dy, w, input_size, geom, channels_last=None):
         return ops.dgrad(dy, w, input_size, geom, channels_last)
 
     @staticmethod
@@ -188,7 +196,7 @@ class DgradFunction(_Function):
         dy_needed, w_needed = ctx.needs_input_grad[:2]
         ctx.save_for_backward(_needed(w_needed, dy), _needed(dy_needed, w))
         _save_for_jvp(ctx, dy, w)
-        ctx.geom = geom
+        ctx.geom, ctx.channels_last = geom, suggests_channels_last(output)
         ctx.input_size, ctx.kernel_size = input_size, w.shape[2:]
         ctx.set_materialize_grads(False)
 
@@ -206,45 +214,45 @@ class DgradFunction(_Function):
     @_lower_levels_record
     def jvp(ctx, dy_t, w_t, *_):
         dy, w = ctx.saved_tensors
-        return _add(None if dy_t is None else _dgrad(dy_t, w, ctx.input_size, ctx.geom),
-                    None if w_t is None else _dgrad(dy, w_t, ctx.input_size, ctx.geom))
+        return _add(None if dy_t is None else _dgrad(dy_t, w, ctx.input_size, ctx.geom, ctx.channels_last),
+                    None if w_t is None else _dgrad(dy, w_t, ctx.input_size, ctx.geom, ctx.channels_last))
 
 
 class WgradFunction(_Function):
-    """dw from dy and x: `apply(dy, x, kernel_size, geom)`."""
+    """dw from dy and x: `apply(dy, x, kernel_size, geom, channels_last=None)`."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(dy, x, kernel_size, geom):
-        return ops.wgrad(dy, x, kernel_size, geom)
+    def forward(dy, x, kernel_size, geom, channels_last=None):
+        return ops.wgrad(dy, x, kernel_size, geom, channels_last)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        dy, x, kernel_size, geom = inputs
+        dy, x, kernel_size, geom = inputs[:4]
         dy_needed, x_needed = ctx.needs_input_grad[:2]
         ctx.save_for_backward(_needed(x_needed, dy), _needed(dy_needed, x))
         _save_for_jvp(ctx, dy, x)
-        ctx.geom = geom
+        ctx.geom, ctx.channels_last = geom, suggests_channels_last(output)
         ctx.input_size, ctx.kernel_size = x.shape[2:], kernel_size
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, g):
         if g is None:
-            return None, None, None, None
+            return None, None, None, None, None
         dy, x = ctx.saved_tensors
         dy_needed, x_needed = ctx.needs_input_grad[:2]
         ddy = _fprop(x, g, None, ctx.geom) if dy_needed else None
         dx = _dgrad(dy, g, ctx.input_size, ctx.geom) if x_needed else None
-        return ddy, dx, None, None
+        return ddy, dx, None, None, None
 
     @staticmethod
     @_lower_levels_record
     def jvp(ctx, dy_t, x_t, *_):
         dy, x = ctx.saved_tensors
-        return _add(None if dy_t is None else _wgrad(dy_t, x, ctx.kernel_size, ctx.geom),
-                    None if x_t is None else _wgrad(dy, x_t, ctx.kernel_size, ctx.geom))
+        return _add(None if dy_t is None else _wgrad(dy_t, x, ctx.kernel_size, ctx.geom, ctx.channels_last),
+                    None if x_t is None else _wgrad(dy, x_t, ctx.kernel_size, ctx.geom, ctx.channels_last))
 
 
 def _cast(grad, like_dtype):
@@ -292,7 +300,7 @@ class ConvBNReLUFunction(_Function):
         else:  # running statistics move in training, unseen by autograd; this graph keeps those that it ran with
             mean, var = mean.clone(), var.clone()
         ctx.input_size, ctx.kernel_size = x.shape[2:], w.shape[2:]
-        ctx.channels_last = suggests_channels_last(y)
+        _keep_formats(ctx, x, w, y)
         ctx.dtypes = tuple(t.dtype if t is not None else None for t in (gamma, beta))
         residual = _needed(ctx.activation != "identity", residual)
         ctx.save_for_backward(x, w, bias, mean, var, gamma, beta, residual, y)
@@ -357,7 +365,7 @@ class ConvActFunction(_Function):
             ctx.mark_non_differentiable(z)
         ctx.by_output = z is None
         ctx.input_size, ctx.kernel_size = x.shape[2:], w.shape[2:]
-        ctx.channels_last = suggests_channels_last(out)
+        _keep_formats(ctx, x, w, out)
         residual = _needed(not ctx.by_output, residual)
         seen = None if ctx.activation == "identity" else out if ctx.by_output else z
         ctx.save_for_backward(x, w, bias, residual, seen)
@@ -448,16 +456,19 @@ def _geom(stride, padding, dilation, groups) -> Geom:
 
 
 def _differentiable_fprop(x, w, bias, stride, padding, dilation, groups, channels_last=False):
+    if x.dim() == 4 and x.shape[1] == 0:  # y has no channels then, and does not tell dw how many filters there are
+        return torch.convolution(x, w, bias, stride, padding, dilation, False, (0, 0), groups)
     return _apply_at_this_level(Conv2dFunction, x, w, bias, _geom(stride, padding, dilation, groups), channels_last)
 
 
-def _differentiable_dgrad(dy, w, input_size, stride, padding, dilation, groups, channels_last=False):
+def _differentiable_dgrad(dy, w, input_size, stride, padding, dilation, groups, channels_last=None):
     geom = _geom(stride, padding, dilation, groups)
     return _apply_at_this_level(DgradFunction, dy, w, torch.Size(input_size), geom, channels_last)
 
 
-def _differentiable_wgrad(dy, x, kernel_size, stride, padding, dilation, groups):
-    return _apply_at_this_level(WgradFunction, dy, x, torch.Size(kernel_size), _geom(stride, padding, dilation, groups))
+def _differentiable_wgrad(dy, x, kernel_size, stride, padding, dilation, groups, channels_last=None):
+    geom = _geom(stride, padding, dilation, groups)
+    return _apply_at_this_level(WgradFunction, dy, x, torch.Size(kernel_size), geom, channels_last)
 
 
 def _differentiable_fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, stride, padding, dilation, groups, eps,

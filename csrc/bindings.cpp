@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstdint>
 #include <map>
 #include <optional>
 #include <stdexcept>
@@ -207,6 +208,9 @@ PYBIND11_MODULE(_C, m) {
     OutputPool::of_process().set_limit(bytes);
   }, py::arg("bytes"));
   m.def("output_pool_kept", [] { return OutputPool::of_process().kept(); }, "Bytes that the pool keeps now.");
+  m.def("use_storage", [](uintptr_t make_resizable) {
+    OutputPool::of_process().set_make_resizable(reinterpret_cast<OutputPool::MakeResizable>(make_resizable));
+  }, py::arg("make_resizable"), "Lets results lie in the pool: with convext._storage.make_resizable(), or 0 for none.");
   m.def("activations", &activation_names,
         "Names of the fused activations; the position is the number that the ops take.");
   m.def("build_info", [] {
