@@ -35,9 +35,9 @@ def wanted(tensors):
 
 
 def weights_to_ask(convs):
-    """What `contiguous_weights` takes: for each convolution's weight its dictionary, and the dimension whose stride tells
-    a contiguous weight from a channels-last one, with the stride of the former. Where there are no taps to order that is
-    the last dimension; a weight of one channel and one tap is both, which asks for nothing."""
+    """What `contiguous_weights` takes: for each convolution's weight its dictionary, and the dimension whose stride
+    tells a contiguous weight from a channels-last one, with the stride of the former. Where there are no taps to order
+    that is the last dimension; a weight of one channel and one tap is both, which asks for nothing."""
     asked = []
     for conv in convs:
         weight = conv._parameters.get("weight")

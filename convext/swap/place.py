@@ -151,7 +151,7 @@ def _conv_bn_act(conv, batch_norm, activation, apart, channels_last):
         mean, var = statistics.get("running_mean"), statistics.get("running_var")
         settings = settings_of(attributes)
         geom = state.geom if settings == state.settings else state.refresh(settings)
-        if w is None or geom is None or x.dim() != 4 or w.dim() != 4 or gamma is None and affine.get("bias") is not None \
+        if w is None or geom is None or x.dim() != 4 or w.dim() != 4 or gamma is None and beta is not None \
                 or (mean is None) is not (var is None) \
                 or residual is not None and not channels_last and _in_another_format(residual, x, w, geom):
             return apart(x, residual)
@@ -164,8 +164,8 @@ def _conv_bn_act(conv, batch_norm, activation, apart, channels_last):
         if residual is not None and not _fits(residual, x, w, geom):
             return apart(x, residual)
         try:
-            return ops.fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom, bn_attributes["eps"], activation,
-                                    channels_last)
+            return ops.fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom, bn_attributes["eps"],
+                                    activation, channels_last)
         except checks.InvalidArgument:
             return apart(x, residual)
 
