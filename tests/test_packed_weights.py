@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import convext
-from convext.backends import native
+from convext.backends import native, native_sequence
 
 LINE = 64  # bytes: csrc/packed_weight.h
 
@@ -320,6 +320,19 @@ def test_a_change_by_another_process_is_seen(way):
     process.join()
     assert done.is_set() and process.exitcode == 0
     assert (w[3:5] == 0.25).all()
+    agree(call)
+
+
+@pytest.mark.parametrize("change", [new_data, new_data_of_other_strides, set_to_other_memory, swapped_tensors],
+                         ids=lambda change: change.__name__)
+def test_a_sequence_follows_its_tensors_without_dlpacks_table(change, monkeypatch):
+    """As under a torch that does not offer it."""
+    monkeypatch.setattr(native_sequence, "places", lambda compiled, tensors: native_sequence._PlacesInPython(tensors))
+    w, x = operands(64, 64, 3)
+    call = Sequence(w, x, padding=1)
+    for _ in range(3):
+        agree(call)
+        change(w)
     agree(call)
 
 
