@@ -291,6 +291,9 @@ class PlannedForward(InstanceMethod):
         except Untraceable as reason:
             made = Refusal(reason)
         self._captures[signature] = self._captures.get(signature, 0) + 1
+        present = set(owner.modules())  # a plan keeps its modules: not those that the owner has no more
+        for plans in self._plans.values():
+            plans[:] = [plan for plan in plans if isinstance(plan, Plan) and present.issuperset(plan.trace.leaves)]
         plans = self._plans.setdefault(signature, [])
         plans.insert(0, made)
         del plans[_MOST_PLANS:]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .capture.facts import ABSENT
+from .capture.facts import ABSENT, PLAIN
 from .conv_forward import ConvForward
 from .refusal import ForNow
 
@@ -98,7 +98,11 @@ def is_standard(module: nn.Module) -> bool:
     kind, attributes = type(module), module.__dict__
     if module._modules or not is_original(kind):
         return False
+    if not _goes_by_its_library(kind):
+        return False
     for name, value in attributes.items():
+        if any(hasattr(type(base.__dict__.get(name)), "__set__") for base in kind.__mro__):
+            return False  # a property of the class hides it
         if callable(value) and hasattr(kind, name) and not (name == "_conv_forward" and type(value) is ConvForward
                                                             and value.is_of(module)):
             return False
@@ -111,15 +115,67 @@ def is_standard(module: nn.Module) -> bool:
     return True
 
 
+def _goes_by_its_library(kind):
+    """True where the functions and modules that a layer's forward goes by are those of its library."""
+    for name in ("forward", "_conv_forward"):
+        function = getattr(kind, name, None)
+        for used in function.__code__.co_names if isinstance(function, types.FunctionType) else ():
+            if used in function.__globals__ and not _is_of_the_library(function.__globals__[used], function):
+                return False
+    return True
+
+
+def _is_of_the_library(found, function):
+    """True of what a library's function may find in its globals: a module, what the library itself defines, a plain
+    value."""
+    if isinstance(found, types.ModuleType):
+        return found is sys.modules.get(found.__name__)
+    if isinstance(found, types.FunctionType):
+        return found.__code__.co_filename.startswith(_folder(function.__module__.partition(".")[0]))
+    return isinstance(found, (type, types.BuiltinFunctionType, *PLAIN)) or type(found).__module__ == "typing"
+
+
 def _class_has(kind, name):
     return any(name in base.__dict__ for base in kind.__mro__)
 
 
+def calls_forward(module: nn.Module, facts) -> bool:
+    """Whether a call of a module is a call of its forward between its hooks, as nn.Module has it; notes that."""
+    original = True
+    for name in ("__call__", "_wrapped_call_impl", "_call_impl"):
+        original &= facts.class_item(type(module), name) is nn.Module.__dict__[name]
+        original &= facts.item_or_absent(module.__dict__, name) is ABSENT
+    return original
+
+
 def note_code(module: nn.Module, facts) -> None:
-    """Notes whose code a call of a module runs."""
+    """Notes whose code a call of a module runs, and which globals its forward goes by."""
     for name in _CODE:
-        facts.class_item(type(module), name)
+        found = facts.class_item(type(module), name)
         facts.item_or_absent(module.__dict__, name)
+        if name in ("forward", "_conv_forward") and isinstance(found, types.FunctionType):
+            for used in found.__code__.co_names:
+                if used in found.__globals__:
+                    facts.item(found.__globals__, used, found.__globals__[used])
+
+
+def is_of_a_library(module: nn.Module, facts) -> bool:
+    """True of a module all of whose code, and of whose submodules' code, is a known library's, where nobody listens;
+    notes that."""
+    for part in module.modules():
+        if not is_original(type(part)) or not calls_forward(part, facts) \
+                or any(callable(value) and hasattr(type(part), name) for name, value in part.__dict__.items()) \
+                or any(part.__dict__[name] for name in _FORWARD_HOOKS):
+            return False
+        note_code(part, facts)
+        facts.type(part)
+        facts.contents(part._modules)
+        for name in _FORWARD_HOOKS:
+            facts.filled(part.__dict__, name)
+    return True
+
+
+_FORWARD_HOOKS = "_forward_hooks", "_forward_pre_hooks"
 
 
 def note(module: nn.Module, facts) -> None:
@@ -127,6 +183,8 @@ def note(module: nn.Module, facts) -> None:
     for the plan to look up in each call."""
     kind = type(module)
     note_code(module, facts)
+    for name in module.__dict__:
+        facts.class_item(kind, name)
     facts.contents(module.__dict__)
     facts.kinds(module._parameters)
     facts.kinds(module._buffers)

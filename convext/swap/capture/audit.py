@@ -9,30 +9,24 @@ written.
 """
 import contextlib
 import dis
+import enum
 import functools
 import gc
 import sys
 import types
 
-from ..refusal import ForNow, Untraceable
-from .stand_ins import Globals, List, NamespaceStandIn, is_library, root_of
+from torch import fx
 
-_BUILTINS = frozenset(
-    "len range isinstance issubclass getattr hasattr callable zip enumerate sum min max abs all any sorted reversed "
-    "tuple list dict set int float bool str iter next map filter round divmod pow slice repr format chr ord".split())
-_STDLIB = frozenset("collections typing functools itertools math operator abc enum numbers types dataclasses "
-                    "_collections_abc builtins _operator".split())
+from ..refusal import ForNow, Untraceable
+from .pure import STDLIB, is_library, is_stdlib, root_of, why_impure
+from .stand_ins import ClassStandIn, Globals, List, StandIn
+
 _TORCH_PYTHON = ("torch.nn.functional", "torch.functional", "torch._tensor", "torch.overrides", "torch._jit_internal",
                  "torch.jit", "torch.fx", "torch.nn.modules.container", "torch.nn.modules.utils", "torch.nn.parameter",
                  "torch._VF", "torch.types", "torch.utils._device")
 # Methods of nn.Module that only look, and the forwards of layers, which only compute.
-_MODULE_METHODS = frozenset("__getattr__ children named_children modules named_modules parameters named_parameters "
-                            "buffers named_buffers _named_members __hash__ __dir__ _get_name forward _conv_forward "
-                            "_check_input_dim".split())
-_TORCH_STATE = ("is_", "get_", "set_", "initial_seed", "manual_seed", "seed", "default_generator", "_")
-_VALUES = (list, tuple, dict, set, frozenset, str, int, float, bool, type({}.keys()), type({}.items()),
-           type({}.values()), slice, range, type(None), types.GeneratorType)
-_COMPARES_WITH_NONE = ("IS_OP",)
+_MODULE_METHODS = frozenset("__getattr__ children named_children modules named_modules __hash__ __dir__ _get_name "
+                            "forward _conv_forward _check_input_dim".split())
 # Instructions -> what they do that no graph does again. An operation of a graph that raises would find no handler.
 _REFUSED = {
     **dict.fromkeys(("MATCH_CLASS", "MATCH_MAPPING", "MATCH_SEQUENCE", "MATCH_KEYS"), "uses match"),
@@ -48,9 +42,11 @@ def is_user(frame):
 
 @functools.lru_cache(maxsize=4096)
 def _effects(code):
-    """(what the code does beyond its own locals, does it compare with None)"""
-    stores, compares = None, False
-    for instruction in dis.get_instructions(code):
+    """(what the code does beyond its own locals, does it compare with None, names of globals, pairs of operands whose
+    identity it compares: each a constant's tuple or the chain of names that leads to it, None where it is another)"""
+    stores, compares, names, pairs = None, False, set(), []
+    instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG", "NOP")]
+    for at, instruction in enumerate(instructions):
         name = instruction.opname
         if name in ("STORE_ATTR", "DELETE_ATTR"):
             stores = stores or f"sets the attribute {instruction.argval!r}"
@@ -58,11 +54,38 @@ def _effects(code):
             stores = stores or f"sets the global {instruction.argval!r}"
         elif name in ("STORE_DEREF", "DELETE_DEREF") and instruction.argval in code.co_freevars:
             stores = stores or f"sets {instruction.argval!r} of the function around it"
+        elif name in ("LOAD_GLOBAL", "LOAD_NAME"):
+            names.add(instruction.argval)
         elif name in _REFUSED:
             stores = stores or _REFUSED[name]
-        elif name in _COMPARES_WITH_NONE or name.endswith("NONE") and "JUMP" in name:
+        elif name == "IS_OP":
+            right, before = _operand(instructions, at - 1)
+            left, _ = _operand(instructions, before)
+            if right == (None,) or left == (None,):
+                compares = True
+            else:
+                pairs.append((left, right))
+        elif name.endswith("NONE") and "JUMP" in name:
             compares = True
-    return stores, compares
+    return stores, compares, frozenset(names), tuple(pairs)
+
+
+def _operand(instructions, at):
+    """((constant,), or the names that lead to an operand that is loaded last at `at`, or None; the place before it)"""
+    chain = []
+    while at >= 0:
+        instruction = instructions[at]
+        name = instruction.opname
+        if name == "LOAD_CONST" and not chain:
+            return (instruction.argval,), at - 1
+        if name == "LOAD_ATTR":
+            chain.append(instruction.argval)
+        elif name == "LOAD_GLOBAL" or name in ("LOAD_FAST", "LOAD_FAST_BORROW", "LOAD_FAST_CHECK", "LOAD_DEREF"):
+            return (name == "LOAD_GLOBAL", instruction.argval, *reversed(chain)), at - 1
+        else:
+            return None, at - 1
+        at -= 1
+    return None, at
 
 
 def _is_numpy(value):
@@ -78,12 +101,6 @@ def paused():
         yield
     finally:
         sys.setprofile(profile)
-
-
-def _is_torch(owner):
-    """True of torch's modules of functions, and of its classes and their instances."""
-    names = owner.__name__ if isinstance(owner, types.ModuleType) else getattr(owner, "__module__", None)
-    return any(root_of(name) == "torch" for name in (names, type(owner).__module__))
 
 
 class Audit:
@@ -129,17 +146,44 @@ class Audit:
         if not isinstance(frame.f_globals, Globals) and not name.startswith("namedtuple_"):
             self.problem = f"runs {name}.{frame.f_code.co_name}, into which a capture does not look"
             return
-        effects, compares = _effects(frame.f_code)
+        effects, compares, names, pairs = _effects(frame.f_code)
         if effects:
             self.problem = effects
         self.compares_with_none |= compares
         if isinstance(frame.f_globals, Globals):
             real = frame.f_globals.real
-            for name in frame.f_code.co_names:
+            for name in names:
                 if _is_numpy(real.get(name)):
                     self.problem = f"uses {name!r}, whose results a plan would freeze"
                 elif name == "type" and "type" not in real:
                     self.problem = "looks at type(...) of a value"
+            if pairs and self.problem is None:
+                if not all(self._is_no_value(frame, operand) for pair in pairs for operand in pair):
+                    self.problem = "asks whether two values are one object"
+
+    def _is_no_value(self, frame, operand):
+        """True of an operand of `is` that is the same throughout a call of the function and no tensor: a constant, or
+        what names lead to from a global or from the first argument of a method."""
+        if operand is None:
+            return False
+        if len(operand) == 1:
+            return True
+        is_global, root, *chain = operand
+        code = frame.f_code
+        if is_global:
+            try:
+                value = frame.f_globals[root]
+            except KeyError:
+                return False
+        elif code.co_argcount and code.co_varnames[0] == root:
+            value = frame.f_locals[root]
+        else:
+            return False
+        for name in chain:
+            if not isinstance(value, (StandIn, ClassStandIn, type, enum.Enum)):
+                return False
+            value = getattr(value, name)
+        return not isinstance(value, fx.Proxy)
 
     def _call(self, callee):
         module, name = dict.get(callee.f_globals, "__name__", ""), callee.f_code.co_name
@@ -152,34 +196,23 @@ class Audit:
         elif root == "convext":
             if not module.startswith(("convext.swap.capture", "convext.functional")):
                 self.problem = f"calls {module}.{name}"
-        elif root in sys.stdlib_module_names and root not in _STDLIB:
-            self.problem = f"calls {module}.{name}"
+        elif is_stdlib(module):
+            if root not in STDLIB or _hold_stand_ins([*callee.f_locals.values()]):
+                self.problem = f"calls {module}.{name}"
 
     def _c_call(self, frame, function):
         name, owner = getattr(function, "__name__", "?"), getattr(function, "__self__", None)
-        if isinstance(owner, types.ModuleType) and owner.__name__ == "builtins":
-            if name not in _BUILTINS:
-                self.problem = f"calls {name}()"
-        elif isinstance(owner, types.ModuleType) and root_of(owner.__name__) in _STDLIB:
-            return
-        elif isinstance(owner, list) and name in ("append", "extend", "insert", "pop", "remove", "clear", "sort",
-                                                  "reverse"):
+        if isinstance(owner, (list, dict, set)) and name in _MUTATORS:
             if type(owner) is List or not any(owner is value for value in frame.f_locals.values()):
-                self.problem = "changes a list that outlives the call"
-        elif isinstance(owner, (dict, set)) and name in ("update", "pop", "clear", "add", "discard", "remove",
-                                                         "setdefault", "popitem"):
-            if not any(owner is value for value in frame.f_locals.values()):
-                self.problem = f"changes a {type(owner).__name__} that outlives the call"
-        elif owner is None:
-            module = getattr(function, "__module__", None) or "builtins"
-            if not (root_of(module) in _STDLIB or root_of(module) == "torch"):
-                self.problem = f"calls {module}.{name}"
-        elif isinstance(owner, _VALUES) or isinstance(owner, type) and issubclass(owner, _VALUES):
-            return
-        elif isinstance(owner, NamespaceStandIn):
-            self.problem = f"calls {name}()"
-        elif _is_torch(owner):
-            if name.startswith(_TORCH_STATE) and not name.startswith("__"):
-                self.problem = f"calls torch's {name}(), which is state of the process"
+                self.problem = f"changes a {type(owner).__name__.lower()} that outlives the call"
         else:
-            self.problem = f"calls {name}() of {type(owner).__name__}"
+            self.problem = why_impure(function)
+
+
+_MUTATORS = frozenset("append extend insert pop remove clear sort reverse update add discard setdefault popitem "
+                      "difference_update intersection_update symmetric_difference_update move_to_end".split())
+
+
+def _hold_stand_ins(values):
+    return any(isinstance(v, (StandIn, ClassStandIn, fx.Proxy)) or type(v) in (list, tuple) and _hold_stand_ins(v)
+               for v in values)

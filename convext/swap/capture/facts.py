@@ -18,12 +18,15 @@ class Facts:
     def __init__(self, owner):
         self._owner, self._owned = owner, owner.__dict__
         self._facts = {}  # (name of the guard, id of its object, key) -> arguments of the guard
+        self.closed = None  # why nothing more may be read, in words
 
     def done(self):
         """Lets go of the owner: call once everything is read."""
         self._owner = self._owned = None
 
     def _add(self, guard, about, key, *arguments):
+        if self.closed is not None:
+            raise Untraceable(self.closed)
         place = guard, id(about), key if isinstance(key, str) else id(key)
         subject = None if about is self._owner or about is self._owned else about
         known = self._facts.setdefault(place, (guard, subject, key, *arguments))

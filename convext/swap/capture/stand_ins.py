@@ -26,6 +26,7 @@ from torch import fx, nn
 
 from ..refusal import Untraceable
 from .facts import ABSENT, PLAIN
+from .pure import BUILTINS, is_library, is_stdlib, why_impure
 
 _PLAIN = frozenset((*PLAIN, torch.dtype, torch.device, torch.memory_format, torch.layout, torch.Size, slice, range))
 _C_FUNCTIONS = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType,
@@ -33,16 +34,6 @@ _C_FUNCTIONS = (types.BuiltinFunctionType, types.MethodDescriptorType, types.Wra
                 operator.methodcaller, torch._ops.OpOverloadPacket, torch._ops.OpOverload)
 _GETATTRIBUTE = object.__getattribute__
 _MODULE_GETATTR = nn.Module.__getattr__
-
-
-def root_of(name):
-    """The package of a module's name."""
-    return name.partition(".")[0] if isinstance(name, str) else ""
-
-
-def is_library(name):
-    """True of a module of torch's, convext's or the standard library's."""
-    return root_of(name) in ("torch", "convext") or root_of(name) in sys.stdlib_module_names and name != "__main__"
 
 
 class Globals(dict):
@@ -62,12 +53,12 @@ class Globals(dict):
         value = recorder.facts.item_or_absent(self.real, name)
         if value is not ABSENT:
             return recorder.wrap(value, (self.real, name))
-        if name in recorder.overrides:
-            return recorder.overrides[name]
         value = recorder.facts.item_or_absent(builtins.__dict__, name)
         if value is ABSENT:
             raise KeyError(name)
-        return value
+        if name not in BUILTINS and not (isinstance(value, type) or value in (None, NotImplemented, Ellipsis)):
+            raise Untraceable(f"its forward uses {name}()")
+        return recorder.wrap(value)
 
 
 class StandIn:
@@ -98,6 +89,10 @@ class StandIn:
         return _recorder(self).compared(self, "__ne__", other, self is not other)
 
     def __hash__(self):
+        kind = type(_real(self))
+        if _recorder(self).facts.class_item(kind, "__hash__") is not object.__hash__ and kind is not nn.Module:
+            if kind.__hash__ is not nn.Module.__hash__:
+                raise Untraceable(f"its forward uses a {kind.__name__} as a key")
         return id(_real(self))
 
     def __bool__(self):
@@ -163,9 +158,10 @@ class NamespaceStandIn(StandIn):
         getter = recorder.facts.item_or_absent(real.__dict__, "__getattr__")
         if getter is ABSENT and type(real) is types.ModuleType:
             raise AttributeError(f"module {real.__name__!r} has no attribute {name!r}")
-        if not is_library(real.__name__):
+        value = getattr(real, name) if is_library(real.__name__) else None
+        if not isinstance(value, (types.ModuleType, torch._ops.OpOverloadPacket)):
             raise Untraceable(f"its forward asks {real.__name__} for {name!r}, which that makes when asked")
-        return recorder.wrap(getattr(real, name))
+        return recorder.wrap(value)
 
 
 class ClassStandIn(type):
@@ -182,6 +178,8 @@ class ClassStandIn(type):
 
     def __getattribute__(cls, name):
         recorder, real = _class_part(cls, "_recorder"), _class_part(cls, "_real")
+        if name == "__class__" and is_library(sys._getframe(1).f_globals.get("__name__")):
+            return ClassStandIn
         return recorder.load_of_class(real, name, cls)
 
     def __setattr__(cls, name, value):
@@ -193,8 +191,21 @@ class ClassStandIn(type):
     def __instancecheck__(cls, value):
         return _class_part(cls, "_recorder").isinstance(value, cls)
 
+    def __subclasscheck__(cls, other):
+        return issubclass(_real_class(other), _class_part(cls, "_real"))
+
+    def __eq__(cls, other):
+        return _class_part(cls, "_real") is _real_class(other)
+
+    def __hash__(cls):
+        return hash(_class_part(cls, "_real"))
+
 
 _class_part = type.__getattribute__
+
+
+def _real_class(kind):
+    return _class_part(kind, "_real") if type(kind) is ClassStandIn else kind
 
 
 def _cannot_change(self, *args, **kwargs):
@@ -202,13 +213,15 @@ def _cannot_change(self, *args, **kwargs):
 
 
 def _constant(kind, *mutators):
-    return type(kind.__name__, (kind,), {name: _cannot_change for name in mutators})
+    return type(kind.__name__.capitalize(), (kind,), {
+        "__class__": property(lambda self: kind), **{name: _cannot_change for name in mutators}})
 
 
 List = _constant(
     list, *"append extend insert pop remove clear sort reverse __setitem__ __delitem__ __iadd__ __imul__".split())
 Dict = _constant(dict, *"__setitem__ __delitem__ pop popitem clear update setdefault __ior__".split())
-Set = _constant(set, *"add discard remove pop clear update __ior__ __iand__ __isub__ __ixor__".split())
+Set = _constant(
+    set, *"add discard remove pop clear update __ior__ __iand__ __isub__ __ixor__ __iter__ __repr__".split())
 
 
 class Super:
@@ -223,11 +236,29 @@ class Super:
         kind = type(real)
         recorder.know(real)
         mro = kind.__mro__
+        recorder.facts.attribute(kind, "__mro__", mro)
         for base in mro[mro.index(start) + 1:]:
             recorder.facts.class_item(base, name)
             if name in base.__dict__:
                 return recorder.bound(base.__dict__[name], name, real, subject)
         raise AttributeError(f"'super' object has no attribute {name!r}")
+
+
+def _is_written_in_python(kind):
+    return bool(kind.__flags__ & 1 << 9) or kind is types.SimpleNamespace
+
+
+def _alike(copy, content):
+    """Whether a copy holds the very objects that it held."""
+    if isinstance(copy, set):
+        return set.copy(copy) == content
+    now = list(dict.items(copy)) if isinstance(copy, dict) else list(list.__iter__(copy))
+    if len(now) != len(content):
+        return False
+    pairs = zip(now, content)
+    if isinstance(copy, dict):
+        return all(a[0] is b[0] and a[1] is b[1] for a, b in pairs)
+    return all(a is b for a, b in pairs)
 
 
 class Recorder:
@@ -236,8 +267,23 @@ class Recorder:
     def __init__(self, tracer, facts):
         self.tracer, self.facts, self.over = tracer, facts, False
         self._made = {}      # id of an object -> (the object, what stands for it)
-        self.overrides = {"super": self.super, "callable": self.callable, "isinstance": self.isinstance}
-        self.builtins = {**builtins.__dict__, **self.overrides, "__import__": self.import_}
+        self._copies = []    # (copy of a container, what was in it)
+        for function, own in ((builtins.super, self.super), (builtins.callable, self.callable),
+                              (builtins.isinstance, self.isinstance), (builtins.issubclass, self.issubclass)):
+            self._made[id(function)] = function, own
+        self.builtins = {**builtins.__dict__, "__import__": self.import_}
+
+    def end(self):
+        """Lets go of everything: what stands for something holds the recorder, and that must not hold the user's."""
+        self.over, self.tracer = True, None
+        self._made.clear()
+        self._copies.clear()
+
+    def check(self):
+        """Raises Untraceable where a container that stands for one of the user's was changed, by whatever way."""
+        for copy, content in self._copies:
+            if not _alike(copy, content):
+                raise Untraceable(f"its forward changes a {type(copy).__name__.lower()} that outlives the call")
 
     # Values.
 
@@ -266,11 +312,15 @@ class Recorder:
             return NamespaceStandIn(self, value)
         if isinstance(value, enum.Enum):
             self._constant_members(value)
+            self._note_class(kind)
             return value
         if isinstance(value, _C_FUNCTIONS):
             return self._c_function(value)
         if kind is functools.partial:
-            self.facts.attribute(value, "func", value.func)
+            for name in ("func", "args", "keywords"):
+                self.facts.attribute(value, name, getattr(value, name))
+            if value.__dict__:
+                raise Untraceable("its forward uses a partial with attributes")
             return functools.partial(self.wrap(value.func), *self.wrap(value.args), **self.wrap(value.keywords))
         if isinstance(value, (list, tuple, dict, set, frozenset)):
             return self._container(value, kind)
@@ -288,8 +338,9 @@ class Recorder:
             or isinstance(value, (tuple, frozenset)) and all(map(self._is_constant, value))
 
     def _c_function(self, value):
-        if isinstance(value, (torch._ops.OpOverloadPacket, torch._ops.OpOverload)):
-            return value
+        why = why_impure(value)
+        if why is not None:
+            raise Untraceable(f"its forward {why}")
         owner = getattr(value, "__self__", None)
         if owner is None or isinstance(owner, (types.ModuleType, type)) or type(owner) in _PLAIN \
                 or type(owner).__module__ in ("torch._C", "torch"):
@@ -301,23 +352,35 @@ class Recorder:
         if isinstance(value, tuple):
             if kind is tuple:
                 return tuple(wrap(item) for item in value)
-            if hasattr(kind, "_fields") and kind.__new__.__module__.startswith("namedtuple_"):
+            if hasattr(kind, "_fields") and kind.__new__.__module__.startswith("namedtuple_") \
+                    and not getattr(value, "__dict__", None):
+                self._note_class(kind)
                 return tuple.__new__(kind, [wrap(item) for item in value])
         elif kind is frozenset and all(map(self._is_constant, value)):
             return value
-        elif kind is set and all(map(self._is_constant, value)):
+        elif kind is set and all(isinstance(item, (str, enum.Enum, type)) for item in value):
             facts.members(value)
-            return Set(value)
+            return self._copy(Set(value))
         elif kind is list:
             facts.elements(value)
-            return List([wrap(item, (value, i)) for i, item in enumerate(value)])
-        elif kind is dict or kind.__module__ == "collections" and kind.__name__ == "OrderedDict":
+            return self._copy(List([wrap(item, (value, i)) for i, item in enumerate(value)]))
+        elif kind is dict:
             if not all(self._is_constant(key) for key in value):
                 raise Untraceable("its forward uses a dict by keys that may change")
             tensors = value and all(item is None or isinstance(item, torch.Tensor) for item in value.values())
             (facts.kinds if tensors else facts.contents)(value)
-            return Dict({key: wrap(item, (value, key)) for key, item in value.items()})
+            return self._copy(Dict({key: wrap(item, (value, key)) for key, item in value.items()}))
         raise Untraceable(f"its forward uses a {kind.__name__}, into which a capture does not look")
+
+    def _copy(self, copy):
+        content = set.copy(copy) if isinstance(copy, set) else list(copy.items() if isinstance(copy, dict) else copy)
+        self._copies.append((copy, content))
+        return copy
+
+    def _note_class(self, kind):
+        """Notes all that a class of the user's says itself."""
+        for name in kind.__dict__:
+            self.facts.class_item(kind, name)
 
     # Functions and classes.
 
@@ -330,6 +393,7 @@ class Recorder:
         if known is not None:
             return known[1]
         self.facts.function(function)
+        self.facts.attribute(function, "__name__", function.__name__)
         cells = function.__closure__
         made = types.FunctionType(
             function.__code__, self._globals(real), function.__name__, None,
@@ -342,6 +406,9 @@ class Recorder:
                 raise Untraceable(f"its forward calls {function.__name__}() before all that it uses is there") from None
         if function.__defaults__:
             made.__defaults__ = tuple(self.wrap(value) for value in function.__defaults__)
+        if function.__dict__:
+            self.facts.contents(function.__dict__)
+            made.__dict__.update({name: self.wrap(value) for name, value in function.__dict__.items()})
         if function.__kwdefaults__:
             self.facts.contents(function.__kwdefaults__)
             made.__kwdefaults__ = {name: self.wrap(value) for name, value in function.__kwdefaults__.items()}
@@ -354,15 +421,18 @@ class Recorder:
         return known[1]
 
     def _class(self, kind):
-        if is_library(kind.__module__) or issubclass(kind, BaseException) or kind.__module__ == "builtins":
+        if kind is type:
+            raise Untraceable("its forward looks at type(...) of a value")
+        if is_library(kind.__module__) and not issubclass(kind, nn.Module) or issubclass(kind, BaseException):
             return kind
         if issubclass(kind, enum.Enum):
             for member in kind.__members__.values():
                 self._constant_members(member)
             self.facts.contents(kind._member_map_)
+            self._note_class(kind)
             return kind
         if issubclass(kind, tuple) and hasattr(kind, "_fields"):
-            self.facts.class_item(kind, "__new__")
+            self._note_class(kind)
             return kind
         return ClassStandIn(self, kind)
 
@@ -371,6 +441,8 @@ class Recorder:
         real = globals.real if isinstance(globals, Globals) else globals
         if level == 0 and name not in sys.modules:
             raise Untraceable(f"its forward imports {name}")
+        if level == 0:
+            self.facts.item(sys.modules, name, sys.modules[name])
         return self.wrap(builtins.__import__(name, real, None, fromlist, level))
 
     # Attributes.
@@ -389,7 +461,7 @@ class Recorder:
         if name == "__class__":
             self.facts.type(value)
             return self.wrap(kind)
-        if not kind.__flags__ & 1 << 9:  # no class written in Python
+        if not _is_written_in_python(kind):
             raise Untraceable(f"its forward uses {name!r} of a {kind.__name__}, into which a capture does not look")
         if self.facts.class_item(kind, "__getattribute__") is not _GETATTRIBUTE:
             raise Untraceable(f"its forward uses a {kind.__name__}, which looks up attributes by itself")
@@ -397,9 +469,14 @@ class Recorder:
         if isinstance(found, property):
             if found.fget is None:
                 raise AttributeError(name)
-            return self.function(found.fget)(stand_in)
+            try:
+                return self.function(found.fget)(stand_in)
+            except AttributeError:
+                return self._otherwise(attributes, name, value, stand_in)
         if isinstance(found, types.MemberDescriptorType):
-            slot = getattr(value, name)
+            slot = getattr(value, name, ABSENT)
+            if slot is ABSENT:
+                raise Untraceable(f"its forward asks for {name!r} of a {kind.__name__}, which has none yet")
             self.facts.attribute(value, name, slot)
             return self.wrap(slot)
         if found is not ABSENT and hasattr(type(found), "__set__"):
@@ -411,6 +488,11 @@ class Recorder:
             self.facts.absent(attributes, name)
         if found is not ABSENT:
             return self.bound(found, name, value, stand_in)
+        return self._otherwise(attributes, name, value, stand_in)
+
+    def _otherwise(self, attributes, name, value, stand_in):
+        """What __getattr__ returns for an attribute that an object does not have."""
+        kind = type(value)
         getter = self.facts.class_item(kind, "__getattr__")
         if getter is _MODULE_GETATTR:
             return self._of_module(attributes, name, kind)
@@ -451,6 +533,8 @@ class Recorder:
             real = _real(stand_in)
             return lambda wanted: self._of_module(self.know(real), wanted, type(real))
         if isinstance(found, types.FunctionType):
+            if is_stdlib(found.__globals__.get("__name__")):
+                raise Untraceable(f"its forward uses {name!r} of a {type(_real(stand_in)).__name__}")
             return types.MethodType(self.function(found), stand_in)
         if isinstance(found, property) and found.fget is not None:
             return self.function(found.fget)(stand_in)
@@ -465,7 +549,8 @@ class Recorder:
 
     def load_of_class(self, kind, name, stand_in):
         """Attribute `name` of a class of the user's."""
-        if name == "__name__" or name == "__qualname__" or name == "__module__":
+        if name in ("__name__", "__qualname__", "__module__"):
+            self.facts.attribute(kind, name, getattr(kind, name))
             return getattr(kind, name)
         if type(kind) is not type and self.facts.class_item(type(kind), name) is not ABSENT \
                 or issubclass(kind, torch.autograd.Function):
@@ -487,11 +572,11 @@ class Recorder:
         """A special method of an object, which Python looks for in its class alone."""
         real = _real(stand_in)
         kind = type(real)
-        if not kind.__flags__ & 1 << 9:
+        if not _is_written_in_python(kind):
             raise Untraceable(f"its forward uses a {kind.__name__}, into which a capture does not look")
         self.know(real)
         found = self.facts.class_item(kind, name)
-        if not isinstance(found, types.FunctionType):
+        if not isinstance(found, types.FunctionType) or is_stdlib(found.__globals__.get("__name__")):
             raise Untraceable(f"its forward asks for {name} of a {kind.__name__}")
         return self.function(found)(stand_in, *args, **kwargs)
 
@@ -510,32 +595,46 @@ class Recorder:
 
     def isinstance(self, value, kinds):
         """isinstance() for user code."""
-        if isinstance(kinds, tuple):
+        if type(kinds) is tuple:
             return any([self.isinstance(value, kind) for kind in kinds])
-        if isinstance(kinds, types.UnionType):
+        if type(kinds) is types.UnionType:
             return self.isinstance(value, kinds.__args__)
-        if not isinstance(kinds, type):
+        if not issubclass(type(kinds), type):
             raise TypeError("isinstance() arg 2 must be a type, a tuple of types, or a union")
-        kind = _class_part(kinds, "_real") if type(kinds) is ClassStandIn else kinds
-        if isinstance(value, fx.Proxy):
-            found = self.tracer.type_of(value)
-            if found is None:
-                raise Untraceable("its forward asks for the type of a value that only running it can tell")
-            return issubclass(found, kind)
+        kind = _real_class(kinds)
+        if issubclass(type(value), fx.Proxy):
+            return self._is_tensor_of(value, kind)
         if type(value) in (List, Dict, Set):
             return issubclass(type(value).__mro__[1], kind)
-        if type(kind).__instancecheck__ is not type.__instancecheck__ and not is_library(type(kind).__module__):
+        if type(kind).__instancecheck__ is not type.__instancecheck__ and issubclass(type(value), StandIn):
             raise Untraceable(f"its forward asks {kind.__name__}, which answers by itself, whether something is one")
-        if isinstance(value, StandIn):
+        if issubclass(type(value), StandIn):
             self.facts.type(_real(value))
-            return isinstance(_real(value), kind)
-        if type(value) is ClassStandIn:
-            return isinstance(_class_part(value, "_real"), kind)
-        return isinstance(value, kind)
+            return issubclass(type(_real(value)), kind)
+        return isinstance(_real_class(value), kind)
+
+    def _is_tensor_of(self, value, kind):
+        found = self.tracer.type_of(value)
+        if found is None or kind not in (torch.Tensor, object) and (
+                issubclass(type(kind), type(torch.FloatTensor)) or type(kind) is not type
+                or issubclass(kind, torch.Tensor) and value.node.op == "placeholder"):
+            raise Untraceable("its forward asks for the type of a value that only running it can tell")
+        return issubclass(found, kind)
+
+    def issubclass(self, kind, kinds):
+        """issubclass() for user code."""
+        if type(kinds) is tuple:
+            return any([self.issubclass(kind, one) for one in kinds])
+        return issubclass(_real_class(kind), _real_class(kinds))
 
     def callable(self, value):
         """callable() for user code."""
-        return callable(_real(value) if isinstance(value, StandIn) else value)
+        if issubclass(type(value), fx.Proxy):
+            raise Untraceable("its forward asks whether a value can be called")
+        if issubclass(type(value), StandIn):
+            self.facts.class_item(type(_real(value)), "__call__")
+            return callable(_real(value))
+        return callable(value)
 
     def super(self, start=None, subject=None):
         """super() for user code, with or without arguments."""

@@ -6,8 +6,10 @@ forward runs on proxies of tensors and stand-ins of everything else (stand_ins.p
 what it takes for granted: `isinstance(x, torch.Tensor)` is true of tensors and refused where nobody can know, `x += y`
 stays in place, operations on parameters alone and random numbers are recorded, not computed once.
 """
+import dis
 import operator
 import random
+import sys
 import threading
 from collections import OrderedDict
 
@@ -18,7 +20,7 @@ from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 from .. import standard
 from ..refusal import Untraceable, noticed
 from . import signature as signatures
-from .audit import Audit, paused
+from .audit import Audit, is_user, paused
 from .facts import ABSENT, PLAIN, Facts
 from .stand_ins import ClassStandIn, Dict, Globals, List, ModuleStandIn, Recorder, Set, StandIn
 
@@ -36,18 +38,60 @@ def inlined(module):
         and type(module).__module__ == "torchvision.models._utils"
 
 
-class TracedAttribute(fx.proxy.Attribute):
+_TENSOR_NAMES = frozenset(dir(torch.Tensor)) - {"__class__", "__dict__", "__hash__"}
+
+
+class _Traced:
+    """What a proxy shows to user code: what a tensor has, and nothing of its own."""
+
+    def __getattribute__(self, name):
+        if name not in _TENSOR_NAMES and is_user(sys._getframe(1)):
+            raise Untraceable(f"its forward asks for {name!r} of a value")
+        return super().__getattribute__(name)
+
+    def __hash__(self):
+        if is_user(sys._getframe(1)):
+            raise Untraceable("its forward uses a value as a key")
+        return id(self)
+
+    def __repr__(self):
+        raise Untraceable("its forward makes a string of a value")
+
+    __str__ = __repr__
+
+    def __format__(self, how):
+        raise Untraceable("its forward makes a string of a value")
+
+    def __iter__(self):
+        frame = sys._getframe(1)
+        here = next((i for i in dis.get_instructions(frame.f_code) if i.offset == frame.f_lasti), None)
+        node = self.node
+        if here is None or here.opname != "UNPACK_SEQUENCE" or not (
+                node.op == "call_method" and node.target == "size" and len(node.args) == 1
+                or node.op == "call_function" and node.target is getattr and node.args[1] == "shape"):
+            raise Untraceable("its forward iterates over a tensor or unpacks a result")
+        extents = self.tracer.create_proxy("call_function", unpacked, (self, here.argval), {})
+        return iter([extents[i] for i in range(here.argval)])
+
+
+def unpacked(values, count):
+    """The values, if they are as many; else the ValueError that unpacking them raises."""
+    if len(values) < count:
+        raise ValueError(f"not enough values to unpack (expected {count}, got {len(values)})")
+    if len(values) > count:
+        raise ValueError(f"too many values to unpack (expected {count})")
+    return values
+
+
+class TracedAttribute(_Traced, fx.proxy.Attribute):
     pass
 
 
-class TracedValue(fx.Proxy):
+class TracedValue(_Traced, fx.Proxy):
     def __getattr__(self, name):
-        if not hasattr(torch.Tensor, name):
-            raise AttributeError(f"'Tensor' object has no attribute {name!r}")
+        if name not in METADATA_ATTRIBUTES and not callable(getattr(torch.Tensor, name, None)):
+            self.tracer.guessed = self.tracer.guessed or name  # it may be None
         return TracedAttribute(self, name)
-
-    def __iter__(self):
-        raise Untraceable("its forward iterates over a tensor or unpacks a result")
 
 
 def _in_place(function):
@@ -89,6 +133,12 @@ class _Tracer(fx.proxy.TracerBase):
         self.recorder = Recorder(self, trace.facts)
         self._tensors = {}       # id of a tensor -> (the tensor, its proxy, where it was found)
 
+    def end(self):
+        """Lets go of the user's objects."""
+        self.recorder.end()
+        self._tensors.clear()
+        self.trace = self.audit = None
+
     # What torch.fx calls.
     def proxy(self, node):
         return TracedValue(node, self)
@@ -122,8 +172,11 @@ class _Tracer(fx.proxy.TracerBase):
 
     def create_node(self, kind, target, args, kwargs, name=None, type_expr=None):
         node = self.graph.create_node(kind, target, args, kwargs, name, type_expr)
-        if kind in ("call_function", "call_method") and returns_tensor(node):
-            self.types[node] = torch.Tensor
+        if kind in ("call_function", "call_method"):
+            if returns_tensor(node):
+                self.types[node] = torch.Tensor
+            elif self.guessed is None and not _is_of_metadata(node):
+                self.guessed = getattr(target, "__name__", target)
         return node
 
     def to_bool(self, proxy):
@@ -153,6 +206,8 @@ class _Tracer(fx.proxy.TracerBase):
         if type(tensor) not in signatures.TENSOR_TYPES or place is None:
             raise Untraceable(f"its forward uses a {type(tensor).__name__} that is not found by name")
         known = self._tensors.get(id(tensor))
+        if self.trace.facts.closed is not None:
+            raise Untraceable(self.trace.facts.closed)
         if known is not None:
             for values, key in {(id(p[0]), p[1]): p for p in (known[2], place)}.values():
                 if known[2][0] is not place[0] or known[2][1] != place[1]:
@@ -172,7 +227,7 @@ class _Tracer(fx.proxy.TracerBase):
 
     def call_module(self, module, args, kwargs):
         own = module.__dict__.get("forward")
-        calls_forward = self.recorder.facts.class_item(type(module), "__call__") is standard.MODULE_CALL
+        calls_forward = standard.calls_forward(module, self.recorder.facts)
         if module is self.trace.owner:
             raise Untraceable("its forward calls itself")
         if module not in self.trace.descendants:
@@ -189,10 +244,16 @@ class _Tracer(fx.proxy.TracerBase):
         node = self.create_node("call_module", self.trace.key(module), *map(self.create_arg, (tuple(args), kwargs)),
                                 name=self.trace.descendants[module].replace(".", "_"))
         with paused(), _pop_mode_temporarily():
-            if self.trace.leaf(module, node, self.kinds(args, kwargs)):
-                self.types[node] = torch.Tensor
-            elif self.guessed is None:
-                self.guessed = self.trace.descendants[module]
+            returns_tensor, effect = self.trace.leaf(module, node, self.kinds(args, kwargs))
+        if returns_tensor:
+            self.types[node] = torch.Tensor
+        elif self.guessed is None:
+            self.guessed = self.trace.descendants[module]
+        if effect is not None:
+            if any(map(_may_change, (*args, *kwargs.values()))):
+                raise Untraceable(f"its forward gives a list to {self.trace.descendants[module]!r}, which {effect}")
+            self.trace.facts.closed = f"its forward reads on after {self.trace.descendants[module]!r}, which {effect}"
+            self.trace.effect = effect
         return self.proxy(node)
 
     def _listens(self, module):
@@ -247,11 +308,16 @@ class Trace:
         self.descendants = {module: name for name, module in owner.named_modules() if module is not owner}
         self.modules, self._keys = {"0": owner}, {owner: "0"}
         self.sequences, self.places, self.opaque, self.planned = [], [], set(), set()
+        self.effect = None  # what the last call of the forward may do besides computing, in words
         self._homes = {}  # id of a dictionary of parameters or buffers -> the module
         with noticed() as refusals:
             try:
                 standard.note_functions(self.facts)
-                self._run(signature, refusals)
+                tracer = _Tracer(self)
+                try:
+                    self._run(tracer, signature, refusals)
+                finally:
+                    tracer.end()
             except Untraceable as refusal:
                 self.facts.done()
                 refusal.facts = self.facts
@@ -282,32 +348,51 @@ class Trace:
             self.sequences.append(module)
 
     def leaf(self, module, node, signature):
-        """Notes what the plan takes for granted of a module that a node calls; True where it is certain to return one
-        tensor."""
+        """Notes what the plan takes for granted of a module that a node calls.
+
+        Returns (whether it is certain to return one tensor, what else a call may do, in words, or None)."""
         attributes, facts, kind = module.__dict__, self.facts, type(module)
         facts.type(module)
         facts.dict_of(module)
-        listens = [facts.filled(attributes, name) for name in HOOKS]
+        listens = {name: facts.filled(attributes, name) for name in HOOKS}
         own = facts.item_or_absent(attributes, "forward")
         compiled = facts.item_or_absent(attributes, "_compiled_call_impl")
-        call = facts.class_item(kind, "__call__")
-        facts.class_item(kind, "forward")
-        if is_planned(own) and call is standard.MODULE_CALL and compiled in (ABSENT, None) and not any(listens):
+        calls_forward = standard.calls_forward(module, facts) and compiled in (ABSENT, None)
+        standard.note_code(module, facts)
+        effect = None
+        if listens["_forward_hooks"] or listens["_forward_pre_hooks"]:
+            effect = "has hooks"
+        elif not calls_forward or own is not ABSENT and not is_planned(own):
+            effect = "is called in a way of its own"
+        if effect is None and is_planned(own):
             plan = None if signature is None else own.plan(module, signature)
-            if plan is not None:
-                facts.include(plan.facts, module)
+            if plan is None:
+                return False, "runs as it is written"
+            facts.include(plan.facts, module)
+            if not any(listens.values()):
                 self.planned.add(node)
-            return plan is not None and plan.trace.result in plan.trace.tensors
-        known = own is ABSENT and not any(listens) and standard.is_standard(module)
-        if not known:
-            standard.note_code(module, facts)
-            self.opaque.add(self.key(module))
-            return not any(listens) and standard.is_standard(module) and own is ABSENT and _returns_tensor(module)
-        standard.note(module, facts)
-        return _returns_tensor(module)
+            else:
+                self.opaque.add(self.key(module))
+            return plan.trace.result in plan.trace.tensors and not any(listens.values()), plan.trace.effect
+        if effect is None and standard.is_standard(module):
+            standard.note(module, facts)
+            if any(listens.values()):
+                self.opaque.add(self.key(module))
+            return _returns_tensor(module), None
+        self.opaque.add(self.key(module))
+        if effect is None and standard.is_of_a_library(module, facts):
+            return _returns_tensor(module), None
+        if effect is not None or signature is None or kind.__module__.startswith("convext."):
+            return effect is None and _returns_tensor(module), effect or "runs as it is written"
+        try:
+            inside = Trace(module, signature)  # only to see whether it does anything but compute
+        except Untraceable as refusal:
+            facts.include(refusal.facts, module)
+            return False, "runs as it is written"
+        facts.include(inside.facts, module)
+        return inside.result in inside.tensors, inside.effect
 
-    def _run(self, signature, refusals):
-        tracer = _Tracer(self)
+    def _run(self, tracer, signature, refusals):
         recorder = tracer.recorder
         forward = self.facts.class_item(type(self.owner), "forward")
         if self.facts.class_item(type(self.owner), "__call__") is ABSENT or not hasattr(forward, "__get__"):
@@ -322,6 +407,7 @@ class Trace:
             tracer.audit.check()
             if refusals:
                 raise refusals[0]
+            recorder.check()
         except Untraceable:
             raise
         except Exception as error:
@@ -330,15 +416,14 @@ class Trace:
                 raise refusals[0] from error
             raise Untraceable(f"tracing it raised {type(error).__name__}: {_one_line(error)}") from error
         finally:
-            recorder.over = True
             drew = random.getstate() != random_state
             random.setstate(random_state)
         if drew:
             raise Untraceable("its forward draws random numbers in Python")
         if tracer.guessed is not None and tracer.audit.compares_with_none:
             raise Untraceable(f"its forward compares with None, and what {tracer.guessed!r} returns is not known")
-        if _outlives(result):
-            raise Untraceable("its forward returns a list that outlives the call")
+        if _outlives(result) or _twice(result):
+            raise Untraceable("its forward returns a list that outlives the call, or one twice")
         self.result = tracer.create_arg(result)
         tracer.graph.output(self.result)
         self.graph, self.tensors = tracer.graph, set(tracer.types)
@@ -359,11 +444,41 @@ class Trace:
 
 
 def _outlives(value):
-    """True of a container of the user's own, which a caller may change, and of one that holds such."""
-    if isinstance(value, (Dict, List, Set)):
+    """True of a container of the user's own, which a caller may change, of one that holds such, and of what a graph
+    cannot return as it is."""
+    if isinstance(value, (Dict, List, Set, range, torch.Size, slice)):
         return True
     return isinstance(value, (list, tuple)) and any(map(_outlives, value)) \
         or isinstance(value, dict) and any(map(_outlives, value.values()))
+
+
+def _twice(value):
+    """True where one list or dictionary stands in a result twice."""
+    seen = set()
+
+    def visit(value):
+        if isinstance(value, (list, dict)):
+            if id(value) in seen:
+                return True
+            seen.add(id(value))
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+        return any([visit(part) for part in parts])
+
+    return visit(value)
+
+
+def _may_change(value):
+    """True of an argument that a callee may change, or that holds such a one."""
+    return isinstance(value, (list, dict, set)) or isinstance(value, tuple) and any(map(_may_change, value))
+
+
+def _is_of_metadata(node):
+    """True of sizes and the like, and of what is made of them: never None."""
+    if node.op == "call_method":
+        return node.target in METADATA_METHODS
+    if node.target is getattr:
+        return node.args[1] in METADATA_ATTRIBUTES
+    return getattr(node.target, "__module__", "") == "_operator" or node.target is unpacked
 
 
 def _returns_tensor(module):
@@ -375,4 +490,4 @@ def _one_line(error):
     return str(error).strip().split("\n")[0][:120]
 
 
-from ..calls import returns_tensor  # noqa: E402
+from ..calls import METADATA_ATTRIBUTES, METADATA_METHODS, returns_tensor  # noqa: E402
