@@ -264,7 +264,7 @@ def _needs(extra: str, *modules: str) -> None:
 
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
-        raise UsageError(f"{', '.join(missing)} not installed: pip install 'convext[{extra}]'")
+        raise UsageError(f"{', '.join(missing)} not installed: pip install \"convext[{extra}]\"")
 
 
 @contextmanager
@@ -284,10 +284,7 @@ def _progress() -> Progress:
 
 
 def _print_table(grid, markdown: bool = False) -> None:
-    if markdown:
-        print(grid.markdown())
-    else:
-        Console(width=None if sys.stdout.isatty() else 180).print(grid.rich())
+    print(grid.markdown() if markdown else grid.text(None if sys.stdout.isatty() else 180))
 
 
 def _print_machine(record: dict) -> None:

@@ -137,8 +137,8 @@ def test_make_only_calls_dev():
 
 def setup_py(tree: Path, scratch: Path, *command) -> None:
     """Runs a command of setup.py on a tree without compiling; what setuptools notes down goes to `scratch`."""
-    subprocess.run([sys.executable, "setup.py", "-q", "egg_info", "--egg-base", scratch, *command], cwd=tree, check=True,
-                   capture_output=True, timeout=250)
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", scratch, *command]
+    subprocess.run(command, cwd=tree, check=True, capture_output=True, timeout=250)
 
 
 @pytest.fixture(scope="module")
