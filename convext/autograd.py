@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
@@ -101,10 +103,10 @@ class _Function(Function):
     on every call only to fill in defaults that the call below fills in by itself."""
 
     @classmethod
-    def apply(cls, *args):
+    def apply(cls, *args: Any) -> Any:
         if ops._functorch_active():
             return super().apply(*args)
-        return super(Function, cls).apply(*unwrap_dead_wrappers(args))
+        return super(Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
 
 
 class Conv2dFunction(_Function):
@@ -375,7 +377,7 @@ def carries_tangents() -> bool:
     return forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
 
 
-def needs_function(*tensors) -> bool:
+def needs_function(*tensors: torch.Tensor | None) -> bool:
     """True when a call on these tensors must be recorded, for reverse or forward mode."""
     if torch.is_grad_enabled():
         for t in tensors:
@@ -456,21 +458,25 @@ def _apply(function, *args):
     return function.apply(*args)
 
 
-def conv_act(x, w, bias, residual, geom, activation, apply=_apply):
+def conv_act(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, geom: Geom,
+             activation: str, apply: Callable[..., Any] = _apply) -> torch.Tensor:
     """ConvActFunction, or in forward mode what it stands for."""
     if carries_tangents():
         return reference.act(apply(Conv2dFunction, x, w, bias, geom), residual, activation)
     return apply(ConvActFunction, x, w, bias, residual, geom, activation)[0]
 
 
-def conv_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation, apply=_apply):
+def conv_bn_act(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, mean: torch.Tensor | None,
+                var: torch.Tensor | None, gamma: torch.Tensor | None, beta: torch.Tensor | None,
+                residual: torch.Tensor | None, geom: Geom, eps: float, activation: str,
+                apply: Callable[..., Any] = _apply) -> tuple[torch.Tensor, ...]:
     """ConvBNReLUFunction, or in forward mode what it stands for."""
     if not carries_tangents():
         return apply(ConvBNReLUFunction, x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation)
     y = apply(Conv2dFunction, x, w, bias, geom)
     stats = reference.batch_stats(y) if mean is None else (mean, var)
-    out = reference.bn_act(y, *stats, gamma, beta, residual, eps, activation)
-    return (out, y, *stats) if mean is None else (out, y)
+    out = reference.bn_act(y, *stats, gamma, beta, residual, eps, activation)  # type: ignore[arg-type]
+    return (out, y, *stats) if mean is None else (out, y)  # type: ignore[return-value]
 
 
 _register("fprop", _differentiable_fprop, 3)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import torch
 import typer
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from . import options
+from .bench.tables import Grid
 from .options import DType, MemoryFormat, OptionError, UsageError
 
 app = typer.Typer(
@@ -154,7 +156,7 @@ def bench_layers(
     place, images = options.device(device), options.integer("--batch", batch)
     with _threads(threads), machine.current(place):
         x = zoo.sample(name, images).to(place, dtype.torch, memory_format=memory_format.torch)
-        network = zoo.build(name)[0].to(place, dtype.torch, memory_format=memory_format.torch)
+        network = zoo.build(name)[0].to(place, dtype.torch, memory_format=memory_format.torch)  # type: ignore[call-overload]
         found = problems.collect(network, x)
         if place.type == "cpu":
             ceilings = machine.ceilings(torch.get_num_threads(), dtype.torch)
@@ -268,7 +270,7 @@ def _needs(extra: str, *modules: str) -> None:
 
 
 @contextmanager
-def _threads(count: str | None):
+def _threads(count: str | None) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(before if count is None else options.integer("--threads", count))
     try:
@@ -283,11 +285,11 @@ def _progress() -> Progress:
     return Progress(console=console, transient=True, disable=not console.is_terminal or console.is_dumb_terminal)
 
 
-def _print_table(grid, markdown: bool = False) -> None:
+def _print_table(grid: Grid, markdown: bool = False) -> None:
     print(grid.markdown() if markdown else grid.text(None if sys.stdout.isatty() else 180))
 
 
-def _print_machine(record: dict) -> None:
+def _print_machine(record: dict[str, Any]) -> None:
     versions = ", ".join(f"{name} {found}" for name, found in record["versions"].items() if found)
     device = f"{record['gpu']['name']}, driver {record['gpu'].get('driver')}; " if record["gpu"] else ""
     commit = f"commit {record['commit'] or 'unknown'}, kernels {record['kernels'] or 'unknown'}"
