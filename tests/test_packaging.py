@@ -127,6 +127,34 @@ def test_cuda_sources_include_no_header_of_torch():
         assert not [name for name in includes if re.match(r"(torch|ATen|c10|pybind11)\b", name)], file
 
 
+def test_lint_runs_first_in_ci_and_with_the_releases_that_the_extra_names():
+    text = (ROOT / "pyproject.toml").read_text()
+    tools = re.findall(r'"([^"]+)"', re.search(r"^lint = (.*)$", text, re.M)[1])
+    assert {tool.partition("==")[0] for tool in tools} >= {"ruff", "mypy"}
+    assert all(re.fullmatch(r"[a-z-]+==[0-9.]+", tool) for tool in tools)
+    verbs = re.findall(r"^\./dev ([a-z-]+)$", (ROOT / ".ci" / "run").read_text(), re.M)
+    assert verbs[0] == "lint"
+
+
+def test_pre_commit_runs_what_lint_runs_and_downloads_nothing():
+    text = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert re.findall(r"repo: (.*)", text) == ["local"]
+    entries = re.findall(r"entry: (.*)", text)
+    assert len(entries) == text.count("- id: ") == text.count("language: system")
+    assert all(entry.startswith(".venv/bin/") for entry in entries)
+    lint = re.search(r"^verb_lint\(\) \{\n(.*?)^\}", (ROOT / "dev").read_text(), re.M | re.S)[1]
+    tools = set(re.findall(r"\$VENV/bin/([a-z-]+)", lint))
+    assert {"ruff", "mypy"} <= tools <= {Path(entry.split()[0]).name for entry in entries}
+
+
+def test_the_types_of_every_public_module_are_checked():
+    text = (ROOT / "pyproject.toml").read_text()
+    files = re.search(r"^\[tool\.mypy\]\nstrict = true\n.*?^files = \[(.*?)\]", text, re.M | re.S)[1]
+    checked = {file for pattern in re.findall(r'"(.*?)"', files) for file in ROOT.glob(pattern)}
+    assert {ROOT / "convext" / f"{name}.py" for name in ("__init__", "functional", "nn", "cli")} <= checked
+    assert ROOT / "convext" / "backends" / "__init__.py" in checked
+
+
 def test_make_only_calls_dev():
     recipes = [line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("\t")]
     assert recipes and all(line.startswith("\t@./dev ") for line in recipes)
