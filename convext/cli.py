@@ -36,10 +36,10 @@ app.add_typer(bench, name="bench")
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 DTypeOption = Annotated[DType, typer.Option(help="Type of weights and activations.")]
 Format = Annotated[MemoryFormat, typer.Option(help="Of the network and its input.")]
-Threads = Annotated[Optional[str], typer.Option(metavar="N", help="Threads; default: as many as torch takes.")]  # noqa: UP045
+Threads = Annotated[Optional[str], typer.Option(metavar="N", help="Threads; default: as many as torch takes.")]
 Batch = Annotated[str, typer.Option(metavar="N", help="Images at a time.")]
 Model = Annotated[str, typer.Option(help="A network of torchvision's.")]
-Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the figures to this file.")]  # noqa: UP045
+Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the figures to this file.")]
 Seconds = Annotated[float, typer.Option(min=0.0, help="Time to spend on each comparison.")]
 
 
@@ -57,7 +57,7 @@ def demo(
     dtype: DTypeOption = DType.float32,
     batch: Batch = "2",
     threads: Threads = None,
-    image: Annotated[Optional[Path], typer.Option(help="A photograph of yours.")] = None,  # noqa: UP045
+    image: Annotated[Optional[Path], typer.Option(help="A photograph of yours.")] = None,
     train: Annotated[bool, typer.Option("--train/--no-train", help="Train on digits as well.")] = True,
     output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("convext-demo.png"),
 ) -> None:
@@ -73,14 +73,14 @@ def demo(
 
 @bench.command("model")
 def bench_model(
-    names: Annotated[Optional[list[str]], typer.Argument(metavar="[NAMES]...")] = None,  # noqa: UP045
+    names: Annotated[Optional[list[str]], typer.Argument(metavar="[NAMES]...")] = None,
     batch: Annotated[str, typer.Option(metavar="N...", help="One or more, such as: 1 8.")] = "1,8",
     threads: Annotated[str, typer.Option(metavar="N...", help="One or more, such as: 1 2.")] = "1,2",
     dtype: DTypeOption = DType.float32,
     memory_format: Format = MemoryFormat.contiguous,
     train: Annotated[bool, typer.Option("--train/--eval", help="A training step, or inference.")] = False,
     peers: Annotated[bool, typer.Option("--peers", help="Also the engines that people leave PyTorch for.")] = False,
-    peer: Annotated[Optional[list[str]], typer.Option(  # noqa: UP045
+    peer: Annotated[Optional[list[str]], typer.Option(
         help="One of those alone, such as OpenVINO; may be given more than once.")] = None,
     output_pool: Annotated[bool, typer.Option(
         "--output-pool/--no-output-pool", help="Reuse memory of dropped results, or take it from malloc.")] = True,
