@@ -1,12 +1,14 @@
 """Builds convext's C++ library with ninja; all metadata is in pyproject.toml.
 
-Two libraries come out of `csrc/`:
+Three libraries come out of `csrc/`:
 
 * ``convext/_C``: the CPU kernels, the selection and the torch-facing ops. Always built. Every kernel file in
   ``csrc/cpu/`` is compiled once for each instruction set; which copy runs is decided at run time.
+* ``convext/_storage``: makes results in the pool of dropped results resizable, a few lines.
 * ``convext/_CUDA``: the CUDA kernels. Built when nvcc is there and agrees with torch's CUDA on the major version.
 
-The first uses torch's stable ABI (target 2.10), the second no torch at all: a build survives another torch release.
+The first uses torch's stable ABI (target 2.10), the third no torch at all: a build survives another torch release. The
+second takes torch's C++ headers, and is left unloaded where torch is of another release than it was built with.
 
 Environment:
     CONVEXT_BUILD_CUDA  auto (default): build the CUDA library where it can be built; 1: fail with the reason where it
@@ -193,13 +195,13 @@ def build_cuda_library(folder: Path, cpu_library: Path, toolkit: Path, cxx: str,
 
 
 class BuildWithNinja(build_ext):
-    cuda_library: Path | None = None  # what was built besides the declared extension
+    beside: tuple[Path, ...] = ()  # what was built besides the declared extension
 
     def copy_extensions_to_source(self) -> None:
         """The last step of --inplace, which knows of the declared extension alone."""
         super().copy_extensions_to_source()
-        if self.cuda_library is not None:
-            self.copy_file(str(self.cuda_library), str(ROOT / "convext"))
+        for library in self.beside:
+            self.copy_file(str(library), str(ROOT / "convext"))
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
@@ -231,10 +233,16 @@ class BuildWithNinja(build_ext):
             build.compile("_C", "cxx", source, flags=stable_abi)
         build.compile("_C", "cxx", CSRC / "bindings.cpp", flags=f"-O1 {python} {defines}")  # nothing hot in it
         build.link("_C", output)
+        build.rule("link__storage", f"{cxx} -shared -o $out $in -L{torch_root / 'lib'} -lc10", depfile=False)
+        build.compile("_storage", "cxx", CSRC / "storage.cpp",
+                      flags=f"-O1 -std=c++20 {python} -isystem {torch_root / 'include'}")
+        storage = output.with_name(output.name.replace("_C", "_storage", 1))
+        build.link("_storage", storage)
         build.run()
+        self.beside = (storage,)
         if toolkit is not None:
             folder = Path(self.build_temp).resolve() / "cuda"
-            self.cuda_library = build_cuda_library(folder, output, toolkit, cxx, python)
+            self.beside += (build_cuda_library(folder, output, toolkit, cxx, python),)
         isas = ", ".join(reversed(ISA_FLAGS))
         print(f"convext: CPU library built ({isas}) with torch {torch.__version__}; {cuda_line}", file=sys.stderr)
 

@@ -350,9 +350,11 @@ struct Sequence {
     if (runs_in_strips(block)) {
       return run_block(some, in, out, lane.workspace, squeeze_excite_for(isa), parallel);
     }
+    const Weights weights = weights_of(block.first, 0);
     LaunchArgs args{};
     args.a = in;
     args.b = some[0].weights;
+    if (has_weights(block.first)) args.weights = weights.source();
     args.out = out;
     args.epilogue = some[0].epilogue;
     args.workspace = lane.workspace;

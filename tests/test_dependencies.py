@@ -13,12 +13,18 @@ ROOT = Path(__file__).resolve().parents[1]
 BLOCK = """
 import sys
 
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("numpy", "rich", "typer", "torchvision"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+class Blocker:  # finds what another finder does, those apart: for who only asks whether they are there, too
+    def __init__(self, finder):
+        self.finder = finder
 
-sys.meta_path.insert(0, Blocker())
+    def find_spec(self, name, path=None, target=None):
+        blocked = name.partition(".")[0] in ("numpy", "rich", "typer", "torchvision")
+        return None if blocked else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = map(Blocker, sys.meta_path)
 sys.argv[0] = "convext"
 """
 

@@ -127,7 +127,7 @@ def test_everything_public_has_an_example(name):
 
 
 MODULES = ["convext", *(f"convext.{module.name}" for module in pkgutil.iter_modules(convext.__path__)
-                        if module.name not in ("__main__", "_C", "_CUDA", "bench", "demo", "triton"))]
+                        if module.name not in ("__main__", "_C", "_CUDA", "_storage", "bench", "demo", "triton"))]
 
 
 @pytest.mark.parametrize("name", MODULES)

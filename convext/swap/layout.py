@@ -11,7 +11,7 @@ from NHWC (pixelwise.py), and what convolutions make of it. It is so here, too.
 import torch
 from torch import fx
 
-from .. import backends
+from .. import backends, ops
 from ..memory_format import suggests_channels_last
 from . import calls
 from .heads import Head
@@ -21,13 +21,15 @@ _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 
 def wanted(tensors):
-    """True where the native backend would serve, and the caller's tensors are contiguous and not channels-last."""
+    """True where the native backend would serve, and the caller's tensors are contiguous and not channels-last. An
+    empty one is contiguous whatever its strides are, which a user may look at."""
     forced = backends.forced()
-    if forced is not None and forced != "native" or torch._C._are_functorch_transforms_active():
+    if forced is not None and forced != "native" or torch._C._are_functorch_transforms_active() \
+            or ops.batches_the_older_way():
         return False
     for t in tensors:
         if t.dtype not in _DTYPES or backends.unavailable("native", t.device.type) is not None \
-                or not t.is_contiguous() or suggests_channels_last(t):
+                or not t.is_contiguous() or suggests_channels_last(t) or t.numel() == 0:
             return False
     return bool(tensors)
 
