@@ -70,11 +70,17 @@ def test_swap_report_verify_and_revert_run():
 expected = model.eval()(x)
 convext.swap(model)
 torch.testing.assert_close(model(x), expected)
-print([(row.layer, row.fused) for row in convext.report(model)])
-print(bool(convext.verify(model, x)))
+report = convext.report(model)
+print(report)
+print([(row.layer, row.fused) for row in report])
+verification = convext.verify(model, x)
+print(verification)
+print(bool(verification))
 convext.revert(model)
 print(type(model[0]) is nn.Conv2d)
 """)
+    assert re.search(r"^module +layer +became +fused ", text, re.M) and "fused with what follows\n" in text
+    assert re.search(r"^kind +worst of it ", text, re.M) and "swapped and unswapped agree\n" in text
     assert "('3 -> 8, 3x3, padding 1', 'bn + relu')" in text and text.endswith("True\nTrue\n")
 
 

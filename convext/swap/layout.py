@@ -34,11 +34,27 @@ def wanted(tensors):
     return bool(tensors)
 
 
-def contiguous_weights(convs):
+def weights_to_ask(convs):
+    """What `contiguous_weights` takes: for each convolution's weight its dictionary, and the dimension whose stride
+    tells a contiguous weight from a channels-last one, with the stride of the former. Where there are no taps to order
+    that is the last dimension; a weight of one channel and one tap is both, which asks for nothing."""
+    asked = []
+    for conv in convs:
+        weight = conv._parameters.get("weight")
+        if weight is None or weight.dim() != 4:
+            asked.append((conv._parameters, 0, -1))
+        elif (taps := weight.shape[2] * weight.shape[3]) > 1:
+            asked.append((conv._parameters, 1, taps))
+        elif weight.shape[1] > 1:
+            asked.append((conv._parameters, 3, 1))
+    return asked
+
+
+def contiguous_weights(asked):
     """True when no weight asks for a channels-last output."""
-    for attributes in convs:
-        weight = attributes["_parameters"].get("weight")
-        if weight is None or not weight.is_contiguous() or weight.stride()[-1] != 1:
+    for parameters, dimension, stride in asked:
+        weight = parameters.get("weight")
+        if weight is None or not weight.is_contiguous() or weight.stride(dimension) != stride:
             return False
     return True
 

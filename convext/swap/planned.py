@@ -203,10 +203,7 @@ class Plan(_Guarded):
     def __init__(self, trace, signature):
         super().__init__(trace.facts)
         self.trace, self.signature = trace, signature
-        convs = [m for m in trace.leaves if calls.is_conv(m)]
-        telling = [m for m in convs if (w := m._parameters.get("weight")) is not None and w.dim() == 4
-                   and w.shape[1] > 1 and w.shape[2] * w.shape[3] > 1]
-        self.weights = [m.__dict__ for m in telling or convs]
+        self.weights = layout.weights_to_ask([m for m in trace.leaves if calls.is_conv(m)])
         self.variants, self.epoch = {}, backends.epoch
 
     def result_of(self, node):
