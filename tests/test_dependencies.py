@@ -80,7 +80,7 @@ convext.revert(model)
 print(type(model[0]) is nn.Conv2d)
 """)
     assert re.search(r"^module +layer +became +fused ", text, re.M) and "fused with what follows\n" in text
-    assert re.search(r"^kind +worst of it ", text, re.M) and "swapped and unswapped agree\n" in text
+    assert re.search(r"^model +kind +worst of it ", text, re.M) and " values: swapped and unswapped agree\n" in text
     assert "('3 -> 8, 3x3, padding 1', 'bn + relu')" in text and text.endswith("True\nTrue\n")
 
 

@@ -24,9 +24,7 @@ def public(module: types.ModuleType) -> dict[str, object]:
             if not name.startswith("_") and not isinstance(getattr(module, name), types.ModuleType)}
 
 
-# The swap's own are checked where they are written.
-PUBLIC = {name: value for name, value in (public(convext) | public(convext.nn)).items()
-          if not value.__module__.startswith("convext.swap")}
+PUBLIC = public(convext) | public(convext.nn)
 
 
 def signature_of(value) -> inspect.Signature:
@@ -52,7 +50,6 @@ def test_there_is_something_to_check():
     assert {"convext.conv2d", "convext.conv_bn_relu", "convext.nn.ConvBNReLU", "convext.accuracy"} <= PUBLIC.keys()
     assert {name for name in convext.__all__ if f"convext.{name}" not in PUBLIC} == {
         "autograd", "backends", "functional", "nn", "ops", "problem",  # modules
-        "layer_by_layer", "report", "revert", "swap", "verify",  # the swap's
     }
 
 
@@ -117,6 +114,8 @@ def test_every_parameter_and_result_has_a_type(name):
 def test_tensors_have_their_shapes(name):
     """A class or function of tensors gives the shape of what goes in and comes out."""
     value = PUBLIC[name]
+    if value is convext.verify:
+        return  # whose tensors are what the model takes
     if "Tensor" in str(signature_of(value)) or inspect.isclass(value) and issubclass(value, torch.nn.Module):
         assert "(N, K, P, Q)" in value.__doc__ or re.search(r"\(N, C ?\* ?m\w*, P, Q\)|as `conv2d`", value.__doc__)
 
@@ -126,8 +125,14 @@ def test_everything_public_has_an_example(name):
     assert ">>> " in PUBLIC[name].__doc__
 
 
-MODULES = ["convext", *(f"convext.{module.name}" for module in pkgutil.iter_modules(convext.__path__)
-                        if module.name not in ("__main__", "_C", "_CUDA", "_storage", "bench", "demo", "triton"))]
+def modules(package: str, *but: str) -> list[str]:
+    """A package's name and those of its modules."""
+    path = importlib.import_module(package).__path__
+    return [package, *(f"{package}.{module.name}" for module in pkgutil.iter_modules(path) if module.name not in but)]
+
+
+MODULES = modules("convext", "__main__", "_C", "_CUDA", "_storage", "bench", "demo", "swap", "triton") \
+    + modules("convext.swap", "capture") + modules("convext.swap.capture")
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -153,14 +158,18 @@ def test_the_examples_are_found():
     assert {name.rpartition(".")[2] for name in PUBLIC} <= {name.rpartition(".")[2] for name in EXAMPLES}
 
 
+def settings() -> tuple[object, ...]:
+    return (convext.output_pool.limit(), convext.backends.forced(), convext.backends.get("native").accuracy(),
+            convext.layer_by_layer.on)
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run(name):
-    before = convext.output_pool.limit(), convext.backends.forced(), convext.backends.get("native").accuracy()
+    before = settings()
     printed = []
     runner = doctest.DocTestRunner(optionflags=doctest.FAIL_FAST)
     assert runner.run(EXAMPLES[name], out=printed.append, clear_globs=False).failed == 0, "".join(printed)
-    after = convext.output_pool.limit(), convext.backends.forced(), convext.backends.get("native").accuracy()
-    assert after == before  # an example leaves no setting behind
+    assert settings() == before  # an example leaves no setting behind
 
 
 def test_the_readmes_first_example_runs():
