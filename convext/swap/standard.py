@@ -49,8 +49,14 @@ def _is_torchs(found):
     return hasattr(found, "__code__") and found.__code__.co_filename.startswith(_folder("torch"))
 
 
+# Methods of a tensor that a graph's functions stand for, by other names as well.
+_METHODS = """__add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ __rtruediv__
+__itruediv__ __neg__ __torch_function__ add add_ sub mul div relu relu_ sigmoid tanh mean flatten reshape view permute
+contiguous""".split()
+
 _AS_SHIPPED = {(place, name): getattr(place, name) for place, names in _FUNCTIONS.items() for name in names.split()
                if _is_torchs(getattr(place, name, None))}
+_TENSORS_METHODS = {name: getattr(torch.Tensor, name) for name in _METHODS}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -137,6 +143,10 @@ def note_functions(facts) -> None:
             found = facts.item_or_absent(place.__dict__, name)
             if found is not ABSENT and found is not _AS_SHIPPED.get((place, name)):
                 raise ForNow(f"{place.__name__}.{name} has been replaced")
+    for name, method in _TENSORS_METHODS.items():
+        facts.class_item(torch.Tensor, name)
+        if getattr(torch.Tensor, name) is not method and getattr(torch.Tensor, name) != method:
+            raise ForNow(f"torch.Tensor.{name} has been replaced")
     if not is_original(nn.Module):
         raise ForNow("nn.Module's calls have been replaced")
     facts.class_item(nn.Module, "__call__")
