@@ -4,11 +4,14 @@
 //
 // A sequence is made of blocks (block.h), most of one step. Value 0 is the input, value i the output of block i - 1. The
 // program holds what does not change from call to call, kBlockFields numbers for a block and kStepFields for each of its
-// steps; tensors are named by their position in `tensors`, kAbsent for one that is not there. Program, tensors and eps, one
-// for each step, are handed over once, and kept under a number: to pass hundreds of tensors took longer than some layers
-// do. A call brings the input and the version counters of the weights. Everything that is in a tensor, its address and
-// extents too, is read anew in each call; what follows from extents alone (kernels' consent, places in memory) is kept
-// with the program, and worked out again where an extent, the input's order, the threads or the instruction set differ.
+// steps; tensors are named by their position in `tensors`, kAbsent for one that is not there, packed weights likewise
+// by theirs among the numbers of PackedWeights. Program, tensors and eps, one for each step, are handed over once, and
+// kept under a number: to pass hundreds of tensors took longer than some layers do. Kept are addresses and extents, not
+// the tensors, which torch could not exchange then (torch.utils.swap_tensors); that they are still those of the
+// tensors, the caller looks before each call (native_sequence.py). A call brings the input and the version counters of
+// the weights. The values in tensors are read anew in each call; what follows from extents alone (kernels' consent,
+// places in memory) is kept with the program, and worked out again where the input's extents or order, the threads or
+// the instruction set differ.
 //
 // A weight in two dimensions is a linear layer's, a 1x1 filter over the channels. A step whose variant is kLayerNorm
 // normalises the channels of every pixel (cpu/layer_norm.h): of its tensors gamma and beta may be there. One whose variant
@@ -40,7 +43,7 @@ enum StepField {
 constexpr int64_t kAbsent = -1, kLayerNorm = -1, kPixelMean = -2;
 
 // The weight of a step as a filter bank.
-View filters_of(const Tensor& w) {
+View filters_of(const HeldTensor& w) {
   if (w.dim() == 4) return view_of(w, "w");
   STD_TORCH_CHECK(w.is_cpu() && w.dim() == 2, "convext_cpu: w must be a CPU tensor of 4 or 2 dimensions");
   return {{w.size(0), w.size(1), 1, 1}, {w.stride(0), w.stride(1), 1, 1}, dtype_of(w), w.data_ptr()};
@@ -69,7 +72,8 @@ struct Lane {
 // What is handed over once.
 struct Given {
   std::vector<int64_t> program;
-  std::vector<OptionalTensor> tensors;
+  std::vector<std::optional<HeldTensor>> tensors;
+  std::vector<std::shared_ptr<PackedWeight>> packed;
   std::vector<double> eps;
   bool flat;  // the result is (N, C), which its one pixel is
 };
@@ -83,6 +87,7 @@ struct Sequence {
   std::vector<BlockStep> steps;
   std::vector<const int64_t*> fields;  // of each step
   std::vector<View> weights;
+  std::vector<PackedWeight::Lease> leases;  // of each step, for the length of a call
   std::vector<Value> values;
   std::vector<Phase> parts;
   int64_t batch_bytes = 0, lane_bytes = 0;  // of the values, in the memory of the whole batch and in that of a thread
@@ -109,6 +114,7 @@ struct Sequence {
     }
     const Value& last = values.back();
     STD_TORCH_CHECK(!given.flat || (last.h == 1 && last.w == 1), "convext_cpu: the result has more than one pixel");
+    leases.resize(steps.size());
     place_values();
     for (const Phase& phase : parts) {
       int64_t& bytes = shares(phase) ? shared_bytes : own_bytes;
@@ -116,33 +122,29 @@ struct Sequence {
     }
   }
 
-  // Whether all this holds for a call: the same input but for its address, and weights as large as they were, those of
-  // squeeze and excitation among them, for which there is memory. Notes where the weights lie now.
+  // Whether all this holds for a call: the same input but for its address.
   bool still_fits(const View& x, int32_t num_threads, Isa set) {
     if (std::memcmp(x.size, input.size, sizeof x.size) != 0 || std::memcmp(x.stride, input.stride, sizeof x.stride) != 0 ||
         x.dtype != input.dtype || num_threads != threads || set != isa) {
       return false;
     }
     input.data = x.data;
-    for (size_t i = 0; i < steps.size(); ++i) {
-      if (!has_weights(i)) continue;
-      const View now = filters_of(*tensor(fields[i][kWeight]));
-      if (std::memcmp(now.size, weights[i].size, sizeof now.size) != 0 || now.dtype != weights[i].dtype) return false;
-      weights[i] = now;
-      if (!steps[i].excites) continue;
-      const Excite excite = excite_of(fields[i], steps[i].problem.c);
-      if (excite.squeezed != steps[i].excite.squeezed) return false;
-      steps[i].excite = excite;
-    }
     return true;
   }
 
-  const OptionalTensor& tensor(int64_t at) const {
-    static const OptionalTensor absent;
+  const std::optional<HeldTensor>& tensor(int64_t at) const {
+    static const std::optional<HeldTensor> absent;
     if (at == kAbsent) return absent;
     STD_TORCH_CHECK(at >= 0 && at < static_cast<int64_t>(given.tensors.size()), "convext_cpu: the program names tensor ",
                     at);
     return given.tensors[at];
+  }
+
+  PackedWeight* packed(int64_t at) const {
+    if (at == kAbsent) return nullptr;
+    STD_TORCH_CHECK(at >= 0 && at < static_cast<int64_t>(given.packed.size()), "convext_cpu: the program names packed ",
+                    "weight ", at);
+    return given.packed[at].get();
   }
 
   Value& value(int64_t at) {
@@ -182,7 +184,7 @@ struct Sequence {
   void read_step(const int64_t* f, Value& v) {
     if (f[kVariant] == kLayerNorm) return read_norm(f, v);
     if (f[kVariant] == kPixelMean) return read_mean(f, v);
-    const OptionalTensor& weight = tensor(f[kWeight]);
+    const auto& weight = tensor(f[kWeight]);
     STD_TORCH_CHECK(weight.has_value(), "convext_cpu: a step has no weight");
     const View wv = filters_of(*weight);
     STD_TORCH_CHECK(wv.dtype == input.dtype || (wv.dtype == DType::kFloat32 && dtype_size(input.dtype) == 2),
@@ -238,12 +240,12 @@ struct Sequence {
   }
 
   Excite excite_of(const int64_t* f, int64_t c) const {
-    const OptionalTensor& squeeze = tensor(f[kSqueezeWeight]);
+    const auto& squeeze = tensor(f[kSqueezeWeight]);
     STD_TORCH_CHECK(squeeze.has_value() && squeeze->dim() == 4 && squeeze->size(1) == c,
                     "convext_cpu: squeeze and excitation must read ", c, " channels");
     const int64_t squeezed = squeeze->size(0);
     const auto operand = [&](StepField field, int64_t numel) -> const float* {
-      const OptionalTensor& t = tensor(f[field]);
+      const auto& t = tensor(f[field]);
       if (!t) return nullptr;
       STD_TORCH_CHECK(t->is_cpu() && dtype_of(*t) == DType::kFloat32 && t->numel() == numel && t->is_contiguous(),
                       "convext_cpu: squeeze and excitation takes contiguous float32 tensors of ", numel, " values here");
@@ -362,12 +364,12 @@ struct Sequence {
     return some[0].variant->launch(some[0].problem, args);
   }
 
-  BatchNormTensors norm_of(size_t step) const {
+  BatchNormTensors<std::optional<HeldTensor>> norm_of(size_t step) const {
     const int64_t* const f = fields[step];
     return {tensor(f[kBias]), tensor(f[kMean]), tensor(f[kVar]), tensor(f[kGamma]), tensor(f[kBeta]), given.eps[step]};
   }
   Weights weights_of(size_t step, int64_t version) const {
-    return {*steps[step].variant, steps[step].problem, weights[step], tensor(fields[step][kPacked]), version};
+    return {*steps[step].variant, steps[step].problem, weights[step], packed(fields[step][kPacked]), version};
   }
 
   DType accumulate_dtype() const { return steps[0].problem.accumulate_dtype(); }
@@ -386,7 +388,6 @@ struct Sequence {
   void read_ahead(int64_t b) const {
     for (size_t i = blocks[b].first; i < blocks[b].first + blocks[b].count; ++i) {
       norm_of(i).read_ahead();
-      if (has_weights(i)) weights_of(i, 0).read_ahead();
     }
   }
 
@@ -400,7 +401,7 @@ struct Sequence {
         norm_of(i).fold<float>(step.problem.k, step.epilogue);
       }
       if (is_norm(i)) step.weights = &given.eps[i];
-      if (has_weights(i)) step.weights = weights_of(i, versions[i]).get(staging, parallel);
+      if (has_weights(i)) step.weights = weights_of(i, versions[i]).get(staging, parallel, leases[i]);
     }
   }
 
@@ -413,13 +414,16 @@ struct Sequence {
     if (shares(phase)) {
       for (int64_t b = phase.first; b < end; ++b) {
         prepare(b, versions, staging, parallel);
-        // While a block runs, what the next one's weights are judged by comes from memory.
+        // While a block runs, what the next one's epilogue is made of comes from memory.
         if (b + 1 < static_cast<int64_t>(blocks.size())) read_ahead(b + 1);
         if (const char* const why = run(b, 0, input.size[0], lanes[0], parallel)) failure = why;
       }
     } else {
-      for (int64_t b = phase.first; b < end; ++b) read_ahead(b);
-      for (int64_t b = phase.first; b < end; ++b) prepare(b, versions, staging, parallel);
+      read_ahead(phase.first);
+      for (int64_t b = phase.first; b < end; ++b) {
+        if (b + 1 < end) read_ahead(b + 1);
+        prepare(b, versions, staging, parallel);
+      }
       const int64_t each = input.size[0] / threads;
       parallel.for_each(threads, [&](int64_t t) {
         for (int64_t image = t * each; image < (t + 1) * each; image += phase.images) {
@@ -446,17 +450,19 @@ std::unordered_map<int64_t, std::shared_ptr<Kept>>& all_kept() {
   return *kept;
 }
 
-int64_t keep_sequence(std::vector<int64_t> program, std::vector<Tensor> tensors, std::vector<double> eps, bool flat) {
+int64_t keep_sequence(std::vector<int64_t> program, std::vector<Tensor> tensors, std::vector<int64_t> packed,
+                      std::vector<double> eps, bool flat) {
   static int64_t last = 0;
-  auto kept = std::make_shared<Kept>(Kept{
-      {std::move(program), {tensors.begin(), tensors.end()}, std::move(eps), flat}, nullptr});
+  auto kept = std::make_shared<Kept>(Kept{{std::move(program), {}, {}, std::move(eps), flat}, nullptr});
+  for (const Tensor& t : tensors) kept->given.tensors.emplace_back(HeldTensor(t));
+  for (int64_t weight : packed) kept->given.packed.push_back(packed_weight(weight));
   const std::lock_guard<std::mutex> lock(keeping);
   all_kept().emplace(++last, std::move(kept));
   return last;
 }
 
 void drop_sequence(int64_t number) {
-  std::shared_ptr<Kept> dropped;  // its tensors are freed outside the lock
+  std::shared_ptr<Kept> dropped;  // what it kept is freed outside the lock
   const std::lock_guard<std::mutex> lock(keeping);
   const auto found = all_kept().find(number);
   if (found == all_kept().end()) return;
@@ -481,6 +487,7 @@ class Borrowed {
     }
   }
   ~Borrowed() {
+    for (PackedWeight::Lease& lease : sequence_->leases) lease = {};
     const std::lock_guard<std::mutex> lock(keeping);
     std::swap(kept_->idle, sequence_);
   }
@@ -525,7 +532,7 @@ Tensor run_sequence(int64_t number, const Tensor& x, std::vector<int64_t> versio
 }  // namespace convext
 
 STABLE_TORCH_LIBRARY_FRAGMENT(convext_cpu, m) {
-  m.def("keep_sequence(int[] program, Tensor[] tensors, float[] eps, bool flat) -> int");
+  m.def("keep_sequence(int[] program, Tensor[] tensors, int[] packed, float[] eps, bool flat) -> int");
   m.def("drop_sequence(int number) -> ()");
   m.def("run_sequence(int number, Tensor x, int[] versions) -> Tensor");
 }
