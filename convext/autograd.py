@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
@@ -114,15 +116,17 @@ class _Function(Function):
     under the same name.
     """
 
+    on_one_level: ClassVar[Any]
+
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        cls.on_one_level = type(cls)(cls.__name__, (_SingleLevelFunction,), {
+        cls.on_one_level = type(cls)(cls.__name__, (_SingleLevelFunction,), {  # type: ignore[misc]
             "__doc__": cls.__doc__, "__module__": cls.__module__, "__qualname__": cls.__qualname__,
             **{name: staticmethod(getattr(cls, name))
                for name in ("forward", "setup_context", "backward", "jvp", "_compiled_autograd_key")}})
 
     @classmethod
-    def apply(cls, *args):
+    def apply(cls, *args: Any) -> Any:
         if ops._functorch_active():
             return super().apply(*args)
         return cls.on_one_level.apply(*unwrap_dead_wrappers(args))
@@ -405,7 +409,7 @@ def carries_tangents() -> bool:
     return forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
 
 
-def needs_function(*tensors) -> bool:
+def needs_function(*tensors: torch.Tensor | None) -> bool:
     """True when a call on these tensors must be recorded, for reverse or forward mode."""
     if torch.is_grad_enabled():
         for t in tensors:
@@ -489,21 +493,27 @@ def _apply(function, *args):
     return function.apply(*args)
 
 
-def conv_act(x, w, bias, residual, geom, activation, apply=_apply):
+def conv_act(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, geom: Geom,
+             activation: str, apply: Callable[..., Any] = _apply) -> torch.Tensor:
     """ConvActFunction, or in forward mode what it stands for."""
     if carries_tangents():
         return reference.act(apply(Conv2dFunction, x, w, bias, geom), residual, activation)
     return apply(ConvActFunction, x, w, bias, residual, geom, activation)[0]
 
 
-def conv_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation, apply=_apply, update=None):
+def conv_bn_act(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, mean: torch.Tensor | None,
+                var: torch.Tensor | None, gamma: torch.Tensor | None, beta: torch.Tensor | None,
+                residual: torch.Tensor | None, geom: Geom, eps: float, activation: str,
+                apply: Callable[..., Any] = _apply,
+                update: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
+                ) -> tuple[torch.Tensor, ...]:
     """ConvBNReLUFunction, or in forward mode, without `update`, what it stands for."""
     if not carries_tangents():
         return apply(ConvBNReLUFunction, x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation, update)
     y = apply(Conv2dFunction, x, w, bias, geom)
     stats = reference.batch_stats(y) if mean is None else (mean, var)
-    out = reference.bn_act(y, *stats, gamma, beta, residual, eps, activation)
-    return (out, y, *stats) if mean is None else (out, y)
+    out = reference.bn_act(y, *stats, gamma, beta, residual, eps, activation)  # type: ignore[arg-type]
+    return (out, y, *stats) if mean is None else (out, y)  # type: ignore[return-value]
 
 
 _register("fprop", _differentiable_fprop, 3)

@@ -3,6 +3,8 @@ Runs once for each new combination of shapes, dtypes and devices."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .problem import ACTIVATIONS, Geom
@@ -20,7 +22,7 @@ class InvalidType(InvalidArgument, TypeError):
     """The same for an argument of another type than those that a convolution takes."""
 
 
-def check_tensor(name: str, value, optional: bool = False) -> None:
+def check_tensor(name: str, value: object, optional: bool = False) -> None:
     if not isinstance(value, torch.Tensor) and not (optional and value is None):
         raise InvalidType(f"{name}: expected a Tensor{' or None' if optional else ''}, got {type(value).__name__}")
 
@@ -83,14 +85,15 @@ def check_conv(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, geom
             raise InvalidArgument(f"{name}: expected to be on the device of input, {x.device}, got {t.device}")
 
 
-def check_batch_norm(dtype: torch.dtype, k: int, mean, var, gamma, beta) -> None:
+def check_batch_norm(dtype: torch.dtype, k: int, mean: torch.Tensor | None, var: torch.Tensor | None,
+                     gamma: torch.Tensor | None, beta: torch.Tensor | None) -> None:
     """RuntimeError unless the parameters fit a batch norm over K channels of `dtype`, as F.batch_norm has it."""
     if (mean is None) != (var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None, got "
                          f"running_mean {'None' if mean is None else 'a Tensor'} and "
                          f"running_var {'None' if var is None else 'a Tensor'}")
-    named = {"running_mean": mean, "running_var": var, "bn_weight": gamma, "bn_bias": beta}
-    named = {name: t for name, t in named.items() if t is not None}
+    all_named = {"running_mean": mean, "running_var": var, "bn_weight": gamma, "bn_bias": beta}
+    named = {name: t for name, t in all_named.items() if t is not None}
     for name, t in named.items():
         if t.dim() != 1 or t.shape[0] != k:
             raise RuntimeError(f"{name}: should contain {k} elements, one for each output channel, "
@@ -102,7 +105,7 @@ def check_batch_norm(dtype: torch.dtype, k: int, mean, var, gamma, beta) -> None
             raise RuntimeError(f"{name}: expected dtype {expected} beside values of {dtype}, got {t.dtype}")
 
 
-def check_more_than_one_value(y_shape) -> None:
+def check_more_than_one_value(y_shape: Sequence[int]) -> None:
     """ValueError when a training batch norm would see one value per channel: its variance would be 0 of 0."""
     if y_shape[0] * y_shape[2] * y_shape[3] == 1:
         raise ValueError("Expected more than 1 value per channel when training, got an output of the convolution of "
@@ -114,10 +117,11 @@ def check_activation(activation: str) -> None:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
-def check_residual(residual, y_shape) -> None:
+def check_residual(residual: torch.Tensor, y_shape: Sequence[int]) -> None:
     """RuntimeError unless residual + y has the shape of y."""
     try:
-        fits = torch.broadcast_shapes(residual.shape, y_shape) == torch.Size(y_shape)
+        broadcast: torch.Size = torch.broadcast_shapes(residual.shape, y_shape)  # type: ignore[no-untyped-call]
+        fits = broadcast == torch.Size(y_shape)
     except RuntimeError:
         fits = False
     if not fits:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import platform
+from types import ModuleType
 
 import torch
 
@@ -29,7 +30,7 @@ def _versions() -> list[str]:
     ]
 
 
-def _library():
+def _library() -> ModuleType | ImportError:
     """The compiled library, or the error that loading it gave."""
     try:
         return importlib.import_module("convext._C")

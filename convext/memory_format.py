@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -25,7 +27,7 @@ def suggests_channels_last(t: torch.Tensor) -> bool:
     return True
 
 
-def dense_strides(shape, channels_last: bool) -> tuple[int, ...]:
+def dense_strides(shape: Sequence[int], channels_last: bool) -> tuple[int, ...]:
     """The strides that `torch.empty(shape, memory_format=...)` has, extents of one included."""
     _, c, h, w = (max(n, 1) for n in shape)
     return (c * h * w, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)

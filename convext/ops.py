@@ -17,6 +17,9 @@ dispatcher has nothing to add, and through the operator where it has.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
@@ -95,12 +98,12 @@ def idle_but_for_autocast() -> bool:
                 or _key_included(_OLDER_VMAP))
 
 
-def all_plain(*tensors) -> bool:
+def all_plain(*tensors: object) -> bool:
     """True when a call on these tensors can go straight to the backend."""
     return _PLAIN.issuperset(map(type, tensors)) and dispatcher_is_idle()
 
 
-def _remember(key: tuple, choice: backends.Choice) -> backends.Choice:
+def _remember(key: tuple[Any, ...], choice: backends.Choice) -> backends.Choice:
     if len(_calls) >= backends.CACHE_LIMIT:
         _calls.clear()
     _calls[key] = choice
@@ -162,7 +165,9 @@ def _run_fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom, eps, a
     return choice.run(choice.problem, x, w, Epilogue(bias, mean, var, gamma, beta, residual, eps, activation))
 
 
-def fprop_bn_act_again(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation):
+def fprop_bn_act_again(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, mean: torch.Tensor | None,
+                       var: torch.Tensor | None, gamma: torch.Tensor | None, beta: torch.Tensor | None,
+                       residual: torch.Tensor | None, geom: Geom, eps: float, activation: str) -> torch.Tensor | None:
     """fprop_bn_act of plain tensors where such a call went well before, or None: it needs no checks then."""
     choice = _calls.get(_fprop_bn_act_key(x, w, bias, mean, var, gamma, beta, residual, geom, activation, False))
     if choice is None:
@@ -266,62 +271,74 @@ def _run_fprop_bn_act_train(x, w, bias, gamma, beta, residual, geom, eps, activa
     return _run_bn_act(y, mean, var, gamma, beta, residual, eps, activation), y, mean, var
 
 
-def fprop(x, w, bias, geom: Geom, channels_last: bool = False):
+def fprop(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, geom: Geom,
+          channels_last: bool = False) -> torch.Tensor:
     """y = x * w + bias. Not differentiable: autograd.Conv2dFunction is."""
     if type(x) in _PLAIN and type(w) in _PLAIN and type(bias) in _PLAIN and dispatcher_is_idle():
         return _run_fprop(x, w, bias, geom, channels_last)
     return _fprop(x, w, bias, *geom, channels_last)
 
 
-def dgrad(dy, w, input_size, geom: Geom, channels_last: bool | None = None):
+def dgrad(dy: torch.Tensor, w: torch.Tensor, input_size: Sequence[int], geom: Geom,
+          channels_last: bool | None = None) -> torch.Tensor:
     """dx, of height and width `input_size`, from dy and w."""
     if type(dy) in _PLAIN and type(w) in _PLAIN and dispatcher_is_idle():
         return _run_dgrad(dy, w, input_size, geom, channels_last)
     return _dgrad(dy, w, input_size, *geom, channels_last)
 
 
-def wgrad(dy, x, kernel_size, geom: Geom, channels_last: bool | None = None):
+def wgrad(dy: torch.Tensor, x: torch.Tensor, kernel_size: Sequence[int], geom: Geom,
+          channels_last: bool | None = None) -> torch.Tensor:
     """dw, of filter height and width `kernel_size`, from dy and x."""
     if type(dy) in _PLAIN and type(x) in _PLAIN and dispatcher_is_idle():
         return _run_wgrad(dy, x, kernel_size, geom, channels_last)
     return _wgrad(dy, x, kernel_size, *geom, channels_last)
 
 
-def dgrad_and_wgrad(dy, x, w, geom: Geom, dx_channels_last: bool, dw_channels_last: bool):
+def dgrad_and_wgrad(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, geom: Geom, dx_channels_last: bool,
+                    dw_channels_last: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """dx and dw. Depthwise, they come out of one pass over dy and x where the backend has a kernel for that."""
     if all_plain(dy, x, w):
         return _run_dgrad_and_wgrad(dy, x, w, geom, dx_channels_last, dw_channels_last)
     return _dgrad(dy, w, x.shape[2:], *geom, dx_channels_last), _wgrad(dy, x, w.shape[2:], *geom, dw_channels_last)
 
 
-def fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom: Geom, eps: float, activation: str,
-                 channels_last: bool = False):
+def fprop_bn_act(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, mean: torch.Tensor | None,
+                 var: torch.Tensor | None, gamma: torch.Tensor | None, beta: torch.Tensor | None,
+                 residual: torch.Tensor | None, geom: Geom, eps: float, activation: str,
+                 channels_last: bool = False) -> torch.Tensor:
     """fprop with bias, batch norm by given statistics, residual and activation in its epilogue."""
     if all_plain(x, w, bias, mean, var, gamma, beta, residual):
         return _run_fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation, channels_last)
     return _fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, *geom, eps, activation, channels_last)
 
 
-def fprop_bn_act_train(x, w, bias, gamma, beta, residual, geom: Geom, eps: float, activation: str):
+def fprop_bn_act_train(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, gamma: torch.Tensor | None,
+                       beta: torch.Tensor | None, residual: torch.Tensor | None, geom: Geom, eps: float,
+                       activation: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """out, y, mean, var of fprop and a batch norm by the batch's own statistics, residual and activation."""
     if all_plain(x, w, bias, gamma, beta, residual):
         return _run_fprop_bn_act_train(x, w, bias, gamma, beta, residual, geom, eps, activation)
     return _fprop_bn_act_train(x, w, bias, gamma, beta, residual, *geom, eps, activation)
 
 
-def bn_act(y, mean, var, gamma, beta, residual, eps: float, activation: str):
+def bn_act(y: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, gamma: torch.Tensor | None,
+           beta: torch.Tensor | None, residual: torch.Tensor | None, eps: float, activation: str) -> torch.Tensor:
     if all_plain(y, mean, var, gamma, beta, residual):
         return _run_bn_act(y, mean, var, gamma, beta, residual, eps, activation)
     return _bn_act(y, mean, var, gamma, beta, residual, eps, activation)
 
 
-def bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps: float, activation: str, training: bool):
+def bn_act_backward(dout: torch.Tensor, y: torch.Tensor, mean: torch.Tensor, var: torch.Tensor,
+                    gamma: torch.Tensor | None, beta: torch.Tensor | None, residual: torch.Tensor | None, eps: float,
+                    activation: str, training: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     if all_plain(dout, y, mean, var, gamma, beta, residual):
         return _run_bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training)
     return _bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training)
 
 
-def act_backward(dout, z, activation: str):
+def act_backward(dout: torch.Tensor, z: torch.Tensor,
+                 activation: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """dz = dout * activation'(z) and, from the same pass where the backend has one, its sum by channel, else None. Not
     differentiable."""
     if all_plain(dout, z):
@@ -453,14 +470,14 @@ _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | tor
     torch._C.DispatchKey.AutocastCUDA)
 
 
-def autocast_cast(t, device_type: str, dtype: torch.dtype):
+def autocast_cast(t: torch.Tensor | None, device_type: str, dtype: torch.dtype) -> torch.Tensor | None:
     """t as an operation on autocast's lower-precision list sees it: float64 and integers stay as they are."""
     if t is None or not t.is_floating_point() or t.dtype is torch.float64 or t.device.type != device_type:
         return t
     return t.to(dtype)
 
 
-def autocast_dtype(t) -> torch.dtype:
+def autocast_dtype(t: torch.Tensor) -> torch.dtype:
     """The dtype in which a convolution sees t: autocast's, where it is on for t's device and concerns t."""
     device_type = t.device.type
     if not torch.is_autocast_enabled(device_type) or not t.is_floating_point() or t.dtype is torch.float64:
@@ -472,7 +489,8 @@ def _register_autocast(name: str, op, cast_positions: tuple[int, ...]) -> None:
     for device_type in ("cpu", "cuda"):
         def kernel(*args, device_type=device_type, **kwargs):
             dtype = torch.get_autocast_dtype(device_type)
-            args = [autocast_cast(a, device_type, dtype) if i in cast_positions else a for i, a in enumerate(args)]
+            args = tuple(autocast_cast(a, device_type, dtype) if i in cast_positions else a
+                         for i, a in enumerate(args))
             with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
                 return op(*args, **kwargs)
         LIBRARY.impl(name, kernel, f"Autocast{device_type.upper()}")

@@ -9,11 +9,15 @@ class output_pool:
     """Says how many bytes of dropped results are kept for the next results: a setting, and a context manager that puts
     the former one back.
 
-        convext.output_pool(0)                 # off: every result comes from malloc and goes back to it
-        convext.output_pool(4 << 30)           # 4 GiB from here on
-        with convext.output_pool(0): ...       # inside only
-        convext.output_pool.limit()            # the setting
-        convext.output_pool.kept()             # how much is kept now, in use by no tensor
+        >>> before = convext.output_pool.limit()  # the setting
+        >>> convext.output_pool(1 << 30)  # 1 GiB from here on
+        convext.output_pool(1073741824)
+        >>> with convext.output_pool(0):  # inside only: every result comes from malloc and goes back to it
+        ...     y = convext.conv2d(torch.randn(8, 16, 64, 64), torch.randn(16, 16, 3, 3))
+        ...     convext.output_pool.kept()  # how much is kept now, in use by no tensor
+        0
+        >>> convext.output_pool(before)  # doctest: +ELLIPSIS
+        convext.output_pool(...)
 
     malloc returns large blocks to the system, which clears every page again when it is next used, and that takes longer
     than to write it. Where the pool is on, the results of convext's CPU kernels, gradients among them, of 64 KiB
@@ -21,8 +25,9 @@ class output_pool:
     last tensor or array that shares it is gone. Its storage can be resized and shared with other processes as any
     other, by torch's allocator from then on.
 
-    bytes: what may be kept, an int of at least 0. The default is an eighth of the machine's memory, 2 GiB at most. What
-    is kept beyond a new limit is given back at once; what was kept longest goes first.
+    Args:
+        bytes: what may be kept, an int of at least 0. Before any setting it is an eighth of the machine's memory, 2 GiB
+            at most. What is kept beyond a new limit is given back at once; what was kept longest goes first.
 
     The setting is the process's, and threads share what is kept. After os.fork() the child has the same setting and its
     own memory. Without the compiled library, under torch 2.10, which cannot wrap memory that way, and under another
@@ -44,7 +49,7 @@ class output_pool:
     def __enter__(self) -> output_pool:
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         backends.get("native").set_output_pool_limit(self._former)
 
     def __repr__(self) -> str:
@@ -53,9 +58,11 @@ class output_pool:
     @staticmethod
     def limit() -> int:
         """Bytes that may be kept; 0 where the pool is off."""
-        return backends.get("native").output_pool_limit()
+        limit: int = backends.get("native").output_pool_limit()
+        return limit
 
     @staticmethod
     def kept() -> int:
         """Bytes that are kept now."""
-        return backends.get("native").output_pool_kept()
+        kept: int = backends.get("native").output_pool_kept()
+        return kept

@@ -1,5 +1,4 @@
-"""The pool of dropped results: who owns what, the setting, threads, fork. Its own test: csrc/tests/cpu_output_pool.cpp.
-"""
+"""The pool of dropped results: who owns what, the setting, threads, fork. In C++: csrc/tests/cpu_output_pool.cpp"""
 
 import copy
 import gc

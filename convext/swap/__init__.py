@@ -27,7 +27,12 @@ __all__ = ["Report", "Verification", "layer_by_layer", "report", "revert", "swap
 
 
 def swap(model: nn.Module) -> nn.Module:
-    """Exchanges the convolutions of a model for convext's, in place, and returns it.
+    """Exchanges the convolutions of a model for convext's, in place.
+
+    Args:
+        model: any torch.nn.Module, in training or evaluation, on any device.
+
+    Returns: the model.
 
     The model keeps its class and those of its layers, module names, state-dict keys and Parameter objects, so
     checkpoints load both ways and optimizers built before keep working. Layers that are no plain torch.nn.Conv2d
@@ -40,6 +45,12 @@ def swap(model: nn.Module) -> nn.Module:
     model; use copy.deepcopy and DistributedDataParallel. torch.jit.script wants a reverted model.
 
     Raises TypeError if `model` is not an nn.Module. Whatever it raises, the model is as it was.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+        >>> keys = list(model.state_dict())
+        >>> convext.swap(model) is model, type(model[0]) is torch.nn.Conv2d, list(model.state_dict()) == keys
+        (True, True, True)
     """
     _check(model)
     convs = [m for m in model.modules() if type(m) is nn.Conv2d and left_alone(m) is None and not calls.is_swapped(m)]
@@ -66,10 +77,22 @@ def swap(model: nn.Module) -> nn.Module:
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Undoes `swap`, in place, and returns the model: torch's convolutions and the classes' own forwards.
+    """Undoes `swap`, in place: torch's convolutions and the classes' own forwards.
 
     Every convext.nn.Conv2d becomes a torch.nn.Conv2d, whoever made it; a forward that the user put into an instance
-    stays. Raises TypeError if `model` is not an nn.Module.
+    stays.
+
+    Args:
+        model: swapped or not; one that is not is left as it is, its layers of convext.nn.Conv2d apart.
+
+    Returns: the model.
+
+    Raises TypeError if `model` is not an nn.Module.
+
+    Example:
+        >>> model = convext.revert(torch.nn.Sequential(convext.nn.Conv2d(3, 8, 3), torch.nn.ReLU()))
+        >>> type(model[0]) is torch.nn.Conv2d
+        True
     """
     _check(model)
     for module in model.modules():

@@ -1,7 +1,5 @@
 """report(model): what became of each convolution of a model, with what it is fused, and who computes it."""
 import dataclasses
-import io
-import shutil
 from collections import Counter
 
 import torch
@@ -10,6 +8,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from .. import backends, functional
 from ..problem import DTYPES, ConvProblem, Pass
+from ..tables import render
 from . import calls
 from .planned import PlannedForward
 
@@ -65,14 +64,11 @@ class Report:
         fused = sum(bool(row.fused) for row in self.rows)
         return f"{len(self.rows)} convolutions, {exchanged} by convext, {fused} fused with what follows"
 
-    def __rich__(self):
+    def __str__(self):
         notes = _notes(row.reason for row in self.rows)
         rows = [(*dataclasses.astuple(row)[:-1], notes.get(row.reason, row.reason)) for row in self.rows]
         caption = [f"{note}: {reason}" for reason, note in notes.items()] + [self.summary()]
-        return table(self.title, [f.name for f in dataclasses.fields(Row)], rows, "\n".join(caption))
-
-    def __str__(self):
-        return render(self)
+        return render(self.title, [f.name for f in dataclasses.fields(Row)], rows, "\n".join(caption))
 
     __repr__ = __str__
 
@@ -84,30 +80,23 @@ def _notes(reasons):
     return {reason: f"note {number}" for number, reason in enumerate(shared, 1)}
 
 
-def table(title, columns, rows, caption):
-    from rich.table import Table
-    drawn = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
-    for column in columns:
-        drawn.add_column(column, overflow="fold")
-    for row in rows:
-        drawn.add_row(*map(str, row))
-    return drawn
-
-
-def render(drawable):
-    """The text of a rich table, as wide as the terminal or the page."""
-    from rich.console import Console
-    text = io.StringIO()
-    width = max(shutil.get_terminal_size((140, 24)).columns, 100)
-    Console(file=text, width=width).print(drawable.__rich__())
-    return text.getvalue().rstrip("\n")
-
-
 def report(model: nn.Module) -> Report:
-    """What became of each convolution of a model, swapped or not: print it, or read its rows.
+    """What became of each convolution of a model: print it, or read its rows.
 
-    Backend and variant are those of the last call, so run the model first. Raises TypeError if `model` is not an
-    nn.Module.
+    Args:
+        model: swapped or not. Backend and variant are those of its last call, so run it first.
+
+    Returns a `Report`: one `Row` a convolution, in the order of `model.named_modules()`, and by its module's name.
+
+    Raises TypeError if `model` is not an nn.Module.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
+        >>> row = convext.report(convext.swap(model))["0"]
+        >>> row.layer, row.became, row.fused
+        ('3 -> 8, 3x3', 'convext', 'bn + relu')
+        >>> convext.report(model).summary()
+        '1 convolutions, 1 by convext, 1 fused with what follows'
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")

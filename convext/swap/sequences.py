@@ -190,6 +190,18 @@ class layer_by_layer:
 
     Convolutions compute the same bit for bit; squeeze and excitation, LayerNorm and linear layers are torch's own then.
     What lies between two layers is a tensor again. The setting is the process's.
+
+    Args:
+        on: True, the default, for calls of their own; False for calls of several layers.
+
+    Raises TypeError for anything but True and False.
+
+    Example:
+        >>> with convext.layer_by_layer():
+        ...     convext.layer_by_layer.on
+        True
+        >>> convext.layer_by_layer.on
+        False
     """
 
     on = False

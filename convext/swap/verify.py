@@ -46,6 +46,7 @@ import math
 import random
 import sys
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,7 +54,7 @@ from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .report import render, table
+from ..tables import render
 
 # Winograd's forms, which trade multiplications for additions, err up to three times as much as a chain of sums; the
 # difference of two results has sqrt(2) times the error of one; and the largest of a tensor's errors is up to twice as
@@ -123,7 +124,7 @@ class Verification:
                 chosen[row.kind] = row
         return [row for row in self.rows if row is chosen[row.kind] or not row.ok]
 
-    def __rich__(self):
+    def __str__(self):
         rows = [(r.of, r.kind, r.name, f"{r.error:.3g}", f"{r.own:.3g}", f"{r.allowed:.3g}", "yes" if r.ok else "NO")
                 for r in self.worst()]
         verdict = "agree" if all(row.ok for row in self.rows) else "DISAGREE"
@@ -132,11 +133,8 @@ class Verification:
             worst = max(self.stale, key=_share)
             caption += (f"\nthe live model and a fresh copy of it differ in {len(self.stale)} values, most in "
                         f"{worst.kind} {worst.name}: {worst.error:.3g} apart, {worst.allowed:.3g} allowed")
-        return table(self.title, ["model", "kind", "worst of it", "apart", "unswapped's own error", "allowed", "ok"],
-                     rows, caption)
-
-    def __str__(self):
-        return render(self)
+        return render(self.title, ["model", "kind", "worst of it", "apart", "unswapped's own error", "allowed", "ok"],
+                      rows, caption)
 
     __repr__ = __str__
 
@@ -145,7 +143,8 @@ def _share(row):
     return math.inf if not row.error <= row.allowed else row.error / row.allowed if row.allowed else 0.0
 
 
-def verify(model: nn.Module, sample, *, seed: int = 0) -> Verification:
+def verify(model: nn.Module, sample: torch.Tensor | tuple[Any, ...] | list[Any] | dict[str, Any], *,
+           seed: int = 0) -> Verification:
     """Runs a model as it is, swapped anew and unswapped on a sample, in its present mode, and compares.
 
     The model itself is called four times, twice with gradients and backward, then twice under torch.no_grad(), so that
@@ -157,13 +156,19 @@ def verify(model: nn.Module, sample, *, seed: int = 0) -> Verification:
             elsewhere is not put back. Its hooks run, those on parameters' gradients apart.
         sample: a tensor, or a tuple or list of positional arguments, or a dict of keyword arguments. The model gets
             copies of the tensors.
-        seed: of the random numbers that dropout and the like draw, and of the gradient that is sent back.
+        seed: of the random numbers that dropout and the like draw, and of the gradient that is sent back; default 0.
 
-    Returns a `Verification`: outputs, gradients of the inputs and parameters, and buffers.
+    Returns a `Verification`, which is true where all agrees: outputs, gradients of the inputs and parameters, buffers.
 
     Raises TypeError if `model` is not an nn.Module or `sample` holds no tensor, ValueError if a parameter or buffer is
     not initialised yet, if the model cannot be deep-copied, or if the unswapped model fails on the sample. What the
     swapped model raises where the unswapped one does not is raised as it is.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+        >>> found = convext.verify(convext.swap(model), torch.randn(2, 3, 12, 12))
+        >>> bool(found), found.stale, found.rows[0].kind, found.rows[0].name
+        (True, [], 'output', '[0]')
     """
     from . import revert, swap
     if not isinstance(model, nn.Module):
