@@ -34,6 +34,7 @@ class _Level(threading.local):
     run with recording off, and the levels below must have it on again."""
 
     recording = False
+    nchw_weights = False  # the weights' gradients are contiguous, whatever the format of the activations
 
 
 _level = _Level()
@@ -92,7 +93,7 @@ def _keep_formats(ctx, x, w, y) -> None:
     ctx.channels_last = suggests_channels_last(y)
     if not ctx.channels_last and (y.shape[1] == 1 or y.shape[2] == y.shape[3] == 1):  # it may look the same in both
         ctx.channels_last = suggests_channels_last(x) or suggests_channels_last(w)
-    ctx.dw_channels_last = weight_gradient_is_channels_last(w, ctx.channels_last)
+    ctx.dw_channels_last = not _level.nchw_weights and weight_gradient_is_channels_last(w, ctx.channels_last)
 
 
 def _dgrad_and_wgrad(ctx, dy, x, w, x_needed, w_needed):
@@ -130,6 +131,39 @@ class _Function(Function):
         if ops._functorch_active():
             return super().apply(*args)
         return cls.on_one_level.apply(*unwrap_dead_wrappers(args))
+
+
+class contiguous_weight_gradients:
+    """What is recorded inside, on this thread, has contiguous gradients of weights: activations are channels-last then
+    although the user's tensors are not."""
+
+    def __enter__(self) -> None:
+        self._former, _level.nchw_weights = _level.nchw_weights, True
+
+    def __exit__(self, *exc: object) -> None:
+        _level.nchw_weights = self._former
+
+
+class ChannelsLastFunction(_Function):
+    """x.contiguous(memory_format=torch.channels_last), whose gradient is contiguous as x is. `apply(x)`"""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy.contiguous()
+
+    @staticmethod
+    def jvp(ctx, x_t):
+        return x_t.contiguous(memory_format=torch.channels_last)
 
 
 class Conv2dFunction(_Function):
@@ -411,7 +445,7 @@ def carries_tangents() -> bool:
 
 def needs_function(*tensors: torch.Tensor | None) -> bool:
     """True when a call on these tensors must be recorded, for reverse or forward mode."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
                 return True

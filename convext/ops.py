@@ -480,7 +480,8 @@ def autocast_cast(t: torch.Tensor | None, device_type: str, dtype: torch.dtype) 
 def autocast_dtype(t: torch.Tensor) -> torch.dtype:
     """The dtype in which a convolution sees t: autocast's, where it is on for t's device and concerns t."""
     device_type = t.device.type
-    if not torch.is_autocast_enabled(device_type) or not t.is_floating_point() or t.dtype is torch.float64:
+    if not _autocast_active() or not torch.is_autocast_enabled(device_type) \
+            or not t.is_floating_point() or t.dtype is torch.float64:
         return t.dtype
     return torch.get_autocast_dtype(device_type)
 

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from .. import backends, ops
-from ..memory_format import suggests_channels_last
+from ..memory_format import dense_strides, suggests_channels_last
 from . import calls
 from .heads import Head
 from .pixelwise import Run
@@ -60,11 +60,19 @@ def contiguous_weights(asked):
 
 
 def contiguous(t):
-    """t.contiguous() where nothing is recorded: a channels-last image on the CPU is copied by convext, several times as
-    fast as by torch, whose copy reads one value from each of as many cache lines as there are channels."""
+    """t.contiguous() with a contiguous tensor's strides for extents of one, too: those are what an interpolation or a
+    concatenation of it goes by."""
+    if t.dim() == 4 and t.is_contiguous() and t.stride() != dense_strides(t.shape, False) and t.numel():
+        return t.clone(memory_format=torch.contiguous_format)
+    return t.contiguous()
+
+
+def contiguous_unrecorded(t):
+    """The same where nothing is recorded: a channels-last image on the CPU is copied by convext, several times as fast
+    as by torch, whose copy reads one value from each of as many cache lines as there are channels."""
     if type(t) is not torch.Tensor or t.dim() != 4 or t.device.type != "cpu" or t.dtype not in _DTYPES \
             or t.is_contiguous() or not t.is_contiguous(memory_format=torch.channels_last) or t.is_neg():
-        return t.contiguous()
+        return contiguous(t)
     return torch.ops.convext_cpu.to_nchw.default(t)
 
 

@@ -4,12 +4,13 @@ Parameters, buffers and settings are looked up at every call, in the modules' ow
 changing them after the swap has the effect that it had before. `fused` is what a plan calls for each layer: where no
 gradient is wanted it goes straight to the operator, and everything it does counts.
 """
+import contextlib
 from operator import itemgetter
 
 import torch
 from torch.autograd import forward_ad
 
-from .. import backends, checks, functional, nn, ops
+from .. import autograd, backends, checks, functional, nn, ops
 from ..memory_format import dense_strides, suggests_channels_last
 from ..problem import DTYPES, ConvProblem, Geom, Pass
 
@@ -110,8 +111,9 @@ def _direct(fused, batch_norm, activation, autocast):
             return y
         state.call = None
         y = fused(x, residual)
-        if type(w) in PLAIN and state.geom is not None and x.dim() == 4 and x.dtype in DTYPES \
-                and x.dtype is ops.autocast_dtype(w):
+        if type(w) in PLAIN and state.geom is not None and x.dim() == 4 and x.dtype in DTYPES and x.device == w.device \
+                and x.device.type in backends.PRIORITY and x.dtype is ops.autocast_dtype(w) \
+                and bn_attributes["eps"] >= 0 and (no_batch_norm or bn_attributes["eps"] > 0):
             state.prepare(x, w, activation)
         return y
 
@@ -127,7 +129,7 @@ def _conv_act(conv, activation, apart, channels_last):
         w, bias = parameters.get("weight"), parameters.get("bias")
         settings = settings_of(attributes)
         geom = state.geom if settings == state.settings else state.refresh(settings)
-        if w is None or geom is None or x.dim() != 4 or w.dim() != 4 \
+        if w is None or geom is None or x.dim() != 4 or w.dim() != 4 or x.dtype not in DTYPES or x.device != w.device \
                 or not channels_last and (residual is not None and _in_another_format(residual, x, w, geom)
                                           or ends_elementwise and _one_pixel(x, w, geom)):
             return apart(x, residual)
@@ -135,9 +137,10 @@ def _conv_act(conv, activation, apart, channels_last):
         if (_grad_enabled() and (w.requires_grad or x.requires_grad or bias is not None and bias.requires_grad
                                  or residual is not None and residual.requires_grad)) \
                 or residual is not None or forward_ad._current_level >= 0:
-            x = _in_format(x, channels_last)
-            return functional.conv_act(x, w, bias, stride=geom.stride, padding=geom.padding, dilation=geom.dilation,
-                                       groups=geom.groups, activation=activation, residual=residual)
+            with _recorded(channels_last):
+                return functional.conv_act(
+                    _in_format(x, channels_last), w, bias, stride=geom.stride, padding=geom.padding,
+                    dilation=geom.dilation, groups=geom.groups, activation=activation, residual=residual)
         try:
             return ops.fprop_bn_act(x, w, bias, None, None, None, None, None, geom, 0.0, activation, channels_last)
         except checks.InvalidArgument:  # which the layers refuse in their own words, or take
@@ -158,17 +161,20 @@ def _conv_bn_act(conv, batch_norm, activation, apart, channels_last):
         mean, var = statistics.get("running_mean"), statistics.get("running_var")
         settings = settings_of(attributes)
         geom = state.geom if settings == state.settings else state.refresh(settings)
-        if w is None or geom is None or x.dim() != 4 or w.dim() != 4 or gamma is None and beta is not None \
-                or (mean is None) is not (var is None) \
+        recorded = _grad_enabled() or bn_attributes["training"]  # then a batch norm is elementwise, too
+        if w is None or geom is None or x.dim() != 4 or w.dim() != 4 or x.dtype not in DTYPES or x.device != w.device \
+                or gamma is None and beta is not None or (mean is None) is not (var is None) \
+                or bn_attributes["eps"] <= 0 \
                 or not channels_last and (residual is not None and _in_another_format(residual, x, w, geom)
-                                          or ends_elementwise and _one_pixel(x, w, geom)):
+                                          or (ends_elementwise or recorded) and _one_pixel(x, w, geom)):
             return apart(x, residual)
         state.last = x.shape, x.stride(), x.dtype, x.device
         if bn_attributes["training"] or mean is None or forward_ad._current_level >= 0 or (_grad_enabled() and (
                 w.requires_grad or x.requires_grad or gamma is not None and gamma.requires_grad
                 or beta is not None and beta.requires_grad or bias is not None and bias.requires_grad
                 or residual is not None and residual.requires_grad)):
-            return nn.conv_bn_act(conv, batch_norm, _in_format(x, channels_last), activation, residual)
+            with _recorded(channels_last):
+                return nn.conv_bn_act(conv, batch_norm, _in_format(x, channels_last), activation, residual)
         if residual is not None and not _fits(residual, x, w, geom):
             return apart(x, residual)
         try:
@@ -204,5 +210,16 @@ def _one_pixel(x, w, geom):
         and geom.output_size(x.shape[2:], w.shape[2:]) == (1, 1)
 
 
+_AS_IS = contextlib.nullcontext()
+
+
+def _recorded(channels_last):
+    return autograd.contiguous_weight_gradients() if channels_last else _AS_IS
+
+
 def _in_format(x, channels_last):
-    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    if not channels_last or x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    if autograd.needs_function(x) and not ops._functorch_active() and not ops.batches_the_older_way():
+        return autograd.ChannelsLastFunction.apply(x)
+    return x.contiguous(memory_format=torch.channels_last)

@@ -125,7 +125,7 @@ class Variant:
             runner = runners[unit.last]
             return runner.function if isinstance(unit, chains.Chain) else runner
 
-        self.contiguous = layout.contiguous if direct else torch.Tensor.contiguous
+        self.contiguous = layout.contiguous_unrecorded if direct else layout.contiguous
         self.function = codegen.generate(trace.graph, units, self.layout, call_leaf, fused, attribute, self.contiguous)
 
     def result(self, owner, tensors, in_seam):

@@ -171,7 +171,7 @@ def describe(module):
         if isinstance(value, str):
             text.append(f"{setting} {value}")
             continue
-        value = functional.as_pair(setting, value)
+        value = (value,) * len(module.kernel_size) if isinstance(value, int) else tuple(value)
         if any(v != usual for v in value):
             text.append(f"{setting} " + (str(value[0]) if len(set(value)) == 1 else "x".join(map(str, value))))
     if module.groups != 1:

@@ -275,7 +275,7 @@ class Recorder:
 
     def end(self):
         """Lets go of everything: what stands for something holds the recorder, and that must not hold the user's."""
-        self.over, self.tracer = True, None
+        self.over, self.tracer, self.builtins = True, None, None
         self._made.clear()
         self._copies.clear()
 
