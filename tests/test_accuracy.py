@@ -11,7 +11,7 @@ import convext
 from convext import backends
 from convext.problem import ConvProblem, Geom, Pass
 
-# The finite points of csrc/cpu/winograd.cpp.
+# The finite points of csrc/cpu/kernels/winograd/winograd.cpp.
 POINTS = {2: (0.0, 1.0, -1.0), 3: (0.5, -0.5, 1.25, -1.25), 4: (0.0, 0.75, -0.75, 1.5, -1.5)}
 
 

@@ -86,7 +86,7 @@ def by_one_element(layer):
 
 
 def by_an_element_that_no_sample_holds(layer):
-    """The sample of csrc/packed_weight.h skips it: the version counter alone tells."""
+    """The sample of csrc/cpu/runtime/packed_weight.h skips it: the version counter alone tells."""
     with torch.no_grad():
         layer.weight.view(-1)[3] += 1
 

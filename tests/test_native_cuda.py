@@ -34,8 +34,9 @@ def emulated(tmp_path_factory):
     python = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
     flags = [f for f in harness.flags(harness.CSRC, "plain") if f != "-O2"]
     flags += ["-O1", "-fPIC", "-fvisibility=hidden", "-DCONVEXT_CUDA_LIBRARY"]
-    sources = [*harness.kernel_sources(), "cuda/batch_norm_sm80.cu", "select.cpp", "select_cuda.cpp",
-               "bindings_cuda.cpp", *(f"{harness.EMULATOR}/{name}.cpp" for name in ("fiber", "emulator", "runtime"))]
+    sources = [*harness.kernel_sources(), "cuda/batch_norm/batch_norm_sm80.cu", "core/select.cpp",
+               "cuda/select_cuda.cpp", "python/bindings_cuda.cpp",
+               *(f"{harness.EMULATOR}/{name}.cpp" for name in ("fiber", "emulator", "runtime"))]
     objects = harness.compile_all(folder, harness.CSRC, [(s, [*flags, *python]) for s in sources])
     library = folder / "_CUDA.so"
     subprocess.run(["g++", "-shared", *objects, "-o", library], check=True)

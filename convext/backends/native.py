@@ -1,8 +1,8 @@
 """The native backend: convext's own compiled kernels.
 
 On the CPU they are in ``convext/_C`` (C++ with AVX-512, AVX2 and portable forms, picked at run time). Which kernel
-serves a problem is decided in C++ (``csrc/select.cpp``); this file turns tensors and problems into calls, and keeps
-packed weights between calls. What concerns CUDA tensors is in ``native_cuda.py``.
+serves a problem is decided in C++ (``csrc/core/select.cpp``); this file turns tensors and problems into calls, and
+keeps packed weights between calls. What concerns CUDA tensors is in ``native_cuda.py``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ except ImportError as error:  # not built, or built for another Python
     _C = None
     _import_error = str(error)
 
-_PACKED_HEADER = 64  # bytes in front of packed weights, for the fingerprint: csrc/packed_weight.h
+_PACKED_HEADER = 64  # bytes in front of packed weights, for the fingerprint: csrc/cpu/runtime/packed_weight.h
 _NHWC = 1
 _CPU = 0
 
@@ -75,7 +75,7 @@ def forget_plans() -> None:
 
 
 # Packed weights by the identity of the weight tensor: id -> (weak reference, {pack format: buffer}). The C++ side
-# repacks where the weights have changed (csrc/packed_weight.h); an entry goes with its tensor.
+# repacks where the weights have changed (csrc/cpu/runtime/packed_weight.h); an entry goes with its tensor.
 _packed: dict[int, tuple[weakref.ref, dict[str, torch.Tensor]]] = {}
 
 
@@ -102,7 +102,7 @@ def _version(w: torch.Tensor | None) -> int:
 
 
 def new_watch():
-    """An empty Watch (csrc/watch.h), or None where the library is not built."""
+    """An empty Watch (csrc/python/watch.h), or None where the library is not built."""
     return None if _C is None else _C.Watch()
 
 

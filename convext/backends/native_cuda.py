@@ -4,8 +4,8 @@ The library knows no torch: it gets addresses, the device and the stream. This f
 brings tensors into the order a kernel reads, allocates results and scratch memory from torch's caching allocator (so
 that calls can be captured in a CUDA graph), and passes the current stream of the tensors' device.
 
-Which kernel serves a problem is decided in C++ (``csrc/select.cpp``, ``csrc/select_cuda.cpp``). Tensors that arrive in
-NCHW are either read as they are or transposed first, whatever the model of the costs says is cheaper.
+Which kernel serves a problem is decided in C++ (``core`` and ``cuda`` in ``csrc/``). Tensors that arrive in NCHW are
+either read as they are or transposed first, whatever the model of the costs says is cheaper.
 """
 
 from __future__ import annotations

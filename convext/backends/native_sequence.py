@@ -1,4 +1,4 @@
-"""The program of a sequence: how csrc/ops_sequence.cpp is told what several convolutions in one call are."""
+"""The program of a sequence: how csrc/torch/ops_sequence.cpp is told what several convolutions in one call are."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Prepared(NamedTuple):
     keep(tensors by step, eps by step, flat) -> Kept   to be done anew where one of the tensors is another object;
                                                        flat: y is (N, C), whose one pixel it is
     run(x, Kept) -> y
-    watch() -> Watch                                   an empty one (csrc/watch.h)
+    watch() -> Watch                                   an empty one (csrc/python/watch.h)
     """
 
     keep: Callable

@@ -1,8 +1,9 @@
-// The one door to CUDA for kernels: nvcc's own headers, or, with CONVEXT_CUDA_ON_CPU, the emulation that tests use.
+// The one door to CUDA for kernels: nvcc's own headers, or the emulation that tests use, a header that
+// CONVEXT_CUDA_ON_CPU names.
 #pragma once
 
 #if defined(CONVEXT_CUDA_ON_CPU)
-#include "../tests/cuda_on_cpu/cuda_names.h"
+#include CONVEXT_CUDA_ON_CPU
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -36,7 +37,7 @@ const char* launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, 
 
 #define CONVEXT_DEVICE __device__ __forceinline__
 
-#include "../variant.h"
+#include "core/variant.h"
 
 namespace convext::cuda {
 

@@ -2,7 +2,7 @@
 // CPU has, for any number of threads and any size of strip; squeeze and excitation, and the mean over pixels, against
 // plain loops; and what images go together (phases.h). No torch.
 // Exits non-zero on failure.
-#include "../block.h"
+#include "cpu/runtime/block.h"
 
 #include <cmath>
 #include <cstdio>
@@ -12,10 +12,10 @@
 #include <string>
 #include <thread>
 
-#include "../cpu/mean.h"
-#include "../phases.h"
-#include "../cpu/layer_norm.h"
-#include "../select.h"
+#include "cpu/kernels/elementwise/mean.h"
+#include "cpu/runtime/phases.h"
+#include "cpu/kernels/elementwise/layer_norm.h"
+#include "core/select.h"
 
 namespace {
 

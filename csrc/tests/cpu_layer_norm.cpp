@@ -1,7 +1,7 @@
 // Stand-alone test of LayerNorm (cpu/layer_norm.h) against plain loops in long double, and of GELU's distribution function
 // in float32 (cpu/vec.h) against the C library's, on every instruction set that this CPU has. No torch. Exits non-zero on
 // failure.
-#include "../cpu/layer_norm.h"
+#include "cpu/kernels/elementwise/layer_norm.h"
 
 #include <cmath>
 #include <cstdio>
@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "../select.h"
+#include "core/select.h"
 
 namespace {
 

@@ -1,6 +1,6 @@
 // Stand-alone test of the pool of dropped results (output_pool.h): what is handed out again, what is freed, threads,
 // fork. No torch. Exits non-zero on failure.
-#include "../output_pool.h"
+#include "cpu/runtime/output_pool.h"
 
 #include <sys/wait.h>
 #include <unistd.h>

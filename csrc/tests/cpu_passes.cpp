@@ -13,8 +13,8 @@
 #include <thread>
 #include <vector>
 
-#include "../cpu/batch_norm.h"
-#include "../cpu/staging.h"
+#include "cpu/kernels/elementwise/batch_norm.h"
+#include "cpu/kernels/elementwise/staging.h"
 
 namespace convext {
 namespace {

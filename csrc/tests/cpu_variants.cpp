@@ -19,7 +19,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../select.h"
+#include "core/select.h"
 
 namespace {
 

@@ -17,15 +17,15 @@
 #include <tuple>
 #include <vector>
 
-#include "../cuda/batch_norm.h"
-#include "../variant.h"
+#include "cuda/batch_norm/batch_norm.h"
+#include "core/variant.h"
 #include "device.h"
 #include "reference.h"
 #include "tensor.h"
 
 namespace convext {
 #define CONVEXT_CUDA_VARIANT(name) extern const Variant name;
-#include "../variants.inc"
+#include "core/variants.inc"
 
 namespace {
 
@@ -37,7 +37,7 @@ using testing::Tensor;
 
 const Variant* const kVariants[] = {
 #define CONVEXT_CUDA_VARIANT(name) &name,
-#include "../variants.inc"
+#include "core/variants.inc"
 };
 
 struct Case {

@@ -12,13 +12,13 @@
 #include <string>
 #include <vector>
 
-#include "../../cuda/batch_norm.h"
-#include "../../select_cuda.h"
-#include "../tensor.h"
+#include "cuda/batch_norm/batch_norm.h"
+#include "cuda/select_cuda.h"
+#include "tests/tensor.h"
 
 namespace convext {
 #define CONVEXT_CUDA_VARIANT(name) extern const Variant name;
-#include "../../variants.inc"
+#include "core/variants.inc"
 
 namespace {
 
@@ -27,7 +27,7 @@ using testing::Tensor;
 
 const Variant* const kVariants[] = {
 #define CONVEXT_CUDA_VARIANT(name) &name,
-#include "../../variants.inc"
+#include "core/variants.inc"
 };
 
 constexpr double kBound = 1.15;

@@ -1,0 +1,383 @@
+// Implicit GEMM whose rows are pixels: fprop (rows = output pixels) and dgrad (rows = input pixels) are one kernel.
+//
+//   out[pixel, col] = sum over taps and channels of in[pixel moved by the tap, channel] * w
+//
+//   fprop  in = x,  col = filter k,   A (NPQ, RSC) by im2col on the fly,  B (RSC, K): w in KRSC order is K-major
+//   dgrad  in = dy, col = channel c,  A (NHW, RSK) by im2col on the fly,  B (RSK, C): the same w is N-major
+//
+// Along one axis, position i of the output under tap j reads in[i*mul + off + j*inc]. For fprop that is the definition.
+// For dgrad, the pixels of one residue class modulo the stride meet every (stride / gcd(stride, dil))-th tap and read a
+// dense range of dy: each class is a convolution of its own without a hole, and no zero is ever multiplied. Classes are
+// the grid's z.
+//
+//        block tile              warp tiles                 a step of the main loop
+//          BLOCK_N                                            wait for the oldest stage; barrier
+//        +---------+             +----+----+                  start loading the stage that was read last time
+// BLOCK_M|  acc    |     =       | w0 | w1 | WARP_M           two mma steps from the oldest stage
+//        +---------+             +----+----+
+//
+// Taps that meet only padding for all pixels of the tile are skipped: with dilation 12 on 33x33 a third of the work.
+#pragma once
+#include "cuda/tile/epilogue.h"
+#include "cuda/tile/gemm.h"
+#include "cuda/tile/statistics.h"
+#include "cuda/tile/strides.h"
+
+namespace convext::cuda {
+
+// One image axis of the rows, see above.
+struct Axis {
+  int32_t size;            // positions
+  int32_t first, step;     // position i is pixel first + i*step of the output
+  int32_t mul, off, inc;   // tap j reads pixel i*mul + off + j*inc of the input,
+  int32_t limit;           // which has this many
+  int32_t taps;            // tap j is tap tap_first + j*tap_step of the filter
+  int32_t tap_first, tap_step;
+};
+
+CONVEXT_DEVICE Axis fprop_axis(int32_t out, int32_t in, int32_t filter, int32_t stride, int32_t pad, int32_t dil) {
+  return {out, 0, 1, stride, -pad, dil, in, filter, 0, 1};
+}
+
+// Residue class `residue` of dgrad: p*stride = residue + i*stride + pad - r*dil.
+CONVEXT_DEVICE Axis dgrad_axis(int32_t residue, int32_t in, int32_t out, int32_t filter, int32_t stride, int32_t pad,
+                               int32_t dil) {
+  int32_t gcd = stride, rest = dil;
+  while (rest) {
+    const int32_t next = gcd % rest;
+    gcd = rest;
+    rest = next;
+  }
+  const int32_t tap_step = stride / gcd;
+  int32_t tap_first = 0;
+  while (tap_first < filter && tap_first < tap_step && (residue + pad - tap_first * dil) % stride != 0) ++tap_first;
+  const bool none = tap_first >= filter || tap_first >= tap_step;
+  return {(in - residue + stride - 1) / stride,
+          residue,
+          stride,
+          1,
+          none ? 0 : (residue + pad - tap_first * dil) / stride,
+          -(dil / gcd),
+          out,
+          none ? 0 : (filter - tap_first + tap_step - 1) / tap_step,
+          tap_first,
+          tap_step};
+}
+
+struct Range {
+  int32_t begin, end;
+};
+
+// The taps that meet the image for some position in [low, high]: a range, since the read moves one way with the tap.
+CONVEXT_DEVICE Range active_taps(const Axis& axis, int32_t low, int32_t high) {
+  const auto meets = [&](int32_t tap) {
+    return high * axis.mul + axis.off + tap * axis.inc >= 0 && low * axis.mul + axis.off + tap * axis.inc < axis.limit;
+  };
+  Range range{0, axis.taps};
+  while (range.begin < range.end && !meets(range.begin)) ++range.begin;
+  while (range.begin < range.end && !meets(range.end - 1)) --range.end;
+  return range;
+}
+
+// Where in the reduction a thread stands: channels innermost, then the taps of a row, then the rows.
+struct Reduction {
+  int32_t channel, s, r;
+
+  CONVEXT_DEVICE void advance(int32_t by, int32_t channels, const Range& taps_w) {
+    channel += by;
+    while (channel >= channels) {
+      channel -= channels;
+      if (++s == taps_w.end) s = taps_w.begin, ++r;
+    }
+  }
+};
+
+struct PixelDecoder {
+  FastDiv by_image, by_row;
+  CONVEXT_DEVICE PixelDecoder(int64_t height, int64_t width) : by_image(height * width), by_row(width) {}
+  CONVEXT_DEVICE void operator()(int64_t m, int32_t& n, int32_t& i, int32_t& j) const {
+    int32_t rest;
+    by_image(static_cast<uint32_t>(m), n, rest);
+    by_row(static_cast<uint32_t>(rest), i, j);
+  }
+};
+
+// 16 rows of a warp's accumulators into its slab, as a plain matrix.
+template <class TILE>
+CONVEXT_DEVICE void store_slab(const float (&acc)[TILE::MMA_N][4], float* slab) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int j = 0; j < TILE::MMA_N; ++j) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      *reinterpret_cast<float2*>(slab + (lane / 4 + half * 8) * TILE::SLAB_PITCH + j * 8 + lane % 4 * 2) =
+          make_float2(acc[j][half * 2], acc[j][half * 2 + 1]);
+    }
+  }
+}
+
+// VECTOR: channels of a group come in whole 16-byte chunks and lie side by side. Without it elements are gathered one
+// by one from any strides and the reduction is not padded: the first layer, odd channel counts, NCHW.
+template <class TILE, bool DGRAD, bool VECTOR>
+__global__ void __launch_bounds__(TILE::THREADS, 1)
+    igemm_pixels(ConvProblem problem, Strides in_strides, Strides out_strides, const typename TILE::T* __restrict__ in,
+                 const typename TILE::T* __restrict__ w, typename TILE::T* __restrict__ out, Epilogue epilogue,
+                 bool vector_out, PartialStats<float> stats) {
+  using T = typename TILE::T;
+  constexpr int CHUNK = TILE::CHUNK, BLOCK_K = TILE::BLOCK_K, STAGES = TILE::STAGES;
+  CONVEXT_SHARED_MEMORY(shared);
+  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+  const int warp_m = warp / TILE::WARPS_N, warp_n = warp % TILE::WARPS_N;
+  const int32_t P = problem.p(), Q = problem.q();
+  const int32_t channels = DGRAD ? problem.k_per_group() : problem.c_per_group();  // of the reduction
+  const int32_t columns = DGRAD ? problem.c_per_group() : problem.k_per_group();
+  const int32_t group = blockIdx.y;
+  const int32_t n_tiles = static_cast<int32_t>(ceil_div(columns, TILE::BLOCK_N));
+  const int64_t m0 = int64_t{blockIdx.x / n_tiles} * TILE::BLOCK_M;
+  const int32_t n0 = static_cast<int32_t>(blockIdx.x % n_tiles) * TILE::BLOCK_N;
+
+  const int32_t class_h = DGRAD ? blockIdx.z / problem.stride_w : 0;
+  const int32_t class_w = DGRAD ? blockIdx.z % problem.stride_w : 0;
+  const Axis rows = DGRAD ? dgrad_axis(class_h, problem.h, P, problem.r, problem.stride_h, problem.pad_h, problem.dil_h)
+                          : fprop_axis(P, problem.h, problem.r, problem.stride_h, problem.pad_h, problem.dil_h);
+  const Axis cols = DGRAD ? dgrad_axis(class_w, problem.w, Q, problem.s, problem.stride_w, problem.pad_w, problem.dil_w)
+                          : fprop_axis(Q, problem.w, problem.s, problem.stride_w, problem.pad_w, problem.dil_w);
+  const int64_t gemm_m = int64_t{problem.n} * rows.size * cols.size;
+  if (rows.size <= 0 || cols.size <= 0 || m0 >= gemm_m) return;
+  const PixelDecoder decode(rows.size, cols.size);
+
+  Range taps_h, taps_w;
+  {
+    const int64_t last = (m0 + TILE::BLOCK_M < gemm_m ? m0 + TILE::BLOCK_M : gemm_m) - 1;
+    int32_t n_first, i_first, j_first, n_last, i_last, j_last;
+    decode(m0, n_first, i_first, j_first);
+    decode(last, n_last, i_last, j_last);
+    const bool one_image = n_first == n_last, one_row = one_image && i_first == i_last;
+    taps_h = one_image ? active_taps(rows, i_first, i_last) : active_taps(rows, 0, rows.size - 1);
+    taps_w = one_row ? active_taps(cols, j_first, j_last) : active_taps(cols, 0, cols.size - 1);
+  }
+  const int32_t tap_count = (taps_h.end - taps_h.begin) * (taps_w.end - taps_w.begin);
+  const int32_t steps = static_cast<int32_t>(ceil_div(int64_t{tap_count} * channels, BLOCK_K));
+  const Reduction start{0, taps_w.begin, tap_count ? taps_h.begin : taps_h.end};
+
+  // ---- A: this thread's chunk of the reduction, and its pixels
+  constexpr int A_ROWS = TILE::BLOCK_M * 4 / TILE::THREADS, A_STRIDE = TILE::THREADS / 4;
+  const int a_chunk = tid % 4, a_row = tid / 4;
+  int64_t a_base[A_ROWS];
+  int32_t a_h[A_ROWS], a_w[A_ROWS];
+#pragma unroll
+  for (int i = 0; i < A_ROWS; ++i) {
+    const int64_t m = m0 + a_row + i * A_STRIDE;
+    int32_t n = 0, row = 0, col = 0;
+    if (m < gemm_m) decode(m, n, row, col);
+    a_h[i] = m < gemm_m ? row * rows.mul + rows.off : INT32_MIN / 2;  // never inside
+    a_w[i] = col * cols.mul + cols.off;
+    a_base[i] = n * in_strides.n + int64_t{group} * channels * in_strides.c + int64_t{a_h[i]} * in_strides.h +
+                int64_t{a_w[i]} * in_strides.w;
+  }
+  Reduction a_at = start;
+  if (tap_count) a_at.advance(a_chunk * CHUNK, channels, taps_w);
+
+  // ---- B: fprop shares A's place in the reduction; dgrad has one for each of its rows
+  constexpr int B_CHUNKS = TILE::BLOCK_N / CHUNK;  // of a row of the N-major tile
+  constexpr int B_STRIDE = DGRAD ? TILE::THREADS / B_CHUNKS : TILE::THREADS / 4;
+  constexpr int B_ROWS = DGRAD ? (BLOCK_K + B_STRIDE - 1) / B_STRIDE : (TILE::BLOCK_N + B_STRIDE - 1) / B_STRIDE;
+  const int b_chunk = DGRAD ? tid % B_CHUNKS : a_chunk, b_row = DGRAD ? tid / B_CHUNKS : a_row;
+  const int64_t tap_size = problem.c_per_group(), filter_size = tap_size * problem.r * problem.s;
+  Reduction b_at[DGRAD ? B_ROWS : 1];
+  if constexpr (DGRAD) {
+#pragma unroll
+    for (int i = 0; i < B_ROWS; ++i) {
+      b_at[i] = start;
+      if (tap_count) b_at[i].advance(b_row + i * B_STRIDE, channels, taps_w);
+    }
+  }
+
+  const auto read_in = [&](int i, const Reduction& at, bool& inside) -> const T* {
+    const int32_t h = a_h[i] + at.r * rows.inc, column = a_w[i] + at.s * cols.inc;
+    inside = at.r < taps_h.end && h >= 0 && h < rows.limit && column >= 0 && column < cols.limit;
+    return in + (inside ? a_base[i] + int64_t{at.r} * rows.inc * in_strides.h +
+                              int64_t{at.s} * cols.inc * in_strides.w + at.channel * in_strides.c
+                        : 0);
+  };
+  const auto read_w = [&](int32_t k, int32_t c, const Reduction& at, bool& inside) -> const T* {
+    inside = inside && at.r < taps_h.end;
+    const int32_t r = rows.tap_first + at.r * rows.tap_step, s = cols.tap_first + at.s * cols.tap_step;
+    return w + (inside ? (int64_t{group} * problem.k_per_group() + k) * filter_size +
+                             (int64_t{r} * problem.s + s) * tap_size + c
+                       : 0);
+  };
+
+  // Starts loading the next BLOCK_K of the reduction into a stage, and moves on.
+  const auto load_stage = [&](int stage) {
+    unsigned char* a_tile = shared + stage * TILE::STAGE_BYTES;
+    unsigned char* b_tile = a_tile + TILE::A_BYTES;
+#pragma unroll
+    for (int i = 0; i < A_ROWS; ++i) {
+      const uint32_t at = k_major_offset(a_row + i * A_STRIDE, a_chunk);
+      if constexpr (VECTOR) {
+        bool inside;
+        const T* source = read_in(i, a_at, inside);
+        ptx::cp_async_16(ptx::shared_address(a_tile) + at, source, inside);
+      } else {
+        Vector<T> chunk;
+        Reduction element = a_at;
+#pragma unroll
+        for (int e = 0; e < CHUNK; ++e) {
+          bool inside;
+          const T* source = read_in(i, element, inside);
+          chunk.v[e] = inside ? __ldg(source) : from_accumulate<T>(0);
+          if (tap_count) element.advance(1, channels, taps_w);
+        }
+        store_chunk(a_tile + at, chunk);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < B_ROWS; ++i) {
+      const int row = b_row + i * B_STRIDE;
+      if (row >= (DGRAD ? BLOCK_K : TILE::BLOCK_N)) break;
+      const uint32_t at = DGRAD ? mn_major_offset<T, TILE::BLOCK_N>(row, b_chunk) : k_major_offset(row, b_chunk);
+      Reduction& place = DGRAD ? b_at[i] : a_at;
+      const int32_t column = n0 + (DGRAD ? b_chunk * CHUNK : row);
+      if constexpr (VECTOR) {
+        bool inside = column < columns;
+        const T* source = DGRAD ? read_w(place.channel, column, place, inside)
+                                : read_w(column, place.channel, place, inside);
+        ptx::cp_async_16(ptx::shared_address(b_tile) + at, source, inside);
+      } else {
+        Vector<T> chunk;
+        Reduction element = place;
+#pragma unroll
+        for (int e = 0; e < CHUNK; ++e) {
+          bool inside = column + (DGRAD ? e : 0) < columns;
+          const T* source = DGRAD ? read_w(element.channel, column + e, element, inside)
+                                  : read_w(column, element.channel, element, inside);
+          chunk.v[e] = inside ? __ldg(source) : from_accumulate<T>(0);
+          if (!DGRAD && tap_count) element.advance(1, channels, taps_w);
+        }
+        store_chunk(b_tile + at, chunk);
+      }
+      if constexpr (DGRAD) place.advance(BLOCK_K, channels, taps_w);
+    }
+    a_at.advance(BLOCK_K, channels, taps_w);
+  };
+
+  float acc[TILE::MMA_M][TILE::MMA_N][4] = {};
+#pragma unroll 1
+  for (int stage = 0; stage < STAGES - 1; ++stage) {
+    if (stage < steps) load_stage(stage);
+    ptx::cp_async_commit();
+  }
+  for (int32_t step = 0; step < steps; ++step) {
+    ptx::cp_async_wait<STAGES - 2>();
+    __syncthreads();  // the stage has landed for all threads, and all have read the one that is loaded next
+    if (step + STAGES - 1 < steps) load_stage((step + STAGES - 1) % STAGES);
+    ptx::cp_async_commit();
+    const unsigned char* a_tile = shared + step % STAGES * TILE::STAGE_BYTES;
+    multiply_stage<TILE, true, !DGRAD>(acc, a_tile, a_tile + TILE::A_BYTES, warp_m, warp_n);
+  }
+  __syncthreads();  // all have read the last stages before their memory serves the epilogue
+
+  // ---- epilogue: 16 rows of the warp at a time through shared memory, so that stores are 16 bytes of one pixel. The
+  // loops stay loops: unrolled, six activations would be compiled dozens of times.
+  constexpr int LANES = TILE::WARP_N / CHUNK;  // that share a row
+  constexpr int PASSES = 16 * LANES / 32;
+  static_assert(PASSES >= 1 && 16 * LANES % 32 == 0);
+  float* slab = reinterpret_cast<float*>(shared) + warp * 16 * TILE::SLAB_PITCH;  // (16, SLAB_PITCH)
+  Welford<float, CHUNK> seen;
+#pragma unroll 1
+  for (int i = 0; i < TILE::MMA_M; ++i) {
+#pragma unroll
+    for (int source = 0; source < TILE::MMA_M; ++source) {  // registers have no index: the wanted rows by comparison
+      if (source == i) store_slab<TILE>(acc[source], slab);
+    }
+    __syncwarp();  // the slab is written before it is read
+#pragma unroll 1
+    for (int pass = 0; pass < PASSES; ++pass) {
+      const int row = pass * (32 / LANES) + lane / LANES, col = lane % LANES * CHUNK;
+      const int64_t m = m0 + warp_m * TILE::WARP_M + i * 16 + row;
+      const int32_t column = n0 + warp_n * TILE::WARP_N + col;
+      if (m >= gemm_m || column >= columns) continue;
+      const float* sums = slab + row * TILE::SLAB_PITCH + col;
+      int32_t n, y_row, y_col;
+      decode(m, n, y_row, y_col);
+      const int32_t channel = group * columns + column;
+      const int64_t offset = n * out_strides.n + int64_t{rows.first + y_row * rows.step} * out_strides.h +
+                             int64_t{cols.first + y_col * cols.step} * out_strides.w + channel * out_strides.c;
+      const Span span{channel, 1, offset, out_strides.c, columns - column, vector_out};
+      float v[CHUNK];
+#pragma unroll
+      for (int e = 0; e < CHUNK; ++e) v[e] = sums[e];
+      apply_epilogue<T>(epilogue, v, span);
+      store_span(out, v, span);
+      if (!DGRAD && stats.moments) seen.template add_stored<T>(v);
+    }
+    __syncwarp();  // the slab is read before it is written again
+  }
+
+  if (!DGRAD && stats.moments) {  // a thread has seen one column of chunks all along
+    constexpr int ROWS = TILE::WARPS_M * (32 / LANES);
+    static_assert(merge_scratch(ROWS, TILE::BLOCK_N) * 4 <= TILE::SHARED_BYTES);
+    __syncthreads();  // all have read their slabs before the memory serves the statistics
+    merge_block(seen, reinterpret_cast<float*>(shared), warp_m * (32 / LANES) + lane / LANES, ROWS,
+                warp_n * TILE::WARP_N + lane % LANES * CHUNK, TILE::BLOCK_N,
+                [&](int column, float count, float mean, float m2) {
+                  if (n0 + column < columns) {
+                    stats.store(blockIdx.x / n_tiles, int64_t{group} * columns + n0 + column, count, mean, m2);
+                  }
+                });
+  }
+}
+
+template <class TILE, bool DGRAD, bool VECTOR>
+const char* reject_igemm_pixels(const ConvProblem& p) {
+  constexpr int CHUNK = TILE::CHUNK;
+  if (VECTOR) {
+    if (p.x_layout != Layout::kNHWC || p.y_layout != Layout::kNHWC) return "it takes channels-last tensors alone";
+    if (p.c_per_group() % CHUNK || p.k_per_group() % CHUNK) {
+      return "the channels of a group are not a multiple of 16 bytes";
+    }
+  }
+  if ((DGRAD ? p.nhw() : p.npq()) > INT32_MAX) return "there are more than 2^31 pixels";
+  if (p.groups > 65535) return "there are more than 65535 groups";
+  if (DGRAD && int64_t{p.stride_h} * p.stride_w > 65535) return "the stride is too large";
+  const int64_t reach = int64_t{p.pad_h} + p.pad_w + int64_t{p.dil_h} * p.r + int64_t{p.dil_w} * p.s;
+  if (reach > INT32_MAX / 4) return "the padding or the dilated filter is too large";
+  return nullptr;
+}
+
+template <class TILE>
+int64_t igemm_stats_rows(const ConvProblem& p) { return ceil_div(p.npq(), TILE::BLOCK_M); }
+
+template <class TILE, bool DGRAD, bool VECTOR>
+const char* launch_igemm_pixels(const ConvProblem& p, const LaunchArgs& args) {
+  using T = typename TILE::T;
+  const Strides x = strides_of(p.x_layout, p.c, p.h, p.w), y = strides_of(p.y_layout, p.k, p.p(), p.q());
+  const int32_t columns = DGRAD ? p.c_per_group() : p.k_per_group();
+  const int64_t largest_class = int64_t{p.n} * ceil_div(p.h, p.stride_h) * ceil_div(p.w, p.stride_w);
+  const int64_t m_tiles = ceil_div(DGRAD ? largest_class : p.npq(), TILE::BLOCK_M);
+  const int64_t tiles = m_tiles * ceil_div(columns, TILE::BLOCK_N);
+  if (tiles > INT32_MAX) return "the grid would exceed 2^31 blocks";
+  const dim3 grid(static_cast<unsigned>(tiles), p.groups, DGRAD ? p.stride_h * p.stride_w : 1);
+  const bool vector_out = (DGRAD ? p.x_layout : p.y_layout) == Layout::kNHWC && columns % TILE::CHUNK == 0;
+  return launch_kernel(igemm_pixels<TILE, DGRAD, VECTOR>, grid, dim3(TILE::THREADS), TILE::SHARED_BYTES, args.stream,
+                       p, DGRAD ? y : x, DGRAD ? x : y, static_cast<const T*>(args.a), static_cast<const T*>(args.b),
+                       static_cast<T*>(args.out), args.epilogue, vector_out,
+                       PartialStats<float>(args.stats, m_tiles, p.k));
+}
+
+// The order of the weights that the direct kernels read, and of the weight gradients that they write.
+inline const char* krsc_format(const ConvProblem&) { return "krsc"; }
+
+template <class TILE, bool DGRAD, bool VECTOR>
+constexpr Variant igemm_pixels_variant(const char* name) {
+  return {.name = name, .algo = "direct", .device = Device::kCUDA, .pass = DGRAD ? Pass::kDgrad : Pass::kFprop,
+          .dtype = DTypeOf<typename TILE::T>::value, .isa = Isa::kSM80,
+          .layouts = VECTOR ? Layouts::kNHWCOnly : Layouts::kAny,
+          .reject = reject_igemm_pixels<TILE, DGRAD, VECTOR>, .pack_format = krsc_format,
+          .launch = launch_igemm_pixels<TILE, DGRAD, VECTOR>,
+          .stats_rows = DGRAD ? nullptr : igemm_stats_rows<TILE>,
+          .block_m = TILE::BLOCK_M, .block_n = TILE::BLOCK_N, .block_k = TILE::BLOCK_K};
+}
+
+}  // namespace convext::cuda

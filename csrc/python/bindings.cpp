@@ -1,0 +1,190 @@
+// What Python may know about the kernels: the list, who takes a problem and why not, CPU features, how it was built.
+// No tensors here and no torch header: torch's bundled pybind11 refuses stable-ABI builds before 2.13.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <map>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "bindings_problem.h"
+#include "cpu/runtime/block.h"
+#include "cpu/runtime/output_pool.h"
+#include "cpu/kernels/roofline/roofline.h"
+#include "watch.h"
+
+namespace py = pybind11;
+
+namespace convext {
+namespace {
+
+const std::map<std::string, Isa>& isa_names() {
+  static const std::map<std::string, Isa> names = {
+      {"portable", Isa::kPortable},
+      {"avx2", Isa::kAVX2},
+      {"avx512", Isa::kAVX512},
+      {"avx512_bf16", Isa::kAVX512BF16}};
+  return names;
+}
+
+std::string isa_name(Isa isa) {
+  for (const auto& [name, value] : isa_names()) {
+    if (value == isa) return name;
+  }
+  return isa == Isa::kSM90 ? "sm90" : "sm80";
+}
+
+void set_isa(const std::optional<std::string>& name) {
+  if (!name) {
+    settings().cpu_isa = detect_cpu_isa();
+    return;
+  }
+  const auto found = isa_names().find(*name);
+  if (found == isa_names().end()) {
+    throw std::invalid_argument("isa must be portable, avx2, avx512 or avx512_bf16, got '" + *name + "'");
+  }
+  if (found->second > detect_cpu_isa()) {
+    throw std::invalid_argument("isa '" + *name + "' is not offered by this CPU and build (" +
+                                isa_name(detect_cpu_isa()) + " is the best)");
+  }
+  settings().cpu_isa = found->second;
+}
+
+std::map<std::string, bool> cpu_features() {
+  std::map<std::string, bool> features;
+#if defined(CONVEXT_HAVE_X86_ISAS)
+  __builtin_cpu_init();
+#define CONVEXT_FEATURE(name) features[name] = __builtin_cpu_supports(name) != 0;
+  CONVEXT_FEATURE("sse4.2")
+  CONVEXT_FEATURE("avx2")
+  CONVEXT_FEATURE("fma")
+  CONVEXT_FEATURE("avx512f")
+  CONVEXT_FEATURE("avx512bw")
+  CONVEXT_FEATURE("avx512dq")
+  CONVEXT_FEATURE("avx512vl")
+  CONVEXT_FEATURE("avx512bf16")
+#undef CONVEXT_FEATURE
+#endif
+  return features;
+}
+
+py::dict describe(const Variant& v) {
+  py::dict d;
+  d["name"] = v.name;
+  d["algo"] = v.algo;
+  d["device"] = v.device == Device::kCPU ? "cpu" : "cuda";
+  d["pass"] = static_cast<int>(v.pass);
+  d["dtype"] = static_cast<int>(v.dtype);
+  d["isa"] = isa_name(v.isa);
+  d["reads_nchw"] = v.layouts == Layouts::kAny;
+  return d;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "convext's compiled library: kernel list, selection, build information.";
+
+  m.def("variants", [] {
+    py::list all;
+    for (const Variant* v : variants()) all.append(describe(*v));
+    return all;
+  }, "Every compiled kernel, as dicts, in the order of their indices.");
+  m.def("select", [](int device, int pass, const Fields& problem) {
+    return select(static_cast<Device>(device), static_cast<Pass>(pass), problem_of(problem));
+  }, "Index of the kernel that serves the problem, or -1.");
+  m.def("reject_reasons", [](int device, int pass, const Fields& problem) {
+    return reject_reasons(static_cast<Device>(device), static_cast<Pass>(pass), problem_of(problem));
+  }, "(kernel, reason) for every kernel of the device and pass that does not take the problem.");
+  m.def("accepted", [](int device, int pass, const Fields& fields) {
+    const ConvProblem problem = problem_of(fields);
+    std::vector<std::pair<int, double>> taken;
+    for (int i = 0; i < static_cast<int>(variants().size()); ++i) {
+      const Variant& v = *variants()[i];
+      if (!reject(v, static_cast<Device>(device), static_cast<Pass>(pass), problem)) {
+        taken.emplace_back(i, cost(v, problem));
+      }
+    }
+    return taken;
+  }, "(index, modelled cost) of every kernel that takes the problem.");
+  m.def("pack_format", &pack_format,
+        "Name of the packed order that the kernel wants its weights in, or None for KCRS as it is.");
+  m.def("packed_size", [](int index, const Fields& problem) {
+    const Variant& v = variant_at(index);
+    return v.packed_size ? v.packed_size(problem_of(problem)) : int64_t{0};
+  }, "Bytes of the packed weights.");
+  m.def("reject_block", [](const std::vector<Fields>& problems, const std::vector<bool>& excites)
+                            -> std::optional<std::string> {
+    std::vector<BlockStep> steps(problems.size());
+    for (size_t i = 0; i < problems.size(); ++i) {
+      steps[i].problem = problem_of(problems[i]);
+      steps[i].excites = excites.at(i);
+      steps[i].excite.c = steps[i].problem.c;
+    }
+    if (const char* why = reject_block(steps)) return why;
+    return std::nullopt;
+  }, "Why forward convolutions in a row cannot run as one block, or None; `excites`: squeeze and excitation before it.");
+  m.def("output_size", [](const Fields& fields) {
+    const ConvProblem p = problem_of(fields);
+    return std::pair<int32_t, int32_t>(p.p(), p.q());
+  }, "(P, Q) of the problem.");
+  m.def("gemm_shape", [](int pass, const Fields& fields) {
+    const GemmShape g = problem_of(fields).gemm_shape(static_cast<Pass>(pass));
+    return std::array<int64_t, 3>{g.m, g.n, g.k};
+  }, "(gemm_m, gemm_n, gemm_k) per group.");
+
+  m.def("cpu_features", &cpu_features, "What the CPU offers, by name.");
+  m.def("isa", [] { return isa_name(settings().cpu_isa); }, "The instruction set in use.");
+  m.def("best_isa", [] { return isa_name(detect_cpu_isa()); }, "The best instruction set of this CPU and build.");
+  m.def("set_isa", &set_isa, py::arg("name"),
+        "Caps the instruction set: portable, avx2, avx512, avx512_bf16, or None for the best.");
+  m.def("fma_peak", [](int dtype, double seconds) {
+    return roofline_for(settings().cpu_isa).fma_flops(static_cast<DType>(dtype), seconds);
+  }, py::arg("dtype") = 0, py::arg("seconds") = 0.2, py::call_guard<py::gil_scoped_release>(),
+        "FLOP/s that one thread reaches on independent FMAs: the ceiling of every kernel.");
+  m.def("copy_bandwidth", [](int64_t bytes, double seconds) {
+    if (bytes < 4096) throw std::invalid_argument("bytes must be at least 4096, got " + std::to_string(bytes));
+    std::vector<float> dst(bytes / sizeof(float)), src(bytes / sizeof(float), 1.0f);
+    return roofline_for(settings().cpu_isa).copy_bytes(dst.data(), src.data(), bytes, seconds);
+  }, py::arg("bytes") = int64_t{128} << 20, py::arg("seconds") = 0.2, py::call_guard<py::gil_scoped_release>(),
+        "Bytes a second, read plus written, that one thread copies between buffers of this size.");
+
+  py::class_<Watch>(m, "Watch", "Facts about Python objects, checked together; it keeps the objects alive.")
+      .def(py::init<>())
+      .def("item", &Watch::item, py::arg("dict"), py::arg("key"), py::arg("value"), py::arg("absent") = false,
+           "dict[key] is value; absent: there is no such key")
+      .def("empty", &Watch::empty, py::arg("dict"), py::arg("key"), "dict[key] is an empty dictionary")
+      .def("length", &Watch::length, py::arg("dict"), py::arg("length"), "len(dict) == length")
+      .def("values", &Watch::values, py::arg("dict"), py::arg("values"), "dict.values() are these objects, in order")
+      .def("elements", &Watch::elements, py::arg("list"), py::arg("values"), "the list holds these objects, in order")
+      .def("type", &Watch::type, py::arg("object"), py::arg("kind"), "type(object) is kind")
+      .def("attribute", &Watch::attribute, py::arg("object"), py::arg("name"), py::arg("value"),
+           "getattr(object, name) is value")
+      .def("holds", &Watch::holds, "whether every fact still holds")
+      .def("__len__", &Watch::size);
+
+  m.def("accuracy", [] { return static_cast<int>(settings().accuracy); },
+        "Which algorithms may run: 0 all, 1 those within a plain sum's error, 2 plain sums.");
+  m.def("set_accuracy", [](int accuracy) {
+    if (accuracy < 0 || accuracy > 2) throw std::invalid_argument("no accuracy " + std::to_string(accuracy));
+    settings().accuracy = static_cast<Accuracy>(accuracy);
+  }, py::arg("accuracy"));
+  m.def("output_pool_limit", [] { return OutputPool::of_process().limit(); }, "Bytes that the pool may keep.");
+  m.def("set_output_pool_limit", [](int64_t bytes) {
+    if (bytes < 0) throw std::invalid_argument("bytes must not be negative, got " + std::to_string(bytes));
+    OutputPool::of_process().set_limit(bytes);
+  }, py::arg("bytes"));
+  m.def("output_pool_kept", [] { return OutputPool::of_process().kept(); }, "Bytes that the pool keeps now.");
+  m.def("activations", &activation_names,
+        "Names of the fused activations; the position is the number that the ops take.");
+  m.def("build_info", [] {
+    return std::map<std::string, std::string>{{"torch", CONVEXT_BUILT_WITH_TORCH},
+                                              {"compiler", CONVEXT_BUILT_WITH_COMPILER},
+                                              {"cuda", CONVEXT_CUDA_PLAN}};
+  }, "What this library was built with.");
+}
+
+}  // namespace convext

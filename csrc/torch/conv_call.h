@@ -1,0 +1,171 @@
+// One convolution as an op of this library receives it: the geometry, the chosen variant, the weights (packed and kept,
+// or dense), batch norm and bias folded into the epilogue. ops_conv.cpp and ops_sequence.cpp share it.
+#pragma once
+#include <cmath>
+#include <optional>
+#include <vector>
+
+#include "cpu/kernels/elementwise/staging.h"
+#include "cpu/runtime/packed_weight.h"
+#include "core/select.h"
+#include "torch_glue.h"
+
+namespace convext {
+
+struct Geom {
+  int32_t stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups;
+};
+
+inline Geom geom_of(const std::vector<int64_t>& values) {
+  STD_TORCH_CHECK(values.size() == 7, "convext_cpu: geom must be 7 numbers, got ", values.size());
+  for (int64_t value : values) {
+    STD_TORCH_CHECK(value >= 0 && value <= INT32_MAX, "convext_cpu: geom holds ", value, ", outside 32 bits");
+  }
+  auto at = [&](int i) { return static_cast<int32_t>(values[i]); };
+  return {at(0), at(1), at(2), at(3), at(4), at(5), at(6)};
+}
+
+inline ConvProblem make_problem(int64_t n, int64_t c, int64_t h, int64_t w, int64_t k, int64_t r, int64_t s,
+                                const Geom& g, DType dtype) {
+  for (int64_t extent : {n, c, h, w, k, r, s}) {
+    STD_TORCH_CHECK(extent <= INT32_MAX, "convext_cpu: an extent of ", extent, " exceeds 32 bits");
+  }
+  STD_TORCH_CHECK(g.groups > 0 && c % g.groups == 0 && k % g.groups == 0, "convext_cpu: ", c, " input and ", k,
+                  " output channels do not divide into ", g.groups, " groups");
+  STD_TORCH_CHECK(g.stride_h > 0 && g.stride_w > 0 && g.dil_h > 0 && g.dil_w > 0 && r > 0 && s > 0,
+                  "convext_cpu: stride, dilation and filter extents must be positive");
+  ConvProblem problem{};
+  problem.n = n, problem.c = c, problem.h = h, problem.w = w;
+  problem.k = k, problem.r = r, problem.s = s;
+  problem.stride_h = g.stride_h, problem.stride_w = g.stride_w;
+  problem.pad_h = g.pad_h, problem.pad_w = g.pad_w;
+  problem.dil_h = g.dil_h, problem.dil_w = g.dil_w;
+  problem.groups = g.groups;
+  problem.dtype = dtype;
+  problem.x_layout = problem.y_layout = Layout::kNHWC;
+  STD_TORCH_CHECK(problem.p() >= 0 && problem.q() >= 0, "convext_cpu: the filter does not fit into the padded input");
+  return problem;
+}
+
+// The variant of that index; the problem's dtype becomes the one that it reads.
+inline const Variant& checked_variant(int64_t index, Pass pass, ConvProblem& problem) {
+  const auto& all = variants();
+  STD_TORCH_CHECK(index >= 0 && index < static_cast<int64_t>(all.size()), "convext_cpu: there is no variant ", index);
+  const Variant& variant = *all[index];
+  const char* why = reject(variant, Device::kCPU, pass, problem);
+  STD_TORCH_CHECK(why == nullptr, "convext_cpu: ", variant.name, " rejects the problem: ", why);
+  problem.dtype = variant.dtype;
+  return variant;
+}
+
+inline int64_t workspace_bytes(const Variant& variant, const ConvProblem& problem, const Parallel& parallel) {
+  return variant.workspace ? Scratch::padded(variant.workspace(problem, parallel.threads)) : 0;
+}
+
+inline void launch(const Variant& variant, const ConvProblem& problem, const LaunchArgs& args) {
+  const char* failure = variant.launch(problem, args);
+  STD_TORCH_CHECK(failure == nullptr, "convext_cpu: ", variant.name, " failed on n=", problem.n, " c=", problem.c,
+                  " h=", problem.h, " w=", problem.w, " k=", problem.k, " r=", problem.r, " s=", problem.s, ": ",
+                  failure);
+}
+
+// The weights as the kernel wants them: packed and kept where the caller offers a buffer, dense KCRS otherwise.
+struct Weights {
+  const Variant& variant;
+  const ConvProblem& problem;
+  View view;
+  const OptionalTensor& packed;
+  int64_t version;
+
+  bool packs() const { return variant.pack_format != nullptr && variant.pack_format(problem) != nullptr; }
+  bool dense() const { return view.dtype == problem.dtype && view.is_dense(Layout::kNCHW); }
+  int64_t dense_bytes() const {
+    return dense() ? 0 : Scratch::padded(view.numel() * dtype_size(problem.dtype));
+  }
+  int64_t packed_bytes() const { return packs() && !packed ? kPackedHeader + variant.packed_size(problem) : 0; }
+  int64_t scratch_bytes() const { return dense_bytes() + Scratch::padded(packed_bytes()); }
+
+  // Asks for what `get` is going to look at, so that its waits for memory overlap.
+  void read_ahead() const {
+    if (!packed) return;
+    __builtin_prefetch(packed->const_data_ptr());
+    const int64_t bytes = view.numel() * dtype_size(view.dtype);
+    visit_fingerprint(bytes, [&](int64_t at, int64_t) {
+      if (bytes > kHashedWhole || at % kCacheLine == 0) __builtin_prefetch(static_cast<const char*>(view.data) + at);
+    });
+  }
+
+  const void* get(const Staging& staging, const Parallel& parallel) const {
+    auto load = [&]() -> const void* {
+      if (dense()) return view.data;
+      void* copy = scratch().take(dense_bytes());
+      staging.weight_to_dense(parallel, view.data, view.dtype, view.size, view.stride, copy, problem.dtype);
+      return copy;
+    };
+    if (!packs()) return load();
+    if (!packed) {
+      void* buffer = scratch().take(packed_bytes());
+      char* const out = static_cast<char*>(buffer) + kPackedHeader;
+      variant.pack(problem, load(), out, parallel);
+      return out;
+    }
+    const int64_t needed = kPackedHeader + variant.packed_size(problem);
+    STD_TORCH_CHECK(packed->numel() >= needed, "convext_cpu: packed holds ", packed->numel(), " bytes, not ", needed);
+    uint64_t seed = static_cast<uint64_t>(version) * 0x2545F4914F6CDD1Dull;
+    for (int i = 0; i < 4; ++i) seed = seed * 31 + static_cast<uint64_t>(view.stride[i]);
+    seed = seed * 31 + static_cast<uint64_t>(view.dtype);
+    const uint64_t print = fingerprint(view.data, view.numel() * dtype_size(view.dtype), seed);
+    return refresh_packed(variant, problem, print, packed->mutable_data_ptr(), parallel, load);
+  }
+};
+
+// Batch norm in inference and the bias, folded: scale = gamma / sqrt(var + eps), shift = beta + (bias - mean) * scale.
+// gamma or beta without mean and var scale and shift the biased sum as they are: mean 0, and var 1 with eps 0.
+struct BatchNormTensors {
+  const OptionalTensor &bias, &mean, &var, &gamma, &beta;
+  double eps;
+
+  // Asks for what `fold` is going to read, so that its waits for memory overlap.
+  void read_ahead() const {
+    for (const OptionalTensor* t : {&bias, &mean, &var, &gamma, &beta}) {
+      if (!*t || !(*t)->is_cpu() || !(*t)->is_contiguous()) continue;
+      const char* const data = static_cast<const char*>((*t)->const_data_ptr());
+      const int64_t bytes = (*t)->numel() * dtype_size(dtype_of(**t));
+      for (int64_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(data + at);
+    }
+  }
+
+  bool has_norm() const { return mean.has_value() || gamma.has_value() || beta.has_value(); }
+  bool has_any() const { return has_norm() || bias.has_value(); }
+  int64_t scratch_bytes(int64_t k, DType accumulate) const {
+    return has_any() ? 3 * Scratch::padded(k * dtype_size(accumulate)) : 0;
+  }
+
+  template <class T>
+  void fold(int64_t k, Epilogue& epilogue) const {
+    STD_TORCH_CHECK(mean.has_value() == var.has_value(), "convext_cpu: mean and var come together or not at all");
+    if (!has_any()) return;
+    T* const shift = static_cast<T*>(scratch().take(k * sizeof(T)));
+    const T* const given = channels<T>(bias, "bias", k, T(0), shift);
+    epilogue.shift = given;
+    if (!has_norm()) return;
+    T* const scale = static_cast<T*>(scratch().take(k * sizeof(T)));
+    T* const part = static_cast<T*>(scratch().take(k * sizeof(T)));
+    epilogue.scale = scale;
+    epilogue.shift = shift;
+    const T* const factor = channels<T>(gamma, "gamma", k, T(1), scale);
+    if (mean) {
+      const T* const variance = channels<T>(var, "var", k, T(1), part);
+      for (int64_t i = 0; i < k; ++i) scale[i] = factor[i] / std::sqrt(variance[i] + static_cast<T>(eps));
+    } else {
+      for (int64_t i = 0; i < k; ++i) scale[i] = factor[i];
+    }
+    const T* const middle = channels<T>(mean, "mean", k, T(0), part);
+    for (int64_t i = 0; i < k; ++i) shift[i] = (given[i] - middle[i]) * scale[i];
+    if (!beta) return;
+    const T* const added = channels<T>(beta, "beta", k, T(0), part);
+    for (int64_t i = 0; i < k; ++i) shift[i] += added[i];
+  }
+};
+
+}  // namespace convext
