@@ -11,8 +11,11 @@
 
 #if defined(__CUDACC__)
 #define CONVEXT_HD __host__ __device__
+#define CONVEXT_HD_INLINE __host__ __device__ __forceinline__
 #else
 #define CONVEXT_HD
+// Never a function of its own: the linker would keep one of several instruction sets' for all.
+#define CONVEXT_HD_INLINE inline __attribute__((always_inline))
 #endif
 
 namespace convext {

@@ -5,10 +5,7 @@
 //   fprop  in = x,  col = filter k,   A (NPQ, RSC) by im2col on the fly,  B (RSC, K): w in KRSC order is K-major
 //   dgrad  in = dy, col = channel c,  A (NHW, RSK) by im2col on the fly,  B (RSK, C): the same w is N-major
 //
-// Along one axis, position i of the output under tap j reads in[i*mul + off + j*inc]. For fprop that is the definition.
-// For dgrad, the pixels of one residue class modulo the stride meet every (stride / gcd(stride, dil))-th tap and read a
-// dense range of dy: each class is a convolution of its own without a hole, and no zero is ever multiplied. Classes are
-// the grid's z.
+// core/axis.h has the map from pixels and taps to what they read. The classes of dgrad are the grid's z.
 //
 //        block tile              warp tiles                 a step of the main loop
 //          BLOCK_N                                            wait for the oldest stage; barrier
@@ -18,6 +15,7 @@
 //
 // Taps that meet only padding for all pixels of the tile are skipped: with dilation 12 on 33x33 a third of the work.
 #pragma once
+#include "core/axis.h"
 #include "cuda/tile/epilogue.h"
 #include "cuda/tile/gemm.h"
 #include "cuda/tile/statistics.h"
@@ -25,54 +23,13 @@
 
 namespace convext::cuda {
 
-// One image axis of the rows, see above.
-struct Axis {
-  int32_t size;            // positions
-  int32_t first, step;     // position i is pixel first + i*step of the output
-  int32_t mul, off, inc;   // tap j reads pixel i*mul + off + j*inc of the input,
-  int32_t limit;           // which has this many
-  int32_t taps;            // tap j is tap tap_first + j*tap_step of the filter
-  int32_t tap_first, tap_step;
-};
-
-CONVEXT_DEVICE Axis fprop_axis(int32_t out, int32_t in, int32_t filter, int32_t stride, int32_t pad, int32_t dil) {
-  return {out, 0, 1, stride, -pad, dil, in, filter, 0, 1};
-}
-
-// Residue class `residue` of dgrad: p*stride = residue + i*stride + pad - r*dil.
-CONVEXT_DEVICE Axis dgrad_axis(int32_t residue, int32_t in, int32_t out, int32_t filter, int32_t stride, int32_t pad,
-                               int32_t dil) {
-  int32_t gcd = stride, rest = dil;
-  while (rest) {
-    const int32_t next = gcd % rest;
-    gcd = rest;
-    rest = next;
-  }
-  const int32_t tap_step = stride / gcd;
-  int32_t tap_first = 0;
-  while (tap_first < filter && tap_first < tap_step && (residue + pad - tap_first * dil) % stride != 0) ++tap_first;
-  const bool none = tap_first >= filter || tap_first >= tap_step;
-  return {(in - residue + stride - 1) / stride,
-          residue,
-          stride,
-          1,
-          none ? 0 : (residue + pad - tap_first * dil) / stride,
-          -(dil / gcd),
-          out,
-          none ? 0 : (filter - tap_first + tap_step - 1) / tap_step,
-          tap_first,
-          tap_step};
-}
-
 struct Range {
   int32_t begin, end;
 };
 
 // The taps that meet the image for some position in [low, high]: a range, since the read moves one way with the tap.
 CONVEXT_DEVICE Range active_taps(const Axis& axis, int32_t low, int32_t high) {
-  const auto meets = [&](int32_t tap) {
-    return high * axis.mul + axis.off + tap * axis.inc >= 0 && low * axis.mul + axis.off + tap * axis.inc < axis.limit;
-  };
+  const auto meets = [&](int32_t tap) { return axis.input(high, tap) >= 0 && axis.input(low, tap) < axis.in; };
   Range range{0, axis.taps};
   while (range.begin < range.end && !meets(range.begin)) ++range.begin;
   while (range.begin < range.end && !meets(range.end - 1)) --range.end;
@@ -128,7 +85,6 @@ __global__ void __launch_bounds__(TILE::THREADS, 1)
   CONVEXT_SHARED_MEMORY(shared);
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
   const int warp_m = warp / TILE::WARPS_N, warp_n = warp % TILE::WARPS_N;
-  const int32_t P = problem.p(), Q = problem.q();
   const int32_t channels = DGRAD ? problem.k_per_group() : problem.c_per_group();  // of the reduction
   const int32_t columns = DGRAD ? problem.c_per_group() : problem.k_per_group();
   const int32_t group = blockIdx.y;
@@ -138,13 +94,10 @@ __global__ void __launch_bounds__(TILE::THREADS, 1)
 
   const int32_t class_h = DGRAD ? blockIdx.z / problem.stride_w : 0;
   const int32_t class_w = DGRAD ? blockIdx.z % problem.stride_w : 0;
-  const Axis rows = DGRAD ? dgrad_axis(class_h, problem.h, P, problem.r, problem.stride_h, problem.pad_h, problem.dil_h)
-                          : fprop_axis(P, problem.h, problem.r, problem.stride_h, problem.pad_h, problem.dil_h);
-  const Axis cols = DGRAD ? dgrad_axis(class_w, problem.w, Q, problem.s, problem.stride_w, problem.pad_w, problem.dil_w)
-                          : fprop_axis(Q, problem.w, problem.s, problem.stride_w, problem.pad_w, problem.dil_w);
-  const int64_t gemm_m = int64_t{problem.n} * rows.size * cols.size;
-  if (rows.size <= 0 || cols.size <= 0 || m0 >= gemm_m) return;
-  const PixelDecoder decode(rows.size, cols.size);
+  const Axis rows = height_of(problem, DGRAD).at(class_h), cols = width_of(problem, DGRAD).at(class_w);
+  const int64_t gemm_m = int64_t{problem.n} * rows.count * cols.count;
+  if (rows.count <= 0 || cols.count <= 0 || m0 >= gemm_m) return;
+  const PixelDecoder decode(rows.count, cols.count);
 
   Range taps_h, taps_w;
   {
@@ -153,8 +106,8 @@ __global__ void __launch_bounds__(TILE::THREADS, 1)
     decode(m0, n_first, i_first, j_first);
     decode(last, n_last, i_last, j_last);
     const bool one_image = n_first == n_last, one_row = one_image && i_first == i_last;
-    taps_h = one_image ? active_taps(rows, i_first, i_last) : active_taps(rows, 0, rows.size - 1);
-    taps_w = one_row ? active_taps(cols, j_first, j_last) : active_taps(cols, 0, cols.size - 1);
+    taps_h = one_image ? active_taps(rows, i_first, i_last) : active_taps(rows, 0, rows.count - 1);
+    taps_w = one_row ? active_taps(cols, j_first, j_last) : active_taps(cols, 0, cols.count - 1);
   }
   const int32_t tap_count = (taps_h.end - taps_h.begin) * (taps_w.end - taps_w.begin);
   const int32_t steps = static_cast<int32_t>(ceil_div(int64_t{tap_count} * channels, BLOCK_K));
@@ -170,8 +123,8 @@ __global__ void __launch_bounds__(TILE::THREADS, 1)
     const int64_t m = m0 + a_row + i * A_STRIDE;
     int32_t n = 0, row = 0, col = 0;
     if (m < gemm_m) decode(m, n, row, col);
-    a_h[i] = m < gemm_m ? row * rows.mul + rows.off : INT32_MIN / 2;  // never inside
-    a_w[i] = col * cols.mul + cols.off;
+    a_h[i] = m < gemm_m ? rows.input(row, 0) : INT32_MIN / 2;  // never inside
+    a_w[i] = cols.input(col, 0);
     a_base[i] = n * in_strides.n + int64_t{group} * channels * in_strides.c + int64_t{a_h[i]} * in_strides.h +
                 int64_t{a_w[i]} * in_strides.w;
   }
@@ -194,15 +147,15 @@ __global__ void __launch_bounds__(TILE::THREADS, 1)
   }
 
   const auto read_in = [&](int i, const Reduction& at, bool& inside) -> const T* {
-    const int32_t h = a_h[i] + at.r * rows.inc, column = a_w[i] + at.s * cols.inc;
-    inside = at.r < taps_h.end && h >= 0 && h < rows.limit && column >= 0 && column < cols.limit;
-    return in + (inside ? a_base[i] + int64_t{at.r} * rows.inc * in_strides.h +
-                              int64_t{at.s} * cols.inc * in_strides.w + at.channel * in_strides.c
+    const int32_t h = a_h[i] + at.r * rows.in_tap_step, column = a_w[i] + at.s * cols.in_tap_step;
+    inside = at.r < taps_h.end && h >= 0 && h < rows.in && column >= 0 && column < cols.in;
+    return in + (inside ? a_base[i] + int64_t{at.r} * rows.in_tap_step * in_strides.h +
+                              int64_t{at.s} * cols.in_tap_step * in_strides.w + at.channel * in_strides.c
                         : 0);
   };
   const auto read_w = [&](int32_t k, int32_t c, const Reduction& at, bool& inside) -> const T* {
     inside = inside && at.r < taps_h.end;
-    const int32_t r = rows.tap_first + at.r * rows.tap_step, s = cols.tap_first + at.s * cols.tap_step;
+    const int32_t r = rows.tap(at.r), s = cols.tap(at.s);
     return w + (inside ? (int64_t{group} * problem.k_per_group() + k) * filter_size +
                              (int64_t{r} * problem.s + s) * tap_size + c
                        : 0);
@@ -302,8 +255,8 @@ __global__ void __launch_bounds__(TILE::THREADS, 1)
       int32_t n, y_row, y_col;
       decode(m, n, y_row, y_col);
       const int32_t channel = group * columns + column;
-      const int64_t offset = n * out_strides.n + int64_t{rows.first + y_row * rows.step} * out_strides.h +
-                             int64_t{cols.first + y_col * cols.step} * out_strides.w + channel * out_strides.c;
+      const int64_t offset = n * out_strides.n + int64_t{rows.output(y_row)} * out_strides.h +
+                             int64_t{cols.output(y_col)} * out_strides.w + channel * out_strides.c;
       const Span span{channel, 1, offset, out_strides.c, columns - column, vector_out};
       float v[CHUNK];
 #pragma unroll

@@ -9,14 +9,6 @@ inline const char* reject_unless_depthwise(const ConvProblem& problem) {
                                 : "it is not depthwise: groups must equal the input channels and divide the output's";
 }
 
-// The h and w axes of fprop (transposed = false: out is y) or dgrad (out is dx).
-inline TapClasses h_classes(const ConvProblem& p, bool transposed) {
-  return {transposed ? p.h : p.p(), transposed ? p.p() : p.h, p.r, p.stride_h, p.pad_h, p.dil_h, transposed};
-}
-inline TapClasses w_classes(const ConvProblem& p, bool transposed) {
-  return {transposed ? p.w : p.q(), transposed ? p.q() : p.w, p.s, p.stride_w, p.pad_w, p.dil_w, transposed};
-}
-
 // The Variant of fprop or dgrad. The packed order is the same in both, so that one packed copy serves both.
 template <class T>
 constexpr Variant taps_variant(const char* name, Pass pass,

@@ -18,7 +18,7 @@ namespace {
 
 template <class T>
 const char* launch(const ConvProblem& problem, const LaunchArgs& args) {
-  sum_taps<T>({h_classes(problem, false), w_classes(problem, false), problem.n, problem.k, problem.k / problem.c,
+  sum_taps<T>({height_of(problem, false), width_of(problem, false), problem.n, problem.k, problem.k / problem.c,
                static_cast<const T*>(args.a), static_cast<const compute_t<T>*>(args.b), static_cast<T*>(args.out),
                args.epilogue},
               *args.parallel);

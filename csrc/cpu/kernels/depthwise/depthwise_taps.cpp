@@ -15,27 +15,11 @@
 namespace convext {
 namespace CONVEXT_ISA {
 
-TapAxis TapClasses::at(int32_t index) const {
-  if (!transposed) return {out_size, 0, 1, -pad, stride, in_size, taps, taps == 1 ? 1 : dil, 0, 1};
-  // Output h = index + i * stride meets tap r where h + pad - r * dil is a multiple of the stride: r = r0, r0 + g, ...
-  // with g = stride / gcd(stride, dil); then p = (h + pad - r * dil) / stride. Taps are walked backwards, p upwards.
-  int32_t a = stride, b = dil;
-  while (b) {
-    const int32_t rest = a % b;
-    a = b;
-    b = rest;
-  }
-  const int32_t g = stride / a;
-  int32_t r0 = 0;
-  while (r0 < g && (index + pad - int64_t{r0} * dil) % stride != 0) ++r0;
-  const int32_t count = (out_size - index + stride - 1) / stride;
-  const int32_t met = r0 < g && r0 < taps ? (taps - 1 - r0) / g + 1 : 0;
-  if (met == 0) return {count, index, stride, 0, 1, in_size, 0, 1, 0, 1};
-  const int32_t tap_step = met == 1 ? 1 : g * dil / stride;
-  const int64_t nearest = (index + pad - int64_t{r0} * dil) / stride;
-  return {count, index,   stride,   static_cast<int32_t>(nearest - int64_t{met - 1} * tap_step), 1, in_size,
-          met,   tap_step, r0 + (met - 1) * g, -g};
-}
+namespace {
+
+Axis walked(const AxisClasses& classes, int32_t index) { return classes.at(index).ascending(); }
+
+}  // namespace
 
 template <class T>
 void pack_taps(const ConvProblem& problem, const void* w, void* packed, const Parallel& parallel) {
@@ -89,21 +73,21 @@ constexpr Tiles<T> general_tiles() {
 }
 
 template <class T>
-bool has_window_tile(const TapSum<T>& sum, const TapAxis& w) {
-  if (sum.multiplier != 1 || sum.k < VecOf<T>::width || w.tap_step != 1) return false;
+bool has_window_tile(const TapSum<T>& sum, const Axis& w) {
+  if (sum.multiplier != 1 || sum.k < VecOf<T>::width || w.in_tap_step != 1) return false;
   return w.in_step == 1 ? w.taps >= 1 && w.taps <= 7 && w.taps != 6
                         : w.in_step == 2 && (w.taps == 3 || w.taps == 5 || w.taps == 7);
 }
 
 // Whether two neighbouring output rows of the class share input rows as the 2-row tile wants it.
 template <class T>
-bool pairs_rows(const TapSum<T>& sum, const TapAxis& h, const TapAxis& w) {
-  return has_window_tile(sum, w) && h.in_step == w.in_step * h.tap_step && h.taps > w.in_step && w.taps >= 3 &&
+bool pairs_rows(const TapSum<T>& sum, const Axis& h, const Axis& w) {
+  return has_window_tile(sum, w) && h.in_step == w.in_step * h.in_tap_step && h.taps > w.in_step && w.taps >= 3 &&
          w.taps != 4;
 }
 
 template <class T>
-Tiles<T> tiles_for(const TapSum<T>& sum, const TapAxis& w, bool two_rows) {
+Tiles<T> tiles_for(const TapSum<T>& sum, const Axis& w, bool two_rows) {
   if (has_window_tile(sum, w)) {
     if (w.in_step == 2) {
       if (w.taps == 3) return two_rows ? window_tiles<T, 3, 2, kTileRows>() : window_tiles<T, 3, 2, 1>();
@@ -135,31 +119,31 @@ struct RowTask {
   explicit RowTask(const TapSum<T>& s)
       : sum(s),
         epilogue(s.epilogue),
-        streams((double(s.h.in_size) * s.w.in_size / s.multiplier + double(s.h.out_size) * s.w.out_size) * s.n * s.k *
-                    sizeof(T) > kStreamBytes) {}
+        streams((double(s.h.in) * s.w.in / s.multiplier + double(s.h.out) * s.w.out) * s.n * s.k * sizeof(T) >
+                kStreamBytes) {}
 
   // The part of a tile that the row decides. Strides are in elements; `out_channels` a pixel of the output.
-  Tile<T> tile(const TapAxis& h, const TapAxis& w, int64_t n, int32_t i, int64_t in_channels,
+  Tile<T> tile(const Axis& h, const Axis& w, int64_t n, int32_t i, int64_t in_channels,
                int64_t out_channels) const {
     constexpr int64_t width = VecOf<T>::width;
     Tile<T> t{epilogue};
     const int64_t taps_w = sum.w.taps;
     t.in_column = in_channels;
-    t.in_row = t.in_column * sum.w.in_size;
-    t.in = sum.in + n * sum.h.in_size * t.in_row;
+    t.in_row = t.in_column * sum.w.in;
+    t.in = sum.in + n * sum.h.in * t.in_row;
     t.w_block = int64_t{sum.h.taps} * taps_w * width;
-    t.packed = sum.packed + (int64_t{h.w_first} * taps_w + w.w_first) * width;
-    t.w_row = int64_t{h.w_step} * taps_w * width;
-    t.w_column = int64_t{w.w_step} * width;
-    t.out_column = int64_t{w.step} * out_channels;
-    t.out_row = int64_t{h.step} * sum.w.out_size * out_channels;
+    t.packed = sum.packed + (int64_t{h.tap_first} * taps_w + w.tap_first) * width;
+    t.w_row = int64_t{h.tap_step} * taps_w * width;
+    t.w_column = int64_t{w.tap_step} * width;
+    t.out_column = int64_t{w.out_step} * out_channels;
+    t.out_row = int64_t{h.out_step} * sum.w.out * out_channels;
     t.row = h.in_first + i * h.in_step;
-    t.rows = h.in_size;
-    t.columns = w.in_size;
+    t.rows = h.in;
+    t.columns = w.in;
     t.row_step = h.in_step;
     t.column_step = w.in_step;
-    t.tap_row_step = h.tap_step;
-    t.tap_column_step = w.tap_step;
+    t.tap_row_step = h.in_tap_step;
+    t.tap_column_step = w.in_tap_step;
     t.taps_h = h.taps;
     t.taps_w = w.taps;
     t.k = sum.k;
@@ -168,16 +152,16 @@ struct RowTask {
     return t;
   }
 
-  int64_t out_offset(const TapAxis& h, const TapAxis& w, int64_t n, int32_t i, int32_t j, int64_t channels) const {
-    const int64_t row = h.first + int64_t{i} * h.step, column = w.first + int64_t{j} * w.step;
-    return ((n * sum.h.out_size + row) * sum.w.out_size + column) * channels;
+  int64_t out_offset(const Axis& h, const Axis& w, int64_t n, int32_t i, int32_t j, int64_t channels) const {
+    const int64_t row = h.out_first + int64_t{i} * h.out_step, column = w.out_first + int64_t{j} * w.out_step;
+    return ((n * sum.h.out + row) * sum.w.out + column) * channels;
   }
 
   // Whether every column that the tile reads for `columns` outputs from j on is inside the image.
-  static bool interior(const TapAxis& w, int32_t j, int32_t columns) {
+  static bool interior(const Axis& w, int32_t j, int32_t columns) {
     const int64_t first = w.in_first + int64_t{j} * w.in_step;
-    const int64_t last = first + int64_t{columns - 1} * w.in_step + int64_t{w.taps - 1} * w.tap_step;
-    return first >= 0 && last < w.in_size;
+    const int64_t last = first + int64_t{columns - 1} * w.in_step + int64_t{w.taps - 1} * w.in_tap_step;
+    return first >= 0 && last < w.in;
   }
 
   // Reads the input rows that the tiles below will be the first to need into the cache, in the order of memory: the
@@ -193,9 +177,9 @@ struct RowTask {
     }
   }
 
-  void run(int64_t n, const TapAxis& h, int32_t i, bool two_rows, int32_t block_begin, int32_t block_end) const {
+  void run(int64_t n, const Axis& h, int32_t i, bool two_rows, int32_t block_begin, int32_t block_end) const {
     for (int32_t index = 0; index < sum.w.count(); ++index) {
-      const TapAxis w = sum.w.at(index);
+      const Axis w = walked(sum.w, index);
       if (w.taps == 0 || h.taps == 0) {
         clear(n, h, w, i, block_begin, block_end);
         continue;
@@ -226,7 +210,7 @@ struct RowTask {
   }
 
   // Outputs that no tap reaches, in dgrad with a stride above the filter's extent. There is no epilogue in dgrad.
-  void clear(int64_t n, const TapAxis& h, const TapAxis& w, int32_t i, int32_t block_begin, int32_t block_end) const {
+  void clear(int64_t n, const Axis& h, const Axis& w, int32_t i, int32_t block_begin, int32_t block_end) const {
     constexpr int64_t width = VecOf<T>::width;
     const int64_t begin = tap_block_begin(block_begin, sum.k, width);
     const int64_t last = tap_block_begin(block_end - 1, sum.k, width) + width, end = last < sum.k ? last : sum.k;
@@ -241,7 +225,7 @@ constexpr double kSerialFlops = 2e5;  // below, threads cost more than they brin
 
 template <class T>
 Parallel threads_for(const TapSum<T>& sum, const Parallel& parallel) {
-  const double outputs = double(sum.n) * sum.h.out_size * sum.w.out_size * sum.k;
+  const double outputs = double(sum.n) * sum.h.out * sum.w.out * sum.k;
   const double taps = double(sum.h.taps) * sum.w.taps / sum.h.count() / sum.w.count();
   return {parallel.run, outputs * taps * 2 < kSerialFlops ? 1 : parallel.threads};
 }
@@ -253,8 +237,8 @@ void sum_taps(const TapSum<T>& sum, const Parallel& all_threads) {
   const Parallel parallel = threads_for(sum, all_threads);
   const RowTask<T> rows(sum);
   // Rows are taken in pairs where there is one class of them and the tile can.
-  const bool pairs = sum.h.count() == 1 && sum.w.count() == 1 && pairs_rows(sum, sum.h.at(0), sum.w.at(0));
-  const int64_t row_tasks = pairs ? (sum.h.out_size + 1) / 2 : sum.h.out_size;
+  const bool pairs = sum.h.count() == 1 && sum.w.count() == 1 && pairs_rows(sum, walked(sum.h, 0), walked(sum.w, 0));
+  const int64_t row_tasks = pairs ? (sum.h.out + 1) / 2 : sum.h.out;
   // Channels are split where rows are few; never below two blocks, since the last one overlaps its neighbour.
   const int64_t blocks = tap_blocks(sum.k, VecOf<T>::width), tasks = sum.n * row_tasks;
   if (tasks == 0) return;
@@ -269,9 +253,9 @@ void sum_taps(const TapSum<T>& sum, const Parallel& all_threads) {
     const int64_t n = task / row_tasks;
     const int32_t row = static_cast<int32_t>(task % row_tasks);
     const int32_t stride = sum.h.count();
-    const TapAxis h = sum.h.at(row % stride);
+    const Axis h = walked(sum.h, row % stride);
     if (!pairs) return rows.run(n, h, row / stride, false, begin, end);
-    rows.run(n, h, 2 * row, 2 * row + 1 < sum.h.out_size, begin, end);
+    rows.run(n, h, 2 * row, 2 * row + 1 < sum.h.out, begin, end);
   });
 }
 
@@ -281,12 +265,12 @@ void sum_taps_and_filters(const TapSum<T>& sum, const Parallel& all_threads) {
   const Parallel parallel = threads_for(sum, all_threads);
   const RowTask<T> rows(sum);
   const int64_t m = sum.multiplier, channels = sum.k / m;
-  parallel.for_each(int64_t{sum.n} * sum.h.out_size, [&](int64_t task) {
-    const int64_t n = task / sum.h.out_size;
-    const int32_t row = static_cast<int32_t>(task % sum.h.out_size), i = row / sum.h.count();
-    const TapAxis h = sum.h.at(row % sum.h.count());
+  parallel.for_each(int64_t{sum.n} * sum.h.out, [&](int64_t task) {
+    const int64_t n = task / sum.h.out;
+    const int32_t row = static_cast<int32_t>(task % sum.h.out), i = row / sum.h.count();
+    const Axis h = walked(sum.h, row % sum.h.count());
     for (int32_t index = 0; index < sum.w.count(); ++index) {
-      const TapAxis w = sum.w.at(index);
+      const Axis w = walked(sum.w, index);
       Tile<T> t = rows.tile(h, w, n, i, sum.k, channels);
       for (int32_t j = 0; j < w.count; j += kGeneralColumns) {
         t.valid = w.count - j < kGeneralColumns ? w.count - j : kGeneralColumns;

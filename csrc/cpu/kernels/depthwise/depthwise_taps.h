@@ -3,34 +3,17 @@
 //
 //   out[n, i, j, k] = sum_{a, b} in[n, i', j', k / m] * w[k, a, b]
 //
-// Each axis is split into classes of outputs that meet the same taps: one class in fprop, stride classes in dgrad,
-// where only every stride-th tap lands on a dy pixel. Within a class everything is affine in the output's and the
-// tap's index, so one kernel serves both passes and no product with an inserted zero is computed.
+// Within a class of outputs (core/axis.h) everything is affine in the output's and the tap's index, so one kernel serves
+// both passes and no product with an inserted zero is computed. Taps are walked so that what they read ascends.
 #pragma once
+#include "core/axis.h"
 #include "cpu/simd/half.h"
 
 namespace convext::CONVEXT_ISA {
 
-// One class of outputs along one axis: output `first + i * step`, i < count, meets tap t < taps at input
-// `in_first + i * in_step + t * tap_step` (outside [0, in_size): padding), with weight `w_first + t * w_step`.
-struct TapAxis {
-  int32_t count, first, step;
-  int32_t in_first, in_step, in_size;
-  int32_t taps, tap_step, w_first, w_step;
-};
-
-// An axis of the problem, and its classes.
-struct TapClasses {
-  int32_t out_size, in_size, taps, stride, pad, dil;
-  bool transposed;  // dgrad: out is dx
-
-  int32_t count() const { return transposed ? stride : 1; }
-  TapAxis at(int32_t index) const;
-};
-
 template <class T>
 struct TapSum {
-  TapClasses h, w;
+  AxisClasses h, w;
   int32_t n, k, multiplier;  // k channels of the filter bank; fprop reads channel k / multiplier of its input
   const T* in;
   const compute_t<T>* packed;

@@ -30,7 +30,7 @@ template <class T>
 struct Tile {
   TileEpilogue<T> epilogue;
   const T* in;                 // image n, channel 0
-  const compute_t<T>* packed;  // tap (h.w_first, w.w_first) of block 0
+  const compute_t<T>* packed;  // tap (h.tap_first, w.tap_first) of block 0
   T* out;                      // first output of the tile, channel 0
   const T* residual;           // as out, or nullptr
   int64_t in_row, in_column, out_row, out_column;

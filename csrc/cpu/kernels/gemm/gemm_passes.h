@@ -55,8 +55,8 @@ struct GemmFprop {
     g.packed = static_cast<const T*>(args.b);
     g.zeros = clear_zeros<T>(args.workspace, zeros(p));
     g.batch = p.n;
-    g.height = Axis::fprop(p.h, p.p(), p.r, p.stride_h, p.pad_h, p.dil_h);
-    g.width = Axis::fprop(p.w, p.q(), p.s, p.stride_w, p.pad_w, p.dil_w);
+    g.height = height_of(p, false).at(0);
+    g.width = width_of(p, false).at(0);
     g.filter_width = p.s;
     g.packed_taps = p.r * p.s;
     g.in_pitch = p.c, g.out_pitch = p.k;
@@ -129,10 +129,11 @@ struct GemmDgrad {
     g.in_pitch = p.k, g.out_pitch = p.c;
     g.groups = p.groups, g.depth = p.k_per_group(), g.columns = p.c_per_group();
     g.tiles_within_rows = TILES_WITHIN_ROWS;
-    for (int32_t i = 0; i < p.stride_h; ++i) {
-      g.height = Axis::dgrad(p.p(), p.h, p.r, p.stride_h, p.pad_h, p.dil_h, i);
-      for (int32_t j = 0; j < p.stride_w; ++j) {
-        g.width = Axis::dgrad(p.q(), p.w, p.s, p.stride_w, p.pad_w, p.dil_w, j);
+    const AxisClasses rows = height_of(p, true), columns = width_of(p, true);
+    for (int32_t i = 0; i < rows.count(); ++i) {
+      g.height = rows.at(i);
+      for (int32_t j = 0; j < columns.count(); ++j) {
+        g.width = columns.at(j);
         run_implicit_gemm(g, *args.parallel);
       }
     }

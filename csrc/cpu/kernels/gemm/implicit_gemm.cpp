@@ -69,8 +69,7 @@ struct Table {
     first_tap = from_tap, pixels = num_pixels, taps = num_taps, padded = false;
     for (int32_t t = 0; t < taps; ++t) {
       const int32_t r = (first_tap + t) / g.width.taps, s = (first_tap + t) % g.width.taps;
-      b_taps[t] = (g.height.tap_first + g.height.tap_step * r) * g.filter_width + g.width.tap_first +
-                  g.width.tap_step * s;
+      b_taps[t] = g.height.tap(r) * g.filter_width + g.width.tap(s);
     }
     int64_t m = begin;
     for (int32_t p = 0; p < pixels;) {  // one row of the grid, or what the block has of it
@@ -98,16 +97,16 @@ struct Table {
 
   void fill_row(const ImplicitGemm<T>& g, const T** row, int32_t length, int64_t n, int32_t i, int32_t j, int32_t r,
                 int32_t s) {
-    const int64_t h = int64_t{g.height.step} * i + g.height.offset_first + int64_t{g.height.offset_step} * r;
-    int64_t w = int64_t{g.width.step} * j + g.width.offset_first + int64_t{g.width.offset_step} * s;
+    const int64_t h = int64_t{g.height.in_step} * i + g.height.in_first + int64_t{g.height.in_tap_step} * r;
+    int64_t w = int64_t{g.width.in_step} * j + g.width.in_first + int64_t{g.width.in_tap_step} * s;
     int32_t k = 0;
     if (h >= 0 && h < g.height.in) {
-      for (; k < length && w < 0; ++k, w += g.width.step) row[k] = g.zeros;
+      for (; k < length && w < 0; ++k, w += g.width.in_step) row[k] = g.zeros;
       padded |= k > 0;
-      const int64_t inside = w < g.width.in ? (g.width.in - 1 - w) / g.width.step + 1 : 0;
+      const int64_t inside = w < g.width.in ? (g.width.in - 1 - w) / g.width.in_step + 1 : 0;
       const int32_t end = at_most<int64_t>(inside, length - k) + k;
       const T* const first = g.in + ((n * g.height.in + h) * g.width.in + w) * g.in_pitch;
-      const int64_t jump = int64_t{g.width.step} * g.in_pitch;
+      const int64_t jump = int64_t{g.width.in_step} * g.in_pitch;
       for (int32_t from = k; k < end; ++k) row[k] = first + (k - from) * jump;
     }
     padded |= k < length;
@@ -233,27 +232,6 @@ void run_item(const ImplicitGemm<T>& g, const Panels<T>& split, int64_t begin, i
 }
 
 }  // namespace
-
-Axis Axis::fprop(int32_t in, int32_t out, int32_t taps, int32_t stride, int32_t pad, int32_t dil) {
-  return {in, out, out, 0, 1, stride, taps, 0, 1, -pad, dil};
-}
-
-Axis Axis::dgrad(int32_t in, int32_t out, int32_t taps, int32_t stride, int32_t pad, int32_t dil, int32_t residue) {
-  Axis axis{in, out, residue < out ? (out - residue - 1) / stride + 1 : 0, residue, stride, 1, 0, 0, 1, 0, 0};
-  // The filter rows that leave no remainder are an arithmetic progression: find its first two members.
-  for (int32_t r = 0; r < taps; ++r) {
-    const int64_t position = int64_t{residue} + pad - int64_t{r} * dil;
-    if (position % stride != 0) continue;
-    const int32_t offset = static_cast<int32_t>(position / stride);
-    if (axis.taps == 0) {
-      axis.tap_first = r, axis.offset_first = offset;
-    } else if (axis.taps == 1) {
-      axis.tap_step = r - axis.tap_first, axis.offset_step = offset - axis.offset_first;
-    }
-    ++axis.taps;
-  }
-  return axis;
-}
 
 template <class T>
 void run_implicit_gemm(const ImplicitGemm<T>& g, const Parallel& parallel) {

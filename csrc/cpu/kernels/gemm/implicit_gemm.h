@@ -17,27 +17,10 @@
 //
 // A tile skips every tap that meets nothing but padding for all of its pixels.
 #pragma once
+#include "core/axis.h"
 #include "gemm.h"
 
 namespace convext::CONVEXT_ISA {
-
-// One spatial axis of the grid: output coordinates out_first + out_step * i for 0 <= i < count, and taps
-// t = 0 .. taps - 1, filter row (column) tap_first + tap_step * t, reading input coordinate
-// i * step + offset_first + offset_step * t, which is padding outside [0, in).
-struct Axis {
-  int32_t in, out, count;
-  int32_t out_first, out_step;
-  int32_t step;
-  int32_t taps, tap_first, tap_step;
-  int32_t offset_first, offset_step;
-
-  // h = p * stride - pad + r * dil, all outputs at once.
-  static Axis fprop(int32_t in, int32_t out, int32_t taps, int32_t stride, int32_t pad, int32_t dil);
-
-  // p = (h + pad - r * dil) / stride for the inputs h = residue (mod stride): only the filter rows that leave no
-  // remainder take part, and over those the problem has unit stride. `in` is the extent of dy, `out` that of dx.
-  static Axis dgrad(int32_t in, int32_t out, int32_t taps, int32_t stride, int32_t pad, int32_t dil, int32_t residue);
-};
 
 template <class T>
 struct ImplicitGemm {
