@@ -56,15 +56,15 @@ def flags(csrc: Path, form: str) -> list[str]:
     return found + SANITIZERS[form]
 
 
-def build(folder: Path, form: str, kernels: list[str], main: str, csrc: Path = CSRC, more: tuple = ()) -> Path:
-    """The program `main` with `kernels` and `more` sources (relative to csrc) in one form; the path of the executable.
+def build(folder: Path, form: str, kernels: list[str], main: str, csrc: Path = CSRC) -> Path:
+    """The program `main` with `kernels` (sources, relative to csrc) in one form; the path of the executable.
     A second program in the same folder uses the objects of the first.
 
     Raises RuntimeError with the compiler's words where it does not compile.
     """
     folder.mkdir(parents=True, exist_ok=True)
     common = flags(csrc, form)
-    hosts = [f"{EMULATOR}/fiber.cpp", f"{EMULATOR}/emulator.cpp", *more, main]
+    hosts = [f"{EMULATOR}/fiber.cpp", f"{EMULATOR}/emulator.cpp", main]
     if form == "race":
         hosts.append(f"{EMULATOR}/race.cpp")  # stands in for the thread sanitizer's library
     sanitized = ["-fsanitize=thread"] if form == "race" else []

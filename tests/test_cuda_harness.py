@@ -23,8 +23,7 @@ def program(tmp_path_factory):
         if form not in folders:
             folders[form] = tmp_path_factory.mktemp(f"cuda_{form}")
         if (form, main) not in built:
-            more = ("cuda/select_cuda.cpp",) if main == TRAFFIC else ()
-            built[form, main] = harness.build(folders[form], form, harness.kernel_sources(), main, more=more)
+            built[form, main] = harness.build(folders[form], form, harness.kernel_sources(), main)
         return built[form, main]
 
     return get

@@ -38,6 +38,19 @@ class _Plan(NamedTuple):
     packed_bytes: int
 
 
+# What `slower` goes by, all shown by `convext bench layers` on a CPU with AVX-512.
+_BF16_PIXELS = 64  # of the output: with more, products in float32 lose to those of bfloat16
+_EMPTY_LANES = {Pass.FPROP: (8, 4), Pass.DGRAD: (8, 4), Pass.WGRAD: (16, 16)}  # columns a group; at stride 1, above
+_FEW_CHANNELS = 4
+_FEW_FLOPS = 1.2e5
+
+
+@functools.cache
+def kernels() -> list[dict]:
+    """What every CPU kernel says about itself, in the order of their indices."""
+    return _C.variants()
+
+
 @functools.cache
 def _has_bf16_dot() -> bool:
     return _C.cpu_features().get("avx512bf16", False)
@@ -59,7 +72,7 @@ def _plan(pass_: Pass, problem: ConvProblem) -> _Plan | None:
     packs = pass_ is not Pass.WGRAD
     pack_format = _C.pack_format(index, fields) if packs else None
     size = _PACKED_HEADER + _C.packed_size(index, fields) if pack_format else 0
-    return _Plan(index, _C.variants()[index]["name"], geom, pack_format, size)
+    return _Plan(index, kernels()[index]["name"], geom, pack_format, size)
 
 
 def _rejects_block(block) -> bool:
@@ -140,23 +153,23 @@ class NativeBackend:
     def slower(self, pass_: Pass, problem: ConvProblem) -> str | None:
         """Why ATen is expected to be faster for a problem that a kernel here takes, in words, or None.
 
-        Each rule stands for a class of problems that `convext bench layers` showed to lose, on a CPU with AVX-512.
+        Each rule stands for a class of problems that was measured to lose.
         """
         p = problem
         if p.device != "cpu" or p.is_depthwise:
             return None
+        kernel = kernels()[_plan(pass_, p).variant]
         if p.dtype is DType.BFLOAT16 and _has_bf16_dot():
-            kernel = self.variant(pass_, p)
-            staged = "_bf16_" not in kernel and "_winograd" not in kernel
-            if staged and (p.npq > 64 or pass_ is Pass.WGRAD):
+            plain = kernel["dtype"] != p.dtype and kernel["algorithm"] != "winograd"
+            if plain and (p.npq > _BF16_PIXELS or pass_ is Pass.WGRAD):
                 return "ATen multiplies bfloat16 with this CPU's bfloat16 instructions, twice as fast as float32"
-        if p.groups > 1 and "_grouped_" not in self.variant(pass_, p):
+        if p.groups > 1 and kernel["algorithm"] != "grouped":
             columns = p.c_per_group if pass_ is Pass.DGRAD else p.k_per_group
-            if columns <= (16 if pass_ is Pass.WGRAD else 8 if p.is_unit_stride else 4):
+            if columns <= _EMPTY_LANES[pass_][not p.is_unit_stride]:
                 return f"{columns} channels a group leave most lanes of a vector empty"
-        elif p.c <= 4 and not p.is_pointwise and pass_ is Pass.DGRAD:
+        elif p.c <= _FEW_CHANNELS and not p.is_pointwise and pass_ is Pass.DGRAD:
             return f"{p.c} input channels leave most lanes of a vector empty"
-        if p.flops <= 1.2e5 and pass_ is not Pass.DGRAD:
+        if p.flops <= _FEW_FLOPS and pass_ is not Pass.DGRAD:
             return "so few multiplications cost less than the call"
         return None
 
@@ -226,10 +239,10 @@ class NativeBackend:
         if any(step.problem.device == "cuda" for step in steps):
             return None
         plans = [None if step.layer else _plan(Pass.FPROP, step.problem) for step in steps]
-        kernels = [None if plan is None else _C.variants()[plan.variant] for plan in plans]
+        chosen = [None if plan is None else kernels()[plan.variant] for plan in plans]
         if any(kernel is not None and kernel["dtype"] != step.problem.dtype or step.problem.y_layout != _NHWC
-               for kernel, step in zip(kernels, steps)) or any(step.problem.x_layout != _NHWC for step in steps[1:]) \
-                or steps[0].problem.x_layout != _NHWC and not (kernels[0] and kernels[0]["reads_nchw"]) \
+               for kernel, step in zip(chosen, steps)) or any(step.problem.x_layout != _NHWC for step in steps[1:]) \
+                or steps[0].problem.x_layout != _NHWC and not (chosen[0] and chosen[0]["reads_nchw"]) \
                 or any(len(block.steps) > 1 and _rejects_block(block) for block in blocks):
             return None
         ops, program = torch.ops.convext_cpu, native_sequence.program(blocks, plans)

@@ -37,6 +37,7 @@ class _Plan(NamedTuple):
     y_layout: Layout
     krsc: bool  # weights lie in channels-last order
     workspace: int  # bytes
+    facts: dict  # what the kernel says about itself
     writes_dx: bool  # the wgrad kernel can write dx in the same pass
     stats_rows: int  # of partial batch statistics that the fprop kernel can write
 
@@ -65,7 +66,7 @@ def _plan_for(pass_: Pass, problem: ConvProblem, tf32: bool) -> _Plan | None:
     fields = _fields(problem, x_layout, y_layout)
     known = _CUDA.variants()[index]
     return _Plan(index, known["name"], fields, x_layout, y_layout, _CUDA.weight_order(index, fields) == "krsc",
-                 _CUDA.workspace(index, fields), known["writes_dx"], _CUDA.stats_rows(index, fields))
+                 _CUDA.workspace(index, fields), known, known["writes_dx"], _CUDA.stats_rows(index, fields))
 
 
 def _plan(pass_: Pass, problem: ConvProblem) -> _Plan | None:

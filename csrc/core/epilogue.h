@@ -28,7 +28,7 @@ struct Epilogue {
   Activation activation = Activation::identity;
 };
 
-// T is float, double or a vector of them (cpu/vec.h): comparisons choose through where(), so that one definition serves
+// T is float, double or a vector of them (vec.h): comparisons choose through where(), so that one definition serves
 // all. NaN passes through every one of them, as it does in PyTorch.
 namespace activation {
 

@@ -1,4 +1,4 @@
-// Which kernel serves a problem: rejects first, then a cost model. Pure host C++, runs and is tested without a GPU.
+// Which kernel serves a problem: rejects first, then the least cost. Pure host C++, runs and is tested without a GPU.
 #pragma once
 #include <string>
 #include <utility>
@@ -11,10 +11,7 @@ namespace convext {
 // Every variant compiled into this library, in the order of variants.inc. The index is the variant's handle in Python.
 const std::vector<const Variant*>& variants();
 
-// Which algorithms may run (docs/design.md): all; those whose error stays within a plain sum's; plain sums.
-enum class Accuracy : int32_t { kFast = 0, kStrict = 1, kDirect = 2 };
-
-// What the user allows; process-wide, set through bindings.cpp.
+// What the user allows; process-wide, set from Python.
 struct Settings {
   Isa cpu_isa;  // at most what the CPU offers
   Accuracy accuracy;
@@ -25,12 +22,9 @@ Settings& settings();
 // The best instruction set that this CPU and this build offer.
 Isa detect_cpu_isa();
 
-// Why the variant cannot serve the problem, in words, or nullptr. `compute` is the dtype the kernel would run in:
-// half-precision problems on the CPU are staged through float32.
+// Why the variant cannot serve the problem, in words, or nullptr. Half-precision problems on the CPU may be staged
+// through float32.
 const char* reject(const Variant& variant, Device device, Pass pass, const ConvProblem& problem);
-
-// The model's cost in arbitrary units: lower is better. Compares variants of one device only.
-double cost(const Variant& variant, const ConvProblem& problem);
 
 // Index of the cheapest variant that takes the problem, or -1.
 int select(Device device, Pass pass, const ConvProblem& problem);

@@ -1,8 +1,8 @@
 // What a kernel tells the rest of convext about itself. No torch here: raw pointers and plain data.
 //
 // A variant is one kernel for one pass, one dtype and one instruction set. It says in words which problems it rejects,
-// how much scratch memory it wants, how it likes its weights packed, and it launches. What it costs relative to the
-// others is select.cpp's business; what was measured to be slower, its backend's.
+// how much scratch memory it wants, how it likes its weights packed, what it costs beside the others, and it launches.
+// What was measured to be slower than ATen is its backend's business.
 #pragma once
 #include "conv_problem.h"
 #include "epilogue.h"
@@ -11,6 +11,27 @@ namespace convext {
 
 // Instruction sets, each implying the ones before it on its device.
 enum class Isa : int32_t { kPortable = 0, kAVX2 = 1, kAVX512 = 2, kAVX512BF16 = 3, kSM80 = 10, kSM90 = 11 };
+
+// X(name): the algorithms, as Python and reports name them.
+#define CONVEXT_ALGORITHMS(X) \
+  X(direct) X(dilated) X(winograd) X(stem) X(pointwise) X(grouped) X(depthwise) X(layer_norm) X(mean)
+enum class Algorithm : int32_t {
+#define CONVEXT_X(name) name,
+  CONVEXT_ALGORITHMS(CONVEXT_X)
+#undef CONVEXT_X
+};
+
+// X(name): what products are formed in. Sums are in the accumulate dtype.
+#define CONVEXT_ARITHMETICS(X) X(float32) X(float64) X(bfloat16) X(float16) X(tf32)
+enum class Arithmetic : int32_t {
+#define CONVEXT_X(name) name,
+  CONVEXT_ARITHMETICS(CONVEXT_X)
+#undef CONVEXT_X
+};
+
+// The accuracy setting (docs/design.md), and of a kernel the strictest one that allows it: everything; what errs no
+// more than a plain sum; plain sums.
+enum class Accuracy : int32_t { kFast = 0, kStrict = 1, kDirect = 2 };
 
 // Bytes; of every CPU that there are kernels for.
 constexpr int64_t kCacheLine = 64;
@@ -68,11 +89,12 @@ struct LaunchArgs {
 enum class Layouts : int32_t { kNHWCOnly = 0, kAny = 1, kAnyX = 2 };
 
 struct Variant {
-  const char* name;  // <pass>_<algo>_<dtype>_<isa>: the specification in short
-  const char* algo;  // "direct", "depthwise", "dilated", "winograd4x4": the family, for reports and the cost model
+  const char* name;  // <pass>_<algorithm>_<dtype>_<isa>: for people; whoever decides reads the facts below
+  Algorithm algorithm;
   Device device;
   Pass pass;
-  DType dtype;
+  DType dtype;  // of the activations in memory
+  Arithmetic arithmetic;
   Isa isa;
   Layouts layouts;
 
@@ -89,15 +111,24 @@ struct Variant {
   int64_t (*packed_size)(const ConvProblem&);
   void (*pack)(const ConvProblem&, const void* w, void* packed, const Parallel&);
 
+  // What a launch costs beside the other variants of the device, in units of its own: lower is better.
+  double (*cost)(const Variant&, const ConvProblem&);
+
   // Runs the kernel. Returns nullptr, or what went wrong in words.
   const char* (*launch)(const ConvProblem&, const LaunchArgs&);
 
   bool takes_nchw_x() const { return layouts != Layouts::kNHWCOnly; }
   bool takes_nchw_y() const { return layouts == Layouts::kAny; }
 
+  // Whether activations of the problem are copied, to the kernel's dtype and back.
+  bool is_staged(const ConvProblem& problem) const { return dtype != problem.dtype; }
+
+  Accuracy strictest = Accuracy::kDirect;
+  int32_t tile = 0;      // outputs along an axis of Winograd's tile
+  bool gathers = false;  // reads operands element by element, where others read vectors
   bool wgrad_writes_dx = false;  // see LaunchArgs
   int64_t (*stats_rows)(const ConvProblem&) = nullptr;  // see LaunchArgs
-  int32_t block_m = 0, block_n = 0, block_k = 0;  // the tile of a matrix-product kernel on CUDA, for the cost model
+  int32_t block_m = 0, block_n = 0, block_k = 0;  // the tile of a matrix-product kernel on CUDA
 };
 
 }  // namespace convext

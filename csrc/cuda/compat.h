@@ -71,13 +71,25 @@ CONVEXT_DEVICE fp16 from_accumulate<fp16>(float v) { return __float2half(v); }
 template <class T>
 struct DTypeOf;
 template <>
-struct DTypeOf<float> { static constexpr DType value = DType::kFloat32; };
+struct DTypeOf<float> {
+  static constexpr DType value = DType::kFloat32;
+  static constexpr Arithmetic arithmetic = Arithmetic::float32, on_tensor_cores = Arithmetic::tf32;
+};
 template <>
-struct DTypeOf<double> { static constexpr DType value = DType::kFloat64; };
+struct DTypeOf<double> {
+  static constexpr DType value = DType::kFloat64;
+  static constexpr Arithmetic arithmetic = Arithmetic::float64;
+};
 template <>
-struct DTypeOf<bf16> { static constexpr DType value = DType::kBFloat16; };
+struct DTypeOf<bf16> {
+  static constexpr DType value = DType::kBFloat16;
+  static constexpr Arithmetic arithmetic = Arithmetic::float32, on_tensor_cores = Arithmetic::bfloat16;
+};
 template <>
-struct DTypeOf<fp16> { static constexpr DType value = DType::kFloat16; };
+struct DTypeOf<fp16> {
+  static constexpr DType value = DType::kFloat16;
+  static constexpr Arithmetic arithmetic = Arithmetic::float32, on_tensor_cores = Arithmetic::float16;
+};
 
 // 16 bytes of T, what one thread loads at a time.
 template <class T>

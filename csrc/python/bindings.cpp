@@ -21,20 +21,11 @@ namespace py = pybind11;
 namespace convext {
 namespace {
 
-const std::map<std::string, Isa>& isa_names() {
-  static const std::map<std::string, Isa> names = {
-      {"portable", Isa::kPortable},
-      {"avx2", Isa::kAVX2},
-      {"avx512", Isa::kAVX512},
-      {"avx512_bf16", Isa::kAVX512BF16}};
-  return names;
-}
-
-std::string isa_name(Isa isa) {
-  for (const auto& [name, value] : isa_names()) {
-    if (value == isa) return name;
-  }
-  return isa == Isa::kSM90 ? "sm90" : "sm80";
+const Roofline& roofline() {
+#if defined(CONVEXT_HAVE_X86_ISAS)
+  if (settings().cpu_isa == Isa::kAVX512BF16) return roofline_avx512_bf16;
+#endif
+  return roofline_for(settings().cpu_isa);
 }
 
 void set_isa(const std::optional<std::string>& name) {
@@ -42,15 +33,16 @@ void set_isa(const std::optional<std::string>& name) {
     settings().cpu_isa = detect_cpu_isa();
     return;
   }
-  const auto found = isa_names().find(*name);
-  if (found == isa_names().end()) {
-    throw std::invalid_argument("isa must be portable, avx2, avx512 or avx512_bf16, got '" + *name + "'");
+  for (const Isa isa : {Isa::kPortable, Isa::kAVX2, Isa::kAVX512, Isa::kAVX512BF16}) {
+    if (*name != isa_name(isa)) continue;
+    if (isa > detect_cpu_isa()) {
+      throw std::invalid_argument("isa '" + *name + "' is not offered by this CPU and build (" +
+                                  isa_name(detect_cpu_isa()) + " is the best)");
+    }
+    settings().cpu_isa = isa;
+    return;
   }
-  if (found->second > detect_cpu_isa()) {
-    throw std::invalid_argument("isa '" + *name + "' is not offered by this CPU and build (" +
-                                isa_name(detect_cpu_isa()) + " is the best)");
-  }
-  settings().cpu_isa = found->second;
+  throw std::invalid_argument("isa must be portable, avx2, avx512 or avx512_bf16, got '" + *name + "'");
 }
 
 std::map<std::string, bool> cpu_features() {
@@ -71,18 +63,6 @@ std::map<std::string, bool> cpu_features() {
   return features;
 }
 
-py::dict describe(const Variant& v) {
-  py::dict d;
-  d["name"] = v.name;
-  d["algo"] = v.algo;
-  d["device"] = v.device == Device::kCPU ? "cpu" : "cuda";
-  d["pass"] = static_cast<int>(v.pass);
-  d["dtype"] = static_cast<int>(v.dtype);
-  d["isa"] = isa_name(v.isa);
-  d["reads_nchw"] = v.layouts == Layouts::kAny;
-  return d;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -90,7 +70,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("variants", [] {
     py::list all;
-    for (const Variant* v : variants()) all.append(describe(*v));
+    for (const Variant* v : variants()) all.append(facts(*v));
     return all;
   }, "Every compiled kernel, as dicts, in the order of their indices.");
   m.def("select", [](int device, int pass, const Fields& problem) {
@@ -105,7 +85,7 @@ PYBIND11_MODULE(_C, m) {
     for (int i = 0; i < static_cast<int>(variants().size()); ++i) {
       const Variant& v = *variants()[i];
       if (!reject(v, static_cast<Device>(device), static_cast<Pass>(pass), problem)) {
-        taken.emplace_back(i, cost(v, problem));
+        taken.emplace_back(i, v.cost(v, problem));
       }
     }
     return taken;
@@ -126,7 +106,7 @@ PYBIND11_MODULE(_C, m) {
     }
     if (const char* why = reject_block(steps)) return why;
     return std::nullopt;
-  }, "Why forward convolutions in a row cannot run as one block, or None; `excites`: squeeze and excitation before it.");
+  }, "Why forward convolutions in a row cannot run as one block, or None; excites: squeeze and excitation before it.");
   m.def("output_size", [](const Fields& fields) {
     const ConvProblem p = problem_of(fields);
     return std::pair<int32_t, int32_t>(p.p(), p.q());
@@ -142,13 +122,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &set_isa, py::arg("name"),
         "Caps the instruction set: portable, avx2, avx512, avx512_bf16, or None for the best.");
   m.def("fma_peak", [](int dtype, double seconds) {
-    return roofline_for(settings().cpu_isa).fma_flops(static_cast<DType>(dtype), seconds);
+    return roofline().fma_flops(static_cast<DType>(dtype), seconds);
   }, py::arg("dtype") = 0, py::arg("seconds") = 0.2, py::call_guard<py::gil_scoped_release>(),
         "FLOP/s that one thread reaches on independent FMAs: the ceiling of every kernel.");
   m.def("copy_bandwidth", [](int64_t bytes, double seconds) {
     if (bytes < 4096) throw std::invalid_argument("bytes must be at least 4096, got " + std::to_string(bytes));
     std::vector<float> dst(bytes / sizeof(float)), src(bytes / sizeof(float), 1.0f);
-    return roofline_for(settings().cpu_isa).copy_bytes(dst.data(), src.data(), bytes, seconds);
+    return roofline().copy_bytes(dst.data(), src.data(), bytes, seconds);
   }, py::arg("bytes") = int64_t{128} << 20, py::arg("seconds") = 0.2, py::call_guard<py::gil_scoped_release>(),
         "Bytes a second, read plus written, that one thread copies between buffers of this size.");
 

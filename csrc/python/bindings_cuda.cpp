@@ -15,7 +15,7 @@
 #include "bindings_problem.h"
 #include "cuda/batch_norm/batch_norm.h"
 #include "cuda/runtime.h"
-#include "cuda/select_cuda.h"
+#include "cuda/cost.h"
 
 namespace py = pybind11;
 
@@ -137,25 +137,15 @@ PYBIND11_MODULE(_CUDA, m) {
   m.doc() = "convext's CUDA kernels: list, selection, launches on raw addresses.";
   m.def("variants", [] {
     py::list all;
-    for (const Variant* v : variants()) {
-      py::dict d;
-      d["name"] = v->name;
-      d["algo"] = v->algo;
-      d["device"] = "cuda";
-      d["pass"] = static_cast<int>(v->pass);
-      d["dtype"] = static_cast<int>(v->dtype);
-      d["isa"] = v->isa == Isa::kSM90 ? "sm90" : "sm80";
-      d["writes_dx"] = v->wgrad_writes_dx;
-      all.append(d);
-    }
+    for (const Variant* v : variants()) all.append(facts(*v));
     return all;
   }, "Every CUDA kernel, as dicts, in the order of their indices.");
   m.def("select", [](int pass, const Fields& fields) {
     const ConvProblem problem = problem_of(fields);
     const int index = select(Device::kCUDA, static_cast<Pass>(pass), problem);
-    return std::pair<int, double>(index, index < 0 ? 0.0 : cost(*variants()[index], problem));
+    return std::pair<int, double>(index, index < 0 ? 0.0 : variants()[index]->cost(*variants()[index], problem));
   }, "(index of the kernel that serves the problem, its modelled cost), or (-1, 0).");
-  m.def("copy_cost", &cuda_copy_cost, "Modelled cost of a copy that changes the memory order of so many bytes.");
+  m.def("copy_cost", &cuda::copy_cost, "Modelled cost of a copy that changes the memory order of so many bytes.");
   m.def("reject_reasons", [](int pass, const Fields& fields) {
     return reject_reasons(Device::kCUDA, static_cast<Pass>(pass), problem_of(fields));
   }, "(kernel, reason) for every kernel of the pass that does not take the problem.");

@@ -1,5 +1,8 @@
 // What the bindings of both libraries share: problems and variants as Python hands them over.
 #pragma once
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
 #include <array>
 #include <optional>
 #include <stdexcept>
@@ -37,12 +40,39 @@ inline std::optional<std::string> pack_format(int index, const Fields& fields) {
   return format ? std::optional<std::string>(format) : std::nullopt;
 }
 
-inline std::vector<std::string> activation_names() {
-  std::vector<std::string> names;
-#define CONVEXT_X(name) names.emplace_back(#name);
-  CONVEXT_ACTIVATIONS(CONVEXT_X)
-#undef CONVEXT_X
-  return names;
+#define CONVEXT_X(name) #name,
+inline std::vector<std::string> activation_names() { return {CONVEXT_ACTIVATIONS(CONVEXT_X)}; }
+
+inline std::string isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::kAVX2: return "avx2";
+    case Isa::kAVX512: return "avx512";
+    case Isa::kAVX512BF16: return "avx512_bf16";
+    case Isa::kSM80: return "sm80";
+    case Isa::kSM90: return "sm90";
+    default: return "portable";
+  }
 }
+
+// What a kernel says about itself, for Python to decide by: nobody takes its name apart.
+inline pybind11::dict facts(const Variant& v) {
+  static const char* const algorithms[] = {CONVEXT_ALGORITHMS(CONVEXT_X)};
+  static const char* const arithmetics[] = {CONVEXT_ARITHMETICS(CONVEXT_X)};
+  pybind11::dict d;
+  d["name"] = v.name;
+  d["algorithm"] = algorithms[static_cast<int>(v.algorithm)];
+  d["device"] = v.device == Device::kCPU ? "cpu" : "cuda";
+  d["pass"] = static_cast<int>(v.pass);
+  d["dtype"] = static_cast<int>(v.dtype);
+  d["arithmetic"] = arithmetics[static_cast<int>(v.arithmetic)];
+  d["isa"] = isa_name(v.isa);
+  d["tile"] = v.tile;
+  d["block"] = std::array<int32_t, 3>{v.block_m, v.block_n, v.block_k};
+  d["gathers"] = v.gathers;
+  d["reads_nchw"] = v.layouts == Layouts::kAny;
+  d["writes_dx"] = v.wgrad_writes_dx;
+  return d;
+}
+#undef CONVEXT_X
 
 }  // namespace convext

@@ -2,9 +2,9 @@
 // (which tensors its layers hold, their settings, hooks, training flags), and asking for each from Python, with caches
 // cold after every layer, took longer than some of the layers.
 //
-// Most facts are about dictionaries. CPython before 3.12 gives a dictionary another version with every change (PEP 509):
-// where no version is new, what was in them is in them still, and a dictionary costs one line of memory instead of those
-// of its keys and entries, which a network's weights have driven out of the caches since the last call.
+// Most facts are about dictionaries. CPython before 3.12 gives a dictionary another version with every change (PEP
+// 509): where no version is new, what was in them is in them still, and a dictionary costs one line of memory instead
+// of those of its keys and entries, which a network's weights have driven out of the caches since the last call.
 #pragma once
 #include <pybind11/pybind11.h>
 

@@ -1,5 +1,6 @@
 // What the stand-alone tests of CPU code share: checks that are counted, threads, values, guarded memory.
 #pragma once
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -13,7 +14,7 @@
 
 namespace convext::testing {
 
-inline int failures = 0, checks = 0;
+inline std::atomic<int> failures{0}, checks{0};  // of all threads
 
 inline void check(bool ok, const std::string& what) {
   ++checks;
@@ -23,7 +24,7 @@ inline void check(bool ok, const std::string& what) {
 
 // Prints the outcome and returns main()'s exit status.
 inline int summary() {
-  std::printf("%d checks, %d failed\n", checks, failures);
+  std::printf("%d checks, %d failed\n", checks.load(), failures.load());
   return failures == 0 ? 0 : 1;
 }
 
@@ -66,11 +67,16 @@ inline std::vector<float> random_values(int64_t count) {
   return values;
 }
 
-// The instruction sets that this CPU and build have, the least one first.
-inline std::vector<Isa> instruction_sets(Isa best) {
-  std::vector<Isa> sets;
-  for (const Isa isa : {Isa::kPortable, Isa::kAVX2, Isa::kAVX512, Isa::kAVX512BF16}) {
-    if (isa <= best) sets.push_back(isa);
+struct NamedIsa {
+  Isa isa;
+  const char* name;
+};
+
+// The instruction sets with kernels of float32 up to `best`, the least one first.
+inline std::vector<NamedIsa> instruction_sets(Isa best) {
+  std::vector<NamedIsa> sets;
+  for (const NamedIsa& set : {NamedIsa{Isa::kPortable, "portable"}, {Isa::kAVX2, "avx2"}, {Isa::kAVX512, "avx512"}}) {
+    if (set.isa <= best) sets.push_back(set);
   }
   return sets;
 }

@@ -91,7 +91,8 @@ Tensor fprop(int64_t variant_index, const Tensor& x, const Tensor& w, const Opti
   const Weights weights{variant, problem, wv, packed, version};
   const BatchNormTensors norm{bias, mean, var, gamma, beta, eps};
   const ScratchScope scope(in.bytes + out.bytes + (addend ? addend->bytes : 0) + weights.scratch_bytes() +
-                           norm.scratch_bytes(problem.k, problem.accumulate_dtype()) + workspace_bytes(variant, problem, parallel));
+                           norm.scratch_bytes(problem.k, problem.accumulate_dtype()) +
+                           workspace_bytes(variant, problem, parallel));
   LaunchArgs args{};
   args.parallel = &parallel;
   args.epilogue.activation = static_cast<Activation>(activation);

@@ -1,6 +1,6 @@
-// How many images of a batch go through a row of layers together. One image at a time keeps what lies between two layers
-// in the cache, but reads the weights anew for each; all at once does the opposite. Early layers have large images and
-// small weights, late ones small images and large weights, so a row is cut into phases:
+// How many images of a batch go through a row of layers together. One image at a time keeps what lies between two
+// layers in the cache, but reads the weights anew for each; all at once does the opposite. Early layers have large
+// images and small weights, late ones small images and large weights, so a row is cut into phases:
 //
 //   phase   layers     images together
 //     0      0 ..  9          1          each thread takes images of its own
@@ -25,8 +25,8 @@ struct Phase {
 };
 
 // The phases of a row of layers, in order, every layer in one: those that take the least time by what they move.
-// `images` of a phase divides the batch evenly among the threads, or is all of it. `second_level`: the bytes of a core's
-// second-level cache.
+// `images` of a phase divides the batch evenly among the threads, or is all of it. `second_level`: the bytes of a
+// core's second-level cache.
 std::vector<Phase> phases(const std::vector<LayerBytes>& layers, int64_t batch, int32_t threads, int64_t second_level);
 
 }  // namespace convext

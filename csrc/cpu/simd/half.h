@@ -40,8 +40,8 @@ inline constexpr DType kDType<double> = DType::kFloat64;
 template <>
 inline constexpr DType kDType<BFloat16> = DType::kBFloat16;
 
-// X(type, name, ...) for the types that kernels of this instruction set are built for. AVX512-BF16 adds products of bfloat16
-// to AVX-512 and nothing else, so that is all it is used for.
+// X(type, name, ...) for the types that kernels of this instruction set are built for. AVX512-BF16 adds products of
+// bfloat16 to AVX-512 and nothing else, so that is all it is used for.
 #if defined(__AVX512BF16__)
 #define CONVEXT_FOR_ELEMENTS(X, ...) X(::convext::CONVEXT_ISA::BFloat16, bf16, ##__VA_ARGS__)
 #else

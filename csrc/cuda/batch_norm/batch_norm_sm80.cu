@@ -23,13 +23,14 @@
 #include <type_traits>
 
 #include "batch_norm.h"
+#include "cuda/cost.h"
 #include "cuda/tile/statistics.h"
 
 namespace convext::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kTargetBlocks = 4 * 132;
+constexpr int64_t kTargetBlocks = 4 * kProcessors;
 
 // How a problem's channels and pixels are dealt out.
 struct Deal {

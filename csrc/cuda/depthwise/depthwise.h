@@ -1,5 +1,6 @@
 // What the depthwise kernels share: the shape of a block's tile, and where in it a thread stands.
 #pragma once
+#include "cuda/cost.h"
 #include "cuda/tile/run.h"
 #include "cuda/tile/strides.h"
 
@@ -58,7 +59,15 @@ struct DepthwisePlan {
   constexpr int64_t blocks() const { return splits * tile.tiles_c; }
 };
 
-constexpr int64_t kProcessors = 132;  // of the largest GPU in use
+// Memory decides for `window` and `planes`, instructions for `any`, which reads each operand about twice: estimates.
+constexpr double kAnyInstructions = 8;  // for a multiply-add
+constexpr double kAnyReadings = 2;
+
+inline double depthwise_cost(const Variant&, const ConvProblem& p) { return kLaunch + traffic_cost(p); }
+inline double any_depthwise_cost(const Variant&, const ConvProblem& p) {
+  const double instructions = p.flops() / 2 * kAnyInstructions / (kProcessors * kFp32Fma);
+  return kLaunch + std::max(kAnyReadings * traffic_cost(p), instructions);
+}
 
 // `blocks` blocks, if there are tiles enough, in at most `most_splits` splits. `whole_images` where taps reach so far
 // that parts of an image would each read most of it: a block takes whole ones, unless that leaves processors idle.

@@ -29,12 +29,14 @@ inline int32_t backward_plane_lanes(const ConvProblem& p, int64_t bytes) {
   return min_of(kDepthwiseThreads / 32, plane_lanes(p.c, int64_t{p.h} * p.w * bytes));
 }
 
-// FAMILY: LAYOUTS, reject(p), splits(p), and launch<DW>(p, dy, x, w, dx, partial, stream), with which dw is computed
-// where DW is true, dx where it is not null.
+// FAMILY: LAYOUTS, reject(p), cost(v, p), splits(p), and launch<DW>(p, dy, x, w, dx, partial, stream), with which dw is
+// computed where DW is true, dx where it is not null.
 template <class T, class FAMILY>
 constexpr Variant dgrad_variant(const char* name) {
-  return {.name = name, .algo = "depthwise", .device = Device::kCUDA, .pass = Pass::kDgrad, .dtype = DTypeOf<T>::value,
-          .isa = Isa::kSM80, .layouts = FAMILY::LAYOUTS, .reject = FAMILY::reject,
+  return {.name = name, .algorithm = Algorithm::depthwise, .device = Device::kCUDA, .pass = Pass::kDgrad,
+          .dtype = DTypeOf<T>::value, .arithmetic = DTypeOf<T>::arithmetic, .isa = Isa::kSM80,
+          .layouts = FAMILY::LAYOUTS, .reject = FAMILY::reject,
+          .cost = FAMILY::cost,
           .launch = [](const ConvProblem& p, const LaunchArgs& args) -> const char* {
             const void* none = nullptr;
             void* nowhere = nullptr;
@@ -44,11 +46,13 @@ constexpr Variant dgrad_variant(const char* name) {
 
 template <class T, class FAMILY>
 constexpr Variant wgrad_variant(const char* name) {
-  return {.name = name, .algo = "depthwise", .device = Device::kCUDA, .pass = Pass::kWgrad, .dtype = DTypeOf<T>::value,
-          .isa = Isa::kSM80, .layouts = FAMILY::LAYOUTS, .reject = FAMILY::reject,
+  return {.name = name, .algorithm = Algorithm::depthwise, .device = Device::kCUDA, .pass = Pass::kWgrad,
+          .dtype = DTypeOf<T>::value, .arithmetic = DTypeOf<T>::arithmetic, .isa = Isa::kSM80,
+          .layouts = FAMILY::LAYOUTS, .reject = FAMILY::reject,
           .workspace = [](const ConvProblem& p, int32_t) -> int64_t {
             return FAMILY::splits(p) * p.w_size() * static_cast<int64_t>(sizeof(accumulate_t<T>));
           },
+          .cost = FAMILY::cost,
           .launch = [](const ConvProblem& p, const LaunchArgs& args) -> const char* {
             const char* error = FAMILY::template launch<true>(p, args.a, args.b, args.w, args.dx, args.workspace,
                                                               args.stream);

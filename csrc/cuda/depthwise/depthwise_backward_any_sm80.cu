@@ -1,5 +1,5 @@
 // Depthwise convolution, backward, any filter, stride, dilation, multiplier and memory order, and float64: both
-// gradients in one pass over x and dy (tile/depthwise_backward.h).
+// gradients in one pass over x and dy (depthwise_backward.h).
 //
 //   dx[n,h,w,c] = sum_{r,s} dy[n,p,q,c] * w[c,r,s]        dw[c,r,s] = sum_{n,h,w} dy[n,p,q,c] * x[n,h,w,c]
 //
@@ -226,6 +226,7 @@ const char* launch_any(const ConvProblem& p, const void* dy, const void* x, cons
 template <class T>
 struct General {
   static constexpr Layouts LAYOUTS = Layouts::kAny;
+  static constexpr auto cost = any_depthwise_cost;
   static const char* reject(const ConvProblem& p) { return reject_any(p); }
   static int64_t splits(const ConvProblem& p) {
     return with_channels<T>(p, true, [&](auto channels) { return plan_any<T>(p, decltype(channels)::value).splits; });

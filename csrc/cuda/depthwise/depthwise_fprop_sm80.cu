@@ -275,9 +275,11 @@ const char* reject(const ConvProblem& p) {
 
 template <class T, int VEC, Form FORM>
 constexpr Variant variant_of(const char* name) {
-  return {.name = name, .algo = "depthwise", .device = Device::kCUDA, .pass = Pass::kFprop, .dtype = DTypeOf<T>::value,
-          .isa = Isa::kSM80, .layouts = FORM == Form::kNHWC ? Layouts::kNHWCOnly : Layouts::kAny,
-          .reject = reject<T, VEC, FORM>, .launch = launch<T, VEC, FORM>, .stats_rows = stats_rows<T, VEC, FORM>};
+  return {.name = name, .algorithm = Algorithm::depthwise, .device = Device::kCUDA, .pass = Pass::kFprop,
+          .dtype = DTypeOf<T>::value, .arithmetic = DTypeOf<T>::arithmetic, .isa = Isa::kSM80,
+          .layouts = FORM == Form::kNHWC ? Layouts::kNHWCOnly : Layouts::kAny, .reject = reject<T, VEC, FORM>,
+          .cost = FORM == Form::kAny ? any_depthwise_cost : depthwise_cost, .launch = launch<T, VEC, FORM>,
+          .stats_rows = stats_rows<T, VEC, FORM>};
 }
 
 }  // namespace

@@ -209,6 +209,7 @@ const char* launch_backward(const ConvProblem& p, const void* dy, const void* x,
 template <class T, Form FORM>
 struct Patched {
   static constexpr Layouts LAYOUTS = FORM == Form::kNHWC ? Layouts::kNHWCOnly : Layouts::kAny;
+  static constexpr auto cost = depthwise_cost;
   static const char* reject(const ConvProblem& p) { return reject_backward<T, FORM>(p); }
   static int64_t splits(const ConvProblem& p) { return plan_of<T, FORM>(p).splits; }
   template <bool DW, class... Arguments>

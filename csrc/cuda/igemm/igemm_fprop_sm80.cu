@@ -10,7 +10,7 @@
 // Batch statistics, where asked for, come from the epilogue's registers; merging them reuses the stages' memory, at
 // most 16*(2*128 + 1)*4 B = 16 KiB, and writes a row of partials a tile of pixels: 8 B for 64 or more elements of y.
 // Bytes: x and y once through memory, w once a row of tiles through L2. At 128x128 a block computes 64 FLOP for each
-// byte that it loads. Chosen by the cost model in select_cuda.cpp.
+// byte that it loads. Chosen by their cost (igemm_tiles.h).
 // `gather` is the same kernel with a loader that collects elements one by one: 1, 3 or 4 channels (the first layer,
 // NCHW or NHWC, its reduction R*S*C padded once rather than at every tap), channels that are not whole 16-byte chunks.
 #include "igemm_pixels.h"

@@ -20,6 +20,7 @@
 #include "cuda/tile/gemm.h"
 #include "cuda/tile/statistics.h"
 #include "cuda/tile/strides.h"
+#include "igemm_tiles.h"
 
 namespace convext::cuda {
 
@@ -324,11 +325,12 @@ inline const char* krsc_format(const ConvProblem&) { return "krsc"; }
 
 template <class TILE, bool DGRAD, bool VECTOR>
 constexpr Variant igemm_pixels_variant(const char* name) {
-  return {.name = name, .algo = "direct", .device = Device::kCUDA, .pass = DGRAD ? Pass::kDgrad : Pass::kFprop,
-          .dtype = DTypeOf<typename TILE::T>::value, .isa = Isa::kSM80,
-          .layouts = VECTOR ? Layouts::kNHWCOnly : Layouts::kAny,
-          .reject = reject_igemm_pixels<TILE, DGRAD, VECTOR>, .pack_format = krsc_format,
-          .launch = launch_igemm_pixels<TILE, DGRAD, VECTOR>,
+  using Type = DTypeOf<typename TILE::T>;
+  return {.name = name, .algorithm = Algorithm::direct, .device = Device::kCUDA,
+          .pass = DGRAD ? Pass::kDgrad : Pass::kFprop, .dtype = Type::value, .arithmetic = Type::on_tensor_cores,
+          .isa = Isa::kSM80, .layouts = VECTOR ? Layouts::kNHWCOnly : Layouts::kAny,
+          .reject = reject_igemm_pixels<TILE, DGRAD, VECTOR>, .pack_format = krsc_format, .cost = igemm_cost,
+          .launch = launch_igemm_pixels<TILE, DGRAD, VECTOR>, .gathers = !VECTOR,
           .stats_rows = DGRAD ? nullptr : igemm_stats_rows<TILE>,
           .block_m = TILE::BLOCK_M, .block_n = TILE::BLOCK_N, .block_k = TILE::BLOCK_K};
 }

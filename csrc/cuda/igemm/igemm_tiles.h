@@ -12,9 +12,19 @@
 // FLOP per byte of shared memory filled is BLOCK_M*BLOCK_N / (BLOCK_M + BLOCK_N) for 16-bit elements: 85, 64, 43, 32,
 // 21.
 #pragma once
+#include "cuda/cost.h"
 #include "cuda/tile/gemm.h"
 
 namespace convext::cuda {
+
+// Multiply-adds of a multiprocessor's tensor cores per clock, as the data sheets of A100 and H100 agree on.
+constexpr double kHalfMma = 1024, kTf32Mma = 512;
+
+// Residue classes of dgrad share the taps between them, and each has its own tiles.
+inline double igemm_cost(const Variant& v, const ConvProblem& p) {
+  const double classes = v.pass == Pass::kDgrad ? double(p.stride_h) * p.stride_w : 1;
+  return tiled_cost(v, p, v.arithmetic == Arithmetic::tf32 ? kTf32Mma : kHalfMma, classes);
+}
 
 template <class T> using Tile256x128 = Tile<T, 256, 128, 4, 2, 3>;
 template <class T> using Tile128x128 = Tile<T, 128, 128, 2, 4, 4>;

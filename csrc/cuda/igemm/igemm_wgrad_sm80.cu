@@ -24,7 +24,7 @@
 namespace convext::cuda {
 namespace {
 
-constexpr int64_t kTargetBlocks = 2 * 132;
+constexpr int64_t kTargetBlocks = 2 * kProcessors;
 
 // Which stretches of pixels meet the image through some tap of the tile's columns [first, last].
 struct PixelSkip {
@@ -233,10 +233,12 @@ const char* launch(const ConvProblem& p, const LaunchArgs& args) {
 
 template <class TILE, bool VECTOR>
 constexpr Variant variant_of(const char* name) {
-  return {.name = name, .algo = "direct", .device = Device::kCUDA, .pass = Pass::kWgrad,
-          .dtype = DTypeOf<typename TILE::T>::value, .isa = Isa::kSM80,
+  using Type = DTypeOf<typename TILE::T>;
+  return {.name = name, .algorithm = Algorithm::direct, .device = Device::kCUDA, .pass = Pass::kWgrad,
+          .dtype = Type::value, .arithmetic = Type::on_tensor_cores, .isa = Isa::kSM80,
           .layouts = VECTOR ? Layouts::kNHWCOnly : Layouts::kAny, .reject = reject<TILE, VECTOR>,
-          .workspace = workspace<TILE>, .pack_format = krsc_format, .launch = launch<TILE, VECTOR>,
+          .workspace = workspace<TILE>, .pack_format = krsc_format, .cost = igemm_cost,
+          .launch = launch<TILE, VECTOR>, .gathers = !VECTOR,
           .block_m = TILE::BLOCK_M, .block_n = TILE::BLOCK_N, .block_k = TILE::BLOCK_K};
 }
 

@@ -14,6 +14,7 @@
 //
 // The FMA units decide: one block does 4 FLOP for each byte of shared memory read, 16 for each byte loaded. Operands
 // are gathered one element at a time from any strides, so any layout, channel count and group count is served.
+#include "cuda/cost.h"
 #include "cuda/tile/epilogue.h"
 #include "cuda/tile/reduce_splits.h"
 #include "cuda/tile/statistics.h"
@@ -24,7 +25,7 @@ namespace {
 
 constexpr int kThreads = 256, kBlock = 64, kBlockK = 16, kPitch = kBlock + 4, kPerThread = 4;
 constexpr int kLoads = kBlock * kBlockK / kThreads;  // elements of each operand a thread loads for a tile
-constexpr int64_t kTargetBlocks = 2 * 132;
+constexpr int64_t kTargetBlocks = 2 * kProcessors;
 
 // Everything that reading an element of A or B takes; the same for all threads.
 template <class T>
@@ -251,12 +252,18 @@ const char* launch(const ConvProblem& p, const LaunchArgs& args) {
   return launch_reduce_splits<T>(args.workspace, args.out, p.w_size(), static_cast<int32_t>(plan.splits), args.stream);
 }
 
+double cost(const Variant& v, const ConvProblem& p) {
+  return tiled_cost(v, p, v.arithmetic == Arithmetic::float64 ? kFp64Fma : kFp32Fma, 1);
+}
+
 template <class T, Pass PASS>
 constexpr Variant variant_of(const char* name) {
-  return {.name = name, .algo = "direct", .device = Device::kCUDA, .pass = PASS, .dtype = DTypeOf<T>::value,
-          .isa = Isa::kSM80, .layouts = Layouts::kAny, .reject = reject,
+  return {.name = name, .algorithm = Algorithm::direct, .device = Device::kCUDA, .pass = PASS,
+          .dtype = DTypeOf<T>::value, .arithmetic = DTypeOf<T>::arithmetic, .isa = Isa::kSM80,
+          .layouts = Layouts::kAny, .reject = reject,
           .workspace = PASS == Pass::kWgrad ? wgrad_workspace<T> : nullptr, .pack_format = krsc_format,
-          .launch = launch<T, PASS>, .stats_rows = PASS == Pass::kFprop ? stats_rows : nullptr,
+          .cost = cost, .launch = launch<T, PASS>, .gathers = true,
+          .stats_rows = PASS == Pass::kFprop ? stats_rows : nullptr,
           .block_m = kBlock, .block_n = kBlock, .block_k = kBlockK};
 }
 

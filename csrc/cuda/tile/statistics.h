@@ -9,7 +9,6 @@
 // (Chan, Golub and LeVeque, 1979): nothing large is subtracted from something large, so a mean far from zero costs no
 // digits.
 #pragma once
-#include "cuda/batch_norm/batch_norm.h"
 #include "cuda/compat.h"
 
 namespace convext::cuda {

@@ -1,4 +1,5 @@
-// Stands in for csrc/cuda/runtime.cpp where the kernels run on the CPU: there is one device, number 0, and it is current.
+// Stands in for csrc/cuda/runtime.cpp where the kernels run on the CPU: there is one device, number 0, and it is
+// current.
 #include "cuda/runtime.h"
 
 namespace convext::cuda {

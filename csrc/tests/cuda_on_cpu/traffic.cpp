@@ -13,7 +13,6 @@
 #include <vector>
 
 #include "cuda/batch_norm/batch_norm.h"
-#include "cuda/select_cuda.h"
 #include "tests/tensor.h"
 
 namespace convext {
@@ -145,7 +144,7 @@ const Variant* cheapest(Pass pass, const ConvProblem& p) {
   const Variant* best = nullptr;
   for (const Variant* v : kVariants) {
     if (v->pass != pass || v->dtype != p.dtype || v->reject(p)) continue;
-    if (!best || cuda_cost(*v, p) < cuda_cost(*best, p)) best = v;
+    if (!best || v->cost(*v, p) < best->cost(*best, p)) best = v;
   }
   return best;
 }

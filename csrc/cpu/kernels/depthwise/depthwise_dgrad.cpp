@@ -33,9 +33,8 @@ const char* launch(const ConvProblem& problem, const LaunchArgs& args) {
 }  // namespace
 }  // namespace CONVEXT_ISA
 
-#define CONVEXT_DEFINE(T, type)                                                                               \
-  extern const Variant CONVEXT_VARIANT(dgrad_depthwise_##type);                                               \
-  const Variant CONVEXT_VARIANT(dgrad_depthwise_##type) = CONVEXT_ISA::taps_variant<T>(                       \
+#define CONVEXT_DEFINE(T, type)                                                  \
+  CONVEXT_DEFINE_VARIANT(dgrad_depthwise_##type) = CONVEXT_ISA::taps_variant<T>( \
       CONVEXT_VARIANT_NAME(dgrad_depthwise_##type), Pass::kDgrad, CONVEXT_ISA::launch<T>);
 CONVEXT_FOR_ELEMENTS(CONVEXT_DEFINE)
 #undef CONVEXT_DEFINE

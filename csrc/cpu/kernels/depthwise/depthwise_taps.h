@@ -3,8 +3,8 @@
 //
 //   out[n, i, j, k] = sum_{a, b} in[n, i', j', k / m] * w[k, a, b]
 //
-// Within a class of outputs (core/axis.h) everything is affine in the output's and the tap's index, so one kernel serves
-// both passes and no product with an inserted zero is computed. Taps are walked so that what they read ascends.
+// Within a class of outputs (core/axis.h) everything is affine in the output's and the tap's index, so one kernel
+// serves both passes and no product with an inserted zero is computed. Taps are walked so that what they read ascends.
 #pragma once
 #include "core/axis.h"
 #include "cpu/simd/half.h"

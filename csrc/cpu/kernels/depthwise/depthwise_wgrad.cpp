@@ -266,16 +266,12 @@ const char* launch(const ConvProblem& problem, const LaunchArgs& args) {
 }  // namespace
 }  // namespace CONVEXT_ISA
 
-extern const Variant CONVEXT_VARIANT(wgrad_depthwise_f32);
-const Variant CONVEXT_VARIANT(wgrad_depthwise_f32) = {
-    CONVEXT_VARIANT_NAME(wgrad_depthwise_f32), "depthwise", Device::kCPU, Pass::kWgrad, DType::kFloat32,
-    CONVEXT_ISA_ENUM, Layouts::kNHWCOnly, CONVEXT_ISA::reject_unless_depthwise, CONVEXT_ISA::workspace<float>,
-    nullptr, nullptr, nullptr, CONVEXT_ISA::launch<float>};
-
-extern const Variant CONVEXT_VARIANT(wgrad_depthwise_f64);
-const Variant CONVEXT_VARIANT(wgrad_depthwise_f64) = {
-    CONVEXT_VARIANT_NAME(wgrad_depthwise_f64), "depthwise", Device::kCPU, Pass::kWgrad, DType::kFloat64,
-    CONVEXT_ISA_ENUM, Layouts::kNHWCOnly, CONVEXT_ISA::reject_unless_depthwise, CONVEXT_ISA::workspace<double>,
-    nullptr, nullptr, nullptr, CONVEXT_ISA::launch<double>};
+#define CONVEXT_DEFINE(T, type)                                                                   \
+  CONVEXT_DEFINE_VARIANT(wgrad_depthwise_##type) = CONVEXT_ISA::cpu_variant<T>(                   \
+      CONVEXT_VARIANT_NAME(wgrad_depthwise_##type), Algorithm::depthwise, Pass::kWgrad,           \
+      CONVEXT_ISA::reject_unless_depthwise, CONVEXT_ISA::launch<T>, CONVEXT_ISA::depthwise_cost,  \
+      CONVEXT_ISA::workspace<T>);
+CONVEXT_FOR_ELEMENTS(CONVEXT_DEFINE)
+#undef CONVEXT_DEFINE
 
 }  // namespace convext

@@ -4,6 +4,7 @@
 // lies above, below or beside dy for the whole tile is skipped. With a dilation near the size of dy most
 // taps are; tiles that straddle rows would keep many of them for the sake of a few pixels.
 #include "cpu/kernels/gemm/gemm_passes.h"
+#include "direct.h"
 
 namespace convext::CONVEXT_ISA {
 namespace {
@@ -12,4 +13,4 @@ using DilatedDgrad = GemmDgrad<T, true>;
 }
 }  // namespace convext::CONVEXT_ISA
 
-CONVEXT_PACKED_VARIANTS(dgrad_dilated, "dilated", Pass::kDgrad, reject_undilated, DilatedDgrad)
+CONVEXT_PACKED_VARIANTS(dgrad_dilated, Algorithm::dilated, Pass::kDgrad, reject_undilated, dilated_cost, DilatedDgrad)

@@ -4,6 +4,7 @@
 // lies above, below or beside the image for the whole tile is skipped. With a dilation near the size of the image most
 // taps are; tiles that straddle rows would keep many of them for the sake of a few pixels.
 #include "cpu/kernels/gemm/gemm_passes.h"
+#include "direct.h"
 
 namespace convext::CONVEXT_ISA {
 namespace {
@@ -12,4 +13,4 @@ using DilatedFprop = GemmFprop<T, true>;
 }
 }  // namespace convext::CONVEXT_ISA
 
-CONVEXT_PACKED_VARIANTS(fprop_dilated, "dilated", Pass::kFprop, reject_undilated, DilatedFprop)
+CONVEXT_PACKED_VARIANTS(fprop_dilated, Algorithm::dilated, Pass::kFprop, reject_undilated, dilated_cost, DilatedFprop)

@@ -7,6 +7,7 @@
 //
 // With few input channels (a first layer) most lanes of a vector are empty: C = 3 uses 3 lanes of 16.
 #include "cpu/kernels/gemm/gemm_passes.h"
+#include "direct.h"
 
 namespace convext::CONVEXT_ISA {
 namespace {
@@ -15,4 +16,4 @@ using DirectDgrad = GemmDgrad<T, false>;
 }
 }  // namespace convext::CONVEXT_ISA
 
-CONVEXT_PACKED_VARIANTS(dgrad_direct, "direct", Pass::kDgrad, reject_none, DirectDgrad)
+CONVEXT_PACKED_VARIANTS(dgrad_direct, Algorithm::direct, Pass::kDgrad, reject_none, direct_cost, DirectDgrad)

@@ -5,7 +5,7 @@
 // mean and var absent: no normalisation, z = y * gamma + beta + residual. gamma, beta and residual may be absent too.
 // One table of functions for each instruction set; batch_norm_for() picks.
 #pragma once
-#include "core/variant.h"
+#include "core/isa_table.h"
 
 namespace convext {
 
@@ -49,18 +49,6 @@ struct BatchNorm {
   void (*bn_act_backward)(const Parallel&, const BatchNormArgs&, const BatchNormGradients&, void* workspace);
 };
 
-extern const BatchNorm batch_norm_portable;
-#if defined(CONVEXT_HAVE_X86_ISAS)
-extern const BatchNorm batch_norm_avx2, batch_norm_avx512;
-#endif
-
-// The table for an instruction set that this CPU has.
-inline const BatchNorm& batch_norm_for([[maybe_unused]] Isa isa) {
-#if defined(CONVEXT_HAVE_X86_ISAS)
-  if (isa >= Isa::kAVX512) return batch_norm_avx512;
-  if (isa == Isa::kAVX2) return batch_norm_avx2;
-#endif
-  return batch_norm_portable;
-}
+CONVEXT_ISA_TABLE(BatchNorm, batch_norm)
 
 }  // namespace convext

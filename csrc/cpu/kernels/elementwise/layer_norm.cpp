@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "cpu/simd/vec.h"
+#include "cpu/kernels/family.h"
 
 namespace convext {
 namespace CONVEXT_ISA {
@@ -108,14 +108,11 @@ const char* reject(const ConvProblem& p) {
 }  // namespace
 }  // namespace CONVEXT_ISA
 
-#define CONVEXT_DEFINE(T, type, dtype)                                                                               \
-  extern const Variant CONVEXT_VARIANT(layer_norm_##type);                                                           \
-  const Variant CONVEXT_VARIANT(layer_norm_##type) = {                                                               \
-      CONVEXT_VARIANT_NAME(layer_norm_##type), "layer_norm", Device::kCPU, Pass::kFprop, DType::dtype,               \
-      CONVEXT_ISA_ENUM, Layouts::kNHWCOnly, CONVEXT_ISA::reject, nullptr, nullptr, nullptr, nullptr,                 \
-      CONVEXT_ISA::launch<T>};
-CONVEXT_DEFINE(float, f32, kFloat32)
-CONVEXT_DEFINE(double, f64, kFloat64)
+#define CONVEXT_DEFINE(T, type)                                                      \
+  CONVEXT_DEFINE_VARIANT(layer_norm_##type) = CONVEXT_ISA::cpu_variant<T>(           \
+      CONVEXT_VARIANT_NAME(layer_norm_##type), Algorithm::layer_norm, Pass::kFprop,  \
+      CONVEXT_ISA::reject, CONVEXT_ISA::launch<T>, nullptr);
+CONVEXT_FOR_ELEMENTS(CONVEXT_DEFINE)
 #undef CONVEXT_DEFINE
 
 }  // namespace convext

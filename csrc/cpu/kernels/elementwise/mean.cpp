@@ -3,7 +3,7 @@
 // The mean over pixels in the instruction set of this file: see mean.h.
 #include "mean.h"
 
-#include "cpu/simd/half.h"
+#include "cpu/kernels/family.h"
 
 namespace convext {
 namespace CONVEXT_ISA {
@@ -59,12 +59,10 @@ const char* reject(const ConvProblem& p) {
 }  // namespace
 }  // namespace CONVEXT_ISA
 
-#define CONVEXT_DEFINE(T, type)                                                                            \
-  extern const Variant CONVEXT_VARIANT(mean_##type);                                                       \
-  const Variant CONVEXT_VARIANT(mean_##type) = {                                                           \
-      CONVEXT_VARIANT_NAME(mean_##type), "mean", Device::kCPU, Pass::kFprop, CONVEXT_ISA::kDType<T>,       \
-      CONVEXT_ISA_ENUM, Layouts::kNHWCOnly, CONVEXT_ISA::reject, nullptr, nullptr, nullptr, nullptr,       \
-      CONVEXT_ISA::launch<T>};
+#define CONVEXT_DEFINE(T, type)                                                              \
+  CONVEXT_DEFINE_VARIANT(mean_##type) = CONVEXT_ISA::cpu_variant<T>(                         \
+      CONVEXT_VARIANT_NAME(mean_##type), Algorithm::mean, Pass::kFprop, CONVEXT_ISA::reject, \
+      CONVEXT_ISA::launch<T>, nullptr);
 CONVEXT_FOR_ELEMENTS(CONVEXT_DEFINE)
 #undef CONVEXT_DEFINE
 

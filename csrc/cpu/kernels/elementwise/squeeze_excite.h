@@ -6,7 +6,7 @@
 // The pieces, for a caller that has the image in its cache strip by strip: sums of a row as it comes out of the layer
 // before, the gates once all rows are known, and the scaling just before the layer after reads the row.
 #pragma once
-#include "core/variant.h"
+#include "core/isa_table.h"
 
 namespace convext {
 
@@ -39,18 +39,6 @@ struct SqueezeExcite {
   void (*scale)(float* x, int64_t pixels, int32_t c, const float* gates);
 };
 
-extern const SqueezeExcite squeeze_excite_portable;
-#if defined(CONVEXT_HAVE_X86_ISAS)
-extern const SqueezeExcite squeeze_excite_avx2, squeeze_excite_avx512;
-#endif
-
-// The table for an instruction set that this CPU has.
-inline const SqueezeExcite& squeeze_excite_for([[maybe_unused]] Isa isa) {
-#if defined(CONVEXT_HAVE_X86_ISAS)
-  if (isa >= Isa::kAVX512) return squeeze_excite_avx512;
-  if (isa == Isa::kAVX2) return squeeze_excite_avx2;
-#endif
-  return squeeze_excite_portable;
-}
+CONVEXT_ISA_TABLE(SqueezeExcite, squeeze_excite)
 
 }  // namespace convext

@@ -16,8 +16,8 @@
 //                              d0 d1 d2 d3     c1 d1 c3 d3     a3 b3 c3 d3     shuffles a step
 //
 // Registers: W data + 2 shuffle masks a step. A 16 x 16 tile of floats is 16 loads, 64 shuffles, 16 stores for 2 KiB of
-// traffic. Blocks of kBlock x kBlock keep every cache line that the tiles touch in L1 until it is whole. With the 2 to 4
-// channels of an image most rows of a tile would be empty, hence the pixel case.
+// traffic. Blocks of kBlock x kBlock keep every cache line that the tiles touch in L1 until it is whole. With the 2 to
+// 4 channels of an image most rows of a tile would be empty, hence the pixel case.
 #include "staging.h"
 
 #include <type_traits>

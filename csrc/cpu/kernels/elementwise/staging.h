@@ -1,7 +1,7 @@
 // Copies between memory layouts and dtypes: how an activation or a weight that a kernel does not read as it lies
 // reaches it, and how the result goes back. One table of functions for each instruction set; staging_for() picks.
 #pragma once
-#include "core/variant.h"
+#include "core/isa_table.h"
 
 namespace convext {
 
@@ -37,18 +37,6 @@ struct Staging {
   }
 };
 
-extern const Staging staging_portable;
-#if defined(CONVEXT_HAVE_X86_ISAS)
-extern const Staging staging_avx2, staging_avx512;
-#endif
-
-// The table for an instruction set that this CPU has.
-inline const Staging& staging_for([[maybe_unused]] Isa isa) {
-#if defined(CONVEXT_HAVE_X86_ISAS)
-  if (isa >= Isa::kAVX512) return staging_avx512;
-  if (isa == Isa::kAVX2) return staging_avx2;
-#endif
-  return staging_portable;
-}
+CONVEXT_ISA_TABLE(Staging, staging)
 
 }  // namespace convext

@@ -204,32 +204,13 @@ void tile(const TileArgs<T>& args) {
   if (!clamp.exact) activate(args, ROWS, VECTORS * kWidth);
 }
 
-// kernels[vectors - 1][rows - 1], filled at compile time.
-template <class T>
-struct Table {
-  TileKernel<T> kernels[kMaxVectors][kMaxRows];
-
-  template <int VECTORS, int ROWS>
-  constexpr void fill_rows() {
-    if constexpr (ROWS <= max_rows(VECTORS)) {
-      kernels[VECTORS - 1][ROWS - 1] = tile<T, ROWS, VECTORS>;
-      fill_rows<VECTORS, ROWS + 1>();
-    }
-  }
-  template <int VECTORS>
-  constexpr void fill() {
-    fill_rows<VECTORS, 1>();
-    if constexpr (VECTORS < kMaxVectors) fill<VECTORS + 1>();
-  }
-  constexpr Table() : kernels{} { fill<1>(); }
-};
-
 }  // namespace
 
 template <class T>
 TileKernel<T> tile_kernel(int rows, int vectors) {
-  static constexpr Table<T> table;
-  return table.kernels[vectors - 1][rows - 1];
+  static constexpr TileTable<TileKernel<T>> table(
+      [](auto r, auto v) -> TileKernel<T> { return tile<T, decltype(r)::value, decltype(v)::value>; });
+  return table.of(rows, vectors);
 }
 
 #define CONVEXT_INSTANTIATE(T, name) template TileKernel<T> tile_kernel<T>(int, int);

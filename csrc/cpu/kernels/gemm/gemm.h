@@ -16,10 +16,10 @@
 //   32 registers (AVX-512): 6x4 = 24+4+1, 9x3 = 27+3+1, 14x2 = 28+2+1, 14x1 = 14+1+1 (more rows need more pointers
 //   than there are general registers); 16 registers: 6x2 = 12+2+1, 12x1 = 12+1+1.
 //
-// bfloat16 takes two steps at a time: an instruction multiplies pairs and adds both products to a float. So the depth of
-// B is packed in pairs, lane by lane, (depth / 2, columns, 2), a last single l with a zero beside it; the broadcast is
-// 32 bits of A; sums are floats, and rounded to bfloat16 once, in the epilogue. A reduction in parts therefore leaves
-// its sums in `partial`, not in the output.
+// bfloat16 takes two steps at a time: an instruction multiplies pairs and adds both products to a float. So the depth
+// of B is packed in pairs, lane by lane, (depth / 2, columns, 2), a last single l with a zero beside it; the broadcast
+// is 32 bits of A; sums are floats, and rounded to bfloat16 once, in the epilogue. A reduction in parts therefore
+// leaves its sums in `partial`, not in the output.
 #pragma once
 #include "cpu/simd/half.h"
 
@@ -73,6 +73,31 @@ struct TileArgs {
   const T* residual;          // at the same distance from `residual` as the output is from `out_base`, or nullptr
   const T* out_base;
   Activation activation;
+};
+
+// kernel_of(rows, vectors), two std::integral_constants, for every tile that the registers hold, filled at compile
+// time.
+template <class Kernel, int MOST_VECTORS = kMaxVectors>
+class TileTable {
+ public:
+  template <class F>
+  constexpr explicit TileTable(F kernel_of) : kernels_{} { fill<1, 1>(kernel_of); }
+  constexpr Kernel of(int rows, int vectors) const { return kernels_[vectors - 1][rows - 1]; }
+
+ private:
+  template <int ROWS, int VECTORS, class F>
+  constexpr void fill(F kernel_of) {
+    if constexpr (VECTORS <= MOST_VECTORS) {
+      if constexpr (ROWS <= max_rows(VECTORS)) {
+        kernels_[VECTORS - 1][ROWS - 1] =
+            kernel_of(std::integral_constant<int, ROWS>{}, std::integral_constant<int, VECTORS>{});
+        fill<ROWS + 1, VECTORS>(kernel_of);
+      } else {
+        fill<1, VECTORS + 1>(kernel_of);
+      }
+    }
+  }
+  Kernel kernels_[MOST_VECTORS][kMaxRows];
 };
 
 template <class T>

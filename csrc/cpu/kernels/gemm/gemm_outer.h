@@ -55,26 +55,8 @@ template <class T>
 using OuterKernel = void (*)(const OuterArgs<T>&);
 
 template <class T>
-struct OuterTable {
-  OuterKernel<T> kernels[kMaxVectors][kMaxRows];
-
-  template <int VECTORS, int ROWS>
-  constexpr void fill_rows() {
-    if constexpr (ROWS <= max_rows(VECTORS)) {
-      kernels[VECTORS - 1][ROWS - 1] = outer_tile<T, ROWS, VECTORS>;
-      fill_rows<VECTORS, ROWS + 1>();
-    }
-  }
-  template <int VECTORS>
-  constexpr void fill() {
-    fill_rows<VECTORS, 1>();
-    if constexpr (VECTORS < kMaxVectors) fill<VECTORS + 1>();
-  }
-  constexpr OuterTable() : kernels{} { fill<1>(); }
-};
-
-template <class T>
-constexpr OuterTable<T> outer_table;
+constexpr TileTable<OuterKernel<T>> outer_table(
+    [](auto r, auto v) -> OuterKernel<T> { return outer_tile<T, decltype(r)::value, decltype(v)::value>; });
 
 }  // namespace
 }  // namespace convext::CONVEXT_ISA

@@ -1,5 +1,6 @@
 // fprop and dgrad in terms of implicit_gemm.h: what the direct and the dilated variants have in common.
 #pragma once
+#include "cpu/kernels/family.h"
 #include "implicit_gemm.h"
 
 namespace convext::CONVEXT_ISA {
@@ -111,8 +112,8 @@ struct GemmDgrad {
 
   static void pack(const ConvProblem& p, const void* w, void* packed, const Parallel& parallel) {
     const int64_t taps = int64_t{p.r} * p.s, filter = taps * p.c_per_group();
-    pack_panels(static_cast<const T*>(w), p.k_per_group() * filter, taps, filter, p.groups, p.r * p.s, 1, p.k_per_group(),
-                p.c_per_group(), static_cast<T*>(packed), parallel);
+    pack_panels(static_cast<const T*>(w), p.k_per_group() * filter, taps, filter, p.groups, p.r * p.s, 1,
+                p.k_per_group(), p.c_per_group(), static_cast<T*>(packed), parallel);
   }
 
   static int64_t workspace(const ConvProblem& p, int32_t) { return align64(p.k * int64_t{sizeof(T)}); }
@@ -141,35 +142,24 @@ struct GemmDgrad {
   }
 };
 
-inline const char* reject_none(const ConvProblem&) { return nullptr; }
-
-inline const char* reject_undilated(const ConvProblem& p) {
-  return p.is_dilated() ? nullptr : "the filter is not dilated";
-}
-
 // The Variant of a pass that packs its weights.
 template <class T, class PassImpl>
-constexpr Variant packed_variant(const char* name, const char* algo, Pass pass,
-                                 const char* (*reject)(const ConvProblem&)) {
-  return {name,   algo,
-          Device::kCPU,
-          pass,   kDType<T>,
-          CONVEXT_ISA_ENUM,
-          Layouts::kNHWCOnly,
-          reject, PassImpl::workspace,
-          PassImpl::pack_format,
-          PassImpl::packed_size,
-          PassImpl::pack,
-          PassImpl::launch};
+constexpr Variant packed_variant(const char* name, Algorithm algorithm, Pass pass,
+                                 const char* (*reject)(const ConvProblem&),
+                                 double (*cost)(const Variant&, const ConvProblem&)) {
+  Variant v = packed_by<PassImpl>(
+      cpu_variant<T>(name, algorithm, pass, reject, PassImpl::launch, cost, PassImpl::workspace));
+  if (kDType<T> == DType::kBFloat16) v.arithmetic = Arithmetic::bfloat16;
+  return v;
 }
 
 }  // namespace convext::CONVEXT_ISA
 
-// Defines the Variants <pass>_<algo>_<type> of this instruction set; Impl is a template over the element type.
-#define CONVEXT_PACKED_VARIANTS(base, algo, pass, reject, Impl)                                                       \
-  CONVEXT_FOR_ELEMENTS(CONVEXT_PACKED_VARIANT, base, algo, pass, reject, Impl)
-#define CONVEXT_PACKED_VARIANT(T, type, base, algo, pass, reject, Impl)                                               \
+// Defines the Variants <pass>_<algorithm>_<type> of this instruction set; Impl is a template over the element type.
+#define CONVEXT_PACKED_VARIANTS(base, algorithm, pass, reject, cost, Impl)                                            \
+  CONVEXT_FOR_ELEMENTS(CONVEXT_PACKED_VARIANT, base, algorithm, pass, reject, cost, Impl)
+#define CONVEXT_PACKED_VARIANT(T, type, base, algorithm, pass, reject, cost, Impl)                                    \
   namespace convext {                                                                                                 \
-  extern const Variant CONVEXT_VARIANT(base##_##type) = CONVEXT_ISA::packed_variant<T, CONVEXT_ISA::Impl<T>>(         \
-      CONVEXT_VARIANT_NAME(base##_##type), algo, pass, CONVEXT_ISA::reject);                                          \
+  CONVEXT_DEFINE_VARIANT(base##_##type) = CONVEXT_ISA::packed_variant<T, CONVEXT_ISA::Impl<T>>(                       \
+      CONVEXT_VARIANT_NAME(base##_##type), algorithm, pass, CONVEXT_ISA::reject, CONVEXT_ISA::cost);                  \
   }

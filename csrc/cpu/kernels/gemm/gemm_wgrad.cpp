@@ -171,7 +171,7 @@ class Panel {
       const int32_t end = static_cast<int32_t>(int64_t{plan_.kg} * (i + 1) / tiles);
       args.offset = begin;
       args.out = out_ + int64_t{begin} * lanes_;
-      outer_table<T>.kernels[vectors_ - 1][end - begin - 1](args);
+      outer_table<T>.of(end - begin, vectors_)(args);
     }
     started_ = true;
     filled_ = 0;

@@ -11,6 +11,7 @@
 // One item of work is a panel of (r,s,c) columns times a fixed share of the pixels; the shares are a function of the
 // problem alone and their partial sums are added in a fixed order, so results do not depend on the number of threads.
 #pragma once
+#include "cpu/kernels/family.h"
 #include "gemm.h"
 
 namespace convext::CONVEXT_ISA {
@@ -21,25 +22,14 @@ int64_t wgrad_workspace(const ConvProblem&, int32_t threads);
 template <class T>
 const char* wgrad_launch(const ConvProblem&, const LaunchArgs&);
 
-template <class T>
-constexpr Variant wgrad_variant(const char* name, const char* algo, const char* (*reject)(const ConvProblem&)) {
-  return {name,   algo,
-          Device::kCPU,
-          Pass::kWgrad,
-          sizeof(T) == 4 ? DType::kFloat32 : DType::kFloat64,
-          CONVEXT_ISA_ENUM,
-          Layouts::kNHWCOnly,
-          reject, wgrad_workspace<T>,
-          nullptr, nullptr, nullptr,
-          wgrad_launch<T>};
-}
-
 }  // namespace convext::CONVEXT_ISA
 
-#define CONVEXT_WGRAD_VARIANTS(base, algo, reject)                                                         \
-  namespace convext {                                                                                      \
-  extern const Variant CONVEXT_VARIANT(base##_f32) =                                                       \
-      CONVEXT_ISA::wgrad_variant<float>(CONVEXT_VARIANT_NAME(base##_f32), algo, CONVEXT_ISA::reject);      \
-  extern const Variant CONVEXT_VARIANT(base##_f64) =                                                       \
-      CONVEXT_ISA::wgrad_variant<double>(CONVEXT_VARIANT_NAME(base##_f64), algo, CONVEXT_ISA::reject);     \
+#define CONVEXT_WGRAD_VARIANTS(base, algorithm, reject, cost)                                                         \
+  CONVEXT_WGRAD_VARIANT(float, base##_f32, algorithm, reject, cost)                                                   \
+  CONVEXT_WGRAD_VARIANT(double, base##_f64, algorithm, reject, cost)
+#define CONVEXT_WGRAD_VARIANT(T, base, algorithm, reject, cost)                                                       \
+  namespace convext {                                                                                                 \
+  CONVEXT_DEFINE_VARIANT(base) = CONVEXT_ISA::cpu_variant<T>(                                                         \
+      CONVEXT_VARIANT_NAME(base), algorithm, Pass::kWgrad, CONVEXT_ISA::reject, CONVEXT_ISA::wgrad_launch<T>,         \
+      CONVEXT_ISA::cost, CONVEXT_ISA::wgrad_workspace<T>);                                                            \
   }

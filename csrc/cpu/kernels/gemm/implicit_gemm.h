@@ -6,7 +6,7 @@
 //   A  (M = pixels of the grid, taps * depth)  gathered through a table of pointers; padding points to a row of zeros
 //   B  (taps * depth, columns)                 packed once, panel by panel: [group][panel][tap][depth][vectors * width]
 //   C  (M, columns)                            the output tensor itself, also between two parts of a long reduction;
-//                                              where its type would round the sums, a block's worth of floats (bfloat16)
+//                                              where its type would round the sums (bfloat16), a block of floats
 //
 // One item of work is a block of pixels times a run of panels; items are a function of the problem alone, so results do
 // not depend on the number of threads. Inside an item:

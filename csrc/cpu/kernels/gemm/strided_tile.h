@@ -1,10 +1,10 @@
-// A register tile whose rows are a constant distance apart in memory, with its epilogue: what stems and pointwise layers
-// of few channels are made of.
+// A register tile whose rows are a constant distance apart in memory, with its epilogue: what stems and pointwise
+// layers of few channels are made of.
 //
 //   out[i][j] = sum_t a_t[i] * b_t[j]          i rows, j lanes
 //
-// Where a convolution reaches its rows through a table of pointers (gemm.h), 14 rows need 14 pointers, which spill; here
-// five reach them all. That matters where an output is a short sum and a vector of filters or two.
+// Where a convolution reaches its rows through a table of pointers (gemm.h), 14 rows need 14 pointers, which spill;
+// here five reach them all. That matters where an output is a short sum and a vector of filters or two.
 #pragma once
 #include "gemm.h"
 #include "tile_epilogue.h"
@@ -35,7 +35,12 @@ struct EqualSteps {
   int64_t pitch;
 
   CONVEXT_INLINE EqualSteps(const float* first, int64_t step)
-      : at0(first), at3(first + 3 * step), at6(at3 + 3 * step), at9(at6 + 3 * step), at12(at9 + 3 * step), pitch(step) {}
+      : at0(first),
+        at3(first + 3 * step),
+        at6(at3 + 3 * step),
+        at9(at6 + 3 * step),
+        at12(at9 + 3 * step),
+        pitch(step) {}
 
   CONVEXT_INLINE float operator[](int i) const {
     switch (i) {
@@ -140,24 +145,8 @@ void strided_tile(const StridedTile& args) {
 using StridedKernel = void (*)(const StridedTile&);
 
 template <bool FILTERS_IN_LANES>
-struct StridedTable {
-  StridedKernel kernels[kStridedVectors][kMaxRows];
-
-  template <int VECTORS, int ROWS>
-  constexpr void fill_rows() {
-    if constexpr (ROWS <= max_rows(VECTORS)) {
-      kernels[VECTORS - 1][ROWS - 1] = strided_tile<FILTERS_IN_LANES, ROWS, VECTORS>;
-      fill_rows<VECTORS, ROWS + 1>();
-    }
-  }
-  template <int VECTORS>
-  constexpr void fill() {
-    fill_rows<VECTORS, 1>();
-    if constexpr (VECTORS < kStridedVectors) fill<VECTORS + 1>();
-  }
-  constexpr StridedTable() : kernels{} { fill<1>(); }
-};
-template <bool FILTERS_IN_LANES>
-inline constexpr StridedTable<FILTERS_IN_LANES> strided_tiles;
+inline constexpr TileTable<StridedKernel, kStridedVectors> strided_tiles([](auto r, auto v) -> StridedKernel {
+  return strided_tile<FILTERS_IN_LANES, decltype(r)::value, decltype(v)::value>;
+});
 
 }  // namespace convext::CONVEXT_ISA

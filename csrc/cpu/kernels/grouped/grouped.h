@@ -1,10 +1,10 @@
 // Groups of few channels: a vector of filters spans several groups, and each lane wants the channels of its own.
 //
-//   x of a pixel   a0 a1 a2 a3 | b0 b1 b2 b3 | ...        groups a, b, ... of 4 channels
-//   spread, c = 1  a1 a1 a1 a1 | b1 b1 b1 b1 | ...        what filters of groups a, b, ... multiply by their weight for c
+//   x of a pixel   a0 a1 a2 a3 | b0 b1 b2 b3 | ...    groups a, b, ... of 4 channels
+//   spread, c = 1  a1 a1 a1 a1 | b1 b1 b1 b1 | ...    what filters of groups a, b, ... multiply by their weight for c
 //
-// Spreading is a shuffle. Each spread vector meets R * S taps, so the lines of the image that a row of outputs reads are
-// spread once into a ring of lines in the first-level cache and multiplied from there:
+// Spreading is a shuffle. Each spread vector meets R * S taps, so the lines of the image that a row of outputs reads
+// are spread once into a ring of lines in the first-level cache and multiplied from there:
 //
 //   ring[h % lines][c][f][j]   a vector: pixel w = (q0 + j) * stride_w - pad_w + f, as in stem_patch.h
 #pragma once
@@ -38,6 +38,11 @@ struct GroupedBlocks {
   }
   int64_t line() const { return int64_t{pitch} * Vec<float>::width; }  // elements of one phase of one channel
 };
+
+// The direct kernel fills a vector's lanes from one group alone.
+constexpr double kGroupedPerFlop = 0.3;
+
+inline double grouped_cost(const Variant& v, const ConvProblem& p) { return cost_of(v, p, kGroupedPerFlop); }
 
 inline const char* reject_unless_grouped(const ConvProblem& p) {
   if (p.groups == 1 || p.is_depthwise()) return "the channels are not in groups of several";

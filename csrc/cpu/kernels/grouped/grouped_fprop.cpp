@@ -119,22 +119,25 @@ void run_block(const ConvProblem& p, const GroupedBlocks& blocks, const GroupedO
   }
 }
 
-const char* pack_format(const ConvProblem&) { return "grouped_" CONVEXT_STRING(CONVEXT_ISA); }
+struct Packing {
+  static const char* pack_format(const ConvProblem&) { return "grouped_" CONVEXT_STRING(CONVEXT_ISA); }
+  static int64_t packed_size(const ConvProblem& p) { return grouped_packed_size(p); }
 
-void pack(const ConvProblem& p, const void* w, void* packed, const Parallel&) {
-  const float* from = static_cast<const float*>(w);
-  float* to = static_cast<float*>(packed);
-  const int32_t cg = p.c_per_group(), taps = p.r * p.s;
-  for (int32_t k = 0; k < p.k; k += V::width) {
-    for (int32_t tap = 0; tap < taps; ++tap) {
-      for (int32_t c = 0; c < cg; ++c) {
-        for (int lane = 0; lane < V::width; ++lane) {
-          *to++ = k + lane < p.k ? from[(int64_t{k + lane} * cg + c) * taps + tap] : 0;
+  static void pack(const ConvProblem& p, const void* w, void* packed, const Parallel&) {
+    const float* from = static_cast<const float*>(w);
+    float* to = static_cast<float*>(packed);
+    const int32_t cg = p.c_per_group(), taps = p.r * p.s;
+    for (int32_t k = 0; k < p.k; k += V::width) {
+      for (int32_t tap = 0; tap < taps; ++tap) {
+        for (int32_t c = 0; c < cg; ++c) {
+          for (int lane = 0; lane < V::width; ++lane) {
+            *to++ = k + lane < p.k ? from[(int64_t{k + lane} * cg + c) * taps + tap] : 0;
+          }
         }
       }
     }
   }
-}
+};
 
 const char* launch(const ConvProblem& p, const LaunchArgs& args) {
   run_grouped(p, static_cast<const float*>(args.a), static_cast<const float*>(args.b), static_cast<float*>(args.out),
@@ -154,10 +157,9 @@ void run_grouped(const ConvProblem& p, const float* x, const float* packed, floa
 
 }  // namespace CONVEXT_ISA
 
-extern const Variant CONVEXT_VARIANT(fprop_grouped_f32);
-const Variant CONVEXT_VARIANT(fprop_grouped_f32) = {
-    CONVEXT_VARIANT_NAME(fprop_grouped_f32), "grouped", Device::kCPU, Pass::kFprop, DType::kFloat32, CONVEXT_ISA_ENUM,
-    Layouts::kNHWCOnly, CONVEXT_ISA::reject_unless_grouped, nullptr, CONVEXT_ISA::pack_format,
-    CONVEXT_ISA::grouped_packed_size, CONVEXT_ISA::pack, CONVEXT_ISA::launch};
+CONVEXT_DEFINE_VARIANT(fprop_grouped_f32) = CONVEXT_ISA::packed_by<CONVEXT_ISA::Packing>(
+    CONVEXT_ISA::cpu_variant<float>(CONVEXT_VARIANT_NAME(fprop_grouped_f32), Algorithm::grouped, Pass::kFprop,
+                                    CONVEXT_ISA::reject_unless_grouped, CONVEXT_ISA::launch,
+                                    CONVEXT_ISA::grouped_cost));
 
 }  // namespace convext

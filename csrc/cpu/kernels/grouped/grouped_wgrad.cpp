@@ -2,9 +2,9 @@
 //
 //   dw[t] = sum_{n,p,q} spread_t[n,p,q] * dy[n,p,q]         t over R * S * (C / groups) taps; a vector each
 //
-// Register budget: 12 accumulators + 1 vector of dy; the spread inputs are memory operands, 13 loads for 12 FMAs. A tile
-// is summed over a row of outputs and added to the partial sums of its block. Blocks are a function of the problem alone
-// and are added in a fixed order, so results do not depend on the number of threads.
+// Register budget: 12 accumulators + 1 vector of dy; the spread inputs are memory operands, 13 loads for 12 FMAs. A
+// tile is summed over a row of outputs and added to the partial sums of its block. Blocks are a function of the problem
+// alone and are added in a fixed order, so results do not depend on the number of threads.
 #include "grouped.h"
 
 namespace convext {
@@ -103,7 +103,9 @@ const char* launch(const ConvProblem& p, const LaunchArgs& args) {
     const int64_t filter = vector * V::width;
     for (int64_t t = 0; t < taps; ++t) {
       V sum = V::zero();
-      for (int64_t item = vector; item < count; item += blocks.vectors) sum += load(sums + (item * taps + t) * V::width);
+      for (int64_t item = vector; item < count; item += blocks.vectors) {
+        sum += load(sums + (item * taps + t) * V::width);
+      }
       const int64_t c = t % p.c_per_group(), pixel = t / p.c_per_group();
       for (int lane = 0; lane < V::width && filter + lane < p.k; ++lane) {
         dw[((filter + lane) * p.c_per_group() + c) * tap_pixels + pixel] = sum.v[lane];
@@ -116,10 +118,8 @@ const char* launch(const ConvProblem& p, const LaunchArgs& args) {
 }  // namespace
 }  // namespace CONVEXT_ISA
 
-extern const Variant CONVEXT_VARIANT(wgrad_grouped_f32);
-const Variant CONVEXT_VARIANT(wgrad_grouped_f32) = {
-    CONVEXT_VARIANT_NAME(wgrad_grouped_f32), "grouped", Device::kCPU, Pass::kWgrad, DType::kFloat32, CONVEXT_ISA_ENUM,
-    Layouts::kNHWCOnly, CONVEXT_ISA::reject_unless_grouped, CONVEXT_ISA::workspace, nullptr, nullptr, nullptr,
-    CONVEXT_ISA::launch};
+CONVEXT_DEFINE_VARIANT(wgrad_grouped_f32) = CONVEXT_ISA::cpu_variant<float>(
+    CONVEXT_VARIANT_NAME(wgrad_grouped_f32), Algorithm::grouped, Pass::kWgrad, CONVEXT_ISA::reject_unless_grouped,
+    CONVEXT_ISA::launch, CONVEXT_ISA::grouped_cost, CONVEXT_ISA::workspace);
 
 }  // namespace convext

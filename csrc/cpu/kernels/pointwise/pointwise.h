@@ -1,4 +1,5 @@
-// 1x1 convolutions of few channels at unit stride: a product of a tall matrix, the pixels, with a small one, the weights.
+// 1x1 convolutions of few channels at unit stride: a product of a tall matrix, the pixels, with a small one, the
+// weights.
 //
 //   out[m, n] = epilogue(sum_l in[m, l] * w[l, n])        m over all pixels; NHWC on both sides
 //
@@ -23,6 +24,11 @@ struct PointwiseGemm {
 };
 
 void run_pointwise(const PointwiseGemm&, const Parallel&);
+
+// The direct kernel's tiles are set up for longer reductions.
+constexpr double kPointwisePerFlop = 0.9;
+
+inline double pointwise_cost(const Variant& v, const ConvProblem& p) { return cost_of(v, p, kPointwisePerFlop); }
 
 inline const char* reject_unless_short_pointwise(const ConvProblem& p, int32_t depth) {
   if (!p.is_pointwise()) return "the filter is not 1x1";

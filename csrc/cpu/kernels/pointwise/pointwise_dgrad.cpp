@@ -19,10 +19,8 @@ using Packing = GemmDgrad<float, false>;
 }  // namespace
 }  // namespace CONVEXT_ISA
 
-extern const Variant CONVEXT_VARIANT(dgrad_pointwise_f32);
-const Variant CONVEXT_VARIANT(dgrad_pointwise_f32) = {
-    CONVEXT_VARIANT_NAME(dgrad_pointwise_f32), "pointwise", Device::kCPU, Pass::kDgrad, DType::kFloat32,
-    CONVEXT_ISA_ENUM, Layouts::kNHWCOnly, CONVEXT_ISA::reject, nullptr, CONVEXT_ISA::Packing::pack_format,
-    CONVEXT_ISA::Packing::packed_size, CONVEXT_ISA::Packing::pack, CONVEXT_ISA::launch};
+CONVEXT_DEFINE_VARIANT(dgrad_pointwise_f32) = CONVEXT_ISA::packed_by<CONVEXT_ISA::Packing>(
+    CONVEXT_ISA::cpu_variant<float>(CONVEXT_VARIANT_NAME(dgrad_pointwise_f32), Algorithm::pointwise, Pass::kDgrad,
+                                    CONVEXT_ISA::reject, CONVEXT_ISA::launch, CONVEXT_ISA::pointwise_cost));
 
 }  // namespace convext

@@ -1,5 +1,5 @@
-// fprop of 1x1 layers with few input channels (pointwise.h), such as those that widen or narrow a mobile network's blocks.
-// FLOP per byte of x and y: 2 C K / (4 (C + K)), 5.3 at 32 to 16 channels, 6.9 at 16 to 96.
+// fprop of 1x1 layers with few input channels (pointwise.h), such as those that widen or narrow a mobile network's
+// blocks. FLOP per byte of x and y: 2 C K / (4 (C + K)), 5.3 at 32 to 16 channels, 6.9 at 16 to 96.
 #include "pointwise.h"
 
 #include "cpu/kernels/gemm/cut.h"
@@ -58,7 +58,7 @@ void run_pointwise(const PointwiseGemm& g, const Parallel& parallel) {
           tile.x = g.in + (begin + pixel) * g.depth;
           tile.out = g.out + to;
           tile.residual = e.residual ? static_cast<const float*>(e.residual) + to : nullptr;
-          strided_tiles<true>.kernels[vectors - 1][rows - 1](tile);
+          strided_tiles<true>.of(rows, vectors)(tile);
         });
       });
     }
@@ -67,10 +67,8 @@ void run_pointwise(const PointwiseGemm& g, const Parallel& parallel) {
 
 }  // namespace CONVEXT_ISA
 
-extern const Variant CONVEXT_VARIANT(fprop_pointwise_f32);
-const Variant CONVEXT_VARIANT(fprop_pointwise_f32) = {
-    CONVEXT_VARIANT_NAME(fprop_pointwise_f32), "pointwise", Device::kCPU, Pass::kFprop, DType::kFloat32,
-    CONVEXT_ISA_ENUM, Layouts::kNHWCOnly, CONVEXT_ISA::reject, nullptr, CONVEXT_ISA::Packing::pack_format,
-    CONVEXT_ISA::Packing::packed_size, CONVEXT_ISA::Packing::pack, CONVEXT_ISA::launch};
+CONVEXT_DEFINE_VARIANT(fprop_pointwise_f32) = CONVEXT_ISA::packed_by<CONVEXT_ISA::Packing>(
+    CONVEXT_ISA::cpu_variant<float>(CONVEXT_VARIANT_NAME(fprop_pointwise_f32), Algorithm::pointwise, Pass::kFprop,
+                                    CONVEXT_ISA::reject, CONVEXT_ISA::launch, CONVEXT_ISA::pointwise_cost));
 
 }  // namespace convext

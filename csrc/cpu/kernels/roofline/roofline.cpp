@@ -21,8 +21,8 @@ double now() {
   return t.tv_sec + 1e-9 * t.tv_nsec;
 }
 
-// Ten independent chains cover the latency of two FMA units at 4 or 5 cycles, twenty that of two bfloat16 units too; the
-// multiplier keeps values finite.
+// Ten independent chains cover the latency of two FMA units at 4 or 5 cycles, twenty that of two bfloat16 units too;
+// the multiplier keeps values finite.
 // step(acc, a, b) is the instruction, of kFlops FLOP a lane.
 template <class T, int kFlops, class Step>
 double flops_of(double seconds, Step step) {
@@ -36,7 +36,8 @@ double flops_of(double seconds, Step step) {
   do {
     const double begin = now();
     for (int64_t round = 0; round < kRounds; ++round) {
-      asm volatile("" : "+" CONVEXT_VECTOR_REGISTER(a.v), "+" CONVEXT_VECTOR_REGISTER(b.v));  // the compiler must not see through the loop
+      // The compiler must not see through the loop.
+      asm volatile("" : "+" CONVEXT_VECTOR_REGISTER(a.v), "+" CONVEXT_VECTOR_REGISTER(b.v));
       CONVEXT_UNROLL
       for (int i = 0; i < kChains; ++i) acc[i] = step(acc[i], a, b);
     }

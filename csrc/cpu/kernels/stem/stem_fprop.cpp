@@ -72,7 +72,7 @@ class StemBlock {
       cut(columns, max_rows(vectors), [&](int32_t q, int32_t count) {
         tile_.x = x + q * tile_.x_pitch;
         point_at_output(row + int64_t{q} * p_.k);
-        strided_tiles<true>.kernels[vectors - 1][count - 1](tile_);
+        strided_tiles<true>.of(count, vectors)(tile_);
       });
     } else {
       const int64_t plane = int64_t{p_.p()} * p_.q();
@@ -86,7 +86,7 @@ class StemBlock {
           tile_.w = w + k;
           point_at_filter(filter + k);
           point_at_output(row + k * plane + q);
-          strided_tiles<false>.kernels[width - 1][count - 1](tile_);
+          strided_tiles<false>.of(count, width)(tile_);
         });
       });
     }
@@ -127,10 +127,8 @@ using Packing = GemmFprop<float, false>;
 }  // namespace
 }  // namespace CONVEXT_ISA
 
-extern const Variant CONVEXT_VARIANT(fprop_stem_f32);
-const Variant CONVEXT_VARIANT(fprop_stem_f32) = {
-    CONVEXT_VARIANT_NAME(fprop_stem_f32), "stem", Device::kCPU, Pass::kFprop, DType::kFloat32, CONVEXT_ISA_ENUM,
-    Layouts::kAny, CONVEXT_ISA::reject_unless_stem, nullptr, CONVEXT_ISA::Packing::pack_format,
-    CONVEXT_ISA::Packing::packed_size, CONVEXT_ISA::Packing::pack, CONVEXT_ISA::launch};
+CONVEXT_DEFINE_VARIANT(fprop_stem_f32) = CONVEXT_ISA::packed_by<CONVEXT_ISA::Packing>(CONVEXT_ISA::cpu_variant<float>(
+    CONVEXT_VARIANT_NAME(fprop_stem_f32), Algorithm::stem, Pass::kFprop, CONVEXT_ISA::reject_unless_stem,
+    CONVEXT_ISA::launch, CONVEXT_ISA::stem_cost, nullptr, Layouts::kAny));
 
 }  // namespace convext

@@ -16,6 +16,7 @@
 // A patch is at most 48 KiB: the first-level cache holds the rows that one row of outputs reads and the weights of two
 // vectors of filters. Planes take a shuffle less than the stride for a vector of elements, pixels are copied.
 #pragma once
+#include "cpu/kernels/family.h"
 #include "cpu/kernels/gemm/cut.h"
 #include "cpu/simd/vec.h"
 
@@ -74,6 +75,11 @@ struct StemBlocks {
             part(p.q(), column + 1, across(p)) - q0};
   }
 };
+
+// The direct kernel's tiles are set up for longer reductions.
+constexpr double kStemPerFlop = 0.8;
+
+inline double stem_cost(const Variant& v, const ConvProblem& p) { return cost_of(v, p, kStemPerFlop); }
 
 inline const char* reject_unless_stem(const ConvProblem& p) {
   if (p.groups != 1) return "the channels are in groups";

@@ -187,10 +187,8 @@ const char* launch(const ConvProblem& p, const LaunchArgs& args) {
 }  // namespace
 }  // namespace CONVEXT_ISA
 
-extern const Variant CONVEXT_VARIANT(wgrad_stem_f32);
-const Variant CONVEXT_VARIANT(wgrad_stem_f32) = {
-    CONVEXT_VARIANT_NAME(wgrad_stem_f32), "stem", Device::kCPU, Pass::kWgrad, DType::kFloat32, CONVEXT_ISA_ENUM,
-    Layouts::kAnyX, CONVEXT_ISA::reject_unless_stem, CONVEXT_ISA::workspace, nullptr, nullptr, nullptr,
-    CONVEXT_ISA::launch};
+CONVEXT_DEFINE_VARIANT(wgrad_stem_f32) = CONVEXT_ISA::cpu_variant<float>(
+    CONVEXT_VARIANT_NAME(wgrad_stem_f32), Algorithm::stem, Pass::kWgrad, CONVEXT_ISA::reject_unless_stem,
+    CONVEXT_ISA::launch, CONVEXT_ISA::stem_cost, CONVEXT_ISA::workspace, Layouts::kAnyX);
 
 }  // namespace convext

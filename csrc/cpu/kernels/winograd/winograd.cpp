@@ -101,24 +101,8 @@ void product(const Product& args) {
 
 using ProductKernel = void (*)(const Product&);
 
-struct ProductTable {
-  ProductKernel kernels[kMaxVectors][kMaxRows];  // [vectors - 1][rows - 1]
-
-  template <int VECTORS, int ROWS>
-  constexpr void fill_rows() {
-    if constexpr (ROWS <= max_rows(VECTORS)) {
-      kernels[VECTORS - 1][ROWS - 1] = product<ROWS, VECTORS>;
-      fill_rows<VECTORS, ROWS + 1>();
-    }
-  }
-  template <int VECTORS>
-  constexpr void fill() {
-    fill_rows<VECTORS, 1>();
-    if constexpr (VECTORS < kMaxVectors) fill<VECTORS + 1>();
-  }
-  constexpr ProductTable() : kernels{} { fill<1>(); }
-};
-constexpr ProductTable kProducts;
+constexpr TileTable<ProductKernel> kProducts(
+    [](auto r, auto v) -> ProductKernel { return product<decltype(r)::value, decltype(v)::value>; });
 
 // ---- The plan ----
 
@@ -241,7 +225,7 @@ void multiply(const Plan<M>& plan, int32_t chunk, const float* v, const float* u
         args.m = m + position * plan.m_pitch() + int64_t{first} * kLanes;
         args.ahead_vectors = i * ahead < vectors ? ahead : 0;
         args.ahead = next + int64_t{i} * ahead * V::width * args.depth;
-        kProducts.kernels[vectors - 1][last - first - 1](args);
+        kProducts.of(last - first, vectors)(args);
       }
     }
   }

@@ -2,6 +2,7 @@
 #pragma once
 #include "cpu/kernels/gemm/gemm_passes.h"
 #include "winograd.h"
+#include "winograd_cost.h"
 
 namespace convext::CONVEXT_ISA {
 
@@ -101,9 +102,10 @@ struct WinogradDgrad {
   CONVEXT_FOR_WINOGRAD(CONVEXT_WINOGRAD_VARIANT, prefix, pass, Impl, 2, winograd2x2) \
   CONVEXT_FOR_WINOGRAD(CONVEXT_WINOGRAD_VARIANT, prefix, pass, Impl, 3, winograd3x3) \
   CONVEXT_FOR_WINOGRAD(CONVEXT_WINOGRAD_VARIANT, prefix, pass, Impl, 4, winograd4x4)
-#define CONVEXT_WINOGRAD_VARIANT(T, type, prefix, pass, Impl, M, algo)                                          \
-  namespace convext {                                                                                           \
-  extern const Variant CONVEXT_VARIANT(prefix##_##algo##_##type) =                                              \
-      CONVEXT_ISA::packed_variant<T, CONVEXT_ISA::Impl<T, M>>(CONVEXT_VARIANT_NAME(prefix##_##algo##_##type),   \
-                                                              #algo, pass, CONVEXT_ISA::Impl<T, M>::reject);    \
+#define CONVEXT_WINOGRAD_VARIANT(T, type, prefix, pass, Impl, M, tile)                                               \
+  namespace convext {                                                                                                \
+  CONVEXT_DEFINE_VARIANT(prefix##_##tile##_##type) = CONVEXT_ISA::winograd_variant(                                  \
+      CONVEXT_ISA::packed_variant<T, CONVEXT_ISA::Impl<T, M>>(                                                       \
+          CONVEXT_VARIANT_NAME(prefix##_##tile##_##type), Algorithm::winograd, pass,                                 \
+          CONVEXT_ISA::Impl<T, M>::reject, CONVEXT_ISA::winograd_cost), M);                                          \
   }

@@ -137,7 +137,7 @@ void multiply(const Plan& plan, const float* v, const float* const* d_rows, int3
       const int32_t first = filters * i / pieces, last = filters * (i + 1) / pieces;
       args.offset = position * plan.d_pitch() + begin + first;
       args.out = sums + (int64_t{position} * filters + first) * lanes;
-      outer_table<float>.kernels[vectors - 1][last - first - 1](args);
+      outer_table<float>.of(last - first, vectors)(args);
     }
   }
 }
@@ -236,9 +236,8 @@ struct WinogradWgrad {
 }  // namespace convext::CONVEXT_ISA
 
 namespace convext {
-extern const Variant CONVEXT_VARIANT(wgrad_winograd4x4_f32);
-const Variant CONVEXT_VARIANT(wgrad_winograd4x4_f32) = {
-    CONVEXT_VARIANT_NAME(wgrad_winograd4x4_f32), "winograd4x4", Device::kCPU, Pass::kWgrad, DType::kFloat32,
-    CONVEXT_ISA_ENUM, Layouts::kNHWCOnly, CONVEXT_ISA::WinogradWgrad::reject, CONVEXT_ISA::WinogradWgrad::workspace,
-    nullptr, nullptr, nullptr, CONVEXT_ISA::WinogradWgrad::launch};
+CONVEXT_DEFINE_VARIANT(wgrad_winograd4x4_f32) = CONVEXT_ISA::winograd_variant(
+    CONVEXT_ISA::cpu_variant<float>(CONVEXT_VARIANT_NAME(wgrad_winograd4x4_f32), Algorithm::winograd, Pass::kWgrad,
+                                    CONVEXT_ISA::WinogradWgrad::reject, CONVEXT_ISA::WinogradWgrad::launch,
+                                    CONVEXT_ISA::winograd_cost, CONVEXT_ISA::WinogradWgrad::workspace), 4);
 }  // namespace convext
