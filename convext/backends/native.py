@@ -245,7 +245,8 @@ class NativeBackend:
                 or steps[0].problem.x_layout != _NHWC and not (chosen[0] and chosen[0]["reads_nchw"]) \
                 or any(len(block.steps) > 1 and _rejects_block(block) for block in blocks):
             return None
-        ops, program = torch.ops.convext_cpu, native_sequence.program(blocks, plans)
+        ops, program = torch.ops.convext_cpu, _C.SequenceProgram()
+        native_sequence.fill(program, blocks, plans)
         op = ops.run_sequence.default._op
 
         def keep(tensors, eps, flat):
@@ -256,7 +257,7 @@ class NativeBackend:
                     if plan.pack_format is not None:
                         operands.append(_packed_buffer(step[0], plan))
                 operands += [t for t in step[1:] if t is not None]
-            number = ops.keep_sequence.default(program, operands, eps, flat)
+            number = ops.keep_sequence.default(program.number, operands, eps, flat)
             weights = [step[0] for step in tensors]
             tracked = all(w is not None and not w.is_inference() for w in weights)
             return native_sequence.Kept(number, weights, operator.attrgetter("_version") if tracked else _version)

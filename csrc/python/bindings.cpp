@@ -13,6 +13,7 @@
 #include "bindings_problem.h"
 #include "cpu/runtime/block.h"
 #include "cpu/runtime/output_pool.h"
+#include "cpu/runtime/sequence_program.h"
 #include "cpu/kernels/roofline/roofline.h"
 #include "watch.h"
 
@@ -107,6 +108,16 @@ PYBIND11_MODULE(_C, m) {
     if (const char* why = reject_block(steps)) return why;
     return std::nullopt;
   }, "Why forward convolutions in a row cannot run as one block, or None; excites: squeeze and excitation before it.");
+  py::class_<SequenceProgram, std::shared_ptr<SequenceProgram>>(
+      m, "SequenceProgram", "What several convolutions in one call are (csrc/cpu/runtime/sequence_program.h).")
+      .def(py::init(&SequenceProgram::make))
+      .def_property_readonly("number", &SequenceProgram::number, "What the ops know it by, as long as it lives.")
+      .def_property_readonly("tensors", &SequenceProgram::tensors, "How many tensors its steps have.")
+      .def("begin_block", &SequenceProgram::begin_block, py::arg("source"), "A block of steps, which reads that value.")
+      .def("add_convolution", &SequenceProgram::add_convolution, py::arg("variant"), py::arg("geom"),
+           py::arg("activation"), py::arg("packs"), py::arg("residual"), py::arg("present"), py::arg("excite"))
+      .def("add_layer_norm", &SequenceProgram::add_layer_norm, py::arg("gamma"), py::arg("beta"))
+      .def("add_mean", &SequenceProgram::add_mean);
   m.def("output_size", [](const Fields& fields) {
     const ConvProblem p = problem_of(fields);
     return std::pair<int32_t, int32_t>(p.p(), p.q());

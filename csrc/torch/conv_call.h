@@ -12,41 +12,6 @@
 
 namespace convext {
 
-struct Geom {
-  int32_t stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups;
-};
-
-inline Geom geom_of(const std::vector<int64_t>& values) {
-  STD_TORCH_CHECK(values.size() == 7, "convext_cpu: geom must be 7 numbers, got ", values.size());
-  for (int64_t value : values) {
-    STD_TORCH_CHECK(value >= 0 && value <= INT32_MAX, "convext_cpu: geom holds ", value, ", outside 32 bits");
-  }
-  auto at = [&](int i) { return static_cast<int32_t>(values[i]); };
-  return {at(0), at(1), at(2), at(3), at(4), at(5), at(6)};
-}
-
-inline ConvProblem make_problem(int64_t n, int64_t c, int64_t h, int64_t w, int64_t k, int64_t r, int64_t s,
-                                const Geom& g, DType dtype) {
-  for (int64_t extent : {n, c, h, w, k, r, s}) {
-    STD_TORCH_CHECK(extent <= INT32_MAX, "convext_cpu: an extent of ", extent, " exceeds 32 bits");
-  }
-  STD_TORCH_CHECK(g.groups > 0 && c % g.groups == 0 && k % g.groups == 0, "convext_cpu: ", c, " input and ", k,
-                  " output channels do not divide into ", g.groups, " groups");
-  STD_TORCH_CHECK(g.stride_h > 0 && g.stride_w > 0 && g.dil_h > 0 && g.dil_w > 0 && r > 0 && s > 0,
-                  "convext_cpu: stride, dilation and filter extents must be positive");
-  ConvProblem problem{};
-  problem.n = n, problem.c = c, problem.h = h, problem.w = w;
-  problem.k = k, problem.r = r, problem.s = s;
-  problem.stride_h = g.stride_h, problem.stride_w = g.stride_w;
-  problem.pad_h = g.pad_h, problem.pad_w = g.pad_w;
-  problem.dil_h = g.dil_h, problem.dil_w = g.dil_w;
-  problem.groups = g.groups;
-  problem.dtype = dtype;
-  problem.x_layout = problem.y_layout = Layout::kNHWC;
-  STD_TORCH_CHECK(problem.p() >= 0 && problem.q() >= 0, "convext_cpu: the filter does not fit into the padded input");
-  return problem;
-}
-
 // The variant of that index; the problem's dtype becomes the one that it reads.
 inline const Variant& checked_variant(int64_t index, Pass pass, ConvProblem& problem) {
   const auto& all = variants();

@@ -1,4 +1,5 @@
-// What the torch-facing files share: torch's stable ABI in, convext's plain data out. Checks, views, allocation, scratch.
+// What the torch-facing files share: torch's stable ABI in, convext's plain data out. Checks, views, allocation,
+// scratch.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -13,6 +14,7 @@
 
 #include "cpu/runtime/output_pool.h"
 #include "cpu/runtime/scratch.h"
+#include "cpu/runtime/view.h"
 #include "core/variant.h"
 
 // Of torch 2.11's stable ABI. Weak, because 2.10 has no tensor over memory that knows how to give it back: there,
@@ -50,40 +52,6 @@ inline int32_t scalar_type_of(DType dtype) {
 
 // Halves are computed in float32 and rounded once, at the end.
 inline DType compute_dtype(DType dtype) { return dtype == DType::kFloat64 ? dtype : DType::kFloat32; }
-
-// A logical (N, C, H, W) tensor: sizes, element strides, dtype, data.
-struct View {
-  int64_t size[4];
-  int64_t stride[4];
-  DType dtype;
-  void* data;
-
-  int64_t numel() const { return size[0] * size[1] * size[2] * size[3]; }
-
-  // Dense in the given order; the stride of an extent of one says nothing.
-  bool is_dense(Layout layout) const {
-    static constexpr int kOrder[2][4] = {{3, 2, 1, 0}, {1, 3, 2, 0}};  // fastest first
-    int64_t expected = 1;
-    for (int axis : kOrder[static_cast<int>(layout)]) {
-      if (size[axis] != 1 && stride[axis] != expected) return false;
-      expected *= size[axis];
-    }
-    return true;
-  }
-
-  // at::Tensor::suggest_memory_format: the strides grow in the order C, W, H, N. Where they fit both orders (one
-  // channel, one pixel) the answer is NCHW.
-  bool suggests_nhwc() const {
-    if (stride[1] == 0) return false;
-    int64_t least = 0;
-    for (int axis : {1, 3, 2, 0}) {
-      if (size[axis] == 0 || stride[axis] < least) return false;
-      if (axis == 0 && least == stride[1]) return false;
-      least = stride[axis] * (size[axis] > 1 ? size[axis] : 1);
-    }
-    return true;
-  }
-};
 
 inline View view_of(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_cpu(), "convext_cpu: ", name, " must be a CPU tensor");
