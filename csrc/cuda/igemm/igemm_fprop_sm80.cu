@@ -5,7 +5,7 @@
 //   grid: x = (tile of pixels, tile of filters), filters innermost: neighbours in time share the pixels in L2; y =
 //   group
 //
-// The main loop, the tile map and the skipped taps are in tile/igemm_pixels.h. Budget, by tile (tile/igemm_tiles.h): 24
+// The main loop, the tile map and the skipped taps are in igemm_pixels.h. Budget, by tile (igemm_tiles.h): 24
 // to 72 KiB of shared memory, 16 to 128 registers of accumulators.
 // Batch statistics, where asked for, come from the epilogue's registers; merging them reuses the stages' memory, at
 // most 16*(2*128 + 1)*4 B = 16 KiB, and writes a row of partials a tile of pixels: 8 B for 64 or more elements of y.
@@ -22,14 +22,9 @@ namespace convext {
   extern const Variant fprop_igemm_##dtype##_##tile##x##k##suffix##_sm80 =                          \
       cuda::igemm_pixels_variant<cuda::Tile##tile<T>, false, vector>(                               \
           "fprop_igemm_" #dtype "_" #tile "x" #k #suffix "_sm80");
-#define CONVEXT_IGEMM_TILES(T, dtype, k)                  \
-  CONVEXT_IGEMM(T, dtype, k, 256x128, , true)             \
-  CONVEXT_IGEMM(T, dtype, k, 128x128, , true)             \
-  CONVEXT_IGEMM(T, dtype, k, 128x64, , true)              \
-  CONVEXT_IGEMM(T, dtype, k, 64x64, , true)               \
-  CONVEXT_IGEMM(T, dtype, k, 64x32, , true)               \
-  CONVEXT_IGEMM(T, dtype, k, 64x64, _gather, false)       \
-  CONVEXT_IGEMM(T, dtype, k, 64x32, _gather, false)
 CONVEXT_IGEMM_DTYPES(CONVEXT_IGEMM_TILES)
+CONVEXT_IGEMM(cuda::bf16, bf16, 32, 256x128, , true)
+CONVEXT_IGEMM(cuda::fp16, f16, 32, 256x128, , true)
+CONVEXT_IGEMM(float, tf32, 16, 256x128, , true)
 
 }  // namespace convext

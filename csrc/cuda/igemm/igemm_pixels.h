@@ -74,34 +74,32 @@ CONVEXT_DEVICE void store_slab(const float (&acc)[TILE::MMA_N][4], float* slab) 
   }
 }
 
-// VECTOR: channels of a group come in whole 16-byte chunks and lie side by side. Without it elements are gathered one
-// by one from any strides and the reduction is not padded: the first layer, odd channel counts, NCHW.
-template <class TILE, bool DGRAD, bool VECTOR>
-__global__ void __launch_bounds__(TILE::THREADS, 1)
-    igemm_pixels(ConvProblem problem, Strides in_strides, Strides out_strides, const typename TILE::T* __restrict__ in,
-                 const typename TILE::T* __restrict__ w, typename TILE::T* __restrict__ out, Epilogue epilogue,
-                 bool vector_out, PartialStats<float> stats) {
-  using T = typename TILE::T;
-  constexpr int CHUNK = TILE::CHUNK, BLOCK_K = TILE::BLOCK_K, STAGES = TILE::STAGES;
-  CONVEXT_SHARED_MEMORY(shared);
-  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
-  const int warp_m = warp / TILE::WARPS_N, warp_n = warp % TILE::WARPS_N;
-  const int32_t channels = DGRAD ? problem.k_per_group() : problem.c_per_group();  // of the reduction
-  const int32_t columns = DGRAD ? problem.c_per_group() : problem.k_per_group();
-  const int32_t group = blockIdx.y;
-  const int32_t n_tiles = static_cast<int32_t>(ceil_div(columns, TILE::BLOCK_N));
-  const int64_t m0 = int64_t{blockIdx.x / n_tiles} * TILE::BLOCK_M;
-  const int32_t n0 = static_cast<int32_t>(blockIdx.x % n_tiles) * TILE::BLOCK_N;
+// What a block computes: a tile of one class's pixels times some columns of one group, over the taps that meet the image.
+template <class TILE, bool DGRAD>
+struct PixelsBlock {
+  const ConvProblem& problem;
+  int32_t channels, columns;  // of the reduction, of the result; of one group
+  int32_t group, n_tiles, n0;
+  int64_t m0, gemm_m;
+  Axis rows, cols;
+  PixelDecoder decode;
 
-  const int32_t class_h = DGRAD ? blockIdx.z / problem.stride_w : 0;
-  const int32_t class_w = DGRAD ? blockIdx.z % problem.stride_w : 0;
-  const Axis rows = height_of(problem, DGRAD).at(class_h), cols = width_of(problem, DGRAD).at(class_w);
-  const int64_t gemm_m = int64_t{problem.n} * rows.count * cols.count;
-  if (rows.count <= 0 || cols.count <= 0 || m0 >= gemm_m) return;
-  const PixelDecoder decode(rows.count, cols.count);
+  CONVEXT_DEVICE explicit PixelsBlock(const ConvProblem& p)
+      : problem(p),
+        channels(DGRAD ? p.k_per_group() : p.c_per_group()),
+        columns(DGRAD ? p.c_per_group() : p.k_per_group()),
+        group(blockIdx.y),
+        n_tiles(static_cast<int32_t>(ceil_div(columns, TILE::BLOCK_N))),
+        n0(static_cast<int32_t>(blockIdx.x % n_tiles) * TILE::BLOCK_N),
+        m0(int64_t{blockIdx.x / n_tiles} * TILE::BLOCK_M),
+        rows(height_of(p, DGRAD).at(DGRAD ? blockIdx.z / p.stride_w : 0)),
+        cols(width_of(p, DGRAD).at(DGRAD ? blockIdx.z % p.stride_w : 0)),
+        decode(max_of(1, rows.count), max_of(1, cols.count)) {
+    gemm_m = int64_t{p.n} * rows.count * cols.count;
+  }
+  CONVEXT_DEVICE bool is_empty() const { return rows.count <= 0 || cols.count <= 0 || m0 >= gemm_m; }
 
-  Range taps_h, taps_w;
-  {
+  CONVEXT_DEVICE void active(Range& taps_h, Range& taps_w) const {
     const int64_t last = (m0 + TILE::BLOCK_M < gemm_m ? m0 + TILE::BLOCK_M : gemm_m) - 1;
     int32_t n_first, i_first, j_first, n_last, i_last, j_last;
     decode(m0, n_first, i_first, j_first);
@@ -110,133 +108,165 @@ __global__ void __launch_bounds__(TILE::THREADS, 1)
     taps_h = one_image ? active_taps(rows, i_first, i_last) : active_taps(rows, 0, rows.count - 1);
     taps_w = one_row ? active_taps(cols, j_first, j_last) : active_taps(cols, 0, cols.count - 1);
   }
-  const int32_t tap_count = (taps_h.end - taps_h.begin) * (taps_w.end - taps_w.begin);
-  const int32_t steps = static_cast<int32_t>(ceil_div(int64_t{tap_count} * channels, BLOCK_K));
-  const Reduction start{0, taps_w.begin, tap_count ? taps_h.begin : taps_h.end};
+};
 
-  // ---- A: this thread's chunk of the reduction, and its pixels
-  constexpr int A_ROWS = TILE::BLOCK_M * 4 / TILE::THREADS, A_STRIDE = TILE::THREADS / 4;
-  const int a_chunk = tid % 4, a_row = tid / 4;
+// Brings the operands of one step after the other into shared memory: A gathered from pixels, B from the filters.
+//
+// VECTOR: channels of a group come in whole 16-byte chunks and lie side by side. Without it elements are gathered one
+// by one from any strides and the reduction is not padded: the first layer, odd channel counts, NCHW.
+template <class TILE, bool DGRAD, bool VECTOR>
+struct PixelsLoader {
+  using T = typename TILE::T;
+  static constexpr int CHUNK = TILE::CHUNK, BLOCK_K = TILE::BLOCK_K;
+  static constexpr int A_ROWS = TILE::BLOCK_M * 4 / TILE::THREADS, A_STRIDE = TILE::THREADS / 4;
+  static constexpr int B_CHUNKS = TILE::BLOCK_N / CHUNK;  // of a row of the N-major tile
+  static constexpr int B_STRIDE = DGRAD ? TILE::THREADS / B_CHUNKS : TILE::THREADS / 4;
+  static constexpr int B_ROWS =
+      DGRAD ? (BLOCK_K + B_STRIDE - 1) / B_STRIDE : (TILE::BLOCK_N + B_STRIDE - 1) / B_STRIDE;
+
+  const PixelsBlock<TILE, DGRAD> block;  // by value: a reference costs registers
+  const Strides in_strides;
+  const T *in, *w;
+  Range taps_h, taps_w;
+  int32_t tap_count, steps;
+  // A: this thread's chunk of the reduction, and its pixels.
+  int a_chunk, a_row;
   int64_t a_base[A_ROWS];
   int32_t a_h[A_ROWS], a_w[A_ROWS];
-#pragma unroll
-  for (int i = 0; i < A_ROWS; ++i) {
-    const int64_t m = m0 + a_row + i * A_STRIDE;
-    int32_t n = 0, row = 0, col = 0;
-    if (m < gemm_m) decode(m, n, row, col);
-    a_h[i] = m < gemm_m ? rows.input(row, 0) : INT32_MIN / 2;  // never inside
-    a_w[i] = cols.input(col, 0);
-    a_base[i] = n * in_strides.n + int64_t{group} * channels * in_strides.c + int64_t{a_h[i]} * in_strides.h +
-                int64_t{a_w[i]} * in_strides.w;
-  }
-  Reduction a_at = start;
-  if (tap_count) a_at.advance(a_chunk * CHUNK, channels, taps_w);
-
-  // ---- B: fprop shares A's place in the reduction; dgrad has one for each of its rows
-  constexpr int B_CHUNKS = TILE::BLOCK_N / CHUNK;  // of a row of the N-major tile
-  constexpr int B_STRIDE = DGRAD ? TILE::THREADS / B_CHUNKS : TILE::THREADS / 4;
-  constexpr int B_ROWS = DGRAD ? (BLOCK_K + B_STRIDE - 1) / B_STRIDE : (TILE::BLOCK_N + B_STRIDE - 1) / B_STRIDE;
-  const int b_chunk = DGRAD ? tid % B_CHUNKS : a_chunk, b_row = DGRAD ? tid / B_CHUNKS : a_row;
-  const int64_t tap_size = problem.c_per_group(), filter_size = tap_size * problem.r * problem.s;
+  Reduction a_at;
+  // B: fprop shares A's place in the reduction; dgrad has one for each of its rows.
+  int b_chunk, b_row;
+  int64_t filter_size;
   Reduction b_at[DGRAD ? B_ROWS : 1];
-  if constexpr (DGRAD) {
+
+  CONVEXT_DEVICE PixelsLoader(const PixelsBlock<TILE, DGRAD>& of, const Strides& strides, const T* input,
+                              const T* weights)
+      : block(of), in_strides(strides), in(input), w(weights) {
+    const int tid = threadIdx.x;
+    block.active(taps_h, taps_w);
+    tap_count = (taps_h.end - taps_h.begin) * (taps_w.end - taps_w.begin);
+    steps = static_cast<int32_t>(ceil_div(int64_t{tap_count} * block.channels, BLOCK_K));
+    const Reduction start{0, taps_w.begin, tap_count ? taps_h.begin : taps_h.end};
+
+    a_chunk = tid % 4, a_row = tid / 4;
 #pragma unroll
-    for (int i = 0; i < B_ROWS; ++i) {
-      b_at[i] = start;
-      if (tap_count) b_at[i].advance(b_row + i * B_STRIDE, channels, taps_w);
+    for (int i = 0; i < A_ROWS; ++i) {
+      const int64_t m = block.m0 + a_row + i * A_STRIDE;
+      int32_t n = 0, row = 0, col = 0;
+      if (m < block.gemm_m) block.decode(m, n, row, col);
+      a_h[i] = m < block.gemm_m ? block.rows.input(row, 0) : INT32_MIN / 2;  // never inside
+      a_w[i] = block.cols.input(col, 0);
+      a_base[i] = n * in_strides.n + int64_t{block.group} * block.channels * in_strides.c +
+                  int64_t{a_h[i]} * in_strides.h + int64_t{a_w[i]} * in_strides.w;
+    }
+    a_at = start;
+    if (tap_count) a_at.advance(a_chunk * CHUNK, block.channels, taps_w);
+
+    b_chunk = DGRAD ? tid % B_CHUNKS : a_chunk, b_row = DGRAD ? tid / B_CHUNKS : a_row;
+    filter_size = int64_t{tap_size()} * block.problem.r * block.problem.s;
+    if constexpr (DGRAD) {
+#pragma unroll
+      for (int i = 0; i < B_ROWS; ++i) {
+        b_at[i] = start;
+        if (tap_count) b_at[i].advance(b_row + i * B_STRIDE, block.channels, taps_w);
+      }
     }
   }
 
-  const auto read_in = [&](int i, const Reduction& at, bool& inside) -> const T* {
+  // Channels, and filters, of a group.
+  CONVEXT_DEVICE int32_t tap_size() const { return DGRAD ? block.columns : block.channels; }
+  CONVEXT_DEVICE int32_t filters() const { return DGRAD ? block.channels : block.columns; }
+
+  CONVEXT_DEVICE const T* read_in(int i, const Reduction& at, bool& inside) const {
+    const Axis &rows = block.rows, &cols = block.cols;
     const int32_t h = a_h[i] + at.r * rows.in_tap_step, column = a_w[i] + at.s * cols.in_tap_step;
     inside = at.r < taps_h.end && h >= 0 && h < rows.in && column >= 0 && column < cols.in;
     return in + (inside ? a_base[i] + int64_t{at.r} * rows.in_tap_step * in_strides.h +
                               int64_t{at.s} * cols.in_tap_step * in_strides.w + at.channel * in_strides.c
                         : 0);
-  };
-  const auto read_w = [&](int32_t k, int32_t c, const Reduction& at, bool& inside) -> const T* {
+  }
+  CONVEXT_DEVICE const T* read_w(int32_t k, int32_t c, const Reduction& at, bool& inside) const {
     inside = inside && at.r < taps_h.end;
-    const int32_t r = rows.tap(at.r), s = cols.tap(at.s);
-    return w + (inside ? (int64_t{group} * problem.k_per_group() + k) * filter_size +
-                             (int64_t{r} * problem.s + s) * tap_size + c
+    const int32_t r = block.rows.tap(at.r), s = block.cols.tap(at.s);
+    return w + (inside ? (int64_t{block.group} * filters() + k) * filter_size +
+                             (int64_t{r} * block.problem.s + s) * tap_size() + c
                        : 0);
-  };
+  }
+
+  // One 16-byte chunk of A: channels from `at` on of pixel i.
+  CONVEXT_DEVICE void load_a(unsigned char* tile, int i) const {
+    const uint32_t at = k_major_offset(a_row + i * A_STRIDE, a_chunk);
+    if constexpr (VECTOR) {
+      bool inside;
+      const T* source = read_in(i, a_at, inside);
+      ptx::cp_async_16(ptx::shared_address(tile) + at, source, inside);
+    } else {
+      Vector<T> chunk;
+      Reduction element = a_at;
+#pragma unroll
+      for (int e = 0; e < CHUNK; ++e) {
+        bool inside;
+        const T* source = read_in(i, element, inside);
+        chunk.v[e] = inside ? __ldg(source) : from_accumulate<T>(0);
+        if (tap_count) element.advance(1, block.channels, taps_w);
+      }
+      store_chunk(tile + at, chunk);
+    }
+  }
+
+  // One 16-byte chunk of B, along the reduction in fprop and along the columns in dgrad.
+  CONVEXT_DEVICE void load_b(unsigned char* tile, int row, const Reduction& place) const {
+    const uint32_t at = DGRAD ? mn_major_offset<T, TILE::BLOCK_N>(row, b_chunk) : k_major_offset(row, b_chunk);
+    const int32_t column = block.n0 + (DGRAD ? b_chunk * CHUNK : row);
+    if constexpr (VECTOR) {
+      bool inside = column < block.columns;
+      const T* source = DGRAD ? read_w(place.channel, column, place, inside)
+                              : read_w(column, place.channel, place, inside);
+      ptx::cp_async_16(ptx::shared_address(tile) + at, source, inside);
+    } else {
+      Vector<T> chunk;
+      Reduction element = place;
+#pragma unroll
+      for (int e = 0; e < CHUNK; ++e) {
+        bool inside = column + (DGRAD ? e : 0) < block.columns;
+        const T* source = DGRAD ? read_w(element.channel, column + e, element, inside)
+                                : read_w(column, element.channel, element, inside);
+        chunk.v[e] = inside ? __ldg(source) : from_accumulate<T>(0);
+        if (!DGRAD && tap_count) element.advance(1, block.channels, taps_w);
+      }
+      store_chunk(tile + at, chunk);
+    }
+  }
 
   // Starts loading the next BLOCK_K of the reduction into a stage, and moves on.
-  const auto load_stage = [&](int stage) {
-    unsigned char* a_tile = shared + stage * TILE::STAGE_BYTES;
-    unsigned char* b_tile = a_tile + TILE::A_BYTES;
+  CONVEXT_DEVICE void load_stage(unsigned char* a_tile) {
 #pragma unroll
-    for (int i = 0; i < A_ROWS; ++i) {
-      const uint32_t at = k_major_offset(a_row + i * A_STRIDE, a_chunk);
-      if constexpr (VECTOR) {
-        bool inside;
-        const T* source = read_in(i, a_at, inside);
-        ptx::cp_async_16(ptx::shared_address(a_tile) + at, source, inside);
-      } else {
-        Vector<T> chunk;
-        Reduction element = a_at;
-#pragma unroll
-        for (int e = 0; e < CHUNK; ++e) {
-          bool inside;
-          const T* source = read_in(i, element, inside);
-          chunk.v[e] = inside ? __ldg(source) : from_accumulate<T>(0);
-          if (tap_count) element.advance(1, channels, taps_w);
-        }
-        store_chunk(a_tile + at, chunk);
-      }
-    }
+    for (int i = 0; i < A_ROWS; ++i) load_a(a_tile, i);
 #pragma unroll
     for (int i = 0; i < B_ROWS; ++i) {
       const int row = b_row + i * B_STRIDE;
       if (row >= (DGRAD ? BLOCK_K : TILE::BLOCK_N)) break;
-      const uint32_t at = DGRAD ? mn_major_offset<T, TILE::BLOCK_N>(row, b_chunk) : k_major_offset(row, b_chunk);
       Reduction& place = DGRAD ? b_at[i] : a_at;
-      const int32_t column = n0 + (DGRAD ? b_chunk * CHUNK : row);
-      if constexpr (VECTOR) {
-        bool inside = column < columns;
-        const T* source = DGRAD ? read_w(place.channel, column, place, inside)
-                                : read_w(column, place.channel, place, inside);
-        ptx::cp_async_16(ptx::shared_address(b_tile) + at, source, inside);
-      } else {
-        Vector<T> chunk;
-        Reduction element = place;
-#pragma unroll
-        for (int e = 0; e < CHUNK; ++e) {
-          bool inside = column + (DGRAD ? e : 0) < columns;
-          const T* source = DGRAD ? read_w(element.channel, column + e, element, inside)
-                                  : read_w(column, element.channel, element, inside);
-          chunk.v[e] = inside ? __ldg(source) : from_accumulate<T>(0);
-          if (!DGRAD && tap_count) element.advance(1, channels, taps_w);
-        }
-        store_chunk(b_tile + at, chunk);
-      }
-      if constexpr (DGRAD) place.advance(BLOCK_K, channels, taps_w);
+      load_b(a_tile + TILE::A_BYTES, row, place);
+      if constexpr (DGRAD) place.advance(BLOCK_K, block.channels, taps_w);
     }
-    a_at.advance(BLOCK_K, channels, taps_w);
-  };
-
-  float acc[TILE::MMA_M][TILE::MMA_N][4] = {};
-#pragma unroll 1
-  for (int stage = 0; stage < STAGES - 1; ++stage) {
-    if (stage < steps) load_stage(stage);
-    ptx::cp_async_commit();
+    a_at.advance(BLOCK_K, block.channels, taps_w);
   }
-  for (int32_t step = 0; step < steps; ++step) {
-    ptx::cp_async_wait<STAGES - 2>();
-    __syncthreads();  // the stage has landed for all threads, and all have read the one that is loaded next
-    if (step + STAGES - 1 < steps) load_stage((step + STAGES - 1) % STAGES);
-    ptx::cp_async_commit();
-    const unsigned char* a_tile = shared + step % STAGES * TILE::STAGE_BYTES;
-    multiply_stage<TILE, true, !DGRAD>(acc, a_tile, a_tile + TILE::A_BYTES, warp_m, warp_n);
-  }
-  __syncthreads();  // all have read the last stages before their memory serves the epilogue
+};
 
-  // ---- epilogue: 16 rows of the warp at a time through shared memory, so that stores are 16 bytes of one pixel. The
-  // loops stay loops: unrolled, six activations would be compiled dozens of times.
-  constexpr int LANES = TILE::WARP_N / CHUNK;  // that share a row
+// The epilogue and the statistics: 16 rows of a warp at a time through shared memory, so that stores are 16 bytes of one
+// pixel. The loops stay loops: unrolled, six activations would be compiled dozens of times.
+template <class TILE, bool DGRAD>
+CONVEXT_DEVICE void store_pixels(const PixelsBlock<TILE, DGRAD>& block,
+                                 const float (&acc)[TILE::MMA_M][TILE::MMA_N][4], unsigned char* shared,
+                                 const Strides& out_strides, typename TILE::T* out, const Epilogue& epilogue,
+                                 bool vector_out, const PartialStats<float>& stats) {
+  using T = typename TILE::T;
+  constexpr int CHUNK = TILE::CHUNK, LANES = TILE::WARP_N / CHUNK;  // that share a row
   constexpr int PASSES = 16 * LANES / 32;
   static_assert(PASSES >= 1 && 16 * LANES % 32 == 0);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int warp_m = warp / TILE::WARPS_N, warp_n = warp % TILE::WARPS_N;
   float* slab = reinterpret_cast<float*>(shared) + warp * 16 * TILE::SLAB_PITCH;  // (16, SLAB_PITCH)
   Welford<float, CHUNK> seen;
 #pragma unroll 1
@@ -249,16 +279,16 @@ __global__ void __launch_bounds__(TILE::THREADS, 1)
 #pragma unroll 1
     for (int pass = 0; pass < PASSES; ++pass) {
       const int row = pass * (32 / LANES) + lane / LANES, col = lane % LANES * CHUNK;
-      const int64_t m = m0 + warp_m * TILE::WARP_M + i * 16 + row;
-      const int32_t column = n0 + warp_n * TILE::WARP_N + col;
-      if (m >= gemm_m || column >= columns) continue;
+      const int64_t m = block.m0 + warp_m * TILE::WARP_M + i * 16 + row;
+      const int32_t column = block.n0 + warp_n * TILE::WARP_N + col;
+      if (m >= block.gemm_m || column >= block.columns) continue;
       const float* sums = slab + row * TILE::SLAB_PITCH + col;
       int32_t n, y_row, y_col;
-      decode(m, n, y_row, y_col);
-      const int32_t channel = group * columns + column;
-      const int64_t offset = n * out_strides.n + int64_t{rows.output(y_row)} * out_strides.h +
-                             int64_t{cols.output(y_col)} * out_strides.w + channel * out_strides.c;
-      const Span span{channel, 1, offset, out_strides.c, columns - column, vector_out};
+      block.decode(m, n, y_row, y_col);
+      const int32_t channel = block.group * block.columns + column;
+      const int64_t offset = n * out_strides.n + int64_t{block.rows.output(y_row)} * out_strides.h +
+                             int64_t{block.cols.output(y_col)} * out_strides.w + channel * out_strides.c;
+      const Span span{channel, 1, offset, out_strides.c, block.columns - column, vector_out};
       float v[CHUNK];
 #pragma unroll
       for (int e = 0; e < CHUNK; ++e) v[e] = sums[e];
@@ -276,11 +306,43 @@ __global__ void __launch_bounds__(TILE::THREADS, 1)
     merge_block(seen, reinterpret_cast<float*>(shared), warp_m * (32 / LANES) + lane / LANES, ROWS,
                 warp_n * TILE::WARP_N + lane % LANES * CHUNK, TILE::BLOCK_N,
                 [&](int column, float count, float mean, float m2) {
-                  if (n0 + column < columns) {
-                    stats.store(blockIdx.x / n_tiles, int64_t{group} * columns + n0 + column, count, mean, m2);
+                  if (block.n0 + column < block.columns) {
+                    stats.store(blockIdx.x / block.n_tiles, int64_t{block.group} * block.columns + block.n0 + column,
+                                count, mean, m2);
                   }
                 });
   }
+}
+
+template <class TILE, bool DGRAD, bool VECTOR>
+__global__ void __launch_bounds__(TILE::THREADS, 1)
+    igemm_pixels(ConvProblem problem, Strides in_strides, Strides out_strides, const typename TILE::T* __restrict__ in,
+                 const typename TILE::T* __restrict__ w, typename TILE::T* __restrict__ out, Epilogue epilogue,
+                 bool vector_out, PartialStats<float> stats) {
+  constexpr int STAGES = TILE::STAGES;
+  CONVEXT_SHARED_MEMORY(shared);
+  const PixelsBlock<TILE, DGRAD> block(problem);
+  if (block.is_empty()) return;
+  PixelsLoader<TILE, DGRAD, VECTOR> loader(block, in_strides, in, w);
+  const int32_t steps = loader.steps;
+  const int warp = threadIdx.x / 32;
+  float acc[TILE::MMA_M][TILE::MMA_N][4] = {};
+#pragma unroll 1
+  for (int stage = 0; stage < STAGES - 1; ++stage) {
+    if (stage < steps) loader.load_stage(shared + stage * TILE::STAGE_BYTES);
+    ptx::cp_async_commit();
+  }
+  for (int32_t step = 0; step < steps; ++step) {
+    ptx::cp_async_wait<STAGES - 2>();
+    __syncthreads();  // the stage has landed for all threads, and all have read the one that is loaded next
+    const int ahead = step + STAGES - 1;
+    if (ahead < steps) loader.load_stage(shared + ahead % STAGES * TILE::STAGE_BYTES);
+    ptx::cp_async_commit();
+    const unsigned char* a_tile = shared + step % STAGES * TILE::STAGE_BYTES;
+    multiply_stage<TILE, true, !DGRAD>(acc, a_tile, a_tile + TILE::A_BYTES, warp / TILE::WARPS_N, warp % TILE::WARPS_N);
+  }
+  __syncthreads();  // all have read the last stages before their memory serves the epilogue
+  store_pixels<TILE, DGRAD>(block, acc, shared, out_strides, out, epilogue, vector_out, stats);
 }
 
 template <class TILE, bool DGRAD, bool VECTOR>

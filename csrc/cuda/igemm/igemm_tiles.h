@@ -35,4 +35,13 @@ template <class T> using Tile64x32 = Tile<T, 64, 32, 2, 2, 4>;
 // X(T, dtype, k): the element types, their names, BLOCK_K.
 #define CONVEXT_IGEMM_DTYPES(X) X(cuda::bf16, bf16, 32) X(cuda::fp16, f16, 32) X(float, tf32, 16)
 
+// CONVEXT_IGEMM(T, dtype, k, tile, suffix, vector), which each pass defines, for the tiles that all dtypes have in it.
+#define CONVEXT_IGEMM_TILES(T, dtype, k)             \
+  CONVEXT_IGEMM(T, dtype, k, 128x128, , true)        \
+  CONVEXT_IGEMM(T, dtype, k, 128x64, , true)         \
+  CONVEXT_IGEMM(T, dtype, k, 64x64, , true)          \
+  CONVEXT_IGEMM(T, dtype, k, 64x32, , true)          \
+  CONVEXT_IGEMM(T, dtype, k, 64x64, _gather, false)  \
+  CONVEXT_IGEMM(T, dtype, k, 64x32, _gather, false)
+
 }  // namespace convext::cuda
