@@ -11,11 +11,25 @@ from passes import EVEN_SAME, check, run
 
 import convext
 from convext.backends import native
+from convext.problem import DType, Pass
 
 pytestmark = pytest.mark.filterwarnings(EVEN_SAME)
 # float16 is computed by the kernels of float32, and so is bfloat16 but for what AVX512-BF16 has kernels of its own for.
 NATIVE_DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 BF16_PASSES = {"fprop", "dgrad"}
+
+
+def test_what_kernels_say_of_themselves_is_what_their_names_say():
+    tiles = {"winograd2x2": 2, "winograd3x3": 3, "winograd4x4": 4}
+    assert len(native.kernels()) > 50
+    for facts in native.kernels():
+        pass_, family, dtype, isa = facts["name"].split("_", 3)
+        assert Pass(facts["pass"]).name.lower() == pass_ and facts["isa"] == isa and facts["device"] == "cpu"
+        assert facts["algorithm"] == family.partition("2x2")[0].partition("3x3")[0].partition("4x4")[0]
+        assert facts["tile"] == tiles.get(family, 0)
+        assert DType(facts["dtype"]) == {"f32": DType.FLOAT32, "f64": DType.FLOAT64, "bf16": DType.BFLOAT16}[dtype]
+        pairs = dtype == "bf16" and family in ("direct", "dilated")
+        assert facts["arithmetic"] == ("bfloat16" if pairs else "float64" if dtype == "f64" else "float32")
 
 
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)

@@ -217,6 +217,18 @@ def test_training_takes_the_statistics_from_the_convolution(cuda, monkeypatch):
         torch.testing.assert_close(g, want)
 
 
+def test_what_kernels_say_of_themselves_is_what_their_names_say(emulated):
+    arithmetic = {"bf16": "bfloat16", "f16": "float16", "tf32": "tf32"}
+    for facts in emulated.variants():
+        pass_, family, dtype, *rest = facts["name"].split("_")
+        assert Pass(facts["pass"]).name.lower() == pass_ and facts["isa"] == rest[-1]
+        assert facts["algorithm"] == ("depthwise" if family == "depthwise" else "direct")
+        assert facts["arithmetic"] == (arithmetic[dtype] if family == "igemm" else
+                                       "float64" if dtype == "f64" else "float32")
+        assert facts["gathers"] == (family == "simt" or "gather" in rest)
+        assert facts["block"] == ([0, 0, 0] if family == "depthwise" else [int(n) for n in rest[0].split("x")])
+
+
 def test_tf32_only_where_it_is_allowed(cuda):
     problem, *_ = make("direct", torch.float32, Layout.NHWC)
     with torch.backends.cudnn.flags(allow_tf32=True):  # not the attribute: OpInfo's suite, once imported, forbids it

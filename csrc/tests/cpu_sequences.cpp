@@ -224,7 +224,7 @@ int main() {
     settings().cpu_isa = isa;
     test_network(1, 13, name);
     test_network(6, 10, name);
-    test_network(12, 40, name);  // large images: some go through alone
+    test_network(6, 96, name);  // large images: some go through alone, in each thread
   }
   test_refusals();
   return summary();
