@@ -1,15 +1,17 @@
 """Builds convext's C++ library with ninja; all metadata is in pyproject.toml.
 
-Two libraries come out of `csrc/`, whose folders say how a file is compiled:
+Three libraries come out of `csrc/`, whose folders say how a file is compiled:
 
 * ``convext/_C``: the CPU kernels, what runs them, the selection and the torch-facing ops. Always built. Every file in
   ``csrc/cpu/kernels/`` is compiled once for each instruction set; which copy runs is decided at run time. Those in
-  ``csrc/torch/`` alone see torch's headers.
+  ``csrc/torch/`` see torch's stable ABI, no others do.
+* ``convext/_storage``: ``csrc/storage/`` makes results in the pool of dropped results resizable, a few lines.
 * ``convext/_CUDA``: ``csrc/cuda/``. Built when nvcc is there and agrees with torch's CUDA on the major version.
 
-``csrc/core/`` is in both, and ``csrc/python/`` holds a file of bindings for each.
+``csrc/core/`` is in the first and the last, and ``csrc/python/`` holds a file of bindings for each.
 
-The first uses torch's stable ABI (target 2.10), the second no torch at all: a build survives another torch release.
+The first uses torch's stable ABI (target 2.10), the third no torch at all: a build survives another torch release. The
+second takes torch's C++ headers, and is left unloaded where torch is of another release than it was built with.
 
 Environment:
     CONVEXT_BUILD_CUDA  auto (default): build the CUDA library where it can be built; 1: fail with the reason where it
@@ -196,13 +198,13 @@ def build_cuda_library(folder: Path, cpu_library: Path, toolkit: Path, cxx: str,
 
 
 class BuildWithNinja(build_ext):
-    cuda_library: Path | None = None  # what was built besides the declared extension
+    beside: tuple[Path, ...] = ()  # what was built besides the declared extension
 
     def copy_extensions_to_source(self) -> None:
         """The last step of --inplace, which knows of the declared extension alone."""
         super().copy_extensions_to_source()
-        if self.cuda_library is not None:
-            self.copy_file(str(self.cuda_library), str(ROOT / "convext"))
+        for library in self.beside:
+            self.copy_file(str(library), str(ROOT / "convext"))
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
@@ -235,10 +237,16 @@ class BuildWithNinja(build_ext):
         bindings = CSRC / "python" / "bindings.cpp"
         build.compile("_C", "cxx", bindings, flags=f"-O1 {python} {defines}")  # nothing hot in it
         build.link("_C", output)
+        build.rule("link__storage", f"{cxx} -shared -o $out $in -L{torch_root / 'lib'} -lc10", depfile=False)
+        build.compile("_storage", "cxx", CSRC / "storage" / "storage.cpp",
+                      flags=f"-O1 -std=c++20 {python} -isystem {torch_root / 'include'}")
+        storage = output.with_name(output.name.replace("_C", "_storage", 1))
+        build.link("_storage", storage)
         build.run()
+        self.beside = (storage,)
         if toolkit is not None:
             folder = Path(self.build_temp).resolve() / "cuda"
-            self.cuda_library = build_cuda_library(folder, output, toolkit, cxx, python)
+            self.beside += (build_cuda_library(folder, output, toolkit, cxx, python),)
         isas = ", ".join(reversed(ISA_FLAGS))
         print(f"convext: CPU library built ({isas}) with torch {torch.__version__}; {cuda_line}", file=sys.stderr)
 

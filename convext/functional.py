@@ -16,7 +16,7 @@ _strided = torch.strided
 _jit_tracing = ops._jit_tracing  # a TorchScript trace gets ATen's operators: it runs without convext
 
 
-def _pair(name: str, value) -> tuple[int, int]:
+def as_pair(name: str, value) -> tuple[int, int]:
     """An int or a sequence of one or two ints as (height, width)."""
     if type(value) is int:
         return value, value
@@ -39,10 +39,11 @@ def _unusual_pair(name: str, value) -> tuple[int, int]:
     if _is_int(value):
         return (_as_int(value),) * 2
     if not isinstance(value, (tuple, list)) or not all(_is_int(v) for v in value):
-        raise TypeError(f"{name}: expected an int or a tuple of two ints, got {value!r} ({type(value).__name__})")
+        raise checks.InvalidType(f"{name}: expected an int or a tuple of two ints, got {value!r} "
+                                 f"({type(value).__name__})")
     if len(value) not in (1, 2):
-        raise RuntimeError(f"{name}: expected {name} to be a single integer value or a list of 2 values, one for "
-                           f"height and one for width, got {list(value)}")
+        raise checks.InvalidArgument(f"{name}: expected one int or two, one for height and one for width, "
+                                     f"got {list(value)}")
     pair = tuple(_as_int(v) for v in value)
     return pair if len(pair) == 2 else pair * 2
 
@@ -50,7 +51,7 @@ def _unusual_pair(name: str, value) -> tuple[int, int]:
 def _same_padding(x, w, stride, dilation):
     """x and the padding of padding="same". Where the sides differ, x is padded on its far side first, as in ATen."""
     if stride != (1, 1):
-        raise RuntimeError(f"padding='same' is not supported for strided convolutions: stride is {stride}")
+        raise checks.InvalidArgument(f"padding='same' is not supported for strided convolutions: stride is {stride}")
     total = [d * (n - 1) for d, n in zip(dilation, w.shape[-2:])]
     odd_h, odd_w = total[0] % 2, total[1] % 2
     if odd_h or odd_w:
@@ -58,12 +59,12 @@ def _same_padding(x, w, stride, dilation):
     return x, (total[0] // 2, total[1] // 2)
 
 
-def _normalise(x, w, stride, padding, dilation, groups):
+def normalised(x, w, stride, padding, dilation, groups):
     """x (padded where "same" asks for it) and geom."""
-    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
+    stride, dilation = as_pair("stride", stride), as_pair("dilation", dilation)
     if type(groups) is not int:
         if not _is_int(groups):
-            raise TypeError(f"groups: expected an int, got {groups!r} ({type(groups).__name__})")
+            raise checks.InvalidType(f"groups: expected an int, got {groups!r} ({type(groups).__name__})")
         groups = _as_int(groups)
     if isinstance(padding, str):
         if padding == "same":
@@ -74,9 +75,9 @@ def _normalise(x, w, stride, padding, dilation, groups):
         elif padding == "valid":
             padding = 0, 0
         else:
-            raise RuntimeError(f"padding: invalid padding string {padding!r}, expected 'same' or 'valid'")
+            raise checks.InvalidArgument(f"padding: invalid padding string {padding!r}, expected 'same' or 'valid'")
     else:
-        padding = _pair("padding", padding)
+        padding = as_pair("padding", padding)
     return x, Geom(stride, padding, dilation, groups)
 
 
@@ -109,12 +110,30 @@ def _conv2d(function, x, w, bias, stride, padding, dilation, groups):
     """The one path of the three convolutions; `function` records the gradient."""
     if torch.compiler.is_compiling():
         return _conv2d_traced(x, w, bias, stride, padding, dilation, groups)
+    try:
+        return _checked_conv2d(function, x, w, bias, stride, padding, dilation, groups)
+    except checks.InvalidArgument as error:
+        return _as_pytorch(error, x, w, bias, stride, padding, dilation, groups)
+
+
+def _as_pytorch(error, *arguments):
+    """What PyTorch makes of arguments that a check refused: its own error, with the check's words behind it, or its
+    result where it takes what convext does not: tensors on the meta device beside others."""
+    try:
+        return torch.conv2d(*arguments)
+    except (RuntimeError, TypeError, ValueError) as theirs:
+        if type(theirs) not in (RuntimeError, TypeError, ValueError, NotImplementedError):
+            raise
+        raise type(theirs)(f"{theirs}\nconvext: {error}") from None
+
+
+def _checked_conv2d(function, x, w, bias, stride, padding, dilation, groups):
     if not (type(x) in _PLAIN and type(w) in _PLAIN and type(bias) in _PLAIN) or x is None or w is None:
         _check_tensors(x, w, bias)
     known = x.dtype in DTYPES or w.dtype in DTYPES  # one alone is an error, which the checks explain
     if not known or x.layout is not _strided or w.layout is not _strided or _is_foreign(x, w, bias) or _jit_tracing():
         return torch.conv2d(x, w, bias, stride, padding, dilation, groups)
-    x, geom = _normalise(x, w, stride, padding, dilation, groups)
+    x, geom = normalised(x, w, stride, padding, dilation, groups)
     if ops._autocast_active():
         x, w, bias = _autocast(x, w, bias)
     if x.dim() == 3:
@@ -124,6 +143,10 @@ def _conv2d(function, x, w, bias, stride, padding, dilation, groups):
 
 def _record(function, x, w, bias, geom):
     if _needs_function(x, w, bias):
+        if ops.batches_the_older_way():  # the operator, which each slice gets, records for itself
+            return torch.ops.convext.fprop(x, w, bias, *geom)
+        if x.dim() == 4 and x.shape[1] == 0:  # y has no channels then, and does not tell dw how many filters there are
+            return torch.convolution(x, w, bias, *geom[:3], False, (0, 0), geom.groups)
         return function.apply(x, w, bias, geom)
     return ops.fprop(x, w, bias, geom)
 
@@ -136,7 +159,7 @@ def _conv2d_traced(x, w, bias, stride, padding, dilation, groups):
     """What a compiler sees: one operator, which knows its own gradient."""
     if x.dtype not in DTYPES or w.dtype not in DTYPES:
         return torch.conv2d(x, w, bias, stride, padding, dilation, groups)
-    x, geom = _normalise(x, w, stride, padding, dilation, groups)
+    x, geom = normalised(x, w, stride, padding, dilation, groups)
     if x.dim() == 3:
         return torch.ops.convext.fprop(x.unsqueeze(0), w, bias, *geom).squeeze(0)
     return torch.ops.convext.fprop(x, w, bias, *geom)
@@ -158,7 +181,8 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     Returns: (N, K, P, Q), or (K, P, Q) for one image, with P and Q as in `convext.problem.Geom.output_size`, of input's
         dtype, and channels-last where input or weight is.
 
-    Raises RuntimeError and TypeError where F.conv2d does.
+    Raises what F.conv2d raises: an error of its type, that begins with its text and ends in a line from convext, which
+        names the argument.
     """
     if has_torch_function((input, weight, bias)):
         return handle_torch_function(conv2d, (input, weight, bias), input, weight, bias, stride=stride, padding=padding,
@@ -204,13 +228,15 @@ def conv_act(input, weight, bias=None, *, stride=1, padding=0, dilation=1, group
     if has_torch_function(tensors):
         return handle_torch_function(conv_act, tensors, input, weight, bias, stride=stride, padding=padding,
                                      dilation=dilation, groups=groups, activation=activation, residual=residual)
-    if type(groups) is int and not isinstance(padding, str) and _is_simple(*tensors):
-        geom = Geom(_pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups)
+    if _is_simple(*tensors) and (geom := _plain_geom(stride, padding, dilation, groups)) is not None:
         out = ops.fprop_bn_act_again(input, weight, bias, None, None, None, None, residual, geom, 0.0, activation)
         if out is not None:
             return out
     checks.check_activation(activation)
-    fused = _prepare_fused(*tensors, (), stride, padding, dilation, groups)
+    try:
+        fused = _prepare_fused(*tensors, (), stride, padding, dilation, groups)
+    except checks.InvalidArgument:  # conv2d raises, or takes it as PyTorch does
+        fused = None
     if fused is None:
         y = conv2d(input, weight, bias, stride, padding, dilation, groups)
         return FORWARD[activation](y if residual is None else y + residual)
@@ -223,7 +249,8 @@ def conv_act(input, weight, bias=None, *, stride=1, padding=0, dilation=1, group
 
 
 def conv_bn_relu(input, weight, bias, running_mean, running_var, bn_weight, bn_bias, *, stride=1, padding=0, dilation=1,
-                 groups=1, training=False, momentum=0.1, eps=1e-5, activation="relu", residual=None):
+                 groups=1, training=False, momentum=0.1, eps=1e-5, activation="relu", residual=None,
+                 num_batches_tracked=None):
     """activation(batch_norm(conv2d(input, weight, bias)) + residual) in one call.
 
     Args:
@@ -236,31 +263,35 @@ def conv_bn_relu(input, weight, bias, running_mean, running_var, bn_weight, bn_b
         eps: added to the variance.
         activation: "relu", "relu6", "silu", "hardswish", "gelu" (the exact one) or "identity".
         residual: added after the batch norm and before the activation; broadcasts to the output.
+        num_batches_tracked: a tensor of one integer, which a call with `training` counts up, or None.
 
     Returns: (N, K, P, Q), or (K, P, Q) for one image, which is normalised as a batch of one.
 
     Raises RuntimeError, TypeError and ValueError where F.conv2d and F.batch_norm do, ValueError for an unknown
-    activation, RuntimeError for a residual that does not fit. The running statistics are as before then.
+    activation, RuntimeError for a residual that does not fit. The running statistics and the count are as before then.
     """
     tensors = input, weight, bias, running_mean, running_var, bn_weight, bn_bias, residual
     if has_torch_function(tensors):
         return handle_torch_function(
             conv_bn_relu, tensors, *tensors[:7], stride=stride, padding=padding, dilation=dilation, groups=groups,
-            training=training, momentum=momentum, eps=eps, activation=activation, residual=residual)
+            training=training, momentum=momentum, eps=eps, activation=activation, residual=residual,
+            num_batches_tracked=num_batches_tracked)
     if not isinstance(momentum, (int, float)):
         raise TypeError(f"momentum: expected a float, got {momentum!r}; convext.nn.ConvBNReLU takes None")
     batch_norm = running_mean, running_var, bn_weight, bn_bias
-    if not training and running_mean is not None and type(groups) is int and not isinstance(padding, str) \
-            and _is_simple(*tensors):
-        geom = Geom(_pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups)
+    if not training and running_mean is not None and _is_simple(*tensors) \
+            and (geom := _plain_geom(stride, padding, dilation, groups)) is not None:
         out = ops.fprop_bn_act_again(input, weight, bias, *batch_norm, residual, geom, eps, activation)
         if out is not None:
             return out
     checks.check_activation(activation)
-    fused = _prepare_fused(input, weight, bias, residual, batch_norm, stride, padding, dilation, groups)
+    try:
+        fused = _prepare_fused(input, weight, bias, residual, batch_norm, stride, padding, dilation, groups)
+    except checks.InvalidArgument:  # conv2d raises, or takes it as PyTorch does
+        fused = None
     if fused is None:
         return _unfused(input, weight, bias, *batch_norm, stride, padding, dilation, groups, training, momentum, eps,
-                        activation, residual)
+                        activation, residual, num_batches_tracked)
     x, w, b, r, geom = fused
     _check_batch_norm(x, w, geom, *batch_norm, training)
     needs_function = not torch.compiler.is_compiling() and _needs_function(x, w, b, bn_weight, bn_bias, r)
@@ -270,13 +301,30 @@ def conv_bn_relu(input, weight, bias, running_mean, running_var, bn_weight, bn_b
         else:
             out = ops.fprop_bn_act(x, w, b, *batch_norm, r, geom, eps, activation)
     else:
+        def update(y, mean, var):
+            if num_batches_tracked is not None:
+                num_batches_tracked.add_(1)
+            if running_mean is not None:
+                _update_running(running_mean, running_var, mean, var, momentum, y.shape[0] * y.shape[2] * y.shape[3])
+
         if needs_function:
-            out, y, mean, var = autograd.conv_bn_act(x, w, b, None, None, bn_weight, bn_bias, r, geom, eps, activation)
+            out, *_ = autograd.conv_bn_act(x, w, b, None, None, bn_weight, bn_bias, r, geom, eps, activation,
+                                           update=update)
         else:
-            out, y, mean, var = ops.fprop_bn_act_train(x, w, b, bn_weight, bn_bias, r, geom, eps, activation)
-        if running_mean is not None:
-            _update_running(running_mean, running_var, mean, var, momentum, y.shape[0] * y.shape[2] * y.shape[3])
+            out, *statistics = ops.fprop_bn_act_train(x, w, b, bn_weight, bn_bias, r, geom, eps, activation)
+            update(*statistics)
     return out.squeeze(0) if input.dim() == 3 else out
+
+
+def _plain_geom(stride, padding, dilation, groups) -> Geom | None:
+    """geom where nothing has to be interpreted: ints, and pairs of them."""
+    if type(groups) is not int:
+        return None
+    pairs = tuple((v, v) if type(v) is int else v for v in (stride, padding, dilation))
+    for pair in pairs:
+        if type(pair) is not tuple or len(pair) != 2 or type(pair[0]) is not int or type(pair[1]) is not int:
+            return None
+    return Geom(*pairs, groups)
 
 
 def _is_simple(*tensors) -> bool:
@@ -292,14 +340,15 @@ def _prepare_fused(input, weight, bias, residual, batch_norm, stride, padding, d
         _check_tensors(input, weight, bias)
         for t in (residual, *batch_norm):
             checks.check_tensor("residual and the batch norm's parameters", t, optional=True)
-        if ops._functorch_active() or autograd.carries_tangents() or _is_foreign(*tensors) or _jit_tracing():
+        if ops._functorch_active() or ops.batches_the_older_way() or autograd.carries_tangents() \
+                or _is_foreign(*tensors) or _jit_tracing():
             return None
     x, w, b = input, weight, bias
     if x.dtype not in DTYPES or w.dtype not in DTYPES or x.layout is not _strided or w.layout is not _strided:
         return None
     if ops._autocast_active():
         x, w, b = _autocast(x, w, b)
-    x, geom = _normalise(x, w, stride, padding, dilation, groups)
+    x, geom = normalised(x, w, stride, padding, dilation, groups)
     if x.dim() == 3:
         x = x.unsqueeze(0)
         residual = residual.unsqueeze(0) if residual is not None and residual.dim() == 3 else residual
@@ -325,15 +374,23 @@ def _check_batch_norm(x, w, geom, mean, var, gamma, beta, training) -> None:
 
 @torch.no_grad()
 def _update_running(running_mean, running_var, mean, var, momentum, count) -> None:
+    """Unseen by autograd, as F.batch_norm does it: where a graph of evaluation mode has saved the statistics, its
+    backward pass must not refuse because they have moved. What records operators has to see the tensors themselves."""
+    if not (torch.compiler.is_compiling() or ops._dispatch_modes()):
+        running_mean, running_var = running_mean.data, running_var.data
     running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
     running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
 
 
 def _unfused(input, weight, bias, running_mean, running_var, bn_weight, bn_bias, stride, padding, dilation, groups,
-             training, momentum, eps, activation, residual):
+             training, momentum, eps, activation, residual, num_batches_tracked):
     y = conv2d(input, weight, bias, stride, padding, dilation, groups)
+    if residual is not None and not _jit_tracing():  # before anything is updated
+        checks.check_residual(residual, y.shape)
     unbatched = y.dim() == 3
     y = y.unsqueeze(0) if unbatched else y
+    if training and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
     y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
     y = y.squeeze(0) if unbatched else y
     return FORWARD[activation](y if residual is None else y + residual)

@@ -94,17 +94,19 @@ def conv_bn_act(conv: torch.nn.Conv2d, bn: torch.nn.BatchNorm2d, x, activation: 
     momentum = 0.0 if bn.momentum is None else bn.momentum
     tracked = bn.running_mean is not None and bn.running_var is not None
     training = bn.training or not tracked
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        if bn.momentum is None:
-            momentum = 1.0 / (float(bn.num_batches_tracked) + 1.0)
+    count = bn.num_batches_tracked if bn.training and bn.track_running_stats else None
+    if count is not None and bn.momentum is None:
+        momentum = 1.0 / (float(count) + 1.0)
     update = not bn.training or bn.track_running_stats
     padding = conv.padding
     if conv.padding_mode != "zeros":
         x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), (0, 0)
-    out = functional.conv_bn_relu(
+    return functional.conv_bn_relu(
         x, conv.weight, conv.bias, bn.running_mean if update else None, bn.running_var if update else None, bn.weight,
         bn.bias, stride=conv.stride, padding=padding, dilation=conv.dilation, groups=conv.groups, training=training,
-        momentum=momentum, eps=bn.eps, activation=activation, residual=residual)
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-    return out
+        momentum=momentum, eps=bn.eps, activation=activation, residual=residual, num_batches_tracked=count)
+
+
+# Whole modules load with torch.load(weights_only=True) where the user allows torch's own classes: these hold nothing
+# that runs code when it is unpickled.
+torch.serialization.add_safe_globals([Conv2d, DepthwiseConv2d, DilatedConv2d, ConvBNReLU])

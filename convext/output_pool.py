@@ -18,15 +18,16 @@ class output_pool:
     malloc returns large blocks to the system, which clears every page again when it is next used, and that takes longer
     than to write it. Where the pool is on, the results of convext's CPU kernels, gradients among them, of 64 KiB
     and more, lie in pages that a dropped result left behind. A result owns its memory as any tensor does, until the
-    last tensor or array that shares it is gone. Only its storage cannot be made larger (`Tensor.resize_`,
-    `UntypedStorage.resize_`), as that of `torch.from_numpy` cannot: torch raises RuntimeError.
+    last tensor or array that shares it is gone. Its storage can be resized and shared with other processes as any
+    other, by torch's allocator from then on.
 
     bytes: what may be kept, an int of at least 0. The default is an eighth of the machine's memory, 2 GiB at most. What
     is kept beyond a new limit is given back at once; what was kept longest goes first.
 
     The setting is the process's, and threads share what is kept. After os.fork() the child has the same setting and its
-    own memory. Without the compiled library, or under torch 2.10, which cannot wrap memory that way, results come from
-    torch's allocator and nothing is kept.
+    own memory. Without the compiled library, under torch 2.10, which cannot wrap memory that way, and under another
+    release of torch than convext was built with, whose storages may look otherwise, results come from torch's
+    allocator and nothing is kept; `convext doctor` says so.
 
     Raises TypeError if bytes is not an int, ValueError if it is negative.
     """

@@ -176,10 +176,10 @@ class ConvProblem:
 
     @classmethod
     def of_dgrad(cls, dy: torch.Tensor, w: torch.Tensor, input_size, geom: Geom,
-                 channels_last: bool = False) -> ConvProblem:
-        """The problem of dx = dgrad(dy, w). dx is channels-last when asked for or when dy or w suggests it."""
+                 channels_last: bool | None = None) -> ConvProblem:
+        """The problem of dx = dgrad(dy, w). dx is channels-last as told, and with None when dy or w suggests it."""
         dy_nhwc = suggests_channels_last(dy)
-        dx_nhwc = channels_last or dy_nhwc or suggests_channels_last(w)
+        dx_nhwc = dy_nhwc or suggests_channels_last(w) if channels_last is None else channels_last
         x_shape = (dy.shape[0], w.shape[1] * geom.groups, *input_size)
         return cls._of(x_shape, w.shape, geom, dy, dx_nhwc, dy_nhwc)
 

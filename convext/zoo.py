@@ -65,7 +65,7 @@ def build(name: str, *, pretrained: bool = False, seed: int = SEED) -> tuple[nn.
 def sample(name: str, batch: int, *, size: int | None = None, seed: int = SEED) -> torch.Tensor:
     """(batch, 3, size, size) float32 standard normal numbers, the same at every call; `size` defaults to the usual."""
     size = size or SIZES.get(name, 224)
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed), device="cpu")
 
 
 def tensor_of(output) -> torch.Tensor:

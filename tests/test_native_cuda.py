@@ -200,7 +200,7 @@ def test_training_takes_the_statistics_from_the_convolution(cuda, monkeypatch):
     use("variant", lambda pass_, problem: cuda.variant(pass_, on_cuda(problem)))
     use("fprop_batch_stats", lambda problem, *tensors: cuda.fprop_batch_stats(on_cuda(problem), *tensors))
     use("dgrad", lambda problem, dy, w: cuda.dgrad(on_cuda(problem), dy, w))
-    use("wgrad", lambda problem, dy, x: cuda.wgrad(on_cuda(problem), dy, x))
+    use("wgrad", lambda problem, dy, x, channels_last: cuda.wgrad(on_cuda(problem), dy, x, channels_last))
     use("bn_act", cuda.bn_act)
     use("bn_act_backward", cuda.bn_act_backward)
     use("unavailable", lambda device_type: None)

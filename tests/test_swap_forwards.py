@@ -11,9 +11,10 @@ from torch import nn
 from torch.utils import checkpoint
 
 import convext
-from convext.swap import chains, layout, signature
+from convext.swap import chains, layout
+from convext.swap.capture import signature
+from convext.swap.capture.trace import Trace
 from convext.swap.planned import PlannedForward
-from convext.swap.tracing import Trace
 
 pytestmark = pytest.mark.smoke
 GLOBAL = []

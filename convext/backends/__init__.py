@@ -8,7 +8,7 @@ A backend is one object, `BACKEND` in its module, with these members:
     variant(pass_, problem) -> str        name of the kernel that would run
     fprop(problem, x, w, epilogue) -> y
     dgrad(problem, dy, w) -> dx
-    wgrad(problem, dy, x) -> dw
+    wgrad(problem, dy, x, channels_last=False) -> dw        in that format, as `memory_format.laid_out` has it
     batch_stats(y) -> mean, var           biased, in the accumulate dtype
     bn_act(y, mean, var, gamma, beta, residual, eps, activation) -> out
     bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training)
@@ -24,7 +24,8 @@ and, where it has something to say, these:
         fprops in a row as one call: swap/sequences.py
     slower(pass_, problem) -> str|None    what was measured to be faster; only an automatic choice listens
     reject_batch_norm(y) -> str|None      why it cannot run the last three on tensors like y
-    depthwise_backward(problem, dy, x, w) -> dx, dw     both gradients of a depthwise problem in one pass
+    depthwise_backward(problem, dy, x, w, channels_last=False) -> dx, dw
+        both gradients of a depthwise problem in one pass, dw in that format
     fprop_batch_stats(problem, x, w, bias) -> y, mean, var | None
         fprop and batch_stats(y) without reading y again, where a kernel does that
 

@@ -8,6 +8,7 @@ keeps packed weights between calls. What concerns CUDA tensors is in ``native_cu
 from __future__ import annotations
 
 import functools
+import importlib
 import operator
 import weakref
 from typing import NamedTuple
@@ -18,10 +19,27 @@ from ..problem import ACTIVATIONS, ConvProblem, DType, Epilogue, Pass
 from . import native_cuda, native_sequence
 
 try:
-    from .. import _C
+    _C = importlib.import_module("convext._C")
 except ImportError as error:  # not built, or built for another Python
     _C = None
-    _import_error = str(error)
+    _import_error = error
+
+
+def _use_storage() -> str | None:
+    """Lets results lie in the pool of dropped results, or says why they cannot: the library that makes their storage
+    resizable holds for the release of torch that it was built with (csrc/storage/storage.cpp)."""
+    built, running = _C.build_info()["torch"].split("+")[0], torch.__version__.split("+")[0]
+    if built != running:
+        return f"convext was built with torch {built} and runs with {running}"
+    try:
+        from .. import _storage
+    except ImportError as error:
+        return f"convext/_storage did not load ({error})"
+    _C.use_storage(_storage.make_resizable())
+    return None
+
+
+_why_no_output_pool = "the compiled library did not load" if _C is None else _use_storage()
 
 _PACKED_HEADER = 64  # bytes in front of packed weights, for the fingerprint: csrc/cpu/runtime/packed_weight.h
 _NHWC = 1
@@ -104,7 +122,7 @@ def _packed_buffer(w: torch.Tensor, plan: _Plan) -> torch.Tensor | None:
         _packed[key] = entry
     buffer = entry[1].get(plan.pack_format)
     if buffer is None or buffer.numel() < plan.packed_bytes:
-        buffer = torch.empty(plan.packed_bytes, dtype=torch.uint8)
+        buffer = torch.empty(plan.packed_bytes, dtype=torch.uint8, device="cpu")  # whatever the default device
         buffer[:_PACKED_HEADER] = 0  # an empty fingerprint: stale
         entry[1][plan.pack_format] = buffer
     return buffer
@@ -114,9 +132,14 @@ def _version(w: torch.Tensor | None) -> int:
     return 0 if w is None or w.is_inference() else w._version  # inference tensors keep no version counter
 
 
-def new_watch():
-    """An empty Watch (csrc/python/watch.h), or None where the library is not built."""
-    return None if _C is None else _C.Watch()
+def has_guards() -> bool:
+    """Whether the library is built, without which nothing tells that a plan still stands."""
+    return _C is not None
+
+
+def new_guards():
+    """Empty guards (csrc/python/guards.h)."""
+    return _C.Guards()
 
 
 class NativeBackend:
@@ -131,7 +154,9 @@ class NativeBackend:
         if device_type != "cpu":
             return f"there are no compiled kernels for {device_type} tensors in this build"
         if _C is None:
-            return f"convext/_C did not load ({_import_error}): build it with `pip install .` from the source tree"
+            missing = isinstance(_import_error, ModuleNotFoundError)
+            why = "was not built" if missing else f"did not load ({_import_error})"
+            return f"convext/_C {why}: build it with `pip install .` from the source tree"
         return None
 
     def reject(self, pass_: Pass, problem: ConvProblem) -> str | None:
@@ -191,6 +216,10 @@ class NativeBackend:
         """Sets it; without the compiled library there is no pool."""
         if _C is not None:
             _C.set_output_pool_limit(size)
+
+    def why_no_output_pool(self) -> str | None:
+        """Why results come from torch's allocator and not from the pool, or None where they come from the pool."""
+        return _why_no_output_pool
 
     def output_pool_kept(self) -> int:
         """Bytes that the CPU library keeps now."""
@@ -265,7 +294,7 @@ class NativeBackend:
         def run(x, kept):
             return op(kept.number, x, [*map(kept.version, kept.weights)])
 
-        return native_sequence.Prepared(keep, run, new_watch)
+        return native_sequence.Prepared(keep, run, new_guards)
 
     def dgrad(self, problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         if problem.device == "cuda":
@@ -276,17 +305,19 @@ class NativeBackend:
             problem.x_layout == _NHWC,
         )  # fmt: skip
 
-    def wgrad(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def wgrad(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor,
+              channels_last: bool = False) -> torch.Tensor:
         if problem.device == "cuda":
-            return native_cuda.wgrad(problem, dy, x)
+            return native_cuda.wgrad(problem, dy, x, channels_last)
         plan = _plan(Pass.WGRAD, problem)
-        return torch.ops.convext_cpu.wgrad.default(plan.variant, dy, x, problem.r, problem.s, plan.geom)
+        return torch.ops.convext_cpu.wgrad.default(plan.variant, dy, x, problem.r, problem.s, plan.geom, channels_last)
 
-    def depthwise_backward(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor):
+    def depthwise_backward(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor,
+                           channels_last: bool = False):
         """dgrad(dy, w) and wgrad(dy, x) of a depthwise problem; on CUDA in one pass over both where a kernel does."""
         if problem.device == "cuda" and native_cuda.backward_in_one_pass(problem):
-            return native_cuda.backward(problem, dy, x, w)
-        return self.dgrad(problem, dy, w), self.wgrad(problem, dy, x)
+            return native_cuda.backward(problem, dy, x, w, channels_last)
+        return self.dgrad(problem, dy, w), self.wgrad(problem, dy, x, channels_last)
 
     def batch_stats(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if y.is_cuda:

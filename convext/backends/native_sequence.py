@@ -44,12 +44,12 @@ class Prepared(NamedTuple):
     keep(tensors by step, eps by step, flat) -> Kept   to be done anew where one of the tensors is another object;
                                                        flat: y is (N, C), whose one pixel it is
     run(x, Kept) -> y
-    watch() -> Watch                                   an empty one (csrc/python/watch.h)
+    guards() -> Guards                                 empty ones (csrc/python/guards.h)
     """
 
     keep: Callable
     run: Callable
-    watch: Callable
+    guards: Callable
 
 
 class Kept:

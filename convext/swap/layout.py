@@ -11,7 +11,7 @@ from NHWC (pixelwise.py), and what convolutions make of it. It is so here, too.
 import torch
 from torch import fx
 
-from .. import backends
+from .. import backends, ops
 from ..memory_format import suggests_channels_last
 from . import calls
 from .heads import Head
@@ -21,22 +21,40 @@ _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 
 def wanted(tensors):
-    """True where the native backend would serve, and the caller's tensors are contiguous and not channels-last."""
+    """True where the native backend would serve, and the caller's tensors are contiguous and not channels-last. An
+    empty one is contiguous whatever its strides are, which a user may look at."""
     forced = backends.forced()
-    if forced is not None and forced != "native" or torch._C._are_functorch_transforms_active():
+    if forced is not None and forced != "native" or torch._C._are_functorch_transforms_active() \
+            or ops.batches_the_older_way():
         return False
     for t in tensors:
         if t.dtype not in _DTYPES or backends.unavailable("native", t.device.type) is not None \
-                or not t.is_contiguous() or suggests_channels_last(t):
+                or not t.is_contiguous() or suggests_channels_last(t) or t.numel() == 0:
             return False
     return bool(tensors)
 
 
-def contiguous_weights(convs):
+def weights_to_ask(convs):
+    """What `contiguous_weights` takes: for each convolution's weight its dictionary, and the dimension whose stride
+    tells a contiguous weight from a channels-last one, with the stride of the former. Where there are no taps to order
+    that is the last dimension; a weight of one channel and one tap is both, which asks for nothing."""
+    asked = []
+    for conv in convs:
+        weight = conv._parameters.get("weight")
+        if weight is None or weight.dim() != 4:
+            asked.append((conv._parameters, 0, -1))
+        elif (taps := weight.shape[2] * weight.shape[3]) > 1:
+            asked.append((conv._parameters, 1, taps))
+        elif weight.shape[1] > 1:
+            asked.append((conv._parameters, 3, 1))
+    return asked
+
+
+def contiguous_weights(asked):
     """True when no weight asks for a channels-last output."""
-    for attributes in convs:
-        weight = attributes["_parameters"].get("weight")
-        if weight is None or not weight.is_contiguous() or weight.stride()[-1] != 1:
+    for parameters, dimension, stride in asked:
+        weight = parameters.get("weight")
+        if weight is None or not weight.is_contiguous() or weight.stride(dimension) != stride:
             return False
     return True
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from .. import backends
-from ..problem import DTYPES, ConvProblem, Geom, Pass
+from .. import backends, functional
+from ..problem import DTYPES, ConvProblem, Pass
 from . import calls
 from .planned import PlannedForward
 
@@ -20,7 +20,7 @@ class Row:
 
     module   its name in the model
     layer    "64 -> 128, 3x3, stride 2"
-    became   "convext.nn.Conv2d", or the class that it still has
+    became   "convext", or the class whose code it still runs
     fused    what runs with it in one call: "bn + add + relu", or ""
     backend  who computed it last, and by which variant: "" until it has run
     variant
@@ -61,7 +61,7 @@ class Report:
 
     def summary(self):
         """One line: how many layers, how many exchanged, how many fused with something."""
-        exchanged = sum(row.became == "convext.nn.Conv2d" for row in self.rows)
+        exchanged = sum(row.became == "convext" for row in self.rows)
         fused = sum(bool(row.fused) for row in self.rows)
         return f"{len(self.rows)} convolutions, {exchanged} by convext, {fused} fused with what follows"
 
@@ -151,14 +151,14 @@ def _row(model, name, module, place):
     row = Row(name, describe(module), _class_name(module))
     if left_alone(module) is not None:
         row.reason = left_alone(module)
-    elif type(module) is not calls.convext_conv():
+    elif not calls.is_swapped(module):
         row.reason = "not swapped"
     elif place is None:
         row.reason = _why_no_plan(model, name)
     else:
         row.fused = " + ".join([*(place.chain.parts if place.chain else []), *(place.run.parts if place.run else [])])
         row.reason = place.reason
-    if type(module) is calls.convext_conv():
+    if calls.is_swapped(module):
         state = place.state if place is not None else None
         last = state.last if state is not None and state.last is not None else calls.last_input(module)
         if last is not None:
@@ -169,8 +169,8 @@ def _row(model, name, module, place):
 
 def _class_name(module):
     kind = type(module)
-    if kind is calls.convext_conv():
-        return "convext.nn.Conv2d"
+    if calls.is_swapped(module):
+        return "convext"
     return f"torch.nn.{kind.__name__}" if kind.__module__.startswith("torch.nn") else kind.__name__
 
 
@@ -181,7 +181,9 @@ def describe(module):
         value = getattr(module, setting)
         if isinstance(value, str):
             text.append(f"{setting} {value}")
-        elif any(v != usual for v in value):
+            continue
+        value = functional.as_pair(setting, value)
+        if any(v != usual for v in value):
             text.append(f"{setting} " + (str(value[0]) if len(set(value)) == 1 else "x".join(map(str, value))))
     if module.groups != 1:
         text.append("depthwise" if module.groups == module.in_channels else f"groups {module.groups}")
@@ -214,11 +216,11 @@ def _serving(module, last, channels_last):
     if dtype not in DTYPES:
         return "aten", "", f"{dtype} has no kernels"
     w = module.weight
-    padding = module.padding
-    if isinstance(padding, str) or module.padding_mode != "zeros" or len(shape) != 4:
+    if module.padding_mode != "zeros" or len(shape) != 4:
         return "", "", ""
     like = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
-    geom = Geom(module.stride, padding, module.dilation, module.groups)
+    settings = module.stride, module.padding, module.dilation, module.groups
+    like, geom = functional.normalised(like, w.to("meta"), *settings)
     problem = dataclasses.replace(ConvProblem.of_fprop(like, w, geom, channels_last), device=device.type)
     try:
         choice = backends.select(Pass.FPROP, problem)

@@ -59,6 +59,15 @@ struct Parallel {
   }
 };
 
+// The weights of an fprop or dgrad problem before they were packed, for a kernel that may have to go back to them.
+struct WeightSource {
+  const void* (*get)(const void* context, const Parallel&, void* room) = nullptr;
+  const void* context = nullptr;
+
+  // As dense KCRS in the variant's dtype: where they lie, or copied into `room`, which is for w_size() elements.
+  const void* dense(const Parallel& parallel, void* room) const { return get(context, parallel, room); }
+};
+
 // The operands of one launch. Activations are dense in the layout that the problem names, unless the variant's
 // `layouts` says that it takes NHWC alone, in which case the caller has converted them.
 //
@@ -83,6 +92,9 @@ struct LaunchArgs {
   // each row, which is some of the pixels, mean and sum of squared deviations by channel, (rows, K, 2), then the number
   // of pixels of each row, all in the accumulate dtype.
   void* stats = nullptr;
+
+  // What `b` was packed from: fprop and dgrad by Winograd's filtering need it.
+  WeightSource weights{};
 };
 
 // The memory orders that a kernel takes: kAnyX leaves the choice for x (dx), not for y (dy).

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstdint>
 #include <map>
 #include <optional>
 #include <stdexcept>
@@ -11,11 +12,11 @@
 #include <vector>
 
 #include "bindings_problem.h"
+#include "cpu/kernels/roofline/roofline.h"
 #include "cpu/runtime/block.h"
 #include "cpu/runtime/output_pool.h"
 #include "cpu/runtime/sequence_program.h"
-#include "cpu/kernels/roofline/roofline.h"
-#include "watch.h"
+#include "guards.h"
 
 namespace py = pybind11;
 
@@ -143,19 +144,48 @@ PYBIND11_MODULE(_C, m) {
   }, py::arg("bytes") = int64_t{128} << 20, py::arg("seconds") = 0.2, py::call_guard<py::gil_scoped_release>(),
         "Bytes a second, read plus written, that one thread copies between buffers of this size.");
 
-  py::class_<Watch>(m, "Watch", "Facts about Python objects, checked together; it keeps the objects alive.")
+  const auto collected = py::custom_type_setup([](PyHeapTypeObject* heap_type) {
+    PyTypeObject& type = heap_type->ht_type;
+    type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+    type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) -> int {
+      Py_VISIT(Py_TYPE(self));
+      return py::detail::is_holder_constructed(self) ? py::cast<Guards&>(py::handle(self)).traverse(visit, arg) : 0;
+    };
+    type.tp_clear = [](PyObject* self) -> int {
+      if (py::detail::is_holder_constructed(self)) py::cast<Guards&>(py::handle(self)).clear();
+      return 0;
+    };
+  });
+  py::class_<Guards>(m, "Guards", collected, "Facts about Python objects, checked together, which it keeps alive.")
       .def(py::init<>())
-      .def("item", &Watch::item, py::arg("dict"), py::arg("key"), py::arg("value"), py::arg("absent") = false,
-           "dict[key] is value; absent: there is no such key")
-      .def("empty", &Watch::empty, py::arg("dict"), py::arg("key"), "dict[key] is an empty dictionary")
-      .def("length", &Watch::length, py::arg("dict"), py::arg("length"), "len(dict) == length")
-      .def("values", &Watch::values, py::arg("dict"), py::arg("values"), "dict.values() are these objects, in order")
-      .def("elements", &Watch::elements, py::arg("list"), py::arg("values"), "the list holds these objects, in order")
-      .def("type", &Watch::type, py::arg("object"), py::arg("kind"), "type(object) is kind")
-      .def("attribute", &Watch::attribute, py::arg("object"), py::arg("name"), py::arg("value"),
+      .def("item", &Guards::item, py::arg("dict").none(), py::arg("key"), py::arg("value"),
+           "dict[key] is value, or an equal number, string or tuple of such")
+      .def("absent", &Guards::absent, py::arg("dict").none(), py::arg("key"), "there is no dict[key]")
+      .def("item_type", &Guards::item_type, py::arg("dict").none(), py::arg("key"), py::arg("kind"),
+           "type(dict[key]) is kind")
+      .def("contents", &Guards::contents, py::arg("dict").none(), py::arg("keys"), py::arg("values"),
+           "dict holds these keys and values in this order and nothing else")
+      .def("kinds", &Guards::kinds, py::arg("dict").none(), py::arg("keys"), py::arg("types"),
+           "dict holds these keys in this order, and values of exactly these types")
+      .def("filled", &Guards::filled, py::arg("dict").none(), py::arg("key"), py::arg("expected"),
+           "bool(dict[key]) is expected, dict[key] being a dictionary itself")
+      .def("elements", &Guards::elements, py::arg("list"), py::arg("values"), "the list holds these objects, in order")
+      .def("members", &Guards::members, py::arg("set"), py::arg("members"), "set == members")
+      .def("type", &Guards::type, py::arg("object").none(), py::arg("kind"), "type(object) is kind")
+      .def("dict_of", &Guards::dict_of, py::arg("object").none(), py::arg("dict"), "vars(object) is dict")
+      .def("class_item", &Guards::class_item, py::arg("kind"), py::arg("name"), py::arg("value"),
+           "what the class, or the first of its bases that has it, says of a name is value")
+      .def("class_absent", &Guards::class_absent, py::arg("kind"), py::arg("name"),
+           "neither the class nor a base has the name")
+      .def("function", &Guards::function, py::arg("function"), py::arg("code"), py::arg("defaults"),
+           "a function's code and (defaults, defaults by name), None where there are none, are these")
+      .def("cell", &Guards::cell, py::arg("cell"), py::arg("value"), "a closure's cell holds value")
+      .def("attribute", &Guards::attribute, py::arg("object").none(), py::arg("name"), py::arg("value"),
            "getattr(object, name) is value")
-      .def("holds", &Watch::holds, "whether every fact still holds")
-      .def("__len__", &Watch::size);
+      .def("holds", &Guards::holds, py::arg("owner") = py::none(),
+           "Whether every fact still stands. None in a fact's place stands for the owner, or its dictionary.")
+      .def("broken", &Guards::broken, py::arg("owner") = py::none(), "(kind, key) of the first that does not, or None.")
+      .def("__len__", &Guards::size);
 
   m.def("accuracy", [] { return static_cast<int>(settings().accuracy); },
         "Which algorithms may run: 0 all, 1 those within a plain sum's error, 2 plain sums.");
@@ -169,6 +199,9 @@ PYBIND11_MODULE(_C, m) {
     OutputPool::of_process().set_limit(bytes);
   }, py::arg("bytes"));
   m.def("output_pool_kept", [] { return OutputPool::of_process().kept(); }, "Bytes that the pool keeps now.");
+  m.def("use_storage", [](uintptr_t make_resizable) {
+    OutputPool::of_process().set_make_resizable(reinterpret_cast<OutputPool::MakeResizable>(make_resizable));
+  }, py::arg("make_resizable"), "Lets results lie in the pool: with convext._storage.make_resizable(), or 0 for none.");
   m.def("activations", &activation_names,
         "Names of the fused activations; the position is the number that the ops take.");
   m.def("build_info", [] {

@@ -41,6 +41,9 @@ struct Arrays : SequenceOperands {
     out.epilogue.scale = values(s.gamma);
     out.epilogue.shift = values(s.kind == StepKind::kLayerNorm ? s.beta : s.bias);
     out.weights = s.kind == StepKind::kLayerNorm ? static_cast<const void*>(&eps) : filters.data;
+    if (s.kind == StepKind::kConvolution) {
+      out.source = {[](const void* dense, const Parallel&, void*) { return dense; }, filters.data};
+    }
     const Variant& v = *out.variant;
     if (s.kind != StepKind::kConvolution || v.pack_format == nullptr || v.pack_format(out.problem) == nullptr) return;
     packed.push_back(std::make_unique<Buffer>(v.packed_size(out.problem)));
@@ -69,15 +72,15 @@ struct Made {
 Made network(int64_t n, int64_t size) {
   Made m;
   m.program->begin_block(0);
-  m.convolution(n, 8, size, 24, 3, 1);
+  m.convolution(n, 8, size, 32, 3, 1);
   m.program->begin_block(1);
-  m.convolution(n, 24, size, 24, 5, 24);
+  m.convolution(n, 32, size, 32, 5, 32);
   m.program->add_layer_norm(true, true);
-  m.arrays.add(24), m.arrays.add(24);
-  m.convolution(n, 24, size, 72, 1, 1);
-  m.convolution(n, 72, size, 24, 1, 1, 1);
+  m.arrays.add(32), m.arrays.add(32);
+  m.convolution(n, 32, size, 72, 1, 1);
+  m.convolution(n, 72, size, 32, 1, 1, 1);
   m.program->begin_block(2);
-  m.convolution(n, 24, size, 40, 3, 1);
+  m.convolution(n, 32, size, 40, 3, 1);  // Winograd's, where it is large
   m.program->begin_block(3);
   m.program->add_mean();
   return m;
@@ -106,7 +109,7 @@ std::vector<float> one_by_one(const Sequence& s, const SequenceProgram& program,
       Buffer workspace(step.variant->workspace ? step.variant->workspace(step.problem, 1) : 0);
       LaunchArgs args{};
       args.a = x.data(), args.b = step.weights, args.out = y.data(), args.parallel = &kSerial;
-      args.epilogue = step.epilogue, args.workspace = workspace.data.get();
+      args.weights = step.source, args.epilogue = step.epilogue, args.workspace = workspace.data.get();
       if (of.residual != kAbsent) args.epilogue.residual = values[of.residual].data();
       check(step.variant->launch(step.problem, args) == nullptr, step.variant->name);
       x = y;

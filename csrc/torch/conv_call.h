@@ -60,6 +60,20 @@ struct Weights {
     });
   }
 
+  // What a kernel may go back to from its packed weights. This object must outlive the launch.
+  WeightSource source() const {
+    return {[](const void* context, const Parallel& parallel, void* room) -> const void* {
+              const Weights& weights = *static_cast<const Weights*>(context);
+              const View& view = weights.view;
+              if (weights.dense()) return view.data;
+              const Staging& staging = staging_for(settings().cpu_isa);
+              staging.weight_to_dense(parallel, view.data, view.dtype, view.size, view.stride, room,
+                                      weights.problem.dtype);
+              return room;
+            },
+            this};
+  }
+
   const void* get(const Staging& staging, const Parallel& parallel) const {
     auto load = [&]() -> const void* {
       if (dense()) return view.data;

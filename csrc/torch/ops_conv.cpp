@@ -102,6 +102,7 @@ Tensor fprop(int64_t variant_index, const Tensor& x, const Tensor& w, const Opti
     norm.fold<float>(problem.k, args.epilogue);
   }
   args.b = weights.get(staging, parallel);
+  args.weights = weights.source();
   stage_in(in, compute, staging, parallel);
   args.a = in.data;
   if (addend) {
@@ -142,6 +143,7 @@ Tensor dgrad(int64_t variant_index, const Tensor& dy, const Tensor& w, const Opt
   LaunchArgs args{};
   args.parallel = &parallel;
   args.b = weights.get(staging, parallel);
+  args.weights = weights.source();
   stage_in(in, compute, staging, parallel);
   args.a = in.data;
   if (out.staged) out.data = scratch().take(out.bytes);
@@ -153,7 +155,7 @@ Tensor dgrad(int64_t variant_index, const Tensor& dy, const Tensor& w, const Opt
 }
 
 Tensor wgrad(int64_t variant_index, const Tensor& dy, const Tensor& x, int64_t r, int64_t s,
-             std::vector<int64_t> geom) {
+             std::vector<int64_t> geom, bool channels_last) {
   const View dyv = view_of(dy, "dy"), xv = view_of(x, "x");
   STD_TORCH_CHECK(dyv.dtype == xv.dtype, "convext_cpu: dy and x must have one dtype");
   const Geom g = geom_of(geom);
@@ -163,7 +165,7 @@ Tensor wgrad(int64_t variant_index, const Tensor& dy, const Tensor& x, int64_t r
                   "convext_cpu: dy must be (", problem.n, ", ", problem.k, ", ", problem.p(), ", ", problem.q(), ")");
   const Variant& variant = checked_variant(variant_index, Pass::kWgrad, problem);
   const DType compute = problem.dtype;
-  Tensor dw = empty_activation(problem.k, problem.c_per_group(), r, s, xv.dtype, false);
+  Tensor dw = empty_activation(problem.k, problem.c_per_group(), r, s, xv.dtype, channels_last);
   if (problem.w_size() == 0) return dw;
   if (problem.y_size() == 0 || problem.x_size() == 0) return torch::stable::zero_(dw);
 
@@ -173,7 +175,7 @@ Tensor wgrad(int64_t variant_index, const Tensor& dy, const Tensor& x, int64_t r
   problem.y_layout = a.layout;
   problem.x_layout = b.layout;
   const View out = view_of(dw, "dw");
-  const bool direct = out.dtype == compute;
+  const bool direct = out.dtype == compute && out.is_dense(Layout::kNCHW);  // as kernels write it
   const int64_t out_bytes = direct ? 0 : Scratch::padded(out.numel() * dtype_size(compute));
   const ScratchScope scope(a.bytes + b.bytes + out_bytes + workspace_bytes(variant, problem, parallel));
   stage_in(a, compute, staging, parallel);
@@ -212,7 +214,7 @@ STABLE_TORCH_LIBRARY(convext_cpu, m) {
   m.def(
       "dgrad(int variant, Tensor dy, Tensor w, Tensor? packed, int version, int height, int width, int[] geom, "
       "bool channels_last) -> Tensor");
-  m.def("wgrad(int variant, Tensor dy, Tensor x, int r, int s, int[] geom) -> Tensor");
+  m.def("wgrad(int variant, Tensor dy, Tensor x, int r, int s, int[] geom, bool channels_last) -> Tensor");
   m.def("to_nchw(Tensor x) -> Tensor");
 }
 

@@ -28,7 +28,9 @@ struct Kept {
 class Operands : public SequenceOperands {
  public:
   Operands(const Kept& kept, const std::vector<int64_t>& versions)
-      : kept_(kept), versions_(versions), staging_(staging_for(settings().cpu_isa)) {}
+      : kept_(kept), versions_(versions), staging_(staging_for(settings().cpu_isa)) {
+    weights_.reserve(versions.size());
+  }
 
   View filters(const ProgramStep& step) const override {
     const Tensor& w = *tensor(step.weight);
@@ -67,7 +69,9 @@ class Operands : public SequenceOperands {
     }
     if (step.kind == StepKind::kLayerNorm) out.weights = &kept_.eps[index];
     if (step.kind == StepKind::kConvolution) {
-      out.weights = weights_of(step, out, filters, versions_[index]).get(staging_, parallel);
+      weights_.push_back(weights_of(step, out, filters, versions_[index]));
+      out.weights = weights_.back().get(staging_, parallel);
+      out.source = weights_.back().source();
     }
   }
 
@@ -104,6 +108,7 @@ class Operands : public SequenceOperands {
   const Kept& kept_;
   const std::vector<int64_t>& versions_;  // of each step's weight
   const Staging& staging_;
+  std::vector<Weights> weights_;  // of the steps that are prepared: their sources point here
 };
 
 std::mutex keeping;

@@ -18,7 +18,7 @@
 #include "core/variant.h"
 
 // Of torch 2.11's stable ABI. Weak, because 2.10 has no tensor over memory that knows how to give it back: there,
-// results come from torch's own allocator and the pool stays empty.
+// results come from torch's own allocator and the pool stays empty, as they do without convext/_storage.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
     void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
     int32_t device_type, int32_t device_index, AtenTensorHandle* result, int32_t layout, const uint8_t* metadata,
@@ -71,7 +71,8 @@ inline Tensor empty(const int64_t* sizes, const int64_t* strides, int64_t dim, D
   int64_t bytes = dtype_size(dtype);
   for (int64_t i = 0; i < dim; ++i) bytes *= sizes[i];
   OutputPool& pool = OutputPool::of_process();
-  if (bytes >= OutputPool::kSmallest && torch_from_blob != nullptr && pool.limit() > 0) {
+  const OutputPool::MakeResizable make_resizable = pool.make_resizable();
+  if (bytes >= OutputPool::kSmallest && torch_from_blob != nullptr && make_resizable != nullptr && pool.limit() > 0) {
     void* data = pool.take(bytes);
     const auto give = [](void* block, void* size) {
       OutputPool::of_process().give(block, reinterpret_cast<intptr_t>(size));
@@ -79,7 +80,9 @@ inline Tensor empty(const int64_t* sizes, const int64_t* strides, int64_t dim, D
     TORCH_ERROR_CODE_CHECK(torch_from_blob(data, dim, sizes, strides, 0, scalar_type_of(dtype),
                                            aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(),
                                            nullptr, 0, give, reinterpret_cast<void*>(bytes)));
-    return Tensor(handle);
+    Tensor result(handle);
+    make_resizable(handle);
+    return result;
   }
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, scalar_type_of(dtype),
                                                   aoti_torch_device_type_cpu(), 0, &handle));

@@ -22,6 +22,7 @@ struct BlockStep {
   const Variant* variant;  // an fprop over NHWC
   ConvProblem problem;     // of the whole batch
   const void* weights;     // as the variant takes them
+  WeightSource source;     // and as they were before
   Epilogue epilogue;       // its residual is of the whole batch
   bool excites;            // scale the input by `excite`'s gates first
   Excite excite;

@@ -35,6 +35,12 @@ class OutputPool {
   // Bytes that are kept now, in use by no tensor.
   int64_t kept();
 
+  // What gives a tensor over a block (an AtenTensorHandle) a storage that can be resized: convext/_storage's. Without
+  // it no result lies in the pool.
+  using MakeResizable = void (*)(void* tensor);
+  MakeResizable make_resizable() const { return make_resizable_.load(std::memory_order_relaxed); }
+  void set_make_resizable(MakeResizable function) { make_resizable_.store(function, std::memory_order_relaxed); }
+
  private:
   struct Block {
     void* data;
@@ -50,6 +56,7 @@ class OutputPool {
   std::vector<Block> blocks_;
   int64_t kept_ = 0;
   std::atomic<int64_t> limit_;
+  std::atomic<MakeResizable> make_resizable_{nullptr};
 };
 
 }  // namespace convext

@@ -237,6 +237,7 @@ const char* Sequence::run_images(int64_t b, int64_t image, int64_t count, const 
   LaunchArgs args{};
   args.a = in;
   args.b = some[0].weights;
+  args.weights = some[0].source;
   args.out = out;
   args.epilogue = some[0].epilogue;
   args.workspace = lane.workspace;

@@ -19,7 +19,7 @@ class SequenceOperands {
   virtual View filters(const ProgramStep& step) const = 0;
   // The squeeze and excitation in front of a convolution, of c channels.
   virtual Excite excite(const ProgramStep& step, int64_t c) const = 0;
-  // Sets the weights and the epilogue of step `index` as its kernel takes them.
+  // Sets the weights, their source and the epilogue of step `index` as its kernel takes them, for the length of a run.
   virtual void prepare(int64_t index, const ProgramStep& step, const View& filters, const Parallel&,
                        BlockStep& out) = 0;
   // Asks for what `prepare` is going to look at, so that its waits for memory overlap.

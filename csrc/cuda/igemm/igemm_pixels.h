@@ -74,7 +74,8 @@ CONVEXT_DEVICE void store_slab(const float (&acc)[TILE::MMA_N][4], float* slab) 
   }
 }
 
-// What a block computes: a tile of one class's pixels times some columns of one group, over the taps that meet the image.
+// What a block computes: a tile of one class's pixels times some columns of one group, over the taps that meet the
+// image.
 template <class TILE, bool DGRAD>
 struct PixelsBlock {
   const ConvProblem& problem;
@@ -254,8 +255,8 @@ struct PixelsLoader {
   }
 };
 
-// The epilogue and the statistics: 16 rows of a warp at a time through shared memory, so that stores are 16 bytes of one
-// pixel. The loops stay loops: unrolled, six activations would be compiled dozens of times.
+// The epilogue and the statistics: 16 rows of a warp at a time through shared memory, so that stores are 16 bytes of
+// one pixel. The loops stay loops: unrolled, six activations would be compiled dozens of times.
 template <class TILE, bool DGRAD>
 CONVEXT_DEVICE void store_pixels(const PixelsBlock<TILE, DGRAD>& block,
                                  const float (&acc)[TILE::MMA_M][TILE::MMA_N][4], unsigned char* shared,

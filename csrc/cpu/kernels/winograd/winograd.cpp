@@ -18,6 +18,7 @@
 #include "winograd.h"
 
 #include "cpu/kernels/gemm/gemm_passes.h"
+#include "winograd_direct.h"
 #include "winograd_tile.h"
 
 namespace convext::CONVEXT_ISA {
@@ -148,17 +149,20 @@ struct Plan {
   int64_t m_panel() const { return kPositions * m_pitch(); }         // from panel to panel, where several wait
   int32_t waiting_panels() const { return chunks > 1 ? (split.count + panel_runs - 1) / panel_runs : 1; }
 
-  // The workspace: a row of zeros, then V and M of each thread.
+  // The workspace: a row of zeros, a flag for each tile, then V and M of each thread.
+  int64_t flags_bytes() const { return align64(tiles); }
   int64_t zeros_bytes() const { return align64((int64_t{depth} + V::width) * 4); }
   int64_t slot_bytes() const { return align64((kPositions * v_pitch() + waiting_panels() * m_panel()) * 4); }
 };
 
 // ---- The output transform ----
 
-// The output of one tile and one panel: A^T M A, the epilogue, the part of the tile that lies inside.
+// The output of one tile and one panel: A^T M A, the epilogue, the part of the tile that lies inside. Sets `flag` where
+// an output is not finite before the epilogue, which may hide it: relu6(infinity) is 6. The sum of all outputs tells,
+// which is not finite if one of them is not. It may overflow by itself, which costs time alone.
 template <int M, class T, class F>
 CONVEXT_INLINE void scatter_tile(const Winograd<T>& g, Tile tile, Tile next, const float* m, int64_t position_pitch,
-                                 int32_t first_column, int32_t columns, F activation) {
+                                 int32_t first_column, int32_t columns, F activation, uint8_t* flag) {
   constexpr int kPatch = M + 2;
   const Ahead ahead(g.out, g.height.out, g.width.out, g.columns, next.n, next.h, next.w, g.height.step, g.width.step);
   const float* scales = static_cast<const float*>(g.epilogue.scale);
@@ -166,6 +170,7 @@ CONVEXT_INLINE void scatter_tile(const Winograd<T>& g, Tile tile, Tile next, con
   const T* residual = static_cast<const T*>(g.epilogue.residual);
   const int32_t height = valid_outputs<M>(g.height, tile.h), width = valid_outputs<M>(g.width, tile.w);
   const int64_t step = int64_t{g.width.step} * g.columns;
+  V all = V::zero();
   for (int32_t j = 0; j < columns; j += V::width) {
     const Lanes<float> lanes(columns - j);
     ahead.fetch<M, 0, true>((first_column + j) * int64_t{sizeof(T)});
@@ -184,6 +189,10 @@ CONVEXT_INLINE void scatter_tile(const Winograd<T>& g, Tile tile, Tile next, con
     for (int32_t a = 0; a < height; ++a) {
       V y[M];
       Transform<M>::output(half[a], y);
+      V row = y[0];
+      CONVEXT_UNROLL
+      for (int b = 1; b < M; ++b) row += y[b];
+      all += row;
       const int64_t h = int64_t{tile.h} + int64_t{a} * g.height.step;
       const int64_t at = ((tile.n * g.height.out + h) * g.width.out + tile.w) * g.columns + first_column + j;
       CONVEXT_UNROLL
@@ -195,6 +204,8 @@ CONVEXT_INLINE void scatter_tile(const Winograd<T>& g, Tile tile, Tile next, con
       }
     }
   }
+  // Threads that share the block's panels may set it at once.
+  if (any_nonfinite(all)) __atomic_store_n(flag, uint8_t{1}, __ATOMIC_RELAXED);
 }
 
 // ---- One item of work: a block of tiles and a run of panels ----
@@ -243,7 +254,7 @@ void gather_chunk(const Winograd<T>& g, const Plan<M>& plan, int64_t block, int3
 // `v` holds the chunk; where it is the last one, the outputs follow.
 template <int M, class T>
 void run_chunk(const Winograd<T>& g, const Plan<M>& plan, int64_t block, int64_t run, int32_t chunk, const float* v,
-               float* m) {
+               float* m, uint8_t* flags) {
   const int64_t begin = plan.block_begin(block);
   const int32_t tiles = static_cast<int32_t>(plan.block_begin(block + 1) - begin);
   const bool fetch_ahead = Plan<M>::kPositions * int64_t{g.depth} * g.columns * 4 > kCachedWeights;
@@ -254,7 +265,8 @@ void run_chunk(const Winograd<T>& g, const Plan<M>& plan, int64_t block, int64_t
       visit_activation<V>(g.epilogue.activation, [&](auto f) {
         for (int32_t t = 0; t < tiles; ++t) {
           scatter_tile<M>(g, plan.grid.at(begin + t), plan.grid.at(begin + t + 1), m + int64_t{t} * kLanes,
-                          plan.m_pitch(), plan.split.first_column(panel), plan.split.num_columns(panel), f);
+                          plan.m_pitch(), plan.split.first_column(panel), plan.split.num_columns(panel), f,
+                          flags + begin + t);
         }
       });
     }
@@ -308,8 +320,8 @@ int64_t winograd_packed_elements(int32_t depth, int32_t columns) {
 }
 
 template <int M, class T>
-void winograd_pack(const T* w, int64_t column_pitch, int64_t depth_pitch, bool rotated, int32_t depth,
-                   int32_t columns, float* packed, const Parallel& parallel) {
+void winograd_pack(const Winograd<T>& g, const T* w, float* packed, const Parallel& parallel) {
+  const int32_t depth = g.depth, columns = g.columns;
   if (columns == 0) return;
   constexpr int kPositions = Plan<M>::kPositions;
   constexpr int64_t kPitch = skewed(kPackRun * kLanes);
@@ -321,9 +333,9 @@ void winograd_pack(const T* w, int64_t column_pitch, int64_t depth_pitch, bool r
     const int32_t run = depth - begin < kPackRun ? depth - begin : kPackRun;
     float taps[kPackRun][9][kLanes] = {};
     for (int32_t j = 0; j < split.num_columns(panel); ++j) {
-      const T* filter = w + (split.first_column(panel) + j) * column_pitch + begin * depth_pitch;
-      for (int32_t l = 0; l < run; ++l, filter += depth_pitch) {
-        for (int tap = 0; tap < 9; ++tap) taps[l][tap][j] = to_compute(filter[rotated ? 8 - tap : tap]);
+      const T* filter = w + (split.first_column(panel) + j) * g.column_pitch + begin * g.depth_pitch;
+      for (int32_t l = 0; l < run; ++l, filter += g.depth_pitch) {
+        for (int tap = 0; tap < 9; ++tap) taps[l][tap][j] = to_compute(filter[g.rotated ? 8 - tap : tap]);
       }
     }
     float u[kPositions * kPitch];
@@ -342,36 +354,40 @@ void winograd_pack(const T* w, int64_t column_pitch, int64_t depth_pitch, bool r
 template <int M, class T>
 int64_t winograd_workspace(const Winograd<T>& g, int32_t threads) {
   const Plan<M> plan(g, threads > 1 ? threads : 1);
-  return plan.zeros_bytes() + (threads > 1 ? threads : 1) * plan.slot_bytes();
+  return plan.zeros_bytes() + plan.flags_bytes() + (threads > 1 ? threads : 1) * plan.slot_bytes();
 }
 
 template <int M, class T>
-void run_winograd(const Winograd<T>& g, void* workspace, const Parallel& parallel) {
+const char* run_winograd(const Winograd<T>& g, void* workspace, const Parallel& parallel) {
   const int32_t slots = parallel.threads > 1 ? parallel.threads : 1;
   const Plan<M> plan(g, slots);
-  if (plan.tiles == 0 || g.columns == 0) return;
+  if (g.weights.get == nullptr) return "it was not told where the weights are that it may need unpacked";
+  if (plan.tiles == 0 || g.columns == 0) return nullptr;
   T* const zeros = static_cast<T*>(workspace);
   for (int32_t l = 0; l < g.depth; ++l) zeros[l] = T{};
+  uint8_t* const flags = static_cast<uint8_t*>(workspace) + plan.zeros_bytes();
+  std::memset(flags, 0, plan.tiles);
+  char* const slots_memory = reinterpret_cast<char*>(flags) + plan.flags_bytes();
   const int64_t items = plan.blocks * plan.panel_runs;
   parallel.for_each(slots, [&](int64_t slot) {
-    float* const v =
-        reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.zeros_bytes() + slot * plan.slot_bytes());
+    float* const v = reinterpret_cast<float*>(slots_memory + slot * plan.slot_bytes());
     const int64_t first = items * slot / slots, last = items * (slot + 1) / slots;
     for (int64_t item = first; item < last; ++item) {
       const int64_t block = item / plan.panel_runs, run = item % plan.panel_runs;
       for (int32_t chunk = 0; chunk < plan.chunks; ++chunk) {
         if (plan.chunks > 1 || item == first || run == 0) gather_chunk<M>(g, plan, block, chunk, zeros, v);
-        run_chunk<M>(g, plan, block, run, chunk, v, v + Plan<M>::kPositions * plan.v_pitch());
+        run_chunk<M>(g, plan, block, run, chunk, v, v + Plan<M>::kPositions * plan.v_pitch(), flags);
       }
     }
   });
+  return std::memchr(flags, 1, plan.tiles) == nullptr ? nullptr : sum_flagged_tiles<M>(g, plan.grid, flags, parallel);
 }
 
 #define CONVEXT_INSTANTIATE(T, name, M)                                                                              \
   template int64_t winograd_packed_elements<M>(int32_t, int32_t);                                                    \
-  template void winograd_pack<M, T>(const T*, int64_t, int64_t, bool, int32_t, int32_t, float*, const Parallel&);    \
+  template void winograd_pack<M, T>(const Winograd<T>&, const T*, float*, const Parallel&);                          \
   template int64_t winograd_workspace<M, T>(const Winograd<T>&, int32_t);                                            \
-  template void run_winograd<M, T>(const Winograd<T>&, void*, const Parallel&);
+  template const char* run_winograd<M, T>(const Winograd<T>&, void*, const Parallel&);
 CONVEXT_FOR_WINOGRAD(CONVEXT_INSTANTIATE, 2)
 CONVEXT_FOR_WINOGRAD(CONVEXT_INSTANTIATE, 3)
 CONVEXT_FOR_WINOGRAD(CONVEXT_INSTANTIATE, 4)

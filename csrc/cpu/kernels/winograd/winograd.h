@@ -8,7 +8,7 @@
 //   3   2.78                        +-1/2, +-5/4, infinity          as much error as the sum itself, or a little more
 //   4   2.25                        0, +-3/4, +-3/2, infinity       several times the error of the sum
 //
-// (docs/design.md derives the bounds.)
+// (docs/design.md derives the bounds.) A tile with an output that is not finite is summed directly (winograd_direct.h).
 #pragma once
 #include "cpu/kernels/gemm/gemm.h"
 
@@ -36,6 +36,11 @@ struct Winograd {
   int32_t batch, depth, columns;
   WinogradAxis height, width;
   Epilogue epilogue;
+
+  // Where weight(column, l, tap) lies in what `weights` copies: see winograd_pack.
+  WeightSource weights;
+  int64_t column_pitch, depth_pitch;
+  bool rotated;
 };
 
 // M is 2, 3 or 4 throughout.
@@ -44,17 +49,18 @@ struct Winograd {
 template <int M>
 int64_t winograd_packed_elements(int32_t depth, int32_t columns);
 
-// Transforms weight(column, l, tap) = w[column * column_pitch + l * depth_pitch + (rotated ? 8 - tap : tap)].
+// Transforms weight(column, l, tap) = w[column * column_pitch + l * depth_pitch + (rotated ? 8 - tap : tap)], with the
+// pitches, depth and columns of `g`; nothing else of it need be known yet.
 template <int M, class T>
-void winograd_pack(const T* w, int64_t column_pitch, int64_t depth_pitch, bool rotated, int32_t depth,
-                   int32_t columns, float* packed, const Parallel&);
+void winograd_pack(const Winograd<T>& g, const T* w, float* packed, const Parallel&);
 
-// Scratch memory in bytes; `in`, `out` and `packed` need not be known yet.
+// Scratch memory in bytes; `in`, `out`, `packed` and `weights` need not be known yet.
 template <int M, class T>
 int64_t winograd_workspace(const Winograd<T>&, int32_t threads);
 
+// Returns nullptr, or what went wrong in words.
 template <int M, class T>
-void run_winograd(const Winograd<T>&, void* workspace, const Parallel&);
+const char* run_winograd(const Winograd<T>&, void* workspace, const Parallel&);
 
 // X(type, name, ...) for the types that this instruction set has Winograd's kernels for.
 #if defined(__AVX512BF16__)

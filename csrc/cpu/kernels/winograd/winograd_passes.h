@@ -33,8 +33,7 @@ struct WinogradFprop {
     return winograd_packed_elements<M>(p.c, p.k) * int64_t{sizeof(float)};
   }
   static void pack(const ConvProblem& p, const void* w, void* packed, const Parallel& parallel) {
-    winograd_pack<M>(static_cast<const T*>(w), int64_t{p.c} * 9, 9, false, p.c, p.k, static_cast<float*>(packed),
-                     parallel);
+    winograd_pack<M>(winograd(p), static_cast<const T*>(w), static_cast<float*>(packed), parallel);
   }
 
   static Winograd<T> winograd(const ConvProblem& p) {
@@ -42,6 +41,7 @@ struct WinogradFprop {
     g.batch = p.n, g.depth = p.c, g.columns = p.k;
     g.height = {p.h, p.p(), -p.pad_h, p.dil_h};
     g.width = {p.w, p.q(), -p.pad_w, p.dil_w};
+    g.column_pitch = int64_t{p.c} * 9, g.depth_pitch = 9, g.rotated = false;
     return g;
   }
   static int64_t workspace(const ConvProblem& p, int32_t threads) {
@@ -52,8 +52,8 @@ struct WinogradFprop {
     g.in = static_cast<const T*>(args.a), g.out = static_cast<T*>(args.out);
     g.packed = static_cast<const float*>(args.b);
     g.epilogue = args.epilogue;
-    run_winograd<M>(g, args.workspace, *args.parallel);
-    return nullptr;
+    g.weights = args.weights;
+    return run_winograd<M>(g, args.workspace, *args.parallel);
   }
 };
 
@@ -72,8 +72,7 @@ struct WinogradDgrad {
     return winograd_packed_elements<M>(p.k, p.c) * int64_t{sizeof(float)};
   }
   static void pack(const ConvProblem& p, const void* w, void* packed, const Parallel& parallel) {
-    winograd_pack<M>(static_cast<const T*>(w), 9, int64_t{p.c} * 9, true, p.k, p.c, static_cast<float*>(packed),
-                     parallel);
+    winograd_pack<M>(winograd(p), static_cast<const T*>(w), static_cast<float*>(packed), parallel);
   }
 
   static Winograd<T> winograd(const ConvProblem& p) {
@@ -81,6 +80,7 @@ struct WinogradDgrad {
     g.batch = p.n, g.depth = p.k, g.columns = p.c;
     g.height = {p.p(), p.h, p.pad_h - 2 * p.dil_h, p.dil_h};
     g.width = {p.q(), p.w, p.pad_w - 2 * p.dil_w, p.dil_w};
+    g.column_pitch = 9, g.depth_pitch = int64_t{p.c} * 9, g.rotated = true;
     return g;
   }
   static int64_t workspace(const ConvProblem& p, int32_t threads) {
@@ -90,8 +90,8 @@ struct WinogradDgrad {
     Winograd<T> g = winograd(p);
     g.in = static_cast<const T*>(args.a), g.out = static_cast<T*>(args.out);
     g.packed = static_cast<const float*>(args.b);
-    run_winograd<M>(g, args.workspace, *args.parallel);
-    return nullptr;
+    g.weights = args.weights;
+    return run_winograd<M>(g, args.workspace, *args.parallel);
   }
 };
 

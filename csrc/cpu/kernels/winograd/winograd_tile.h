@@ -114,6 +114,17 @@ struct Transform<4> {
   }
 };
 
+// Whether some lane is infinite or NaN.
+CONVEXT_INLINE bool any_nonfinite(V a) {
+  const V zeros = a - a;  // or NaN
+  const FloatBits mask = zeros.v != zeros.v;
+  int64_t words[kVectorBytes / 8], any = 0;
+  __builtin_memcpy(words, &mask, sizeof words);
+  CONVEXT_UNROLL
+  for (int64_t word : words) any |= word;
+  return any != 0;
+}
+
 // One vector more than whole rows of tiles: positions a multiple of 4 KiB apart would all fall into the same few sets
 // of the first-level cache, and the transforms touch one line of every position at once.
 constexpr int64_t skewed(int64_t elements) { return elements + V::width; }

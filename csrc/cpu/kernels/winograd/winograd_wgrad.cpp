@@ -14,7 +14,13 @@
 // 2x2 would err more than the sum itself (docs/design.md), which is what that tile is for. Tiles are cut into shares
 // whose V and D stay in a cache; the sums of the shares before wait in S. A share is a function of the problem alone
 // and sums run in the order of the tiles: no result depends on threads.
+//
+// Filters with a tap that comes out infinite or NaN are summed directly, for the input channels where they do. No other
+// needs it, as winograd_direct.h shows for outputs: a tap that is finite was made of finite values alone, and a pixel
+// of x and one of dy that meet in tap r have  sum_p G_pr A_pa B_pi = 1,  so that the tap reads both at some position p.
 #include "cpu/kernels/gemm/gemm_outer.h"
+#include "cpu/kernels/gemm/gemm_wgrad.h"
+#include "winograd_direct.h"
 #include "winograd_passes.h"
 #include "winograd_tile.h"
 
@@ -142,11 +148,12 @@ void multiply(const Plan& plan, const float* v, const float* const* d_rows, int3
   }
 }
 
-// G^T S G into dw, KCRS.
-void finish(const Plan& plan, int32_t begin, int32_t end, int32_t panel, const float* sums, float* dw) {
+// G^T S G into dw, KCRS. Whether all of it is finite, as one sum of all tells, which may overflow by itself.
+bool finish(const Plan& plan, int32_t begin, int32_t end, int32_t panel, const float* sums, float* dw) {
   constexpr int kPatch = M + 2;
   const int32_t lanes = plan.split.width(panel) * V::width, filters = end - begin;
   const int32_t columns = plan.split.num_columns(panel), first = plan.split.first_column(panel);
+  V all = V::zero();
   for (int32_t k = 0; k < filters; ++k) {
     for (int32_t j = 0; j < columns; j += V::width) {
       const float* const from = sums + int64_t{k} * lanes + j;
@@ -166,6 +173,7 @@ void finish(const Plan& plan, int32_t begin, int32_t end, int32_t panel, const f
       for (int r = 0; r < 3; ++r) {
         V taps[3];
         Transform<M>::filter_transposed(half[r], taps);
+        all += (taps[0] + taps[1]) + taps[2];
         CONVEXT_UNROLL
         for (int s = 0; s < 3; ++s) store(block[3 * r + s], taps[s]);
       }
@@ -177,6 +185,104 @@ void finish(const Plan& plan, int32_t begin, int32_t end, int32_t panel, const f
       }
     }
   }
+  return !any_nonfinite(all);
+}
+
+// ---- Sums that are not finite ----
+
+bool all_finite(const float* taps) {
+  float zeros = 0;
+  for (int tap = 0; tap < 9; ++tap) zeros += taps[tap] - taps[tap];
+  return zeros == 0;
+}
+
+// The numbers of the channels of which `set` is true, in order; returns how many.
+template <class F>
+int32_t list_channels(int32_t channels, int32_t* list, F&& set) {
+  int32_t count = 0;
+  for (int32_t i = 0; i < channels; ++i) {
+    if (set(i)) list[count++] = i;
+  }
+  return count;
+}
+
+// The pixels of an axis at which a tap meets the image: outputs [begin, end), which read inputs from begin + shift on.
+struct Met {
+  int32_t begin, end, shift;
+  Met(const WinogradAxis& axis, int32_t tap) {
+    const int64_t first = int64_t{axis.offset} + int64_t{tap} * axis.step;
+    shift = static_cast<int32_t>(first);
+    begin = first < 0 ? static_cast<int32_t>(-first < axis.out ? -first : axis.out) : 0;
+    const int64_t last = axis.in - first;
+    end = last < axis.out ? static_cast<int32_t>(last) : axis.out;
+    if (end < begin) end = begin;
+  }
+  int32_t count() const { return end - begin; }
+};
+
+// The listed channels of a rectangle of (batch, height, width, channels), side by side.
+void crop(const float* from, int32_t batch, int32_t height, int32_t width, int32_t channels, int32_t row, int32_t rows,
+          int32_t column, int32_t columns, const int32_t* list, int32_t listed, float* to, const Parallel& parallel) {
+  parallel.for_each(int64_t{batch} * rows, [&](int64_t i) {
+    const float* pixel = from + ((i / rows * height + row + i % rows) * width + column) * channels;
+    float* out = to + i * columns * listed;
+    for (int32_t j = 0; j < columns; ++j, pixel += channels, out += listed) {
+      for (int32_t l = 0; l < listed; ++l) out[l] = pixel[list[l]];
+    }
+  });
+}
+
+// Sums of dw that are not finite once more, as plain sums: a matrix product for each tap, over the pixels where the tap
+// meets the image, for the filters and the channels that hold one. That is at most what the direct form computes.
+const char* sum_nonfinite(const Plan& plan, const float* dy, const float* x, float* dw, const Parallel& parallel) {
+  const ConvProblem& p = plan.p;
+  const RareMemory<uint8_t> marks(int64_t{p.k} + p.c);
+  const RareMemory<int32_t> lists(int64_t{p.k} + p.c);
+  if (!marks.data || !lists.data) return kNoMemory;
+  uint8_t *const k_marks = marks.data, *const c_marks = k_marks + p.k;
+  int32_t *const k_list = lists.data, *const c_list = k_list + p.k;
+  std::memset(marks.data, 0, int64_t{p.k} + p.c);
+  for (int32_t k = 0; k < p.k; ++k) {
+    for (int32_t c = 0; c < p.c; ++c) {
+      if (!all_finite(dw + (int64_t{k} * p.c + c) * 9)) k_marks[k] = c_marks[c] = 1;
+    }
+  }
+  ConvProblem one = p;  // tap
+  one.k = list_channels(p.k, k_list, [&](int32_t k) { return k_marks[k] != 0; });
+  one.c = list_channels(p.c, c_list, [&](int32_t c) { return c_marks[c] != 0; });
+  if (one.k == 0) return nullptr;
+  one.r = one.s = 1, one.pad_h = one.pad_w = 0, one.dil_h = one.dil_w = 1;
+
+  const int64_t filters = int64_t{one.k} * one.c;
+  const RareMemory<float> sums(9 * filters), dy_crop(p.npq() * one.k), x_crop(p.npq() * one.c);
+  if (!sums.data || !dy_crop.data || !x_crop.data) return kNoMemory;
+  for (int32_t tap = 0; tap < 9; ++tap) {
+    const Met rows(plan.grid.height, tap / 3), columns(plan.grid.width, tap % 3);
+    float* const out = sums.data + tap * filters;
+    one.h = rows.count(), one.w = columns.count();
+    if (one.h == 0 || one.w == 0) {
+      std::memset(out, 0, filters * sizeof(float));
+      continue;
+    }
+    crop(dy, p.n, p.p(), p.q(), p.k, rows.begin, one.h, columns.begin, one.w, k_list, one.k, dy_crop.data, parallel);
+    crop(x, p.n, p.h, p.w, p.c, rows.begin + rows.shift, one.h, columns.begin + columns.shift, one.w, c_list, one.c,
+         x_crop.data, parallel);
+    const RareMemory<char> workspace(wgrad_workspace<float>(one, parallel.threads));
+    if (!workspace.data) return kNoMemory;
+    LaunchArgs args{};
+    args.a = dy_crop.data, args.b = x_crop.data, args.out = out;
+    args.workspace = workspace.data;
+    args.parallel = &parallel;
+    if (const char* why = wgrad_launch<float>(one, args)) return why;
+  }
+  for (int32_t k = 0; k < one.k; ++k) {
+    for (int32_t c = 0; c < one.c; ++c) {
+      float* const taps = dw + (int64_t{k_list[k]} * p.c + c_list[c]) * 9;
+      if (all_finite(taps)) continue;
+      for (int32_t tap = 0; tap < 9; ++tap) taps[tap] = sums.data[tap * filters + int64_t{k} * one.c + c];
+    }
+  }
+  return nullptr;
 }
 
 struct WinogradWgrad {
@@ -210,6 +316,7 @@ struct WinogradWgrad {
                                                                  align64(plan.floats(threads) * 4));
     for (int64_t l = 0; l < plan.zeros(); ++l) zeros[l] = 0;
     for (int64_t t = 0; t < plan.share_tiles; ++t) d_rows[t] = d + t * plan.k_pitch;
+    bool finite = true;
     for (int64_t share = 0; share < plan.shares; ++share) {
       const int64_t begin = plan.share_begin(share), tiles = plan.share_begin(share + 1) - begin;
       parallel.for_each(tiles, [&](int64_t t) {
@@ -224,11 +331,13 @@ struct WinogradWgrad {
           const int32_t first = plan.filter_begin(block), last = plan.filter_begin(block + 1);
           float* const part = sums + (plan.shares > 1 ? item : thread) * plan.sums_size();
           multiply(plan, v, d_rows, static_cast<int32_t>(tiles), first, last, panel, share > 0, part);
-          if (share + 1 == plan.shares) finish(plan, first, last, panel, part, dw);
+          if (share + 1 == plan.shares && !finish(plan, first, last, panel, part, dw)) {
+            __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
+          }
         }
       });
     }
-    return nullptr;
+    return finite ? nullptr : sum_nonfinite(plan, dy, g.in, dw, parallel);
   }
 };
 

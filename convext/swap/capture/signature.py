@@ -3,34 +3,38 @@
 Two calls of the same signature take the same path through a traceable forward, so a plan is made per signature.
 """
 import inspect
+import math
 
 import torch
 
 TENSOR = "tensor"
 _PLAIN = (bool, int, float, str)
 # A subclass may give conv2d, add or relu another meaning; only these are known not to.
-_TENSOR_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
+TENSOR_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def kind(value):
     """Hashable description of one argument, or None for what no plan can be made for."""
-    if type(value) in _TENSOR_TYPES:
+    if type(value) in TENSOR_TYPES:
         return TENSOR
     if value is None or type(value) in _PLAIN:
-        return (type(value), value)
-    if type(value) in (list, tuple) and all(type(item) in _TENSOR_TYPES for item in value):
+        return (type(value), value, math.copysign(1.0, value)) if type(value) is float else (type(value), value)
+    if type(value) in (list, tuple) and all(type(item) in TENSOR_TYPES for item in value):
         return (type(value), len(value), TENSOR)
     return None
 
 
 def of_call(args, kwargs):
     """(kinds of args, names and kinds of kwargs), or None."""
-    if not kwargs and len(args) == 1 and type(args[0]) in _TENSOR_TYPES:
+    if not kwargs and len(args) == 1 and type(args[0]) in TENSOR_TYPES:
         return ONE_TENSOR
     kinds = tuple(map(kind, args))
     named = tuple((name, kind(value)) for name, value in kwargs.items())
     if None in kinds or any(k is None for _, k in named):
         return None
+    given = tensors(args, kwargs)
+    if len(set(map(id, given))) < len(given):
+        return None  # a forward may ask whether two arguments are one object
     return kinds, named
 
 
@@ -47,13 +51,15 @@ def default(module):
     return ((TENSOR,) * required, ())
 
 
-def build(signature, new_tensor):
-    """(args, kwargs) of the given signature with `new_tensor()` in the place of every tensor."""
+def build(signature, new_tensor, constant_list=list):
+    """(args, kwargs) of the given signature with `new_tensor()` in the place of every tensor, `constant_list` in that
+    of
+    list."""
     def make(k):
         if k == TENSOR:
             return new_tensor()
-        if len(k) == 3:
-            return k[0](new_tensor() for _ in range(k[1]))
+        if len(k) == 3 and k[-1] == TENSOR:
+            return (constant_list if k[0] is list else tuple)(new_tensor() for _ in range(k[1]))
         return k[1]
 
     kinds, named = signature
@@ -64,7 +70,7 @@ def tensors(args, kwargs):
     """The tensors of a call, in the order in which `build` asked for them."""
     found = []
     for value in (*args, *kwargs.values()):
-        if type(value) in _TENSOR_TYPES:
+        if type(value) in TENSOR_TYPES:
             found.append(value)
         elif type(value) in (list, tuple):
             found.extend(value)
