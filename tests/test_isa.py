@@ -101,8 +101,8 @@ def by_one_element(layer):
         layer.weight[-1, -1, -1, -1] += 1
 
 
-def by_an_element_that_no_sample_holds(layer):
-    """The sample of csrc/cpu/runtime/packed_weight.h skips it: the version counter alone tells."""
+def by_an_element_that_no_line_at_hand_holds(layer):
+    """The lines that packed_weight.h compares in that call are others: the version counter alone tells."""
     with torch.no_grad():
         layer.weight.view(-1)[3] += 1
 
@@ -148,7 +148,7 @@ def by_swapped_halves(layer):
 
 
 CHANGES = [
-    by_multiplication, by_one_element, by_an_element_that_no_sample_holds, by_optimizer_step, by_load_state_dict,
+    by_multiplication, by_one_element, by_an_element_that_no_line_at_hand_holds, by_optimizer_step, by_load_state_dict,
     by_data_in_place, by_one_element_of_data, by_new_data, by_new_parameter, by_numpy_view, by_inference_mode,
     by_swapped_halves,
 ]  # fmt: skip

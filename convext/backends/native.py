@@ -41,7 +41,6 @@ def _use_storage() -> str | None:
 
 _why_no_output_pool = "the compiled library did not load" if _C is None else _use_storage()
 
-_PACKED_HEADER = 64  # bytes in front of packed weights, for the fingerprint: csrc/cpu/runtime/packed_weight.h
 _NHWC = 1
 _CPU = 0
 
@@ -53,7 +52,6 @@ class _Plan(NamedTuple):
     name: str
     geom: list[int]
     pack_format: str | None
-    packed_bytes: int
 
 
 # What `slower` goes by, all shown by `convext bench layers` on a CPU with AVX-512.
@@ -89,8 +87,7 @@ def _plan(pass_: Pass, problem: ConvProblem) -> _Plan | None:
     geom = [p.stride_h, p.stride_w, p.pad_h, p.pad_w, p.dil_h, p.dil_w, p.groups]
     packs = pass_ is not Pass.WGRAD
     pack_format = _C.pack_format(index, fields) if packs else None
-    size = _PACKED_HEADER + _C.packed_size(index, fields) if pack_format else 0
-    return _Plan(index, kernels()[index]["name"], geom, pack_format, size)
+    return _Plan(index, kernels()[index]["name"], geom, pack_format)
 
 
 def _rejects_block(block) -> bool:
@@ -105,27 +102,73 @@ def forget_plans() -> None:
     _has_bf16_dot.cache_clear()
 
 
-# Packed weights by the identity of the weight tensor: id -> (weak reference, {pack format: buffer}). The C++ side
-# repacks where the weights have changed (csrc/cpu/runtime/packed_weight.h); an entry goes with its tensor.
-_packed: dict[int, tuple[weakref.ref, dict[str, torch.Tensor]]] = {}
+# Packed weights by the storage of the weight: id -> (weak reference to the storage, {TensorImpl's address:
+# _PackedWeight}). The C++ side keeps the packings of each and packs anew where the weights have changed
+# (packed_weight.h); what belongs to a storage goes with it. The weak reference is to the storage, because torch
+# refuses to exchange or convert tensors with weak references (torch.utils.swap_tensors), and because what was packed
+# belongs to the memory: another tensor at an address of before lies in another storage.
+_packed: dict[int, tuple[weakref.ref, dict[int, _PackedWeight]]] = {}
+_storages_gone = [0]  # how many that had packed weights
+# Tensors that share a storage: as many may have packed weights, and as many that begin at one address, so that tensors
+# that come and go over memory that stays leave no more behind.
+_MOST_OF_STORAGE, _MOST_AT_ADDRESS = 1024, 4
 
 
-def _packed_buffer(w: torch.Tensor, plan: _Plan) -> torch.Tensor | None:
-    if plan.pack_format is None:
-        return None
-    if w._is_view():  # made for one call: its packing goes into scratch memory
-        return None
-    key = id(w)
+class _PackedWeight(NamedTuple):
+    """What is kept of one tensor. owner: _C.PackedWeight. address: where the tensor was first seen."""
+
+    number: int
+    owner: object
+    address: int
+
+
+_NOT_KEPT = _PackedWeight(0, None, 0)
+
+
+def _storage_gone(key: int, reference: weakref.ref, packed=_packed, gone=_storages_gone) -> None:
+    entry = packed.get(key)
+    if entry is None or entry[0] is not reference:
+        return
+    del packed[key]
+    gone[0] += 1
+    for kept in entry[1].values():
+        kept.owner.forget()  # a sequence may hold it still
+
+
+def _packed_weight(w: torch.Tensor, plan: _Plan) -> _PackedWeight:
+    """Where the packings of w are kept. To be held until the call that uses its number has begun."""
+    if plan.pack_format is None or w._is_view():  # a view is made for one call: its packing goes into scratch memory
+        return _NOT_KEPT
+    storage = w.untyped_storage()
+    key = id(storage)
     entry = _packed.get(key)
-    if entry is None or entry[0]() is not w:
-        entry = (weakref.ref(w, lambda _, key=key: _packed.pop(key, None)), {})
+    if entry is None or entry[0]() is not storage:
+        entry = (weakref.ref(storage, functools.partial(_storage_gone, key)), {})
         _packed[key] = entry
-    buffer = entry[1].get(plan.pack_format)
-    if buffer is None or buffer.numel() < plan.packed_bytes:
-        buffer = torch.empty(plan.packed_bytes, dtype=torch.uint8, device="cpu")  # whatever the default device
-        buffer[:_PACKED_HEADER] = 0  # an empty fingerprint: stale
-        entry[1][plan.pack_format] = buffer
-    return buffer
+    kept = entry[1].get(w._cdata)
+    return _new_packed_weight(w, entry[1]) if kept is None else kept
+
+
+def _new_packed_weight(w: torch.Tensor, others: dict[int, _PackedWeight]) -> _PackedWeight:
+    owner, address = _C.PackedWeight(), w.data_ptr()
+    here = [impl for impl, kept in [*others.items()] if kept.address == address]
+    if len(here) >= _MOST_AT_ADDRESS:
+        others.pop(here[0], None)
+    elif len(others) >= _MOST_OF_STORAGE:
+        others.pop(next(iter(others)), None)
+    return others.setdefault(w._cdata, _PackedWeight(owner.number(), owner, address))
+
+
+def forget_packed(t: torch.Tensor) -> None:
+    """Whatever is kept of weights in the tensor's memory is packed anew when it is next used."""
+    entry = _packed.get(id(t.untyped_storage()))
+    for kept in [] if entry is None else [*entry[1].values()]:
+        kept.owner.forget()
+
+
+def packed_bytes() -> int:
+    """Bytes of packed weights that are kept."""
+    return sum(kept.owner.bytes() for _, all_kept in [*_packed.values()] for kept in [*all_kept.values()])
 
 
 def _version(w: torch.Tensor | None) -> int:
@@ -198,6 +241,10 @@ class NativeBackend:
             return "so few multiplications cost less than the call"
         return None
 
+    def forget_packed(self, t: torch.Tensor) -> None:
+        """Whatever is kept of weights in the tensor's memory is packed anew at its next use. CUDA keeps nothing."""
+        forget_packed(t)
+
     def accuracy(self) -> int:
         """The accuracy setting, a position in convext.accuracy's names; 0 without the compiled library."""
         return 0 if _C is None else _C.accuracy()
@@ -235,9 +282,9 @@ class NativeBackend:
         if problem.device == "cuda":
             return native_cuda.fprop(problem, x, w, epilogue)
         plan = _plan(Pass.FPROP, problem)
-        e = epilogue
+        e, packed = epilogue, _packed_weight(w, plan)
         return torch.ops.convext_cpu.fprop.default(
-            plan.variant, x, w, _packed_buffer(w, plan), _version(w), e.bias, e.mean, e.var, e.gamma, e.beta,
+            plan.variant, x, w, packed.number, _version(w), e.bias, e.mean, e.var, e.gamma, e.beta,
             e.residual, plan.geom, e.eps, ACTIVATIONS[e.activation], problem.y_layout == _NHWC,
         )  # fmt: skip
 
@@ -258,8 +305,9 @@ class NativeBackend:
         nhwc = problem.y_layout == _NHWC
 
         def call(x, w, bias, mean, var, gamma, beta, residual, eps):
-            return op(variant, x, w, _packed_buffer(w, plan), _version(w), bias, mean, var, gamma, beta, residual, geom,
-                      eps, code, nhwc)
+            packed = _packed_weight(w, plan)
+            return op(variant, x, w, packed.number, _version(w), bias, mean, var, gamma, beta, residual, geom, eps,
+                      code, nhwc)
 
         return call
 
@@ -279,20 +327,37 @@ class NativeBackend:
         op = ops.run_sequence.default._op
 
         def keep(tensors, eps, flat):
-            operands = []
-            for plan, step in zip(plans, tensors):
-                if plan is not None:
-                    operands.append(step[0])
-                    if plan.pack_format is not None:
-                        operands.append(_packed_buffer(step[0], plan))
-                operands += [t for t in step[1:] if t is not None]
-            number = ops.keep_sequence.default(program.number, operands, eps, flat)
+            packs = [(step[0], plan) for plan, step in zip(plans, tensors) if plan is not None and plan.pack_format]
+            operands = [t for step in tensors for t in step if t is not None]
+
+            def hand_over():
+                gone = _storages_gone[0]
+                packed = [_packed_weight(w, plan) for w, plan in packs]
+
+                def packed_are_kept():
+                    """Looks only after a storage has gone: where a tensor lies at an address of before, its packed
+                    weights may have been those of a storage that is no more."""
+                    nonlocal gone
+                    now = _storages_gone[0]
+                    if gone != now:
+                        if any(_packed_weight(w, plan) is not kept for (w, plan), kept in zip(packs, packed)):
+                            return False
+                        gone = now
+                    return True
+
+                places = native_sequence.places(_C, operands)
+                numbers = [kept.number for kept in packed]
+                number = ops.keep_sequence.default(program.number, operands, numbers, eps, flat)
+                return native_sequence.Handed(number, places, packed_are_kept)
+
             weights = [step[0] for step in tensors]
             tracked = all(w is not None and not w.is_inference() for w in weights)
-            return native_sequence.Kept(number, weights, operator.attrgetter("_version") if tracked else _version)
+            version = operator.attrgetter("_version") if tracked else _version
+            return native_sequence.Kept(operands, weights, version, hand_over)
 
         def run(x, kept):
-            return op(kept.number, x, [*map(kept.version, kept.weights)])
+            handed = kept.current()
+            return op(handed.number, x, [*map(kept.version, kept.weights)])
 
         return native_sequence.Prepared(keep, run, new_guards)
 
@@ -300,8 +365,9 @@ class NativeBackend:
         if problem.device == "cuda":
             return native_cuda.dgrad(problem, dy, w)
         plan = _plan(Pass.DGRAD, problem)
+        packed = _packed_weight(w, plan)
         return torch.ops.convext_cpu.dgrad.default(
-            plan.variant, dy, w, _packed_buffer(w, plan), _version(w), problem.h, problem.w, plan.geom,
+            plan.variant, dy, w, packed.number, _version(w), problem.h, problem.w, plan.geom,
             problem.x_layout == _NHWC,
         )  # fmt: skip
 

@@ -53,14 +53,56 @@ class Prepared(NamedTuple):
 
 
 class Kept:
-    """The tensors of a sequence, handed over to the compiled library, which lets go of them when this object dies.
+    """The tensors of a sequence, and what the compiled library holds of them, which it lets go of with this object.
 
-    number: the library's name for them. weights: each step's. version(weight): its version counter.
+    tensors: all of them. weights: each step's, or None. version(weight): its version counter.
+    hand_over() -> Handed of the tensors as they are now.
+
+    The library holds no tensor, only where it lies: torch refuses to exchange or to convert tensors that others hold
+    (torch.utils.swap_tensors). So each call looks whether all of them lie where they did.
     """
 
-    def __init__(self, number: int, weights: list[torch.Tensor], version: Callable):
-        self.number, self.weights, self.version = number, weights, version
+    def __init__(self, tensors: list[torch.Tensor], weights: list[torch.Tensor | None], version: Callable,
+                 hand_over: Callable):
+        self.tensors, self.weights, self.version = tensors, weights, version
+        self._hand_over = hand_over
+        self._handed = hand_over()
+
+    def current(self) -> Handed:
+        """What the library holds, handed over again where a tensor lies elsewhere now. To be kept while a call runs."""
+        handed = self._handed
+        if not (handed.places.still(self.tensors) and handed.packed_are_kept()):
+            handed = self._handed = self._hand_over()
+        return handed
+
+
+class Handed:
+    """What the library holds of a sequence's tensors. number: its name for that. places: where they lie.
+    packed_are_kept(): whether the packed weights are still those of the tensors' storages."""
+
+    def __init__(self, number: int, places, packed_are_kept: Callable[[], bool]):
+        self.number, self.places, self.packed_are_kept = number, places, packed_are_kept
         weakref.finalize(self, torch.ops.convext_cpu.drop_sequence.default, number).atexit = False
+
+
+class _PlacesInPython:
+    """_C.Places (csrc/python/places.h) for a torch without DLPack's table of functions."""
+
+    def __init__(self, tensors: list[torch.Tensor]):
+        self._places = self._of(tensors)
+
+    @staticmethod
+    def _of(tensors):
+        return [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+
+    def still(self, tensors: list[torch.Tensor]) -> bool:
+        return self._of(tensors) == self._places
+
+
+def places(compiled, tensors: list[torch.Tensor]):
+    """Where the tensors lie: an object whose `still(tensors)` says whether they lie there still."""
+    exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    return _PlacesInPython(tensors) if exchange is None else compiled.Places(exchange, tensors)
 
 
 def fill(program, blocks, plans) -> None:

@@ -117,8 +117,9 @@ struct Variant {
   // Scratch memory in bytes; may be nullptr for none. May depend on the number of threads.
   int64_t (*workspace)(const ConvProblem&, int32_t threads);
 
-  // Packed weights: nullptr where the kernel reads KCRS as it is. `pack_format` names the packed order so that two
-  // problems with the same weight and format share one copy; `packed_size` is in bytes; `pack` reads w as dense KCRS.
+  // Packed weights: nullptr where the kernel reads KCRS as it is. `pack_format` names the packed order: two problems
+  // with the same weight, format, C, K, R, S and groups share one copy (packed_weight.h), so what else the order
+  // follows from belongs into the name; `packed_size` is in bytes; `pack` reads w as dense KCRS.
   const char* (*pack_format)(const ConvProblem&);
   int64_t (*packed_size)(const ConvProblem&);
   void (*pack)(const ConvProblem&, const void* w, void* packed, const Parallel&);

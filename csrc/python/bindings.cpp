@@ -15,8 +15,10 @@
 #include "cpu/kernels/roofline/roofline.h"
 #include "cpu/runtime/block.h"
 #include "cpu/runtime/output_pool.h"
+#include "cpu/runtime/packed_weight.h"
 #include "cpu/runtime/sequence_program.h"
 #include "guards.h"
+#include "places.h"
 
 namespace py = pybind11;
 
@@ -186,6 +188,16 @@ PYBIND11_MODULE(_C, m) {
            "Whether every fact still stands. None in a fact's place stands for the owner, or its dictionary.")
       .def("broken", &Guards::broken, py::arg("owner") = py::none(), "(kind, key) of the first that does not, or None.")
       .def("__len__", &Guards::size);
+
+  py::class_<PackedWeight::Owner>(m, "PackedWeight", "Keeps all packings of one weight tensor while it lives.")
+      .def(py::init<>())
+      .def("number", &PackedWeight::Owner::number, "What the operators know it by.")
+      .def("forget", [](PackedWeight::Owner& self) { self->forget(); }, py::call_guard<py::gil_scoped_release>(),
+           "The next use packs anew.")
+      .def("bytes", [](PackedWeight::Owner& self) { return self->bytes(); }, "Bytes of all packings.");
+  py::class_<Places>(m, "Places", "Address, extents, strides, dtype and device of tensors that it does not keep alive.")
+      .def(py::init<const py::capsule&, const py::list&>(), py::arg("exchange"), py::arg("tensors"))
+      .def("still", &Places::still, py::arg("tensors"), "Whether those of the same tensors are what they were.");
 
   m.def("accuracy", [] { return static_cast<int>(settings().accuracy); },
         "Which algorithms may run: 0 all, 1 those within a plain sum's error, 2 plain sums.");

@@ -36,7 +36,7 @@ struct Arrays : SequenceOperands {
 
   View filters(const ProgramStep& s) const override { return arrays[s.weight].view; }
   Excite excite(const ProgramStep&, int64_t) const override { return {}; }
-  void prefetch(int64_t, const ProgramStep&, const View&, const BlockStep&) const override {}
+  void prefetch(int64_t, const ProgramStep&) const override {}
   void prepare(int64_t, const ProgramStep& s, const View& filters, const Parallel& parallel, BlockStep& out) override {
     out.epilogue.scale = values(s.gamma);
     out.epilogue.shift = values(s.kind == StepKind::kLayerNorm ? s.beta : s.bias);
@@ -131,10 +131,10 @@ void test_network(int64_t n, int64_t size, const std::string& isa) {
     check(s.output().n == n && s.output().c == 40 && s.output().h == 1 && s.output().w == 1, what + ": extents");
     check(run(s, m.arrays, threads) == one_by_one(s, *m.program, m.arrays, x), what);
     const View moved = channels_last(n, 8, size, size, other.data());
-    check(s.still_fits(moved, m.arrays, threads, set), what + ": another input of the same shape");
+    check(s.still_fits(moved, threads, set), what + ": another input of the same shape");
     check(run(s, m.arrays, threads) == one_by_one(s, *m.program, m.arrays, other), what + ": another input");
-    check(!s.still_fits(channels_last(n, 8, size, size + 1, x.data()), m.arrays, threads, set), what + ": a wider one");
-    check(!s.still_fits(view, m.arrays, threads + 1, set), what + ": more threads");
+    check(!s.still_fits(channels_last(n, 8, size, size + 1, x.data()), threads, set), what + ": a wider one");
+    check(!s.still_fits(view, threads + 1, set), what + ": more threads");
   }
 }
 

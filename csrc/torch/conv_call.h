@@ -34,12 +34,12 @@ inline void launch(const Variant& variant, const ConvProblem& problem, const Lau
                   failure);
 }
 
-// The weights as the kernel wants them: packed and kept where the caller offers a buffer, dense KCRS otherwise.
+// The weights as the kernel wants them: packed and kept where the caller has where to keep them, dense KCRS otherwise.
 struct Weights {
   const Variant& variant;
   const ConvProblem& problem;
   View view;
-  const OptionalTensor& packed;
+  PackedWeight* kept;
   int64_t version;
 
   bool packs() const { return variant.pack_format != nullptr && variant.pack_format(problem) != nullptr; }
@@ -47,18 +47,8 @@ struct Weights {
   int64_t dense_bytes() const {
     return dense() ? 0 : Scratch::padded(view.numel() * dtype_size(problem.dtype));
   }
-  int64_t packed_bytes() const { return packs() && !packed ? kPackedHeader + variant.packed_size(problem) : 0; }
+  int64_t packed_bytes() const { return packs() && kept == nullptr ? variant.packed_size(problem) : 0; }
   int64_t scratch_bytes() const { return dense_bytes() + Scratch::padded(packed_bytes()); }
-
-  // Asks for what `get` is going to look at, so that its waits for memory overlap.
-  void read_ahead() const {
-    if (!packed) return;
-    __builtin_prefetch(packed->const_data_ptr());
-    const int64_t bytes = view.numel() * dtype_size(view.dtype);
-    visit_fingerprint(bytes, [&](int64_t at, int64_t) {
-      if (bytes > kHashedWhole || at % kCacheLine == 0) __builtin_prefetch(static_cast<const char*>(view.data) + at);
-    });
-  }
 
   // What a kernel may go back to from its packed weights. This object must outlive the launch.
   WeightSource source() const {
@@ -74,7 +64,8 @@ struct Weights {
             this};
   }
 
-  const void* get(const Staging& staging, const Parallel& parallel) const {
+  // `lease` holds what is returned for as long as the kernel reads it.
+  const void* get(const Staging& staging, const Parallel& parallel, PackedWeight::Lease& lease) const {
     auto load = [&]() -> const void* {
       if (dense()) return view.data;
       void* copy = scratch().take(dense_bytes());
@@ -82,31 +73,37 @@ struct Weights {
       return copy;
     };
     if (!packs()) return load();
-    if (!packed) {
-      void* buffer = scratch().take(packed_bytes());
-      char* const out = static_cast<char*>(buffer) + kPackedHeader;
+    if (kept == nullptr) {
+      void* const out = scratch().take(packed_bytes());
       variant.pack(problem, load(), out, parallel);
       return out;
     }
-    const int64_t needed = kPackedHeader + variant.packed_size(problem);
-    STD_TORCH_CHECK(packed->numel() >= needed, "convext_cpu: packed holds ", packed->numel(), " bytes, not ", needed);
-    uint64_t seed = static_cast<uint64_t>(version) * 0x2545F4914F6CDD1Dull;
-    for (int i = 0; i < 4; ++i) seed = seed * 31 + static_cast<uint64_t>(view.stride[i]);
-    seed = seed * 31 + static_cast<uint64_t>(view.dtype);
-    const uint64_t print = fingerprint(view.data, view.numel() * dtype_size(view.dtype), seed);
-    return refresh_packed(variant, problem, print, packed->mutable_data_ptr(), parallel, load);
+    WeightView weights{view.data, {}, {}, view.dtype};
+    std::memcpy(weights.size, view.size, sizeof weights.size);
+    std::memcpy(weights.stride, view.stride, sizeof weights.stride);
+    lease = kept->get(variant, problem, weights, version, parallel, load);
+    return lease.data();
   }
 };
 
+// Where the packings of a weight are kept: `number` is a PackedWeight's, 0 stands for nowhere.
+inline std::shared_ptr<PackedWeight> packed_weight(int64_t number) {
+  if (number == 0) return nullptr;
+  std::shared_ptr<PackedWeight> kept = PackedWeight::numbered(number);
+  STD_TORCH_CHECK(kept != nullptr, "convext_cpu: there is no packed weight ", number);
+  return kept;
+}
+
 // Batch norm in inference and the bias, folded: scale = gamma / sqrt(var + eps), shift = beta + (bias - mean) * scale.
 // gamma or beta without mean and var scale and shift the biased sum as they are: mean 0, and var 1 with eps 0.
+template <class Optional>
 struct BatchNormTensors {
-  const OptionalTensor &bias, &mean, &var, &gamma, &beta;
+  const Optional &bias, &mean, &var, &gamma, &beta;
   double eps;
 
   // Asks for what `fold` is going to read, so that its waits for memory overlap.
   void read_ahead() const {
-    for (const OptionalTensor* t : {&bias, &mean, &var, &gamma, &beta}) {
+    for (const Optional* t : {&bias, &mean, &var, &gamma, &beta}) {
       if (!*t || !(*t)->is_cpu() || !(*t)->is_contiguous()) continue;
       const char* const data = static_cast<const char*>((*t)->const_data_ptr());
       const int64_t bytes = (*t)->numel() * dtype_size(dtype_of(**t));

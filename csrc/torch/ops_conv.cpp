@@ -55,7 +55,7 @@ void stage_out(const Operand& operand, DType compute, const Staging& staging, co
 
 // ---- ops -----------------------------------------------------------------------------------------------------------
 
-Tensor fprop(int64_t variant_index, const Tensor& x, const Tensor& w, const OptionalTensor& packed, int64_t version,
+Tensor fprop(int64_t variant_index, const Tensor& x, const Tensor& w, int64_t packed, int64_t version,
              const OptionalTensor& bias, const OptionalTensor& mean, const OptionalTensor& var,
              const OptionalTensor& gamma, const OptionalTensor& beta, const OptionalTensor& residual,
              std::vector<int64_t> geom, double eps, int64_t activation, bool channels_last) {
@@ -88,8 +88,10 @@ Tensor fprop(int64_t variant_index, const Tensor& x, const Tensor& w, const Opti
   }
   problem.x_layout = in.layout;
   problem.y_layout = out.layout;
-  const Weights weights{variant, problem, wv, packed, version};
-  const BatchNormTensors norm{bias, mean, var, gamma, beta, eps};
+  const std::shared_ptr<PackedWeight> kept = packed_weight(packed);
+  const Weights weights{variant, problem, wv, kept.get(), version};
+  PackedWeight::Lease lease;
+  const BatchNormTensors<OptionalTensor> norm{bias, mean, var, gamma, beta, eps};
   const ScratchScope scope(in.bytes + out.bytes + (addend ? addend->bytes : 0) + weights.scratch_bytes() +
                            norm.scratch_bytes(problem.k, problem.accumulate_dtype()) +
                            workspace_bytes(variant, problem, parallel));
@@ -101,7 +103,7 @@ Tensor fprop(int64_t variant_index, const Tensor& x, const Tensor& w, const Opti
   } else {
     norm.fold<float>(problem.k, args.epilogue);
   }
-  args.b = weights.get(staging, parallel);
+  args.b = weights.get(staging, parallel, lease);
   args.weights = weights.source();
   stage_in(in, compute, staging, parallel);
   args.a = in.data;
@@ -117,7 +119,7 @@ Tensor fprop(int64_t variant_index, const Tensor& x, const Tensor& w, const Opti
   return y;
 }
 
-Tensor dgrad(int64_t variant_index, const Tensor& dy, const Tensor& w, const OptionalTensor& packed, int64_t version,
+Tensor dgrad(int64_t variant_index, const Tensor& dy, const Tensor& w, int64_t packed, int64_t version,
              int64_t height, int64_t width, std::vector<int64_t> geom, bool channels_last) {
   const View dyv = view_of(dy, "dy"), wv = view_of(w, "w");
   STD_TORCH_CHECK(dyv.dtype == wv.dtype, "convext_cpu: dy and w must have one dtype");
@@ -137,12 +139,14 @@ Tensor dgrad(int64_t variant_index, const Tensor& dy, const Tensor& w, const Opt
   Operand in(dyv, variant.takes_nchw_y(), compute), out(view_of(dx, "dx"), variant.takes_nchw_x(), compute);
   problem.y_layout = in.layout;
   problem.x_layout = out.layout;
-  const Weights weights{variant, problem, wv, packed, version};
+  const std::shared_ptr<PackedWeight> kept = packed_weight(packed);
+  const Weights weights{variant, problem, wv, kept.get(), version};
+  PackedWeight::Lease lease;
   const ScratchScope scope(in.bytes + out.bytes + weights.scratch_bytes() +
                            workspace_bytes(variant, problem, parallel));
   LaunchArgs args{};
   args.parallel = &parallel;
-  args.b = weights.get(staging, parallel);
+  args.b = weights.get(staging, parallel, lease);
   args.weights = weights.source();
   stage_in(in, compute, staging, parallel);
   args.a = in.data;
@@ -204,15 +208,15 @@ Tensor to_nchw(const Tensor& x) {
 }  // namespace
 }  // namespace convext
 
-// geom is stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups. `packed` is the cache of packed weights, `version`
-// the weight's version counter: see packed_weight.h.
+// geom is stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups. `packed` is the number of the PackedWeight that
+// keeps the weight's packings, or 0; `version` the weight's version counter: see packed_weight.h.
 STABLE_TORCH_LIBRARY(convext_cpu, m) {
   m.def(
-      "fprop(int variant, Tensor x, Tensor w, Tensor? packed, int version, Tensor? bias, Tensor? mean, Tensor? var, "
+      "fprop(int variant, Tensor x, Tensor w, int packed, int version, Tensor? bias, Tensor? mean, Tensor? var, "
       "Tensor? gamma, Tensor? beta, Tensor? residual, int[] geom, float eps, int activation, bool channels_last) "
       "-> Tensor");
   m.def(
-      "dgrad(int variant, Tensor dy, Tensor w, Tensor? packed, int version, int height, int width, int[] geom, "
+      "dgrad(int variant, Tensor dy, Tensor w, int packed, int version, int height, int width, int[] geom, "
       "bool channels_last) -> Tensor");
   m.def("wgrad(int variant, Tensor dy, Tensor x, int r, int s, int[] geom, bool channels_last) -> Tensor");
   m.def("to_nchw(Tensor x) -> Tensor");

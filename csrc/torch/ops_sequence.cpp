@@ -1,11 +1,13 @@
 // Several convolutions in one call, from a tensor to a tensor. The ops are private to convext;
 // convext/backends/native.py calls them.
 //
-// The program (cpu/runtime/sequence_program.h), the tensors that it numbers and eps, one for each step, are handed over
-// once, and kept under a number: to pass hundreds of tensors took longer than some layers do. A call brings the input
-// and the version counters of the weights. Everything that is in a tensor, its address and extents too, is read anew in
-// each call; what follows from extents alone (cpu/runtime/sequence.h) is kept, and worked out again where an extent,
-// the input's order, the threads or the instruction set differ.
+// The program (cpu/runtime/sequence_program.h), the tensors and packed weights that it numbers and eps, one for each
+// step, are handed over once, and kept under a number: to pass hundreds of tensors took longer than some layers do.
+// Kept are addresses and extents, not the tensors, which torch could not exchange then (torch.utils.swap_tensors); that
+// they are still those of the tensors, the caller looks before each call (native_sequence.py). A call brings the input
+// and the version counters of the weights. The values in tensors are read anew in each call; what follows from extents
+// alone (cpu/runtime/sequence.h) is kept, and worked out again where the input's extents or order, the threads or the
+// instruction set differ.
 #include <memory>
 #include <mutex>
 #include <unordered_map>
@@ -19,7 +21,8 @@ namespace {
 // What is handed over once, and the Sequence of a call that is over, for the next one.
 struct Kept {
   std::shared_ptr<const SequenceProgram> program;
-  std::vector<OptionalTensor> tensors;
+  std::vector<std::optional<HeldTensor>> tensors;
+  std::vector<std::shared_ptr<PackedWeight>> packed;
   std::vector<double> eps;
   bool flat;  // the result is (N, C), which its one pixel is
   std::unique_ptr<Sequence> idle;
@@ -30,22 +33,23 @@ class Operands : public SequenceOperands {
   Operands(const Kept& kept, const std::vector<int64_t>& versions)
       : kept_(kept), versions_(versions), staging_(staging_for(settings().cpu_isa)) {
     weights_.reserve(versions.size());
+    leases_.reserve(versions.size());
   }
 
   View filters(const ProgramStep& step) const override {
-    const Tensor& w = *tensor(step.weight);
+    const HeldTensor& w = *tensor(step.weight);
     if (w.dim() == 4) return view_of(w, "w");
     STD_TORCH_CHECK(w.is_cpu() && w.dim() == 2, "convext_cpu: w must be a CPU tensor of 4 or 2 dimensions");
     return {{w.size(0), w.size(1), 1, 1}, {w.stride(0), w.stride(1), 1, 1}, dtype_of(w), w.data_ptr()};
   }
 
   Excite excite(const ProgramStep& step, int64_t c) const override {
-    const Tensor& squeeze = *tensor(step.squeeze_weight);
+    const HeldTensor& squeeze = *tensor(step.squeeze_weight);
     STD_TORCH_CHECK(squeeze.dim() == 4 && squeeze.size(1) == c, "convext_cpu: squeeze and excitation must read ", c,
                     " channels");
     const int64_t squeezed = squeeze.size(0);
     const auto operand = [&](int64_t at, int64_t numel) -> const float* {
-      const OptionalTensor& t = tensor(at);
+      const std::optional<HeldTensor>& t = tensor(at);
       if (!t) return nullptr;
       STD_TORCH_CHECK(t->is_cpu() && dtype_of(*t) == DType::kFloat32 && t->numel() == numel && t->is_contiguous(),
                       "convext_cpu: squeeze and excitation takes contiguous float32 tensors of ", numel,
@@ -70,15 +74,12 @@ class Operands : public SequenceOperands {
     if (step.kind == StepKind::kLayerNorm) out.weights = &kept_.eps[index];
     if (step.kind == StepKind::kConvolution) {
       weights_.push_back(weights_of(step, out, filters, versions_[index]));
-      out.weights = weights_.back().get(staging_, parallel);
+      out.weights = weights_.back().get(staging_, parallel, leases_.emplace_back());
       out.source = weights_.back().source();
     }
   }
 
-  void prefetch(int64_t index, const ProgramStep& step, const View& filters, const BlockStep& of) const override {
-    norm_of(index, step).read_ahead();
-    if (step.kind == StepKind::kConvolution) weights_of(step, of, filters, 0).read_ahead();
-  }
+  void prefetch(int64_t index, const ProgramStep& step) const override { norm_of(index, step).read_ahead(); }
 
   // What `prepare` takes of the scratch memory for all steps.
   int64_t scratch_bytes(const Sequence& s) const {
@@ -93,22 +94,24 @@ class Operands : public SequenceOperands {
   }
 
  private:
-  const OptionalTensor& tensor(int64_t at) const {
-    static const OptionalTensor absent;
+  const std::optional<HeldTensor>& tensor(int64_t at) const {
+    static const std::optional<HeldTensor> absent;
     return at == kAbsent ? absent : kept_.tensors[at];
   }
-  BatchNormTensors norm_of(int64_t index, const ProgramStep& step) const {
+  BatchNormTensors<std::optional<HeldTensor>> norm_of(int64_t index, const ProgramStep& step) const {
     return {tensor(step.bias),  tensor(step.mean), tensor(step.var),
             tensor(step.gamma), tensor(step.beta), kept_.eps[index]};
   }
   Weights weights_of(const ProgramStep& step, const BlockStep& of, const View& filters, int64_t version) const {
-    return {*of.variant, of.problem, filters, tensor(step.packed), version};
+    PackedWeight* const packed = step.packed == kAbsent ? nullptr : kept_.packed[step.packed].get();
+    return {*of.variant, of.problem, filters, packed, version};
   }
 
   const Kept& kept_;
   const std::vector<int64_t>& versions_;  // of each step's weight
   const Staging& staging_;
   std::vector<Weights> weights_;  // of the steps that are prepared: their sources point here
+  std::vector<PackedWeight::Lease> leases_;
 };
 
 std::mutex keeping;
@@ -118,21 +121,26 @@ std::unordered_map<int64_t, std::shared_ptr<Kept>>& all_kept() {
   return *kept;
 }
 
-int64_t keep_sequence(int64_t number, std::vector<Tensor> tensors, std::vector<double> eps, bool flat) {
+int64_t keep_sequence(int64_t number, std::vector<Tensor> tensors, std::vector<int64_t> packed,
+                      std::vector<double> eps, bool flat) {
   static int64_t last = 0;
   const std::shared_ptr<const SequenceProgram> program = SequenceProgram::find(number);
   STD_TORCH_CHECK(program != nullptr, "convext_cpu: there is no program ", number);
-  STD_TORCH_CHECK(static_cast<int64_t>(tensors.size()) == program->tensors(), "convext_cpu: the program has ",
-                  program->tensors(), " tensors, got ", tensors.size());
+  STD_TORCH_CHECK(static_cast<int64_t>(tensors.size()) == program->tensors() &&
+                      static_cast<int64_t>(packed.size()) == program->packed(),
+                  "convext_cpu: the program has ", program->tensors(), " tensors and ", program->packed(),
+                  " packed weights, got ", tensors.size(), " and ", packed.size());
   STD_TORCH_CHECK(static_cast<int64_t>(eps.size()) == program->steps(), "convext_cpu: eps must be one a step");
-  auto kept = std::make_shared<Kept>(Kept{program, {tensors.begin(), tensors.end()}, std::move(eps), flat, nullptr});
+  auto kept = std::make_shared<Kept>(Kept{program, {}, {}, std::move(eps), flat, nullptr});
+  for (const Tensor& t : tensors) kept->tensors.emplace_back(HeldTensor(t));
+  for (int64_t weight : packed) kept->packed.push_back(packed_weight(weight));
   const std::lock_guard<std::mutex> lock(keeping);
   all_kept().emplace(++last, std::move(kept));
   return last;
 }
 
 void drop_sequence(int64_t number) {
-  std::shared_ptr<Kept> dropped;  // its tensors are freed outside the lock
+  std::shared_ptr<Kept> dropped;  // what it kept is freed outside the lock
   const std::lock_guard<std::mutex> lock(keeping);
   const auto found = all_kept().find(number);
   if (found == all_kept().end()) return;
@@ -161,7 +169,7 @@ class Borrowed {
   const Kept& kept() const { return *kept_; }
   Sequence& sequence_for(const View& x, const Operands& operands, int32_t threads) {
     const Isa isa = settings().cpu_isa;
-    if (sequence_ == nullptr || !sequence_->still_fits(x, operands, threads, isa)) {
+    if (sequence_ == nullptr || !sequence_->still_fits(x, threads, isa)) {
       sequence_ = std::make_unique<Sequence>(x, *kept_->program, operands, threads, isa);
     }
     return *sequence_;
@@ -194,7 +202,7 @@ Tensor run_sequence(int64_t number, const Tensor& x, std::vector<int64_t> versio
 }  // namespace convext
 
 STABLE_TORCH_LIBRARY_FRAGMENT(convext_cpu, m) {
-  m.def("keep_sequence(int program, Tensor[] tensors, float[] eps, bool flat) -> int");
+  m.def("keep_sequence(int program, Tensor[] tensors, int[] packed, float[] eps, bool flat) -> int");
   m.def("drop_sequence(int number) -> ()");
   m.def("run_sequence(int number, Tensor x, int[] versions) -> Tensor");
 }

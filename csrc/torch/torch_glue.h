@@ -11,6 +11,7 @@
 #include <cstring>
 #include <optional>
 #include <type_traits>
+#include <vector>
 
 #include "cpu/runtime/output_pool.h"
 #include "cpu/runtime/scratch.h"
@@ -30,7 +31,36 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-inline DType dtype_of(const Tensor& t) {
+// What a tensor is, without a hold on it: torch refuses to exchange or convert tensors that others hold. Its maker
+// answers for it that the memory is still the tensor's (native_sequence.py).
+class HeldTensor {
+ public:
+  explicit HeldTensor(const Tensor& t)
+      : sizes_(t.sizes().begin(), t.sizes().end()), strides_(t.strides().begin(), t.strides().end()),
+        type_(t.scalar_type()), cpu_(t.is_cpu()), contiguous_(t.is_contiguous()), numel_(t.numel()),
+        data_(t.data_ptr()) {}
+  int64_t dim() const { return static_cast<int64_t>(sizes_.size()); }
+  int64_t size(int64_t i) const { return sizes_[i]; }
+  int64_t stride(int64_t i) const { return strides_[i]; }
+  const std::vector<int64_t>& sizes() const { return sizes_; }
+  const std::vector<int64_t>& strides() const { return strides_; }
+  ScalarType scalar_type() const { return type_; }
+  bool is_cpu() const { return cpu_; }
+  bool is_contiguous() const { return contiguous_; }
+  int64_t numel() const { return numel_; }
+  void* data_ptr() const { return data_; }
+  const void* const_data_ptr() const { return data_; }
+
+ private:
+  std::vector<int64_t> sizes_, strides_;
+  ScalarType type_;
+  bool cpu_, contiguous_;
+  int64_t numel_;
+  void* data_;
+};
+
+template <class AnyTensor>
+DType dtype_of(const AnyTensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float: return DType::kFloat32;
     case ScalarType::Double: return DType::kFloat64;
@@ -53,7 +83,8 @@ inline int32_t scalar_type_of(DType dtype) {
 // Halves are computed in float32 and rounded once, at the end.
 inline DType compute_dtype(DType dtype) { return dtype == DType::kFloat64 ? dtype : DType::kFloat32; }
 
-inline View view_of(const Tensor& t, const char* name) {
+template <class AnyTensor>
+View view_of(const AnyTensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_cpu(), "convext_cpu: ", name, " must be a CPU tensor");
   STD_TORCH_CHECK(t.dim() == 4, "convext_cpu: ", name, " must have 4 dimensions, got ", t.dim());
   View v{};
@@ -133,8 +164,8 @@ inline float widen(torch::headeronly::BFloat16 value) { return static_cast<float
 
 // Per-channel parameters of any dtype, and in one dimension of any stride, as k values of T, `absent` where there is no
 // tensor.
-template <class T>
-void load_channels(const OptionalTensor& t, const char* name, int64_t k, T absent, T* out) {
+template <class T, class Optional>
+void load_channels(const Optional& t, const char* name, int64_t k, T absent, T* out) {
   if (!t) {
     for (int64_t i = 0; i < k; ++i) out[i] = absent;
     return;
@@ -159,8 +190,8 @@ void load_channels(const OptionalTensor& t, const char* name, int64_t k, T absen
 }
 
 // The same, where they lie if they lie so, else in `room`.
-template <class T>
-const T* channels(const OptionalTensor& t, const char* name, int64_t k, T absent, T* room) {
+template <class T, class Optional>
+const T* channels(const Optional& t, const char* name, int64_t k, T absent, T* room) {
   const bool same = t && (std::is_same_v<T, float> ? dtype_of(*t) == DType::kFloat32 : dtype_of(*t) == DType::kFloat64);
   if (same && t->is_cpu() && t->numel() == k && t->is_contiguous()) return static_cast<const T*>(t->const_data_ptr());
   load_channels<T>(t, name, k, absent, room);

@@ -51,23 +51,13 @@ Sequence::Sequence(const View& input, const SequenceProgram& program, const Sequ
   }
 }
 
-bool Sequence::still_fits(const View& x, const SequenceOperands& operands, int32_t threads, Isa isa) {
+bool Sequence::still_fits(const View& x, int32_t threads, Isa isa) {
   if (std::memcmp(x.size, input_.size, sizeof x.size) != 0 ||
       std::memcmp(x.stride, input_.stride, sizeof x.stride) != 0 || x.dtype != input_.dtype || threads != threads_ ||
       isa != isa_) {
     return false;
   }
   input_.data = x.data;
-  for (size_t i = 0; i < steps_.size(); ++i) {
-    if (of_program_[i]->kind != StepKind::kConvolution) continue;
-    const View now = operands.filters(*of_program_[i]);
-    if (std::memcmp(now.size, filters_[i].size, sizeof now.size) != 0 || now.dtype != filters_[i].dtype) return false;
-    filters_[i] = now;
-    if (!steps_[i].excites) continue;
-    const Excite excite = operands.excite(*of_program_[i], steps_[i].problem.c);
-    if (excite.squeezed != steps_[i].excite.squeezed) return false;
-    steps_[i].excite = excite;
-  }
   return true;
 }
 
@@ -253,7 +243,7 @@ void Sequence::prepare(int64_t b, SequenceOperands& operands, const Parallel& pa
 
 void Sequence::prefetch(int64_t b, const SequenceOperands& operands) const {
   for (size_t i = blocks_[b].first; i < blocks_[b].first + blocks_[b].count; ++i) {
-    operands.prefetch(i, *of_program_[i], filters_[i], steps_[i]);
+    operands.prefetch(i, *of_program_[i]);
   }
 }
 
@@ -265,13 +255,16 @@ void Sequence::run_phase(const Phase& phase, const std::vector<Lane>& lanes, Seq
   if (shares(phase)) {
     for (int64_t b = phase.first; b < end; ++b) {
       prepare(b, operands, parallel);
-      // While a block runs, what the next one's weights are judged by comes from memory.
+      // While a block runs, what the next one's epilogue is made of comes from memory.
       if (b + 1 < static_cast<int64_t>(blocks_.size())) prefetch(b + 1, operands);
       if (const char* const why = run_images(b, 0, input_.size[0], lanes[0], parallel)) failure = why;
     }
   } else {
-    for (int64_t b = phase.first; b < end; ++b) prefetch(b, operands);
-    for (int64_t b = phase.first; b < end; ++b) prepare(b, operands, parallel);
+    prefetch(phase.first, operands);
+    for (int64_t b = phase.first; b < end; ++b) {
+      if (b + 1 < end) prefetch(b + 1, operands);
+      prepare(b, operands, parallel);
+    }
     const int64_t each = input_.size[0] / threads_;
     parallel.for_each(threads_, [&](int64_t t) {
       for (int64_t image = t * each; image < (t + 1) * each; image += phase.images) {

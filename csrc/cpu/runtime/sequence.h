@@ -11,11 +11,12 @@
 
 namespace convext {
 
-// The steps' tensors, which are read anew in each call: the caller has them, and knows their type.
+// The steps' tensors: the caller has them, and knows their type. Where they lie, and their extents, is a sequence's for
+// good; what they hold is read anew in each run.
 class SequenceOperands {
  public:
   virtual ~SequenceOperands() = default;
-  // The weight of a convolution as a filter bank, where it lies.
+  // The weight of a convolution as a filter bank.
   virtual View filters(const ProgramStep& step) const = 0;
   // The squeeze and excitation in front of a convolution, of c channels.
   virtual Excite excite(const ProgramStep& step, int64_t c) const = 0;
@@ -23,7 +24,7 @@ class SequenceOperands {
   virtual void prepare(int64_t index, const ProgramStep& step, const View& filters, const Parallel&,
                        BlockStep& out) = 0;
   // Asks for what `prepare` is going to look at, so that its waits for memory overlap.
-  virtual void prefetch(int64_t index, const ProgramStep& step, const View& filters, const BlockStep&) const = 0;
+  virtual void prefetch(int64_t index, const ProgramStep& step) const = 0;
 };
 
 class Sequence {
@@ -32,9 +33,8 @@ class Sequence {
   Sequence(const View& input, const SequenceProgram& program, const SequenceOperands& operands, int32_t threads,
            Isa isa);
 
-  // Whether all this holds for a call: the same input but for its address, and weights as large as they were, those of
-  // squeeze and excitation among them, for which there is memory. Notes where the weights lie now.
-  bool still_fits(const View& input, const SequenceOperands& operands, int32_t threads, Isa isa);
+  // Whether all this holds for a run: the same input but for its address, which becomes that of the next run.
+  bool still_fits(const View& input, int32_t threads, Isa isa);
 
   // Of the result, which is dense channels-last.
   struct Extents {

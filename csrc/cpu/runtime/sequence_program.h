@@ -2,9 +2,9 @@
 // and read by sequence.h.
 //
 // A sequence is made of blocks (block.h), most of one step. Value 0 is its input, value i the output of block i - 1.
-// The steps' tensors are numbered in the order of the steps, those that are there: of a convolution the weight, the
-// packed weight, bias, mean, var, gamma, beta, and weight and bias of each of the two convolutions of a squeeze and
-// excitation.
+// The steps' tensors are numbered in the order of the steps, those that are there: of a convolution the weight, bias,
+// mean, var, gamma, beta, and weight and bias of each of the two convolutions of a squeeze and excitation. Packed
+// weights (packed_weight.h) are numbered by themselves, in the order of the convolutions that have one.
 #pragma once
 #include <memory>
 #include <optional>
@@ -28,9 +28,9 @@ struct ProgramStep {
   Geom geom{};
   Activation activation = Activation::identity;
   int64_t residual = kAbsent;  // a value
+  int64_t packed = kAbsent;  // number of the packed weight
   // Numbers of tensors.
-  int64_t weight = kAbsent, packed = kAbsent;
-  int64_t bias = kAbsent, mean = kAbsent, var = kAbsent, gamma = kAbsent, beta = kAbsent;
+  int64_t weight = kAbsent, bias = kAbsent, mean = kAbsent, var = kAbsent, gamma = kAbsent, beta = kAbsent;
   // Squeeze and excitation of the input, in front of the convolution.
   bool excites = false;
   int64_t squeeze_weight = kAbsent, squeeze_bias = kAbsent, excite_weight = kAbsent, excite_bias = kAbsent;
@@ -54,6 +54,7 @@ class SequenceProgram {
   const std::vector<ProgramBlock>& blocks() const { return blocks_; }
   int64_t steps() const { return steps_; }
   int64_t tensors() const { return tensors_; }
+  int64_t packed() const { return packed_; }
 
   // Steps are added to the last block.
   void begin_block(int64_t source);
@@ -70,7 +71,7 @@ class SequenceProgram {
   int64_t take(bool there) { return there ? tensors_++ : kAbsent; }
   int64_t checked_value(int64_t value) const;
 
-  int64_t number_ = 0, steps_ = 0, tensors_ = 0;
+  int64_t number_ = 0, steps_ = 0, tensors_ = 0, packed_ = 0;
   bool found_ = false;
   std::vector<ProgramBlock> blocks_;
 };
