@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import backends
 
-NAMES = ("fast", "strict", "direct")  # in the order of Accuracy, csrc/select.h
+NAMES = ("fast", "strict", "direct")  # in the order of Accuracy, csrc/core/select.h
 
 
 class accuracy:

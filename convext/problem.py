@@ -1,4 +1,4 @@
-"""One 2-D convolution as plain data: the Python twin of csrc/conv_problem.h and csrc/epilogue.h."""
+"""One 2-D convolution as plain data: the Python twin of csrc/core/conv_problem.h and csrc/core/epilogue.h."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""csrc/guards.h: every kind of fact notices its change, and the end of it."""
+"""csrc/python/guards.h: every kind of fact notices its change, and the end of it."""
 import gc
 import weakref
 

@@ -1,5 +1,5 @@
 """NaN, infinity and overflow stay where PyTorch's convolution has them, although Winograd's transforms spread them over
-tiles: csrc/cpu/winograd_direct.h says how. csrc/tests/cpu_variants.cpp tries the kernels one by one; here they are
+tiles: winograd_direct.h says how. csrc/tests/cpu_variants.cpp tries the kernels one by one; here they are
 reached as a user reaches them.
 
 The expected values are oneDNN's, which sums directly. Infinite weights meet no padding here: what becomes of them there

@@ -208,7 +208,7 @@ def test_gradients_are_as_resizable_as_results():
 
 
 def test_another_release_of_torch_gets_no_pool(monkeypatch):
-    """Storages may look otherwise there than csrc/storage.cpp was compiled for."""
+    """Storages may look otherwise there than csrc/storage/storage.cpp was compiled for."""
     native = importlib.import_module("convext.backends.native")
     monkeypatch.setattr(native.torch, "__version__", "2.99.0")
     assert "runs with 2.99.0" in native._use_storage()
@@ -268,9 +268,9 @@ def test_a_forked_process_has_a_pool_of_its_own():
 def test_no_data_race(tmp_path):
     """csrc/tests/cpu_output_pool.cpp under the thread sanitizer; under the others and without: csrc/tests/run.py."""
     program = tmp_path / "cpu_output_pool"
-    sources = [str(CSRC / "output_pool.cpp"), str(CSRC / "tests" / "cpu_output_pool.cpp")]
-    command = [*compiler().split(), "-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", "-o", str(program)]
-    built = subprocess.run([*command, *sources], capture_output=True, text=True)
+    sources = [str(CSRC / "cpu" / "runtime" / "output_pool.cpp"), str(CSRC / "tests" / "cpu_output_pool.cpp")]
+    command = [*compiler().split(), f"-I{CSRC}", "-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread"]
+    built = subprocess.run([*command, "-o", str(program), *sources], capture_output=True, text=True)
     if "cannot find" in built.stderr and "tsan" in built.stderr:
         pytest.skip("this compiler came without the thread sanitizer's library")
     assert built.returncode == 0, built.stderr

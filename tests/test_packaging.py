@@ -113,7 +113,7 @@ def test_the_readme_gives_the_two_commands():
     assert re.search(r"^\./dev demo$", readme, re.M) and re.search(r"^\./dev test$", readme, re.M)
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted((ROOT / "csrc" / "cuda").rglob("*.cu")), ids=lambda file: file.stem)
 def test_a_cuda_file_opens_with_its_budget(file):
     opening = re.match(r"(//.*\n)+", file.read_text())[0].lower()
     assert all(word in opening for word in ("=", "register", "shared memory", "flop")), opening

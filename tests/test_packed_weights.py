@@ -15,7 +15,7 @@ from torch import nn
 import convext
 from convext.backends import native, native_sequence
 
-LINE = 64  # bytes: csrc/packed_weight.h
+LINE = 64  # bytes: csrc/cpu/runtime/packed_weight.h
 
 
 @pytest.fixture(autouse=True)

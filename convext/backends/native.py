@@ -1,8 +1,8 @@
 """The native backend: convext's own compiled kernels.
 
 On the CPU they are in ``convext/_C`` (C++ with AVX-512, AVX2 and portable forms, picked at run time). Which kernel
-serves a problem is decided in C++ (``csrc/select.cpp``); this file turns tensors and problems into calls, and keeps
-packed weights between calls. What concerns CUDA tensors is in ``native_cuda.py``.
+serves a problem is decided in C++ (``csrc/core/select.cpp``); this file turns tensors and problems into calls, and
+keeps packed weights between calls. What concerns CUDA tensors is in ``native_cuda.py``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ except ImportError as error:  # not built, or built for another Python
 
 def _use_storage() -> str | None:
     """Lets results lie in the pool of dropped results, or says why they cannot: the library that makes their storage
-    resizable holds for the release of torch that it was built with (csrc/storage.cpp)."""
+    resizable holds for the release of torch that it was built with (csrc/storage/storage.cpp)."""
     built, running = _C.build_info()["torch"].split("+")[0], torch.__version__.split("+")[0]
     if built != running:
         return f"convext was built with torch {built} and runs with {running}"
@@ -54,6 +54,19 @@ class _Plan(NamedTuple):
     pack_format: str | None
 
 
+# What `slower` goes by, all shown by `convext bench layers` on a CPU with AVX-512.
+_BF16_PIXELS = 64  # of the output: with more, products in float32 lose to those of bfloat16
+_EMPTY_LANES = {Pass.FPROP: (8, 4), Pass.DGRAD: (8, 4), Pass.WGRAD: (16, 16)}  # columns a group; at stride 1, above
+_FEW_CHANNELS = 4
+_FEW_FLOPS = 1.2e5
+
+
+@functools.cache
+def kernels() -> list[dict]:
+    """What every CPU kernel says about itself, in the order of their indices."""
+    return _C.variants()
+
+
 @functools.cache
 def _has_bf16_dot() -> bool:
     return _C.cpu_features().get("avx512bf16", False)
@@ -74,7 +87,7 @@ def _plan(pass_: Pass, problem: ConvProblem) -> _Plan | None:
     geom = [p.stride_h, p.stride_w, p.pad_h, p.pad_w, p.dil_h, p.dil_w, p.groups]
     packs = pass_ is not Pass.WGRAD
     pack_format = _C.pack_format(index, fields) if packs else None
-    return _Plan(index, _C.variants()[index]["name"], geom, pack_format)
+    return _Plan(index, kernels()[index]["name"], geom, pack_format)
 
 
 def _rejects_block(block) -> bool:
@@ -91,7 +104,7 @@ def forget_plans() -> None:
 
 # Packed weights by the storage of the weight: id -> (weak reference to the storage, {TensorImpl's address:
 # _PackedWeight}). The C++ side keeps the packings of each and packs anew where the weights have changed
-# (csrc/packed_weight.h); what belongs to a storage goes with it. The weak reference is to the storage, because torch
+# (packed_weight.h); what belongs to a storage goes with it. The weak reference is to the storage, because torch
 # refuses to exchange or convert tensors with weak references (torch.utils.swap_tensors), and because what was packed
 # belongs to the memory: another tensor at an address of before lies in another storage.
 _packed: dict[int, tuple[weakref.ref, dict[int, _PackedWeight]]] = {}
@@ -168,7 +181,7 @@ def has_guards() -> bool:
 
 
 def new_guards():
-    """Empty guards (csrc/guards.h)."""
+    """Empty guards (csrc/python/guards.h)."""
     return _C.Guards()
 
 
@@ -208,23 +221,23 @@ class NativeBackend:
     def slower(self, pass_: Pass, problem: ConvProblem) -> str | None:
         """Why ATen is expected to be faster for a problem that a kernel here takes, in words, or None.
 
-        Each rule stands for a class of problems that `convext bench layers` showed to lose, on a CPU with AVX-512.
+        Each rule stands for a class of problems that was measured to lose.
         """
         p = problem
         if p.device != "cpu" or p.is_depthwise:
             return None
+        kernel = kernels()[_plan(pass_, p).variant]
         if p.dtype is DType.BFLOAT16 and _has_bf16_dot():
-            kernel = self.variant(pass_, p)
-            staged = "_bf16_" not in kernel and "_winograd" not in kernel
-            if staged and (p.npq > 64 or pass_ is Pass.WGRAD):
+            plain = kernel["dtype"] != p.dtype and kernel["algorithm"] != "winograd"
+            if plain and (p.npq > _BF16_PIXELS or pass_ is Pass.WGRAD):
                 return "ATen multiplies bfloat16 with this CPU's bfloat16 instructions, twice as fast as float32"
-        if p.groups > 1 and "_grouped_" not in self.variant(pass_, p):
+        if p.groups > 1 and kernel["algorithm"] != "grouped":
             columns = p.c_per_group if pass_ is Pass.DGRAD else p.k_per_group
-            if columns <= (16 if pass_ is Pass.WGRAD else 8 if p.is_unit_stride else 4):
+            if columns <= _EMPTY_LANES[pass_][not p.is_unit_stride]:
                 return f"{columns} channels a group leave most lanes of a vector empty"
-        elif p.c <= 4 and not p.is_pointwise and pass_ is Pass.DGRAD:
+        elif p.c <= _FEW_CHANNELS and not p.is_pointwise and pass_ is Pass.DGRAD:
             return f"{p.c} input channels leave most lanes of a vector empty"
-        if p.flops <= 1.2e5 and pass_ is not Pass.DGRAD:
+        if p.flops <= _FEW_FLOPS and pass_ is not Pass.DGRAD:
             return "so few multiplications cost less than the call"
         return None
 
@@ -303,13 +316,14 @@ class NativeBackend:
         if any(step.problem.device == "cuda" for step in steps):
             return None
         plans = [None if step.layer else _plan(Pass.FPROP, step.problem) for step in steps]
-        kernels = [None if plan is None else _C.variants()[plan.variant] for plan in plans]
+        chosen = [None if plan is None else kernels()[plan.variant] for plan in plans]
         if any(kernel is not None and kernel["dtype"] != step.problem.dtype or step.problem.y_layout != _NHWC
-               for kernel, step in zip(kernels, steps)) or any(step.problem.x_layout != _NHWC for step in steps[1:]) \
-                or steps[0].problem.x_layout != _NHWC and not (kernels[0] and kernels[0]["reads_nchw"]) \
+               for kernel, step in zip(chosen, steps)) or any(step.problem.x_layout != _NHWC for step in steps[1:]) \
+                or steps[0].problem.x_layout != _NHWC and not (chosen[0] and chosen[0]["reads_nchw"]) \
                 or any(len(block.steps) > 1 and _rejects_block(block) for block in blocks):
             return None
-        ops, program = torch.ops.convext_cpu, native_sequence.program(blocks, plans)
+        ops, program = torch.ops.convext_cpu, _C.SequenceProgram()
+        native_sequence.fill(program, blocks, plans)
         op = ops.run_sequence.default._op
 
         def keep(tensors, eps, flat):
@@ -332,7 +346,8 @@ class NativeBackend:
                     return True
 
                 places = native_sequence.places(_C, operands)
-                number = ops.keep_sequence.default(program, operands, [kept.number for kept in packed], eps, flat)
+                numbers = [kept.number for kept in packed]
+                number = ops.keep_sequence.default(program.number, operands, numbers, eps, flat)
                 return native_sequence.Handed(number, places, packed_are_kept)
 
             weights = [step[0] for step in tensors]

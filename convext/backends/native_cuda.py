@@ -4,8 +4,8 @@ The library knows no torch: it gets addresses, the device and the stream. This f
 brings tensors into the order a kernel reads, allocates results and scratch memory from torch's caching allocator (so
 that calls can be captured in a CUDA graph), and passes the current stream of the tensors' device.
 
-Which kernel serves a problem is decided in C++ (``csrc/select.cpp``, ``csrc/select_cuda.cpp``). Tensors that arrive in
-NCHW are either read as they are or transposed first, whatever the model of the costs says is cheaper.
+Which kernel serves a problem is decided in C++ (``core`` and ``cuda`` in ``csrc/``). Tensors that arrive in NCHW are
+either read as they are or transposed first, whatever the model of the costs says is cheaper.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class _Plan(NamedTuple):
     y_layout: Layout
     krsc: bool  # weights lie in channels-last order
     workspace: int  # bytes
+    facts: dict  # what the kernel says about itself
     writes_dx: bool  # the wgrad kernel can write dx in the same pass
     stats_rows: int  # of partial batch statistics that the fprop kernel can write
 
@@ -67,7 +68,7 @@ def _plan_for(pass_: Pass, problem: ConvProblem, tf32: bool) -> _Plan | None:
     fields = _fields(problem, x_layout, y_layout)
     known = _CUDA.variants()[index]
     return _Plan(index, known["name"], fields, x_layout, y_layout, _CUDA.weight_order(index, fields) == "krsc",
-                 _CUDA.workspace(index, fields), known["writes_dx"], _CUDA.stats_rows(index, fields))
+                 _CUDA.workspace(index, fields), known, known["writes_dx"], _CUDA.stats_rows(index, fields))
 
 
 def _plan(pass_: Pass, problem: ConvProblem) -> _Plan | None:

@@ -1,4 +1,4 @@
-"""The program of a sequence: how csrc/ops_sequence.cpp is told what several convolutions in one call are."""
+"""The program of a sequence: how the compiled library is told what several convolutions in one call are."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from typing import NamedTuple
 import torch
 
 from ..problem import ACTIVATIONS, ConvProblem
-
-_ABSENT = -1
-_LAYERS = {"layer norm": -1, "mean": -2}  # what stands in the place of a kernel
 
 
 class Step(NamedTuple):
@@ -47,7 +44,7 @@ class Prepared(NamedTuple):
     keep(tensors by step, eps by step, flat) -> Kept   to be done anew where one of the tensors is another object;
                                                        flat: y is (N, C), whose one pixel it is
     run(x, Kept) -> y
-    guards() -> Guards                                 empty ones (csrc/guards.h)
+    guards() -> Guards                                 empty ones (csrc/python/guards.h)
     """
 
     keep: Callable
@@ -89,7 +86,7 @@ class Handed:
 
 
 class _PlacesInPython:
-    """_C.Places (csrc/places.h) for a torch without DLPack's table of functions."""
+    """_C.Places (csrc/python/places.h) for a torch without DLPack's table of functions."""
 
     def __init__(self, tensors: list[torch.Tensor]):
         self._places = self._of(tensors)
@@ -108,30 +105,20 @@ def places(compiled, tensors: list[torch.Tensor]):
     return _PlacesInPython(tensors) if exchange is None else compiled.Places(exchange, tensors)
 
 
-def program(blocks, plans) -> list[int]:
-    """The numbers of the blocks, one after the other. `plans`: the call of each step's kernel, None of a layer that is
-    no convolution.
-
-    The op's list of tensors has the steps' present ones in their order, its list of packed weights those of the steps
-    that have one.
-    """
-    numbers, count, packings, plans = [], 0, 0, iter(plans)
-
-    def take(there):
-        nonlocal count
-        count += there
-        return count - 1 if there else _ABSENT
-
+def fill(program, blocks, plans) -> None:
+    """Adds the blocks to an empty program (csrc/cpu/runtime/sequence_program.h, which says in what order the op takes
+    their tensors). `plans`: the call of each step's kernel, None of a layer that is no convolution."""
+    plans = iter(plans)
     for block in blocks:
-        numbers += [block.source, len(block.steps)]
+        program.begin_block(block.source)
         for step, plan in zip(block.steps, plans):
-            packs = plan is not None and plan.pack_format is not None
-            weight, packed = take(step.present[0]), packings if packs else _ABSENT
-            packings += packs
-            bias, mean, var, gamma, beta, *excited = map(take, step.present[1:])
-            numbers += [_LAYERS[step.layer], *[0] * 7] if plan is None else [plan.variant, *plan.geom]
-            numbers += [ACTIVATIONS[step.activation], weight, packed, bias, mean, var, gamma,
-                        beta, _ABSENT if step.residual is None else step.residual]
-            numbers += [0, *[_ABSENT] * 4, 0, 0] if step.excite is None else [
-                1, *excited, ACTIVATIONS[step.excite[0]], step.excite[1]]
-    return numbers
+            if step.layer == "layer norm":
+                *_, gamma, beta = step.present
+                program.add_layer_norm(gamma, beta)
+            elif step.layer == "mean":
+                program.add_mean()
+            else:
+                excite = None if step.excite is None else (ACTIVATIONS[step.excite[0]], step.excite[1])
+                program.add_convolution(
+                    plan.variant, plan.geom, ACTIVATIONS[step.activation], packs=plan.pack_format is not None,
+                    residual=step.residual, present=step.present[1:], excite=excite)

@@ -4,7 +4,7 @@
     [y = scale * y]   [y = y + residual]
 
 Over a channels-last image a permutation is a view, a linear layer a 1x1 convolution, and a LayerNorm a kernel of its
-own (csrc/cpu/layer_norm.h). So such a run of layers is steps of a sequence like any convolution's. A LayerNorm2d, which
+own (csrc's layer_norm.h). So such a run of layers is steps of a sequence like any convolution's. A LayerNorm2d, which
 permutes by itself, is a run of one layer.
 """
 from dataclasses import dataclass, field

@@ -5,9 +5,9 @@ Two things are put together, in the graph of a container's forward:
     Block      chains of pointwise and depthwise convolutions and runs of layers over channels (pixelwise.py), each
                read by the next alone, as an inverted residual or ConvNeXt's block is made of them, squeeze and
                excitation between two of them included: they are computed a strip of rows at a time, so that what lies
-               between them stays in the cache (csrc/block.h)
+               between them stays in the cache (csrc/cpu/runtime/block.h)
     Sequence   chains, runs, blocks and containers that are such a sequence themselves, one after the other with nothing
-               else in between: one call computes them all (csrc/ops_sequence.cpp)
+               else in between: one call computes them all (csrc/torch/ops_sequence.cpp)
 
 Both stand only where a chain would run straight (place.runs_direct). A call looks up what a chain's own call looks up;
 where anything is not as it was when the sequence was prepared, its members run one by one, and it is prepared anew.

@@ -13,7 +13,7 @@ from torch import nn
 from . import calls, chains
 from .capture import signature as signatures
 
-# Name of the gate -> what computes it; csrc/cpu/squeeze_excite.h numbers them in this order.
+# Name of the gate -> what computes it; csrc/cpu/kernels/elementwise/squeeze_excite.h numbers them in this order.
 _GATES = {"sigmoid": (nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid"),
           "hardsigmoid": (nn.Hardsigmoid, F.hardsigmoid)}
 GATES = tuple(_GATES)

@@ -1,6 +1,6 @@
 // Stand-alone test of packed weights (packed_weight.h): that two problems with one key have one packing, over every CPU
 // kernel; what a change of the weights is noticed by, and when; threads. No torch. Exits non-zero on failure.
-#include "../packed_weight.h"
+#include "cpu/runtime/packed_weight.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -11,20 +11,15 @@
 #include <thread>
 #include <tuple>
 
-#include "../select.h"
+#include "core/select.h"
+#include "harness.h"
 
 namespace {
 
 using namespace convext;
 
-int failures = 0, checks = 0;
-
-void check(bool ok, const std::string& what) {
-  ++checks;
-  if (!ok && ++failures <= 20) std::fprintf(stderr, "FAILED %s\n", what.c_str());
-}
-
-constexpr Parallel kAlone{nullptr, 1};
+using testing::check;
+using testing::kSerial;
 
 // ---- one key, one packing ----
 
@@ -88,7 +83,7 @@ void test_keys() {
           if (key.format == nullptr) continue;
           ++visited[v->name];
           std::vector<char> packed(key.bytes, 0x5A);
-          v->pack(p, weights.data(), packed.data(), kAlone);
+          v->pack(p, weights.data(), packed.data(), kSerial);
           auto& group = made[{p.k, p.c_per_group(), p.r, p.s, static_cast<int>(dtype), key.format}];
           const Made now{key, p, v, hash_of(packed)};
           const auto known = std::find_if(group.begin(), group.end(), [&](const Made& m) { return m.key == key; });
@@ -173,7 +168,7 @@ struct Weight {
 };
 
 // Whether a call gets the weights as they are.
-bool current(PackedWeight& kept, const Weight& w, int64_t version = 0, const Parallel& parallel = kAlone) {
+bool current(PackedWeight& kept, const Weight& w, int64_t version = 0, const Parallel& parallel = kSerial) {
   static const Variant variant = copying();
   const std::vector<char> now = w.dense();
   const auto lease = kept.get(variant, w.problem, w.view, version, parallel, [&] { return now.data(); });
@@ -267,7 +262,7 @@ void test_leases() {
   PackedWeight kept;
   Weight w(DType::kFloat32, 4, 8, 3, 3, {3, 2, 1, 0}, 0, 0, false);
   const auto get = [&](int64_t version, const std::vector<char>& now) {
-    return kept.get(variant, w.problem, w.view, version, kAlone, [&] { return now.data(); });
+    return kept.get(variant, w.problem, w.view, version, kSerial, [&] { return now.data(); });
   };
   const std::vector<char> before = w.dense();
   const auto held = get(0, before);
@@ -280,7 +275,7 @@ void test_leases() {
   {
     PackedWeight alone;
     for (int64_t version = 0; version < 5; ++version) {
-      const auto lease = alone.get(variant, w.problem, w.view, version, kAlone, [&] { return after.data(); });
+      const auto lease = alone.get(variant, w.problem, w.view, version, kSerial, [&] { return after.data(); });
       check(version == 0 || lease.data() == address, "memory that nobody reads is packed into again");
       address = lease.data();
     }
@@ -304,7 +299,7 @@ void test_threads() {
       const std::vector<char>& mine = was[t % 2];
       const Weight& w = weights[t % 2];
       for (int i = 0; i < 500; ++i) {
-        const auto lease = kept.get(variant, w.problem, w.view, 0, kAlone, [&] { return mine.data(); });
+        const auto lease = kept.get(variant, w.problem, w.view, 0, kSerial, [&] { return mine.data(); });
         for (int j = 0; j < 3; ++j) torn += std::memcmp(lease.data(), mine.data(), w.numel() * 4) != 0;
       }
     });
@@ -351,6 +346,5 @@ int main() {
   test_leases();
   test_threads();
   test_numbers();
-  std::printf("%d checks, %d failures\n", checks, failures);
-  return failures == 0 ? 0 : 1;
+  return testing::summary();
 }

@@ -1,6 +1,6 @@
 // Every CPU kernel of variants.inc, on every instruction set that this CPU has, against a float64 loop nest over a list
 // of edge cases; and a bench. No torch. Built by csrc/tests/run.py, under sanitizers too, or by hand from this file,
-// select.cpp and the kernels in csrc/cpu.
+// core, cpu/kernels and cpu/runtime.
 //
 //   cpu_variants                                                        test; exit status 1 on any failure
 //   cpu_variants --nonfinite                                            what Winograd makes of NaN and infinity alone
@@ -20,30 +20,14 @@
 #include <type_traits>
 #include <vector>
 
-#include "../select.h"
+#include "core/select.h"
+#include "cpu/kernels/roofline/roofline.h"
+#include "harness.h"
 
 namespace {
 
 using namespace convext;
-
-// ---- Threads: chunks of the range on fresh std::threads ----
-
-int threads_to_use = 1;
-
-void run_threads(int64_t begin, int64_t end, int64_t, RangeBody body, void* context) {
-  const int64_t count = end - begin, threads = std::min<int64_t>(threads_to_use, count);
-  std::vector<std::thread> pool;
-  for (int64_t t = 1; t < threads; ++t) {
-    pool.emplace_back(body, context, begin + count * t / threads, begin + count * (t + 1) / threads);
-  }
-  if (threads > 0) body(context, begin, begin + count / threads);
-  for (auto& thread : pool) thread.join();
-}
-
-Parallel parallel_with(int threads) {
-  threads_to_use = threads;
-  return {run_threads, threads};
-}
+using testing::parallel_with;
 
 // ---- One case: a problem and what its epilogue does ----
 
@@ -146,9 +130,11 @@ std::vector<Case> cases() {
       {"groups_of_4_channels", square(1, 32, 9, 32, 3, 1, 1, 1, 8), true, true, false, A::relu},
       {"groups_of_4_channels_stride_2", square(1, 64, 9, 64, 3, 2, 1, 1, 16), false, true},
       {"groups_of_8_channels", square(1, 40, 7, 40, 3, 1, 1, 1, 5), true},
-      {"groups_of_4_channels_stride_3x2_dilation", make(2, 24, 17, 33, 24, 3, 3, 3, 2, 2, 1, 1, 2, 6), true, true, true},
+      {"groups_of_4_channels_stride_3x2_dilation", make(2, 24, 17, 33, 24, 3, 3, 3, 2, 2, 1, 1, 2, 6), true, true,
+       true},
       {"groups_of_4_channels_several_row_blocks", square(1, 16, 30, 16, 3, 1, 1, 1, 4), true, true, false, A::relu},
-      {"groups_of_8_columns_past_one_ring", make(1, 16, 7, 200, 16, 3, 3, 1, 1, 1, 1, 1, 1, 2), true, true, true, A::silu},
+      {"groups_of_8_columns_past_one_ring", make(1, 16, 7, 200, 16, 3, 3, 1, 1, 1, 1, 1, 1, 2), true, true, true,
+       A::silu},
       {"groups_of_2_channels_filter_5x3", make(1, 20, 9, 11, 20, 5, 3, 1, 1, 2, 0, 1, 1, 10), true, false, true},
       {"groups_pointwise", square(2, 40, 9, 40, 1, 1, 0, 1, 10), true, true, true, A::relu6},
       {"groups_grow_from_2_to_4", square(1, 12, 8, 24, 3, 1, 1, 1, 6), false, true},
@@ -446,17 +432,16 @@ Epilogue epilogue_of(const Case& test, const Operands<T>& o) {
           test.residual ? o.residual.data() : nullptr, test.activation};
 }
 
-bool is_winograd(const Variant& v) { return std::strncmp(v.algo, "winograd", 8) == 0; }
+bool is_winograd(const Variant& v) { return v.algorithm == Algorithm::winograd; }
 
 // The errors of a sum of k terms grow as sqrt(k) eps times the terms' magnitude; 2 is room, 4 the epilogue's steps.
-// Winograd's own factor is derived in docs/design.md: 26.3 / 9 for F(4x4), less in wgrad, 11.1 / 9 for F(3x3), less than 1 for F(2x2).
+// Winograd's own factor is derived in docs/design.md: 26.3 / 9 for F(4x4), less in wgrad, 11.1 / 9 for F(3x3), less
+// than 1 for F(2x2).
 // Products of bfloat16 are exact in float; the pair of an AVX512-BF16 instruction is two steps of the sum.
 template <class T>
 double tolerance(const Variant& v, const ConvProblem& p) {
   const double eps = std::numeric_limits<Compute<T>>::epsilon();
-  const double growth = std::strcmp(v.algo, "winograd4x4") == 0   ? 26.3 / 9
-                        : std::strcmp(v.algo, "winograd3x3") == 0 ? 11.1 / 9
-                                                                  : 1.0;
+  const double growth = v.tile == 4 ? 26.3 / 9 : v.tile == 3 ? 11.1 / 9 : 1.0;
   return 2 * growth * eps * (std::sqrt(std::max<double>(1, p.gemm_shape(v.pass).k)) + 4);
 }
 
@@ -603,46 +588,11 @@ void bench(const Variant& v, const ConvProblem& p, int threads) {
               p.flops() / best * 1e-9);
 }
 
-// Independent chains of FMAs on vectors of BYTES bytes, GFLOP/s.
-#define CONVEXT_PEAK(name, BYTES, target)                                     \
-  target double name() {                                                      \
-    typedef float Vector __attribute__((vector_size(BYTES)));                 \
-    constexpr int kChains = 12;                                               \
-    double best = 0;                                                          \
-    for (int repeat = 0; repeat < 10; ++repeat) {                             \
-      Vector acc[kChains] = {}, a = acc[0] + 0.999f, b = acc[0] + 1e-3f;      \
-      for (int j = 0; j < kChains; ++j) acc[j] = acc[j] + float(j);           \
-      const int64_t steps = 10000000;                                         \
-      const double start = now();                                             \
-      for (int64_t i = 0; i < steps; ++i) {                                   \
-        _Pragma("GCC unroll 12") for (int j = 0; j < kChains; ++j) acc[j] = acc[j] * a + b; \
-      }                                                                       \
-      const double time = now() - start;                                      \
-      volatile float sink = 0;                                                \
-      for (const auto& chain : acc) sink = sink + chain[0];                   \
-      best = std::max(best, 2.0 * BYTES / 4 * kChains * steps / time * 1e-9); \
-    }                                                                         \
-    return best;                                                              \
-  }
-#if defined(CONVEXT_HAVE_X86_ISAS)
-CONVEXT_PEAK(peak_avx512, 64, __attribute__((target("avx512f,fma"))))
-CONVEXT_PEAK(peak_avx2, 32, __attribute__((target("avx2,fma"))))
-#endif
-CONVEXT_PEAK(peak_portable, 16, )
-
-double peak() {
-#if defined(CONVEXT_HAVE_X86_ISAS)
-  if (detect_cpu_isa() >= Isa::kAVX512) return peak_avx512();
-  if (detect_cpu_isa() == Isa::kAVX2) return peak_avx2();
-#endif
-  return peak_portable();
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
   if (argc > 1 && std::string(argv[1]) == "--peak") {
-    std::printf("%.1f GFLOP/s\n", peak());
+    std::printf("%.1f GFLOP/s\n", roofline_for(detect_cpu_isa()).fma_flops(DType::kFloat32, 1) * 1e-9);
     return 0;
   }
   if (argc > 1 && std::string(argv[1]) == "--nonfinite") {

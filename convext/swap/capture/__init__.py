@@ -14,7 +14,7 @@ torch nor the standard library, can read only through
     refused, and by `with`, which is refused; the modes that torch keeps for every call (autocast, gradients, function
     and dispatch modes, tracers) are looked at by each call of the plan.
 
-What was noted is checked before each call (csrc/guards.h), by identity, for numbers and strings by value. Tensors are
+What was noted is checked before each call (python/guards.h), by identity, for numbers and strings by value. Tensors are
 not among the facts: the plan reads them anew, from where they were found. What torch's own layers read of themselves is
 noted as a whole where a plan computes them in their place (standard.py): their class's code, all settings, hooks, where
 their parameters are. So a plan runs only where the forward would read the same again, and then it would do the same.

@@ -1,4 +1,4 @@
-"""What a capture read, as facts that are checked before each call of the plan that stands on them (csrc/guards.h).
+"""What a capture read, as facts that are checked before each call of the plan that stands on them (python/guards.h).
 
 None stands for the owner of the plan, or for its dictionary: the owner holds the plan, so the plan must not hold the
 owner.
