@@ -34,6 +34,8 @@ constexpr int32_t kBlockTiles = 48;
 constexpr int32_t kWholeDepth = 512, kChunkDepth = 128, kChunkTiles = 144;
 // Depth of a part of U that stays in the first-level cache while the block's tiles pass over it.
 constexpr int32_t kPartDepth = 16384 / (kLanes * 4);
+// From this many channels on the sum is taken in two parts at least: a chain's rounding grows with its length.
+constexpr int32_t kTwoParts = 64;
 // Bytes of weights that stay in the second-level cache from block to block.
 constexpr int64_t kCachedWeights = 512 << 10;
 
@@ -216,7 +218,7 @@ void multiply(const Plan<M>& plan, int32_t chunk, const float* v, const float* u
               bool fetch_ahead, float* m) {
   const int32_t lanes = vectors * V::width, most = max_rows(vectors), pieces = (tiles + most - 1) / most;
   const int32_t chunk_begin = plan.chunk_begin(chunk), depth = plan.chunk_end(chunk) - chunk_begin;
-  const int32_t parts = depth > kPartDepth ? (depth + kPartDepth - 1) / kPartDepth : 1;
+  const int32_t parts = std::max((depth + kPartDepth - 1) / kPartDepth, depth >= kTwoParts ? 2 : 1);
   // The pieces of a part ask for the next part between them.
   const int32_t ahead = fetch_ahead ? (vectors + pieces - 1) / pieces : 0;
   Product args;
