@@ -253,3 +253,16 @@ def test_within_a_row_of_convolutions(images, sequence_calls):
     assert sequence_calls == [2]
     assert 0 < expected.isnan().sum() < expected.numel() / 2
     check(found, expected)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_statistics_of_a_batch_norm_are_pytorchs(value, channels_last):
+    x = torch.randn(3, 5, 9, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for place in ((0, 1, 0, 0), (2, 3, 4, 5)):
+        x[place] = value
+    x[1, 2, 0, 0], x[1, 2, 0, 1] = value, -value
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    mean, var = torch.ops.convext.batch_stats(x)
+    torch.testing.assert_close(mean, x.mean((0, 2, 3)), equal_nan=True)
+    torch.testing.assert_close(var, x.var((0, 2, 3), correction=0), equal_nan=True)

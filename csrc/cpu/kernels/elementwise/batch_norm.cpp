@@ -241,7 +241,16 @@ void batch_stats(const Parallel& parallel, const BatchNormArgs& args, void* mean
       n_a = n;
     }
     for (int64_t i = 0; i < count; ++i) {
-      static_cast<T*>(mean)[begin + i] = static_cast<T>(origin[i] + mean_a[i]);
+      double average = origin[i] + mean_a[i];
+      if (!std::isfinite(average)) {  // a difference of infinities is NaN where their mean is infinite
+        average = 0;
+        for (int64_t index = 0; index < args.n * args.hw / row_elements; ++index) {
+          const S* const from = y + index * row + (begin + i) * channel;
+          for (int64_t j = 0; j < row_elements; ++j) average += load_as(from + j, 1).v[0];
+        }
+        average /= n_a;
+      }
+      static_cast<T*>(mean)[begin + i] = static_cast<T>(average);
       static_cast<T*>(var)[begin + i] = static_cast<T>(m2_a[i] / n_a);
     }
   });
