@@ -449,6 +449,10 @@ def replace_a_child(s):
     parent, last = parent_of(name)
     old = s.plain.get_submodule(name)
     s.serial += 1
+    try:
+        copy.deepcopy(old)
+    except RuntimeError:
+        return None  # pruned in a call with gradients: torch cannot copy it
     if isinstance(old, nn.Conv2d) and type(old).forward is nn.Conv2d.forward and s.flag():
         new = nn.Conv2d(old.in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation,
                         old.groups, bias=s.flag()).to(s.dtype)
