@@ -385,7 +385,8 @@ class ConvActFunction(_Function):
     or `out` again where that tells its derivative as well; it is not differentiable."""
 
     generate_vmap_rule = True
-    _BY_OUTPUT = frozenset(("identity", "relu", "relu6"))  # derivative(z) = derivative(activation(z))
+    # derivative(z) = derivative(activation(z)), and PyTorch keeps the output as well: who writes into it is refused.
+    _BY_OUTPUT = frozenset(("identity", "relu"))
 
     @staticmethod
     def forward(x, w, bias, residual, geom, activation):
