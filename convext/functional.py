@@ -159,7 +159,9 @@ def _record(function: type[autograd.Conv2dFunction], x: torch.Tensor, w: torch.T
             return torch.ops.convext.fprop(x, w, bias, *geom)
         if x.dim() == 4 and x.shape[1] == 0:  # y has no channels then, and does not tell dw how many filters there are
             return torch.convolution(x, w, bias, *geom[:3], False, (0, 0), geom.groups)
-        return function.apply(x, w, bias, geom)
+        y = function.apply(x, w, bias, geom)
+        # Under vmap it is a view of what the operator returned, which autograd would not let anybody write into.
+        return y.clone() if ops._functorch_active() else y
     return ops.fprop(x, w, bias, geom)
 
 

@@ -516,3 +516,16 @@ def test_inference_mode_trains_the_statistics_as_pytorch_does():
         close(a, b)
     close(fused.conv.weight.grad, plain[0].weight.grad)
     close(fused.eval()(X), plain.eval()(X))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_result_under_vmap_may_be_written_into(channels_last):
+    x, w = torch.randn(2, 2, 3, 6, 6, dtype=torch.float64), torch.randn(4, 3, 3, 3, dtype=torch.float64)
+    w = w.to(memory_format=torch.channels_last) if channels_last else w
+    grads = []
+    for conv2d in (F.conv2d, convext.conv2d):
+        given = w.clone().requires_grad_()
+        y = torch.vmap(lambda t, conv2d=conv2d, given=given: conv2d(t, given).mul_(3).relu_())(x)
+        grads.append((y, *torch.autograd.grad(y.square().sum(), given)))
+    for a, b in zip(*grads):
+        torch.testing.assert_close(b, a)
