@@ -428,6 +428,20 @@ def test_settings_of_an_activation_may_change(act, change, when):
             close(model(x), plain(x))
 
 
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "weight", "bias"])
+def test_a_batch_norm_of_mixed_dtypes_is_refused_as_before(name):
+    for layers in (3, 2):
+        plain = chain()[:layers].float()
+        model, x = convext.swap(copy.deepcopy(plain)), torch.randn(1, 3, 8, 8)
+        with torch.no_grad():
+            for _ in range(3):
+                model(x)
+            for m in (plain, model):
+                setattr(m[1], name, type(getattr(m[1], name))(getattr(m[1], name).double()))
+                with pytest.raises(RuntimeError):
+                    m(x)
+
+
 # ---- contexts and effects: not planned, and right --------------------------------------------------------------------
 
 

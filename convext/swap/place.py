@@ -27,17 +27,18 @@ class _Convolution:
     weight   shape, strides and dtype of the weight then; y_shape: the result's shape, y_strides: its strides where a
              residual must have them too, else None; pixel: whether it is one pixel in channels-last strides, which an
              elementwise operation does not keep (`_one_pixel`)
+    dtypes   of bias and batch norm then
     call     the prepared call of the choice made then, and counter its count; None until one is"""
 
     __slots__ = ("attributes", "parameters", "settings", "geom", "last", "channels_last", "weight", "y_shape",
-                 "y_strides", "pixel", "call", "counter", "choice")
+                 "y_strides", "pixel", "dtypes", "call", "counter", "choice")
 
     def __init__(self, module, channels_last):
         self.channels_last = channels_last
         self.attributes, self.parameters = module.__dict__, module._parameters
         self.settings, self.geom = None, None
         self.last = self.weight = self.y_shape = self.y_strides = self.call = self.counter = self.choice = None
-        self.pixel = False
+        self.pixel, self.dtypes = False, None
 
     def refresh(self, settings):
         """The Geom, or None where the settings take more than a Geom to say."""
@@ -98,9 +99,11 @@ def _direct(fused, batch_norm, activation, autocast):
             x = ops.autocast_cast(x, "cpu", autocast)
         w = parameters.get("weight")
         mean, var = statistics.get("running_mean"), statistics.get("running_var")
+        given = dtypes(parameters.get("bias"), mean, var, affine.get("weight"), affine.get("bias"))
         if state.call is not None and type(w) in PLAIN and settings_of(attributes) == state.settings \
                 and (x.shape, x.stride(), x.dtype, x.device) == state.last \
                 and (w.shape, w.stride(), w.dtype) == state.weight and (no_batch_norm or mean is not None is not var) \
+                and given == state.dtypes \
                 and (residual is None or residual.shape == state.y_shape and residual.dtype is x.dtype
                      and (state.y_strides is None or residual.stride() == state.y_strides)):
             state.counter[0] += 1
@@ -115,6 +118,7 @@ def _direct(fused, batch_norm, activation, autocast):
                 and x.device.type in backends.PRIORITY and x.dtype is ops.autocast_dtype(w) \
                 and bn_attributes["eps"] >= 0 and (no_batch_norm or bn_attributes["eps"] > 0):
             state.prepare(x, w, activation)
+            state.dtypes = given
         return y
 
     direct.state = state
@@ -185,6 +189,11 @@ def _conv_bn_act(conv, batch_norm, activation, apart, channels_last):
 
     fused.state = state
     return fused
+
+
+def dtypes(*tensors):
+    """The dtype of each, None where there is none."""
+    return tuple([None if t is None else t.dtype for t in tensors])
 
 
 def _fits(residual, x, w, geom):

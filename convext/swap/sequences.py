@@ -271,7 +271,7 @@ class Step:
     def facts(self, tensors):
         """What a prepared call relies on besides which tensors are there; None where they are none of torch's own."""
         w, settings = tensors[0], place.settings_of(self.attributes)
-        return None if type(w) not in place.PLAIN else (settings, w.shape, w.stride(), w.dtype)
+        return None if type(w) not in place.PLAIN else (settings, w.shape, w.stride(), place.dtypes(*tensors))
 
     def places(self):
         """(dictionary, name) of each of `tensors`."""
