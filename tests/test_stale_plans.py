@@ -311,6 +311,39 @@ def test_a_forward_that_reads_everything_is_planned_once():
     assert list(forward._captures.values()) == [1] and forward.present_refusal() is None
 
 
+def held(y):
+    return y
+
+
+class Pair(collections.namedtuple("Pair", "a b")):
+    gain = 2.0
+
+
+class Holder(nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.conv, self.bn, self.held = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), value
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x))) * getattr(self.held, "gain", 1.0)
+
+
+def test_attributes_that_a_function_or_a_named_tuple_gets_later():
+    for value in (held, Pair(1, 2)):
+        plain = Holder(value).eval().double()
+        model, x = convext.swap(copy.deepcopy(plain)), torch.randn(1, 3, 8, 8, dtype=torch.float64)
+        with torch.no_grad():
+            for _ in range(3):
+                close(model(x), plain(x))
+            try:
+                for m in (plain, model):
+                    m.held.gain = 5.0
+                for _ in range(2):
+                    close(model(x), plain(x))
+            finally:
+                held.__dict__.clear()
+
+
 # ---- layers that are not what their class says -----------------------------------------------------------------------
 
 

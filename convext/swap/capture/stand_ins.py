@@ -353,7 +353,7 @@ class Recorder:
             if kind is tuple:
                 return tuple(wrap(item) for item in value)
             if hasattr(kind, "_fields") and kind.__new__.__module__.startswith("namedtuple_") \
-                    and not getattr(value, "__dict__", None):
+                    and not hasattr(value, "__dict__"):
                 self._note_class(kind)
                 return tuple.__new__(kind, [wrap(item) for item in value])
         elif kind is frozenset and all(map(self._is_constant, value)):
@@ -406,8 +406,8 @@ class Recorder:
                 raise Untraceable(f"its forward calls {function.__name__}() before all that it uses is there") from None
         if function.__defaults__:
             made.__defaults__ = tuple(self.wrap(value) for value in function.__defaults__)
+        self.facts.contents(function.__dict__)
         if function.__dict__:
-            self.facts.contents(function.__dict__)
             made.__dict__.update({name: self.wrap(value) for name, value in function.__dict__.items()})
         if function.__kwdefaults__:
             self.facts.contents(function.__kwdefaults__)
