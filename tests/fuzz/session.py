@@ -263,11 +263,15 @@ class Session:
         """Runs both twins; returns True if the call returned, False if both raised."""
         what = f"{call}{way_name and f' through {way_name}'}"
         self.log.append(f"  {what}")
+        before = [(b, b.detach().clone()) for b in self.plain.buffers() if b.device.type == "cpu"]
         plain = record(self.plain, call, way)
         with self.twin_context():
             swapped = record(self.swapped, call, way)
         if plain.error is RuntimeError and "modified by an inplace operation" in plain.message and not swapped.error:
             # Who saves less for backward need not raise, but its gradients must be those of the values then saved.
+            with torch.no_grad():
+                for buffer, value in before:  # the first try has counted this batch
+                    buffer.set_(value) if buffer.shape != value.shape else buffer.copy_(value)
             plain = self.unwritten(call, way)
         eps, terms = self.epsilon(call), self.terms(call)
         if eps == EPS[torch.bfloat16]:
