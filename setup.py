@@ -1,12 +1,17 @@
 """Builds convext's C++ library with ninja; all metadata is in pyproject.toml.
 
-Two libraries come out of `csrc/`:
+Three libraries come out of `csrc/`, whose folders say how a file is compiled:
 
-* ``convext/_C``: the CPU kernels, the selection and the torch-facing ops. Always built. Every kernel file in
-  ``csrc/cpu/`` is compiled once for each instruction set; which copy runs is decided at run time.
-* ``convext/_CUDA``: the CUDA kernels. Built when nvcc is there and agrees with torch's CUDA on the major version.
+* ``convext/_C``: the CPU kernels, what runs them, the selection and the torch-facing ops. Always built. Every file in
+  ``csrc/cpu/kernels/`` is compiled once for each instruction set; which copy runs is decided at run time. Those in
+  ``csrc/torch/`` see torch's stable ABI, no others do.
+* ``convext/_storage``: ``csrc/storage/`` makes results in the pool of dropped results resizable, a few lines.
+* ``convext/_CUDA``: ``csrc/cuda/``. Built when nvcc is there and agrees with torch's CUDA on the major version.
 
-The first uses torch's stable ABI (target 2.10), the second no torch at all: a build survives another torch release.
+``csrc/core/`` is in the first and the last, and ``csrc/python/`` holds a file of bindings for each.
+
+The first uses torch's stable ABI (target 2.10), the third no torch at all: a build survives another torch release. The
+second takes torch's C++ headers, and is left unloaded where torch is of another release than it was built with.
 
 Environment:
     CONVEXT_BUILD_CUDA  auto (default): build the CUDA library where it can be built; 1: fail with the reason where it
@@ -31,16 +36,15 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-CPU_HOST = [CSRC / name for name in ("select.cpp", "block.cpp", "output_pool.cpp", "phases.cpp")]  # no ISA, no torch
 TORCH_TARGET_VERSION = "0x020a000000000000"  # the stable ABI of torch 2.10
 GIB_PER_JOB = 1.0  # the largest translation unit's peak, with room to spare
 
 CXX_FLAGS = [
-    *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall"),
+    *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", f"-I{CSRC}"),
     # Contraction into FMA and errno-free math, but not -ffast-math: NaN and infinity are values like any other.
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 ]
-NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", f"-I{CSRC}", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 ISA_FLAGS = {"portable": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma"]
@@ -50,19 +54,21 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ]
     ISA_FLAGS["avx512_bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
     CXX_FLAGS.append("-DCONVEXT_HAVE_X86_ISAS")
-# Files of csrc/cpu with kernels that read and write bfloat16: AVX512-BF16 offers nothing to the others.
-BF16_SOURCES = {
-    *("roofline", "gemm", "implicit_gemm", "direct_fprop", "direct_dgrad", "dilated_fprop", "dilated_dgrad"),
-    *("depthwise_taps", "depthwise_fprop", "depthwise_dgrad", "winograd", "winograd_fprop", "winograd_dgrad", "mean"),
-}
+# A line of the files in csrc/cpu/kernels that read and write bfloat16: AVX512-BF16 offers nothing to the others.
+BF16_LINE = "// Compiled for AVX512-BF16, too."
 
 
 def cpu_kernels() -> Iterator[tuple[Path, str, str]]:
-    """(source, instruction set, flags) of everything that the files in csrc/cpu are compiled to."""
-    for source in sorted((CSRC / "cpu").glob("*.cpp")):
+    """(source, instruction set, flags) of everything that the files in csrc/cpu/kernels are compiled to."""
+    for source in sorted((CSRC / "cpu" / "kernels").rglob("*.cpp")):
         for isa, flags in ISA_FLAGS.items():
-            if isa != "avx512_bf16" or source.stem in BF16_SOURCES:
+            if isa != "avx512_bf16" or BF16_LINE in source.read_text().splitlines():
                 yield source, isa, " ".join([f"-DCONVEXT_ISA={isa}", *flags])
+
+
+def cpu_host() -> list[Path]:
+    """The files of the CPU library that are compiled once and see neither torch nor Python."""
+    return sorted([*(CSRC / "core").glob("*.cpp"), *(CSRC / "cpu" / "runtime").glob("*.cpp")])
 
 
 class BuildError(RuntimeError):
@@ -102,7 +108,7 @@ def cuda_plan() -> tuple[Path | None, str]:
 
     if wish == "0":
         return off("CONVEXT_BUILD_CUDA=0")
-    if not any((CSRC / "cuda").glob("*.cu")):
+    if not any((CSRC / "cuda").rglob("*.cu")):
         return off("this source tree holds no CUDA kernels")
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), shutil.which("nvcc"), "/usr/local/cuda"]
     toolkits = [Path(h).resolve().parents[1] if h.endswith("nvcc") else Path(h) for h in homes if h]
@@ -172,10 +178,10 @@ def compile_cuda(build: Ninja, product: str, toolkit: Path, cxx: str) -> str:
     nvcc = f"{toolkit / 'bin' / 'nvcc'} -ccbin {cxx.split()[0]} {' '.join(NVCC_FLAGS)} {' '.join(targets)}"
     build.rule("nvcc", f"{nvcc} -MD -MF $out.d $flags -c $in -o $out")
     build.rule("cxx", f"{cxx} -MMD -MF $out.d {' '.join(CXX_FLAGS)} -DCONVEXT_CUDA_LIBRARY $flags -c $in -o $out")
-    for source in sorted((CSRC / "cuda").glob("*.cu")):
+    for source in sorted((CSRC / "cuda").rglob("*.cu")):
         build.compile(product, "nvcc", source)
-    build.compile(product, "cxx", CSRC / "select.cpp")
-    build.compile(product, "cxx", CSRC / "select_cuda.cpp")
+    for source in sorted([*(CSRC / "core").glob("*.cpp"), *(CSRC / "cuda").glob("*.cpp")]):
+        build.compile(product, "cxx", source, flags=f"-isystem {toolkit / 'include'}")
     return f"-L{library} -lcudart_static -ldl -lrt -lpthread"
 
 
@@ -184,8 +190,7 @@ def build_cuda_library(folder: Path, cpu_library: Path, toolkit: Path, cxx: str,
     build = Ninja(folder)
     libraries = compile_cuda(build, "_CUDA", toolkit, cxx)
     build.rule("link__CUDA", f"{cxx} -shared -o $out $in {libraries}", depfile=False)
-    build.compile("_CUDA", "cxx", CSRC / "cuda" / "runtime.cpp", flags=f"-isystem {toolkit / 'include'}")
-    build.compile("_CUDA", "cxx", CSRC / "bindings_cuda.cpp", flags=python)
+    build.compile("_CUDA", "cxx", CSRC / "python" / "bindings_cuda.cpp", flags=python)
     library = cpu_library.with_name(cpu_library.name.replace("_C", "_CUDA", 1))
     build.link("_CUDA", library)
     build.run()
@@ -193,13 +198,13 @@ def build_cuda_library(folder: Path, cpu_library: Path, toolkit: Path, cxx: str,
 
 
 class BuildWithNinja(build_ext):
-    cuda_library: Path | None = None  # what was built besides the declared extension
+    beside: tuple[Path, ...] = ()  # what was built besides the declared extension
 
     def copy_extensions_to_source(self) -> None:
         """The last step of --inplace, which knows of the declared extension alone."""
         super().copy_extensions_to_source()
-        if self.cuda_library is not None:
-            self.copy_file(str(self.cuda_library), str(ROOT / "convext"))
+        for library in self.beside:
+            self.copy_file(str(library), str(ROOT / "convext"))
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
@@ -225,16 +230,23 @@ class BuildWithNinja(build_ext):
         build.rule("link__C", f"{cxx} -shared -o $out $in -L{torch_root / 'lib'} -ltorch_cpu", depfile=False)
         for source, isa, flags in cpu_kernels():
             build.compile("_C", "cxx", source, f".{isa}", flags)
-        for host in CPU_HOST:
+        for host in cpu_host():
             build.compile("_C", "cxx", host)
-        for source in sorted(CSRC.glob("ops_*.cpp")):
+        for source in sorted((CSRC / "torch").glob("*.cpp")):
             build.compile("_C", "cxx", source, flags=stable_abi)
-        build.compile("_C", "cxx", CSRC / "bindings.cpp", flags=f"-O1 {python} {defines}")  # nothing hot in it
+        bindings = CSRC / "python" / "bindings.cpp"
+        build.compile("_C", "cxx", bindings, flags=f"-O1 {python} {defines}")  # nothing hot in it
         build.link("_C", output)
+        build.rule("link__storage", f"{cxx} -shared -o $out $in -L{torch_root / 'lib'} -lc10", depfile=False)
+        build.compile("_storage", "cxx", CSRC / "storage" / "storage.cpp",
+                      flags=f"-O1 -std=c++20 {python} -isystem {torch_root / 'include'}")
+        storage = output.with_name(output.name.replace("_C", "_storage", 1))
+        build.link("_storage", storage)
         build.run()
+        self.beside = (storage,)
         if toolkit is not None:
             folder = Path(self.build_temp).resolve() / "cuda"
-            self.cuda_library = build_cuda_library(folder, output, toolkit, cxx, python)
+            self.beside += (build_cuda_library(folder, output, toolkit, cxx, python),)
         isas = ", ".join(reversed(ISA_FLAGS))
         print(f"convext: CPU library built ({isas}) with torch {torch.__version__}; {cuda_line}", file=sys.stderr)
 

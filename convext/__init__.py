@@ -5,6 +5,7 @@
     convext.swap(model)                  a whole model, in place
     convext.backend("native"), backends  who computes, and why
     convext.accuracy("strict")           which algorithms may
+    convext.refresh(model)               after weights were changed behind torch's back
     convext.output_pool(0)               how much memory of dropped results is kept for the next
     convext.layer_by_layer()             no two layers of a swapped model in one call, for profilers
     torch.ops.convext.*                  the operators
@@ -25,6 +26,7 @@ from .accuracy import accuracy
 from .backends import backend
 from .functional import conv2d, conv_act, conv_bn_relu, depthwise_conv2d, dilated_conv2d
 from .output_pool import output_pool
+from .refresh import refresh
 
 # From here on `convext.swap` is the function, not the package.
 from .swap import layer_by_layer, report, revert, swap, verify
@@ -34,5 +36,5 @@ __version__ = "0.1.0"
 __all__ = [
     "accuracy", "autograd", "backend", "backends", "conv2d", "conv_act", "conv_bn_relu", "depthwise_conv2d",
     "dilated_conv2d", "functional", "layer_by_layer", "nn", "ops", "output_pool", "problem",
-    "report", "revert", "swap", "verify",
+    "refresh", "report", "revert", "swap", "verify",
 ]

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from . import backends
 
-NAMES = ("fast", "strict", "direct")  # in the order of Accuracy, csrc/select.h
+NAMES = ("fast", "strict", "direct")  # in the order of Accuracy, csrc/core/select.h
 
 
 class accuracy:
     """Says which algorithms may run: a setting, and a context manager that puts the former one back.
 
-        convext.accuracy("strict")            # from here on
-        with convext.accuracy("fast"): ...    # inside only
+        >>> convext.accuracy("strict")  # from here on
+        convext.accuracy('strict')
+        >>> with convext.accuracy("direct"):  # inside only
+        ...     y = convext.conv2d(torch.randn(1, 64, 28, 28), torch.randn(64, 64, 3, 3))
+        >>> convext.accuracy("fast")  # the default again
+        convext.accuracy('fast')
+
+    Args:
+        name: "fast", "strict" or "direct".
 
     It concerns 3x3 convolutions of stride 1 on the CPU, their outputs and gradients. "fast", the default, allows
     Winograd's F(4x4, 3x3) and F(3x3, 3x3): a quarter to a third of the multiplications, and up to about 3 times the
@@ -33,7 +40,7 @@ class accuracy:
     def __enter__(self) -> accuracy:
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         _set(self._former)
 
     def __repr__(self) -> str:

@@ -5,20 +5,23 @@ Both differentiate again, so the same functions serve the reference backend and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 _aten = torch.ops.aten
 
 
-def _silu_backward(dout, z):
+def _silu_backward(dout: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     if not torch.is_grad_enabled():
-        return _aten.silu_backward(dout, z)
+        dz: torch.Tensor = _aten.silu_backward(dout, z)
+        return dz
     sigmoid = torch.sigmoid(z)  # ATen's own silu_backward cannot be differentiated
     return dout * sigmoid * (1 + z * (1 - sigmoid))
 
 
-FORWARD = {
+FORWARD: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "identity": lambda z: z,
     "relu": torch.relu,
     "relu6": F.relu6,
@@ -28,7 +31,7 @@ FORWARD = {
 }
 
 # dz from dout and z.
-BACKWARD = {
+BACKWARD: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "identity": lambda dout, z: dout,
     "relu": lambda dout, z: _aten.threshold_backward(dout, z, 0),
     "relu6": lambda dout, z: _aten.hardtanh_backward(dout, z, 0, 6),
@@ -38,7 +41,7 @@ BACKWARD = {
 }
 
 # Overwrites its argument where ATen can.
-FORWARD_ = {
+FORWARD_: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "identity": lambda z: z,
     "relu": torch.relu_,
     "relu6": lambda z: F.hardtanh_(z, 0.0, 6.0),

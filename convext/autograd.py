@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from . import ops, reference
 from .activation import BACKWARD, FORWARD
-from .memory_format import suggests_channels_last
+from .memory_format import suggests_channels_last, weight_gradient_is_channels_last
 from .problem import Geom, accumulate_dtype
 
 
@@ -31,6 +34,7 @@ class _Level(threading.local):
     run with recording off, and the levels below must have it on again."""
 
     recording = False
+    nchw_weights = False  # the weights' gradients are contiguous, whatever the format of the activations
 
 
 _level = _Level()
@@ -72,24 +76,32 @@ def _fprop(x, w, bias, geom, channels_last=False):
     return ops.fprop(x, w, bias, geom, channels_last)
 
 
-def _dgrad(dy, w, input_size, geom, channels_last=False):
+def _dgrad(dy, w, input_size, geom, channels_last=None):
     if torch.is_grad_enabled():
         return torch.ops.convext.dgrad(dy, w, input_size, *geom, channels_last)
     return ops.dgrad(dy, w, input_size, geom, channels_last)
 
 
-def _wgrad(dy, x, kernel_size, geom):
+def _wgrad(dy, x, kernel_size, geom, channels_last=None):
     if torch.is_grad_enabled():
-        return torch.ops.convext.wgrad(dy, x, kernel_size, *geom)
-    return ops.wgrad(dy, x, kernel_size, geom)
+        return torch.ops.convext.wgrad(dy, x, kernel_size, *geom, channels_last)
+    return ops.wgrad(dy, x, kernel_size, geom, channels_last)
+
+
+def _keep_formats(ctx, x, w, y) -> None:
+    """The formats of dx and dw: that of y, which x and w decide, whatever that of dy."""
+    ctx.channels_last = suggests_channels_last(y)
+    if not ctx.channels_last and (y.shape[1] == 1 or y.shape[2] == y.shape[3] == 1):  # it may look the same in both
+        ctx.channels_last = suggests_channels_last(x) or suggests_channels_last(w)
+    ctx.dw_channels_last = not _level.nchw_weights and weight_gradient_is_channels_last(w, ctx.channels_last)
 
 
 def _dgrad_and_wgrad(ctx, dy, x, w, x_needed, w_needed):
     """dx and dw of a Function's convolution, None where not needed."""
     if x_needed and w_needed and not torch.is_grad_enabled():
-        return ops.dgrad_and_wgrad(dy, x, w, ctx.geom, ctx.channels_last)
+        return ops.dgrad_and_wgrad(dy, x, w, ctx.geom, ctx.channels_last, ctx.dw_channels_last)
     return (_dgrad(dy, w, ctx.input_size, ctx.geom, ctx.channels_last) if x_needed else None,
-            _wgrad(dy, x, ctx.kernel_size, ctx.geom) if w_needed else None)
+            _wgrad(dy, x, ctx.kernel_size, ctx.geom, ctx.dw_channels_last) if w_needed else None)
 
 
 def _channel_sum(dy):
@@ -97,14 +109,61 @@ def _channel_sum(dy):
 
 
 class _Function(Function):
-    """A Function whose `apply` costs half: without torch.func, the base class would look up the signature of `forward`
-    on every call only to fill in defaults that the call below fills in by itself."""
+    """A Function whose `apply` costs a fifth: without torch.func, the base class would look up the signature of
+    `forward` on every call, or have its C code do so, only to fill in defaults that the call below fills in by itself.
+
+    `on_one_level` is the class that the call below is one of: the same methods without what torch.func adds to a
+    Function, as torch.func itself makes them (torch/_functorch/autograd_function.py). It goes straight to the graph,
+    under the same name.
+    """
+
+    on_one_level: ClassVar[Any]
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.on_one_level = type(cls)(cls.__name__, (_SingleLevelFunction,), {  # type: ignore[misc]
+            "__doc__": cls.__doc__, "__module__": cls.__module__, "__qualname__": cls.__qualname__,
+            **{name: staticmethod(getattr(cls, name))
+               for name in ("forward", "setup_context", "backward", "jvp", "_compiled_autograd_key")}})
 
     @classmethod
-    def apply(cls, *args):
+    def apply(cls, *args: Any) -> Any:
         if ops._functorch_active():
             return super().apply(*args)
-        return super(Function, cls).apply(*unwrap_dead_wrappers(args))
+        return cls.on_one_level.apply(*unwrap_dead_wrappers(args))
+
+
+class contiguous_weight_gradients:
+    """What is recorded inside, on this thread, has contiguous gradients of weights: activations are channels-last then
+    although the user's tensors are not."""
+
+    def __enter__(self) -> None:
+        self._former, _level.nchw_weights = _level.nchw_weights, True
+
+    def __exit__(self, *exc: object) -> None:
+        _level.nchw_weights = self._former
+
+
+class ChannelsLastFunction(_Function):
+    """x.contiguous(memory_format=torch.channels_last), whose gradient is contiguous as x is. `apply(x)`"""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy.contiguous()
+
+    @staticmethod
+    def jvp(ctx, x_t):
+        return x_t.contiguous(memory_format=torch.channels_last)
 
 
 class Conv2dFunction(_Function):
@@ -125,7 +184,7 @@ class Conv2dFunction(_Function):
         _save_for_jvp(ctx, x, w)
         ctx.geom = geom
         ctx.input_size, ctx.kernel_size = x.shape[2:], w.shape[2:]
-        ctx.channels_last = suggests_channels_last(output)
+        _keep_formats(ctx, x, w, output)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -160,13 +219,13 @@ class DilatedConv2dFunction(Conv2dFunction):
 
 
 class DgradFunction(_Function):
-    """dx from dy and w: `apply(dy, w, input_size, geom, channels_last=False)`. Also the forward of a transposed
+    """dx from dy and w: `apply(dy, w, input_size, geom, channels_last=None)`. Also the forward of a transposed
     convolution."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(dy, w, input_size, geom, channels_last=False):
+    def forward(dy, w, input_size, geom, channels_last=None):
         return ops.dgrad(dy, w, input_size, geom, channels_last)
 
     @staticmethod
@@ -175,7 +234,7 @@ class DgradFunction(_Function):
         dy_needed, w_needed = ctx.needs_input_grad[:2]
         ctx.save_for_backward(_needed(w_needed, dy), _needed(dy_needed, w))
         _save_for_jvp(ctx, dy, w)
-        ctx.geom = geom
+        ctx.geom, ctx.channels_last = geom, suggests_channels_last(output)
         ctx.input_size, ctx.kernel_size = input_size, w.shape[2:]
         ctx.set_materialize_grads(False)
 
@@ -193,45 +252,45 @@ class DgradFunction(_Function):
     @_lower_levels_record
     def jvp(ctx, dy_t, w_t, *_):
         dy, w = ctx.saved_tensors
-        return _add(None if dy_t is None else _dgrad(dy_t, w, ctx.input_size, ctx.geom),
-                    None if w_t is None else _dgrad(dy, w_t, ctx.input_size, ctx.geom))
+        return _add(None if dy_t is None else _dgrad(dy_t, w, ctx.input_size, ctx.geom, ctx.channels_last),
+                    None if w_t is None else _dgrad(dy, w_t, ctx.input_size, ctx.geom, ctx.channels_last))
 
 
 class WgradFunction(_Function):
-    """dw from dy and x: `apply(dy, x, kernel_size, geom)`."""
+    """dw from dy and x: `apply(dy, x, kernel_size, geom, channels_last=None)`."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(dy, x, kernel_size, geom):
-        return ops.wgrad(dy, x, kernel_size, geom)
+    def forward(dy, x, kernel_size, geom, channels_last=None):
+        return ops.wgrad(dy, x, kernel_size, geom, channels_last)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        dy, x, kernel_size, geom = inputs
+        dy, x, kernel_size, geom = inputs[:4]
         dy_needed, x_needed = ctx.needs_input_grad[:2]
         ctx.save_for_backward(_needed(x_needed, dy), _needed(dy_needed, x))
         _save_for_jvp(ctx, dy, x)
-        ctx.geom = geom
+        ctx.geom, ctx.channels_last = geom, suggests_channels_last(output)
         ctx.input_size, ctx.kernel_size = x.shape[2:], kernel_size
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, g):
         if g is None:
-            return None, None, None, None
+            return None, None, None, None, None
         dy, x = ctx.saved_tensors
         dy_needed, x_needed = ctx.needs_input_grad[:2]
         ddy = _fprop(x, g, None, ctx.geom) if dy_needed else None
         dx = _dgrad(dy, g, ctx.input_size, ctx.geom) if x_needed else None
-        return ddy, dx, None, None
+        return ddy, dx, None, None, None
 
     @staticmethod
     @_lower_levels_record
     def jvp(ctx, dy_t, x_t, *_):
         dy, x = ctx.saved_tensors
-        return _add(None if dy_t is None else _wgrad(dy_t, x, ctx.kernel_size, ctx.geom),
-                    None if x_t is None else _wgrad(dy, x_t, ctx.kernel_size, ctx.geom))
+        return _add(None if dy_t is None else _wgrad(dy_t, x, ctx.kernel_size, ctx.geom, ctx.channels_last),
+                    None if x_t is None else _wgrad(dy, x_t, ctx.kernel_size, ctx.geom, ctx.channels_last))
 
 
 def _cast(grad, like_dtype):
@@ -246,31 +305,40 @@ def _refuse_forward_mode(name: str):
 class ConvBNReLUFunction(_Function):
     """out = activation(batch_norm(x * w + bias) + residual). Forward mode raises NotImplementedError.
 
-    `apply(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation)` with mean and var (K), the statistics
-    to normalise by, or None for the batch's own. Returns (out, y) or, in the second form, (out, y, mean, var): y is the
-    convolution's output and var is biased. Only `out` is differentiable.
+    `apply(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation, update=None)` with mean and var (K), the
+    statistics to normalise by, or None for the batch's own. Returns (out, y) or, in the second form, (out, y, mean,
+    var): y is the convolution's output and var is biased. Only `out` is differentiable.
+
+    `update(y, mean, var)` is called, in the second form, when all is computed and before anything is saved: what is
+    saved may go to a hook that raises, as that of torch.utils.checkpoint does when it has recomputed enough, and by
+    then F.batch_norm has updated its running statistics.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation):
+    def forward(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation, update=None):
         if mean is None:
-            return ops.fprop_bn_act_train(x, w, bias, gamma, beta, residual, geom, eps, activation)
+            found = ops.fprop_bn_act_train(x, w, bias, gamma, beta, residual, geom, eps, activation)
+            if update is not None:
+                update(*found[1:])
+            return found
         y = ops.fprop(x, w, bias, geom)
         acc = accumulate_dtype(y.dtype)
         return ops.bn_act(y, mean.to(acc), var.to(acc), gamma, beta, residual, eps, activation), y
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, w, bias, mean, var, gamma, beta, residual, ctx.geom, ctx.eps, ctx.activation = inputs
+        x, w, bias, mean, var, gamma, beta, residual, ctx.geom, ctx.eps, ctx.activation = inputs[:11]
         y = output[1]
         ctx.training = mean is None
         ctx.mark_non_differentiable(*output[1:])
         if ctx.training:
             mean, var = output[2:]
+        else:  # running statistics move in training, unseen by autograd; this graph keeps those that it ran with
+            mean, var = mean.clone(), var.clone()
         ctx.input_size, ctx.kernel_size = x.shape[2:], w.shape[2:]
-        ctx.channels_last = suggests_channels_last(y)
+        _keep_formats(ctx, x, w, y)
         ctx.dtypes = tuple(t.dtype if t is not None else None for t in (gamma, beta))
         residual = _needed(ctx.activation != "identity", residual)
         ctx.save_for_backward(x, w, bias, mean, var, gamma, beta, residual, y)
@@ -279,7 +347,7 @@ class ConvBNReLUFunction(_Function):
     @staticmethod
     def backward(ctx, dout, *_):
         if dout is None:
-            return (None,) * 11
+            return (None,) * 12
         x, w, bias, mean, var, gamma, beta, residual, y = ctx.saved_tensors
         x_needed, w_needed, bias_needed, _, _, gamma_needed, beta_needed, residual_needed = ctx.needs_input_grad[:8]
         if torch.is_grad_enabled():
@@ -303,7 +371,7 @@ class ConvBNReLUFunction(_Function):
             _cast(dgamma, ctx.dtypes[0]) if gamma_needed else None,
             _cast(dbeta, ctx.dtypes[1]) if beta_needed else None,
             dresidual if residual_needed else None,
-            None, None, None,
+            None, None, None, None,
         )
 
     @staticmethod
@@ -317,7 +385,8 @@ class ConvActFunction(_Function):
     or `out` again where that tells its derivative as well; it is not differentiable."""
 
     generate_vmap_rule = True
-    _BY_OUTPUT = frozenset(("identity", "relu", "relu6"))  # derivative(z) = derivative(activation(z))
+    # derivative(z) = derivative(activation(z)), and PyTorch keeps the output as well: who writes into it is refused.
+    _BY_OUTPUT = frozenset(("identity", "relu"))
 
     @staticmethod
     def forward(x, w, bias, residual, geom, activation):
@@ -335,7 +404,7 @@ class ConvActFunction(_Function):
             ctx.mark_non_differentiable(z)
         ctx.by_output = z is None
         ctx.input_size, ctx.kernel_size = x.shape[2:], w.shape[2:]
-        ctx.channels_last = suggests_channels_last(out)
+        _keep_formats(ctx, x, w, out)
         residual = _needed(not ctx.by_output, residual)
         seen = None if ctx.activation == "identity" else out if ctx.by_output else z
         ctx.save_for_backward(x, w, bias, residual, seen)
@@ -375,9 +444,9 @@ def carries_tangents() -> bool:
     return forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
 
 
-def needs_function(*tensors) -> bool:
+def needs_function(*tensors: torch.Tensor | None) -> bool:
     """True when a call on these tensors must be recorded, for reverse or forward mode."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
                 return True
@@ -391,7 +460,7 @@ def _apply_at_this_level(function, *args):
     _level.recording = ops._functorch_active()
     try:
         with enable_single_level_autograd_function():
-            return super(Function, function).apply(*args)
+            return function.on_one_level.apply(*args)
     finally:
         _level.recording = former
 
@@ -426,16 +495,19 @@ def _geom(stride, padding, dilation, groups) -> Geom:
 
 
 def _differentiable_fprop(x, w, bias, stride, padding, dilation, groups, channels_last=False):
+    if x.dim() == 4 and x.shape[1] == 0:  # y has no channels then, and does not tell dw how many filters there are
+        return torch.convolution(x, w, bias, stride, padding, dilation, False, (0, 0), groups)
     return _apply_at_this_level(Conv2dFunction, x, w, bias, _geom(stride, padding, dilation, groups), channels_last)
 
 
-def _differentiable_dgrad(dy, w, input_size, stride, padding, dilation, groups, channels_last=False):
+def _differentiable_dgrad(dy, w, input_size, stride, padding, dilation, groups, channels_last=None):
     geom = _geom(stride, padding, dilation, groups)
     return _apply_at_this_level(DgradFunction, dy, w, torch.Size(input_size), geom, channels_last)
 
 
-def _differentiable_wgrad(dy, x, kernel_size, stride, padding, dilation, groups):
-    return _apply_at_this_level(WgradFunction, dy, x, torch.Size(kernel_size), _geom(stride, padding, dilation, groups))
+def _differentiable_wgrad(dy, x, kernel_size, stride, padding, dilation, groups, channels_last=None):
+    geom = _geom(stride, padding, dilation, groups)
+    return _apply_at_this_level(WgradFunction, dy, x, torch.Size(kernel_size), geom, channels_last)
 
 
 def _differentiable_fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, stride, padding, dilation, groups, eps,
@@ -456,21 +528,27 @@ def _apply(function, *args):
     return function.apply(*args)
 
 
-def conv_act(x, w, bias, residual, geom, activation, apply=_apply):
+def conv_act(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, geom: Geom,
+             activation: str, apply: Callable[..., Any] = _apply) -> torch.Tensor:
     """ConvActFunction, or in forward mode what it stands for."""
     if carries_tangents():
         return reference.act(apply(Conv2dFunction, x, w, bias, geom), residual, activation)
     return apply(ConvActFunction, x, w, bias, residual, geom, activation)[0]
 
 
-def conv_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation, apply=_apply):
-    """ConvBNReLUFunction, or in forward mode what it stands for."""
+def conv_bn_act(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, mean: torch.Tensor | None,
+                var: torch.Tensor | None, gamma: torch.Tensor | None, beta: torch.Tensor | None,
+                residual: torch.Tensor | None, geom: Geom, eps: float, activation: str,
+                apply: Callable[..., Any] = _apply,
+                update: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
+                ) -> tuple[torch.Tensor, ...]:
+    """ConvBNReLUFunction, or in forward mode, without `update`, what it stands for."""
     if not carries_tangents():
-        return apply(ConvBNReLUFunction, x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation)
+        return apply(ConvBNReLUFunction, x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation, update)
     y = apply(Conv2dFunction, x, w, bias, geom)
     stats = reference.batch_stats(y) if mean is None else (mean, var)
-    out = reference.bn_act(y, *stats, gamma, beta, residual, eps, activation)
-    return (out, y, *stats) if mean is None else (out, y)
+    out = reference.bn_act(y, *stats, gamma, beta, residual, eps, activation)  # type: ignore[arg-type]
+    return (out, y, *stats) if mean is None else (out, y)  # type: ignore[return-value]
 
 
 _register("fprop", _differentiable_fprop, 3)

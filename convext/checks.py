@@ -1,7 +1,9 @@
-"""What the arguments of a convolution must be: the exception types of torch.nn.functional, and messages that name the
-argument, what it is and what was expected. Runs once for each new combination of shapes, dtypes and devices."""
+"""What the arguments of a convolution must be, with messages that name the argument, what it is and what was expected.
+Runs once for each new combination of shapes, dtypes and devices."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -12,9 +14,17 @@ def _shape(t: torch.Tensor) -> str:
     return str(list(t.shape))
 
 
-def check_tensor(name: str, value, optional: bool = False) -> None:
+class InvalidArgument(RuntimeError):
+    """What a convolution's checks raise. `functional` asks PyTorch then, and raises its error and these words."""
+
+
+class InvalidType(InvalidArgument, TypeError):
+    """The same for an argument of another type than those that a convolution takes."""
+
+
+def check_tensor(name: str, value: object, optional: bool = False) -> None:
     if not isinstance(value, torch.Tensor) and not (optional and value is None):
-        raise TypeError(f"{name}: expected a Tensor{' or None' if optional else ''}, got {type(value).__name__}")
+        raise InvalidType(f"{name}: expected a Tensor{' or None' if optional else ''}, got {type(value).__name__}")
 
 
 _BOUND = {0: "zero or greater", 1: "greater than zero"}
@@ -24,62 +34,66 @@ def check_geom(geom: Geom) -> None:
     bounds = ("stride", geom.stride, 1), ("padding", geom.padding, 0), ("dilation", geom.dilation, 1)
     for name, values, least in bounds:
         for value in values:
+            if abs(value) >= 2**63:
+                raise InvalidArgument(f"{name}: expected ints of 64 bits, got {tuple(values)}")
             if value < least:
                 what = "negative" if least == 0 else "non-positive"
-                raise RuntimeError(f"{what} {name} is not supported, {name} should be {_BOUND[least]}: "
-                                   f"{name} is {tuple(values)}")
+                raise InvalidArgument(f"{what} {name} is not supported, {name} should be {_BOUND[least]}: "
+                                      f"{name} is {tuple(values)}")
     if geom.groups < 1:
-        raise RuntimeError("non-positive groups is not supported, groups should be greater than zero: "
-                           f"groups is {geom.groups}")
+        raise InvalidArgument("non-positive groups is not supported, groups should be greater than zero: "
+                              f"groups is {geom.groups}")
 
 
 def check_conv(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, geom: Geom) -> None:
     """RuntimeError unless fprop(x, w, bias) is a convolution of a batched x."""
     check_geom(geom)
     if w.dim() != 4:
-        raise RuntimeError(f"weight: expected 4 dimensions (K, C/groups, R, S), got a weight of size {_shape(w)}")
+        raise InvalidArgument(f"weight: expected 4 dimensions (K, C/groups, R, S), got a weight of size {_shape(w)}")
     if x.dim() != 4:
-        raise RuntimeError(f"input: expected 3D (unbatched) or 4D (batched) input to conv2d, but got {_shape(x)}")
+        raise InvalidArgument(f"input: expected 3D (unbatched) or 4D (batched) input to conv2d, but got {_shape(x)}")
     groups = geom.groups
     k, c_per_group, r, s = w.shape
     if k < groups:
-        raise RuntimeError(f"weight: given groups={groups}, expected weight to be at least {groups} at dimension 0, "
-                           f"but got weight of size {_shape(w)}")
+        raise InvalidArgument(f"weight: given groups={groups}, expected weight to be at least {groups} at dimension 0, "
+                              f"but got weight of size {_shape(w)}")
     if k % groups:
-        raise RuntimeError(f"weight: expected dimension 0 to be divisible by groups={groups}, "
-                           f"but got weight of size {_shape(w)}")
+        raise InvalidArgument(f"weight: expected dimension 0 to be divisible by groups={groups}, "
+                              f"but got weight of size {_shape(w)}")
     if x.shape[1] != c_per_group * groups:
-        raise RuntimeError(f"input: given groups={groups} and weight of size {_shape(w)}, expected input {_shape(x)} "
-                           f"to have {c_per_group * groups} channels, but got {x.shape[1]} channels instead")
+        raise InvalidArgument(f"input: given groups={groups} and weight of size {_shape(w)}, expected input "
+                              f"{_shape(x)} to have {c_per_group * groups} channels, but got {x.shape[1]} channels "
+                              "instead")
     if r < 1 or s < 1:
-        raise RuntimeError(f"weight: expected a kernel of at least 1 x 1, got weight of size {_shape(w)}")
+        raise InvalidArgument(f"weight: expected a kernel of at least 1 x 1, got weight of size {_shape(w)}")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != k):
-        raise RuntimeError(f"bias: given weight of size {_shape(w)}, expected bias to be 1-dimensional with {k} "
-                           f"elements, but got bias of size {_shape(bias)}")
+        raise InvalidArgument(f"bias: given weight of size {_shape(w)}, expected bias to be 1-dimensional with {k} "
+                              f"elements, but got bias of size {_shape(bias)}")
     for axis, size, kernel in ((0, x.shape[2], r), (1, x.shape[3], s)):
         if size + 2 * geom.padding[axis] < geom.dilation[axis] * (kernel - 1) + 1:
             padded = tuple(n + 2 * p for n, p in zip(x.shape[2:], geom.padding))
             extent = tuple(d * (n - 1) + 1 for n, d in zip((r, s), geom.dilation))
-            raise RuntimeError(f"input: calculated padded input size per channel: {padded[0]} x {padded[1]}. Kernel "
-                               f"size with dilation: {extent[0]} x {extent[1]}. The kernel can't be greater than the "
-                               "padded input")
+            raise InvalidArgument(f"input: calculated padded input size per channel: {padded[0]} x {padded[1]}. "
+                                  f"Kernel size with dilation: {extent[0]} x {extent[1]}. The kernel can't be greater "
+                                  "than the padded input")
     for name, t in (("weight", w), ("bias", bias)):
         if t is None:
             continue
         if t.dtype != x.dtype:
-            raise RuntimeError(f"{name}: input type ({x.dtype}) and {name} type ({t.dtype}) should be the same")
+            raise InvalidArgument(f"{name}: input type ({x.dtype}) and {name} type ({t.dtype}) should be the same")
         if t.device != x.device:
-            raise RuntimeError(f"{name}: expected to be on the device of input, {x.device}, got {t.device}")
+            raise InvalidArgument(f"{name}: expected to be on the device of input, {x.device}, got {t.device}")
 
 
-def check_batch_norm(dtype: torch.dtype, k: int, mean, var, gamma, beta) -> None:
+def check_batch_norm(dtype: torch.dtype, k: int, mean: torch.Tensor | None, var: torch.Tensor | None,
+                     gamma: torch.Tensor | None, beta: torch.Tensor | None) -> None:
     """RuntimeError unless the parameters fit a batch norm over K channels of `dtype`, as F.batch_norm has it."""
     if (mean is None) != (var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None, got "
                          f"running_mean {'None' if mean is None else 'a Tensor'} and "
                          f"running_var {'None' if var is None else 'a Tensor'}")
-    named = {"running_mean": mean, "running_var": var, "bn_weight": gamma, "bn_bias": beta}
-    named = {name: t for name, t in named.items() if t is not None}
+    all_named = {"running_mean": mean, "running_var": var, "bn_weight": gamma, "bn_bias": beta}
+    named = {name: t for name, t in all_named.items() if t is not None}
     for name, t in named.items():
         if t.dim() != 1 or t.shape[0] != k:
             raise RuntimeError(f"{name}: should contain {k} elements, one for each output channel, "
@@ -91,7 +105,7 @@ def check_batch_norm(dtype: torch.dtype, k: int, mean, var, gamma, beta) -> None
             raise RuntimeError(f"{name}: expected dtype {expected} beside values of {dtype}, got {t.dtype}")
 
 
-def check_more_than_one_value(y_shape) -> None:
+def check_more_than_one_value(y_shape: Sequence[int]) -> None:
     """ValueError when a training batch norm would see one value per channel: its variance would be 0 of 0."""
     if y_shape[0] * y_shape[2] * y_shape[3] == 1:
         raise ValueError("Expected more than 1 value per channel when training, got an output of the convolution of "
@@ -103,10 +117,11 @@ def check_activation(activation: str) -> None:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
-def check_residual(residual, y_shape) -> None:
+def check_residual(residual: torch.Tensor, y_shape: Sequence[int]) -> None:
     """RuntimeError unless residual + y has the shape of y."""
     try:
-        fits = torch.broadcast_shapes(residual.shape, y_shape) == torch.Size(y_shape)
+        broadcast: torch.Size = torch.broadcast_shapes(residual.shape, y_shape)  # type: ignore[no-untyped-call]
+        fits = broadcast == torch.Size(y_shape)
     except RuntimeError:
         fits = False
     if not fits:

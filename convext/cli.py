@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import torch
 import typer
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from . import options
+from .bench.tables import Grid
 from .options import DType, MemoryFormat, OptionError, UsageError
 
 app = typer.Typer(
@@ -34,10 +36,10 @@ app.add_typer(bench, name="bench")
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 DTypeOption = Annotated[DType, typer.Option(help="Type of weights and activations.")]
 Format = Annotated[MemoryFormat, typer.Option(help="Of the network and its input.")]
-Threads = Annotated[Optional[str], typer.Option(metavar="N", help="Threads; default: as many as torch takes.")]  # noqa: UP045
+Threads = Annotated[Optional[str], typer.Option(metavar="N", help="Threads; default: as many as torch takes.")]
 Batch = Annotated[str, typer.Option(metavar="N", help="Images at a time.")]
 Model = Annotated[str, typer.Option(help="A network of torchvision's.")]
-Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the figures to this file.")]  # noqa: UP045
+Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the figures to this file.")]
 Seconds = Annotated[float, typer.Option(min=0.0, help="Time to spend on each comparison.")]
 
 
@@ -55,7 +57,7 @@ def demo(
     dtype: DTypeOption = DType.float32,
     batch: Batch = "2",
     threads: Threads = None,
-    image: Annotated[Optional[Path], typer.Option(help="A photograph of yours.")] = None,  # noqa: UP045
+    image: Annotated[Optional[Path], typer.Option(help="A photograph of yours.")] = None,
     train: Annotated[bool, typer.Option("--train/--no-train", help="Train on digits as well.")] = True,
     output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("convext-demo.png"),
 ) -> None:
@@ -71,14 +73,14 @@ def demo(
 
 @bench.command("model")
 def bench_model(
-    names: Annotated[Optional[list[str]], typer.Argument(metavar="[NAMES]...")] = None,  # noqa: UP045
+    names: Annotated[Optional[list[str]], typer.Argument(metavar="[NAMES]...")] = None,
     batch: Annotated[str, typer.Option(metavar="N...", help="One or more, such as: 1 8.")] = "1,8",
     threads: Annotated[str, typer.Option(metavar="N...", help="One or more, such as: 1 2.")] = "1,2",
     dtype: DTypeOption = DType.float32,
     memory_format: Format = MemoryFormat.contiguous,
     train: Annotated[bool, typer.Option("--train/--eval", help="A training step, or inference.")] = False,
     peers: Annotated[bool, typer.Option("--peers", help="Also the engines that people leave PyTorch for.")] = False,
-    peer: Annotated[Optional[list[str]], typer.Option(  # noqa: UP045
+    peer: Annotated[Optional[list[str]], typer.Option(
         help="One of those alone, such as OpenVINO; may be given more than once.")] = None,
     output_pool: Annotated[bool, typer.Option(
         "--output-pool/--no-output-pool", help="Reuse memory of dropped results, or take it from malloc.")] = True,
@@ -154,7 +156,7 @@ def bench_layers(
     place, images = options.device(device), options.integer("--batch", batch)
     with _threads(threads), machine.current(place):
         x = zoo.sample(name, images).to(place, dtype.torch, memory_format=memory_format.torch)
-        network = zoo.build(name)[0].to(place, dtype.torch, memory_format=memory_format.torch)
+        network = zoo.build(name)[0].to(place, dtype.torch, memory_format=memory_format.torch)  # type: ignore[call-overload]
         found = problems.collect(network, x)
         if place.type == "cpu":
             ceilings = machine.ceilings(torch.get_num_threads(), dtype.torch)
@@ -264,11 +266,11 @@ def _needs(extra: str, *modules: str) -> None:
 
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
-        raise UsageError(f"{', '.join(missing)} not installed: pip install 'convext[{extra}]'")
+        raise UsageError(f"{', '.join(missing)} not installed: pip install \"convext[{extra}]\"")
 
 
 @contextmanager
-def _threads(count: str | None):
+def _threads(count: str | None) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(before if count is None else options.integer("--threads", count))
     try:
@@ -283,14 +285,11 @@ def _progress() -> Progress:
     return Progress(console=console, transient=True, disable=not console.is_terminal or console.is_dumb_terminal)
 
 
-def _print_table(grid, markdown: bool = False) -> None:
-    if markdown:
-        print(grid.markdown())
-    else:
-        Console(width=None if sys.stdout.isatty() else 180).print(grid.rich())
+def _print_table(grid: Grid, markdown: bool = False) -> None:
+    print(grid.markdown() if markdown else grid.text(None if sys.stdout.isatty() else 180))
 
 
-def _print_machine(record: dict) -> None:
+def _print_machine(record: dict[str, Any]) -> None:
     versions = ", ".join(f"{name} {found}" for name, found in record["versions"].items() if found)
     device = f"{record['gpu']['name']}, driver {record['gpu'].get('driver')}; " if record["gpu"] else ""
     commit = f"commit {record['commit'] or 'unknown'}, kernels {record['kernels'] or 'unknown'}"

@@ -65,18 +65,20 @@ def _fprop_bn_act_train(x, w, bias, gamma, beta, residual, stride, padding, dila
     return _triton().bn_act(y, mean, var, gamma, beta, residual, eps, activation), y, mean, var
 
 
-def _dgrad(dy, w, input_size, stride, padding, dilation, groups, channels_last=False):
+def _dgrad(dy, w, input_size, stride, padding, dilation, groups, channels_last=None):
     geom = Geom(tuple(stride), tuple(padding), tuple(dilation), groups)
     if not _serves(Pass.DGRAD, ConvProblem.of_dgrad(dy, w, input_size, geom, channels_last)):
         return None
     return _triton().dgrad(dy, w, input_size, *geom, channels_last)
 
 
-def _wgrad(dy, x, kernel_size, stride, padding, dilation, groups):
+def _wgrad(dy, x, kernel_size, stride, padding, dilation, groups, channels_last=None):
     geom = Geom(tuple(stride), tuple(padding), tuple(dilation), groups)
     if not _serves(Pass.WGRAD, ConvProblem.of_wgrad(dy, x, kernel_size, geom)):
         return None
-    return _triton().wgrad(dy, x, kernel_size, *geom)
+    if channels_last is None:
+        channels_last = ops.guess_dw_format(x, (dy.shape[1], x.shape[1] // groups, *kernel_size))
+    return _triton().wgrad(dy, x, kernel_size, *geom, channels_last)
 
 
 def _batch_stats(y):

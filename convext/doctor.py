@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import platform
+from types import ModuleType
 
 import torch
 
@@ -29,7 +30,7 @@ def _versions() -> list[str]:
     ]
 
 
-def _library():
+def _library() -> ModuleType | ImportError:
     """The compiled library, or the error that loading it gave."""
     try:
         return importlib.import_module("convext._C")
@@ -44,7 +45,9 @@ def _build() -> list[str]:
     info = dict(library.build_info())
     cuda = info.pop("cuda", "CUDA library: unknown")
     built = ", ".join(f"{key} {value}" for key, value in info.items())
-    return [f"built with: {built}", cuda]
+    why_not = backends.get("native").why_no_output_pool()
+    pool = "on" if why_not is None else f"off, {why_not}; fix: reinstall convext beside this torch"
+    return [f"built with: {built}", cuda, f"pool of results: {pool}"]
 
 
 def _cpu() -> list[str]:

@@ -20,7 +20,7 @@ def kernel(problem: ConvProblem, pass_: Pass) -> tuple[str | None, str]:
         reason = native_cuda.not_built() or native_cuda.reject(pass_, problem)
         return (native_cuda.variant(pass_, problem), "") if reason is None else (None, reason)
     try:
-        from . import _C
+        from . import _C  # type: ignore[attr-defined]
     except ImportError as error:
         return None, f"the compiled library does not load ({error})"
     fields = [*problem.extents(), problem.dtype, problem.x_layout, problem.y_layout]
@@ -37,7 +37,7 @@ def table(problems: dict[ConvProblem, int], device: str, dtypes: list[DType]) ->
     """One row a layer and dtype, one column a pass, "none" where no compiled kernel serves; and why, each reason with
     how many entries it holds for."""
     grid = Grid(["layer", "n", "dtype", *(pass_.name.lower() for pass_ in Pass)], names=6)
-    reasons = collections.Counter()
+    reasons: collections.Counter[str] = collections.Counter()
     for problem, count in problems.items():
         for dtype in dtypes:
             asked = dataclasses.replace(problem, device=device, dtype=dtype, x_layout=Layout.NHWC, y_layout=Layout.NHWC)

@@ -3,6 +3,9 @@ on. Nothing is computed here."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function
@@ -11,12 +14,15 @@ from . import autograd, checks, ops
 from .activation import FORWARD
 from .problem import DTYPES, Geom
 
+Size = int | Sequence[int]  # one for both, or (height, width)
+_Fused = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, Geom]
+
 _PLAIN = ops._PLAIN
 _strided = torch.strided
 _jit_tracing = ops._jit_tracing  # a TorchScript trace gets ATen's operators: it runs without convext
 
 
-def _pair(name: str, value) -> tuple[int, int]:
+def as_pair(name: str, value: Any) -> tuple[int, int]:
     """An int or a sequence of one or two ints as (height, width)."""
     if type(value) is int:
         return value, value
@@ -25,32 +31,34 @@ def _pair(name: str, value) -> tuple[int, int]:
     return _unusual_pair(name, value)
 
 
-def _is_int(value) -> bool:
+def _is_int(value: object) -> bool:
     if isinstance(value, torch.Tensor):
         return value.numel() == 1 and not (value.is_floating_point() or value.is_complex())
     return not isinstance(value, bool) and (isinstance(value, torch.SymInt) or hasattr(value, "__index__"))
 
 
-def _as_int(value):
+def _as_int(value: Any) -> Any:
     return value if isinstance(value, (int, torch.SymInt)) else value.__index__()
 
 
-def _unusual_pair(name: str, value) -> tuple[int, int]:
+def _unusual_pair(name: str, value: Any) -> tuple[int, int]:
     if _is_int(value):
         return (_as_int(value),) * 2
     if not isinstance(value, (tuple, list)) or not all(_is_int(v) for v in value):
-        raise TypeError(f"{name}: expected an int or a tuple of two ints, got {value!r} ({type(value).__name__})")
+        raise checks.InvalidType(f"{name}: expected an int or a tuple of two ints, got {value!r} "
+                                 f"({type(value).__name__})")
     if len(value) not in (1, 2):
-        raise RuntimeError(f"{name}: expected {name} to be a single integer value or a list of 2 values, one for "
-                           f"height and one for width, got {list(value)}")
+        raise checks.InvalidArgument(f"{name}: expected one int or two, one for height and one for width, "
+                                     f"got {list(value)}")
     pair = tuple(_as_int(v) for v in value)
     return pair if len(pair) == 2 else pair * 2
 
 
-def _same_padding(x, w, stride, dilation):
+def _same_padding(x: torch.Tensor, w: torch.Tensor, stride: tuple[int, int],
+                  dilation: tuple[int, int]) -> tuple[torch.Tensor, tuple[int, int]]:
     """x and the padding of padding="same". Where the sides differ, x is padded on its far side first, as in ATen."""
     if stride != (1, 1):
-        raise RuntimeError(f"padding='same' is not supported for strided convolutions: stride is {stride}")
+        raise checks.InvalidArgument(f"padding='same' is not supported for strided convolutions: stride is {stride}")
     total = [d * (n - 1) for d, n in zip(dilation, w.shape[-2:])]
     odd_h, odd_w = total[0] % 2, total[1] % 2
     if odd_h or odd_w:
@@ -58,12 +66,13 @@ def _same_padding(x, w, stride, dilation):
     return x, (total[0] // 2, total[1] // 2)
 
 
-def _normalise(x, w, stride, padding, dilation, groups):
+def normalised(x: torch.Tensor, w: torch.Tensor, stride: Size, padding: Size | str, dilation: Size,
+               groups: int) -> tuple[torch.Tensor, Geom]:
     """x (padded where "same" asks for it) and geom."""
-    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
+    stride, dilation = as_pair("stride", stride), as_pair("dilation", dilation)
     if type(groups) is not int:
         if not _is_int(groups):
-            raise TypeError(f"groups: expected an int, got {groups!r} ({type(groups).__name__})")
+            raise checks.InvalidType(f"groups: expected an int, got {groups!r} ({type(groups).__name__})")
         groups = _as_int(groups)
     if isinstance(padding, str):
         if padding == "same":
@@ -74,19 +83,19 @@ def _normalise(x, w, stride, padding, dilation, groups):
         elif padding == "valid":
             padding = 0, 0
         else:
-            raise RuntimeError(f"padding: invalid padding string {padding!r}, expected 'same' or 'valid'")
+            raise checks.InvalidArgument(f"padding: invalid padding string {padding!r}, expected 'same' or 'valid'")
     else:
-        padding = _pair("padding", padding)
+        padding = as_pair("padding", padding)
     return x, Geom(stride, padding, dilation, groups)
 
 
-def _check_tensors(x, w, bias) -> None:
+def _check_tensors(x: object, w: object, bias: object) -> None:
     checks.check_tensor("input", x)
     checks.check_tensor("weight", w)
     checks.check_tensor("bias", bias, optional=True)
 
 
-def _autocast(x, *others):
+def _autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[Any, ...]:
     """The operands in the dtype that autocast asks for, if it is on for x's device."""
     device_type = x.device.type
     if not torch.is_autocast_enabled(device_type):
@@ -95,7 +104,7 @@ def _autocast(x, *others):
     return tuple(ops.autocast_cast(t, device_type, dtype) for t in (x, *others))
 
 
-def _is_foreign(*tensors) -> bool:
+def _is_foreign(*tensors: object) -> bool:
     """True for tensor subclasses that bring their own dispatch (sharded, quantized, ...): ATen's operators are the ones
     that they know."""
     for t in tensors:
@@ -105,16 +114,37 @@ def _is_foreign(*tensors) -> bool:
     return False
 
 
-def _conv2d(function, x, w, bias, stride, padding, dilation, groups):
+def _conv2d(function: type[autograd.Conv2dFunction], x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None,
+            stride: Size, padding: Size | str, dilation: Size, groups: int) -> torch.Tensor:
     """The one path of the three convolutions; `function` records the gradient."""
     if torch.compiler.is_compiling():
         return _conv2d_traced(x, w, bias, stride, padding, dilation, groups)
+    try:
+        return _checked_conv2d(function, x, w, bias, stride, padding, dilation, groups)
+    except checks.InvalidArgument as error:
+        return _as_pytorch(error, x, w, bias, stride, padding, dilation, groups)
+
+
+def _as_pytorch(error: checks.InvalidArgument, *arguments: Any) -> torch.Tensor:
+    """What PyTorch makes of arguments that a check refused: its own error, with the check's words behind it, or its
+    result where it takes what convext does not: tensors on the meta device beside others."""
+    try:
+        return torch.conv2d(*arguments)
+    except (RuntimeError, TypeError, ValueError) as theirs:
+        if type(theirs) not in (RuntimeError, TypeError, ValueError, NotImplementedError):
+            raise
+        raise type(theirs)(f"{theirs}\nconvext: {error}") from None
+
+
+def _checked_conv2d(function: type[autograd.Conv2dFunction], x: torch.Tensor, w: torch.Tensor,
+                    bias: torch.Tensor | None, stride: Size, padding: Size | str, dilation: Size,
+                    groups: int) -> torch.Tensor:
     if not (type(x) in _PLAIN and type(w) in _PLAIN and type(bias) in _PLAIN) or x is None or w is None:
         _check_tensors(x, w, bias)
     known = x.dtype in DTYPES or w.dtype in DTYPES  # one alone is an error, which the checks explain
     if not known or x.layout is not _strided or w.layout is not _strided or _is_foreign(x, w, bias) or _jit_tracing():
         return torch.conv2d(x, w, bias, stride, padding, dilation, groups)
-    x, geom = _normalise(x, w, stride, padding, dilation, groups)
+    x, geom = normalised(x, w, stride, padding, dilation, groups)
     if ops._autocast_active():
         x, w, bias = _autocast(x, w, bias)
     if x.dim() == 3:
@@ -122,43 +152,58 @@ def _conv2d(function, x, w, bias, stride, padding, dilation, groups):
     return _record(function, x, w, bias, geom)
 
 
-def _record(function, x, w, bias, geom):
+def _record(function: type[autograd.Conv2dFunction], x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None,
+            geom: Geom) -> torch.Tensor:
     if _needs_function(x, w, bias):
-        return function.apply(x, w, bias, geom)
+        if ops.batches_the_older_way():  # the operator, which each slice gets, records for itself
+            return torch.ops.convext.fprop(x, w, bias, *geom)
+        if x.dim() == 4 and x.shape[1] == 0:  # y has no channels then, and does not tell dw how many filters there are
+            return torch.convolution(x, w, bias, *geom[:3], False, (0, 0), geom.groups)
+        y = function.apply(x, w, bias, geom)
+        # Under vmap it is a view of what the operator returned, which autograd would not let anybody write into.
+        return y.clone() if ops._functorch_active() else y
     return ops.fprop(x, w, bias, geom)
 
 
-def _needs_function(*tensors) -> bool:
+def _needs_function(*tensors: torch.Tensor | None) -> bool:
     return autograd.needs_function(*tensors) or ops._functorch_active()
 
 
-def _conv2d_traced(x, w, bias, stride, padding, dilation, groups):
+def _conv2d_traced(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, stride: Size, padding: Size | str,
+                   dilation: Size, groups: int) -> torch.Tensor:
     """What a compiler sees: one operator, which knows its own gradient."""
     if x.dtype not in DTYPES or w.dtype not in DTYPES:
         return torch.conv2d(x, w, bias, stride, padding, dilation, groups)
-    x, geom = _normalise(x, w, stride, padding, dilation, groups)
+    x, geom = normalised(x, w, stride, padding, dilation, groups)
     if x.dim() == 3:
         return torch.ops.convext.fprop(x.unsqueeze(0), w, bias, *geom).squeeze(0)
     return torch.ops.convext.fprop(x, w, bias, *geom)
 
 
-def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+def conv2d(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, stride: Size = 1,
+           padding: Size | str = 0, dilation: Size = 1, groups: int = 1) -> torch.Tensor:
     """2-D convolution: torch.nn.functional.conv2d, argument for argument.
 
     Args:
         input: (N, C, H, W), or (C, H, W) for one image.
-        weight: (K, C/groups, R, S).
-        bias: (K) or None.
-        stride: step of the filter in pixels, an int or (height, width).
-        padding: zeros on each side in pixels, an int or (height, width), or "same" (an output of the input's size, at
-            stride 1) or "valid" (none).
-        dilation: distance between the taps of the filter in pixels, an int or (height, width).
-        groups: into how many independent convolutions the channels fall.
+        weight: (K, C/groups, R, S), of input's dtype and on its device.
+        bias: (K), or None, the default.
+        stride: step of the filter in pixels, an int or (height, width); default 1.
+        padding: zeros on each side in pixels, an int or (height, width); or "same" (an output of the input's size, at
+            stride 1) or "valid" (none). Default 0.
+        dilation: distance between the taps of the filter in pixels, an int or (height, width); default 1.
+        groups: into how many independent convolutions the channels fall; default 1.
 
     Returns: (N, K, P, Q), or (K, P, Q) for one image, with P and Q as in `convext.problem.Geom.output_size`, of input's
         dtype, and channels-last where input or weight is.
 
-    Raises RuntimeError and TypeError where F.conv2d does.
+    Raises what F.conv2d raises: an error of its type, that begins with its text and ends in a line from convext, which
+        names the argument.
+
+    Example:
+        >>> x, w = torch.randn(2, 16, 32, 32), torch.randn(8, 16, 3, 3)
+        >>> convext.conv2d(x, w, stride=2, padding=1).shape
+        torch.Size([2, 8, 16, 16])
     """
     if has_torch_function((input, weight, bias)):
         return handle_torch_function(conv2d, (input, weight, bias), input, weight, bias, stride=stride, padding=padding,
@@ -166,13 +211,21 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     return _conv2d(autograd.Conv2dFunction, input, weight, bias, stride, padding, dilation, groups)
 
 
-def depthwise_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1):
+def depthwise_conv2d(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, stride: Size = 1,
+                     padding: Size | str = 0, dilation: Size = 1) -> torch.Tensor:
     """Depthwise convolution: every input channel has filters of its own, groups = C.
 
-    Args as in `conv2d`, but weight is (C*m, 1, R, S) with a multiplier m >= 1: filters c*m to
-        c*m + m - 1 see channel c.
+    Args:
+        weight: (C*m, 1, R, S) with a multiplier m >= 1: filters c*m to c*m + m - 1 see channel c.
+        input, bias, stride, padding, dilation: as in `conv2d`.
+
+    Returns: (N, C*m, P, Q), or (C*m, P, Q) for one image; else as `conv2d`.
 
     Raises RuntimeError where weight does not fit, and else as `conv2d`.
+
+    Example:
+        >>> convext.depthwise_conv2d(torch.randn(1, 16, 32, 32), torch.randn(32, 1, 3, 3), padding="same").shape
+        torch.Size([1, 32, 32, 32])
     """
     if has_torch_function((input, weight, bias)):
         return handle_torch_function(depthwise_conv2d, (input, weight, bias), input, weight, bias, stride=stride,
@@ -187,30 +240,58 @@ def depthwise_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1):
     return _conv2d(autograd.DepthwiseConv2dFunction, input, weight, bias, stride, padding, dilation, channels)
 
 
-def dilated_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=2):
-    """Dilated (atrous) convolution: `conv2d` with groups = 1 and a dilation of 2 unless told."""
+def dilated_conv2d(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, stride: Size = 1,
+                   padding: Size | str = 0, dilation: Size = 2) -> torch.Tensor:
+    """Dilated (atrous) convolution: `conv2d` with groups = 1 and a dilation of 2 unless told.
+
+    Args:
+        dilation: distance between the taps of the filter in pixels, an int or (height, width); default 2.
+        input, weight, bias, stride, padding: as in `conv2d`.
+
+    Returns: as `conv2d`. Raises RuntimeError and TypeError where F.conv2d does.
+
+    Example:
+        >>> convext.dilated_conv2d(torch.randn(1, 16, 32, 32), torch.randn(8, 16, 3, 3), dilation=(2, 4)).shape
+        torch.Size([1, 8, 28, 24])
+    """
     if has_torch_function((input, weight, bias)):
         return handle_torch_function(dilated_conv2d, (input, weight, bias), input, weight, bias, stride=stride,
                                      padding=padding, dilation=dilation)
     return _conv2d(autograd.DilatedConv2dFunction, input, weight, bias, stride, padding, dilation, 1)
 
 
-def conv_act(input, weight, bias=None, *, stride=1, padding=0, dilation=1, groups=1, activation="relu", residual=None):
+def conv_act(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, stride: Size = 1,
+             padding: Size | str = 0, dilation: Size = 1, groups: int = 1, activation: str = "relu",
+             residual: torch.Tensor | None = None) -> torch.Tensor:
     """activation(conv2d(input, weight, bias) + residual) in one call: `conv_bn_relu` without a batch norm.
 
-    Args and errors as in `conv_bn_relu`.
+    Args:
+        input, weight, bias, stride, padding, dilation, groups: as in `conv2d`.
+        activation, residual: as in `conv_bn_relu`.
+
+    Returns: (N, K, P, Q), or (K, P, Q) for one image; else as `conv2d`.
+
+    Raises RuntimeError and TypeError where F.conv2d does, ValueError for an unknown activation, RuntimeError for a
+    residual that does not fit.
+
+    Example:
+        >>> x, w = torch.randn(2, 8, 32, 32), torch.randn(8, 8, 3, 3)
+        >>> convext.conv_act(x, w, padding=1, activation="silu", residual=x).shape
+        torch.Size([2, 8, 32, 32])
     """
     tensors = input, weight, bias, residual
     if has_torch_function(tensors):
         return handle_torch_function(conv_act, tensors, input, weight, bias, stride=stride, padding=padding,
                                      dilation=dilation, groups=groups, activation=activation, residual=residual)
-    if type(groups) is int and not isinstance(padding, str) and _is_simple(*tensors):
-        geom = Geom(_pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups)
+    if _is_simple(*tensors) and (geom := _plain_geom(stride, padding, dilation, groups)) is not None:
         out = ops.fprop_bn_act_again(input, weight, bias, None, None, None, None, residual, geom, 0.0, activation)
         if out is not None:
             return out
     checks.check_activation(activation)
-    fused = _prepare_fused(*tensors, (), stride, padding, dilation, groups)
+    try:
+        fused = _prepare_fused(*tensors, (), stride, padding, dilation, groups)
+    except checks.InvalidArgument:  # conv2d raises, or takes it as PyTorch does
+        fused = None
     if fused is None:
         y = conv2d(input, weight, bias, stride, padding, dilation, groups)
         return FORWARD[activation](y if residual is None else y + residual)
@@ -222,8 +303,12 @@ def conv_act(input, weight, bias=None, *, stride=1, padding=0, dilation=1, group
     return out.squeeze(0) if input.dim() == 3 else out
 
 
-def conv_bn_relu(input, weight, bias, running_mean, running_var, bn_weight, bn_bias, *, stride=1, padding=0, dilation=1,
-                 groups=1, training=False, momentum=0.1, eps=1e-5, activation="relu", residual=None):
+def conv_bn_relu(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+                 running_mean: torch.Tensor | None, running_var: torch.Tensor | None, bn_weight: torch.Tensor | None,
+                 bn_bias: torch.Tensor | None, *, stride: Size = 1, padding: Size | str = 0, dilation: Size = 1,
+                 groups: int = 1, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+                 activation: str = "relu", residual: torch.Tensor | None = None,
+                 num_batches_tracked: torch.Tensor | None = None) -> torch.Tensor:
     """activation(batch_norm(conv2d(input, weight, bias)) + residual) in one call.
 
     Args:
@@ -231,36 +316,49 @@ def conv_bn_relu(input, weight, bias, running_mean, running_var, bn_weight, bn_b
         running_mean, running_var: (K), or None for both. With `training` they are updated in place, as F.batch_norm
             updates them: running = (1 - momentum) * running + momentum * batch, by the unbiased variance.
         bn_weight, bn_bias: (K), the scale and shift after normalising, or None for 1 and 0.
-        training: normalise by the batch's own mean and variance instead of the running ones.
-        momentum: weight of this batch in the running statistics.
-        eps: added to the variance.
-        activation: "relu", "relu6", "silu", "hardswish", "gelu" (the exact one) or "identity".
-        residual: added after the batch norm and before the activation; broadcasts to the output.
+        training: normalise by the batch's own mean and variance instead of the running ones; default False.
+        momentum: weight of this batch in the running statistics, a float; default 0.1.
+        eps: added to the variance; default 1e-5.
+        activation: "relu" (the default), "relu6", "silu", "hardswish", "gelu" (the exact one) or "identity".
+        residual: added after the batch norm and before the activation, of a size that broadcasts to the output's; or
+            None, the default.
+        num_batches_tracked: a tensor of one integer, which a call with `training` counts up in place; or None, the
+            default.
 
     Returns: (N, K, P, Q), or (K, P, Q) for one image, which is normalised as a batch of one.
 
     Raises RuntimeError, TypeError and ValueError where F.conv2d and F.batch_norm do, ValueError for an unknown
-    activation, RuntimeError for a residual that does not fit. The running statistics are as before then.
+    activation, RuntimeError for a residual that does not fit. The running statistics and the count are as before then.
+
+    Example:
+        >>> x, w, gamma, beta = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3), torch.ones(4), torch.zeros(4)
+        >>> mean, var = torch.zeros(4), torch.ones(4)
+        >>> y = convext.conv_bn_relu(x, w, None, mean, var, gamma, beta, padding=1, training=True)
+        >>> y.shape, bool(mean.any())
+        (torch.Size([2, 4, 8, 8]), True)
     """
     tensors = input, weight, bias, running_mean, running_var, bn_weight, bn_bias, residual
     if has_torch_function(tensors):
         return handle_torch_function(
             conv_bn_relu, tensors, *tensors[:7], stride=stride, padding=padding, dilation=dilation, groups=groups,
-            training=training, momentum=momentum, eps=eps, activation=activation, residual=residual)
+            training=training, momentum=momentum, eps=eps, activation=activation, residual=residual,
+            num_batches_tracked=num_batches_tracked)
     if not isinstance(momentum, (int, float)):
         raise TypeError(f"momentum: expected a float, got {momentum!r}; convext.nn.ConvBNReLU takes None")
     batch_norm = running_mean, running_var, bn_weight, bn_bias
-    if not training and running_mean is not None and type(groups) is int and not isinstance(padding, str) \
-            and _is_simple(*tensors):
-        geom = Geom(_pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups)
+    if not training and running_mean is not None and _is_simple(*tensors) \
+            and (geom := _plain_geom(stride, padding, dilation, groups)) is not None:
         out = ops.fprop_bn_act_again(input, weight, bias, *batch_norm, residual, geom, eps, activation)
         if out is not None:
             return out
     checks.check_activation(activation)
-    fused = _prepare_fused(input, weight, bias, residual, batch_norm, stride, padding, dilation, groups)
+    try:
+        fused = _prepare_fused(input, weight, bias, residual, batch_norm, stride, padding, dilation, groups)
+    except checks.InvalidArgument:  # conv2d raises, or takes it as PyTorch does
+        fused = None
     if fused is None:
         return _unfused(input, weight, bias, *batch_norm, stride, padding, dilation, groups, training, momentum, eps,
-                        activation, residual)
+                        activation, residual, num_batches_tracked)
     x, w, b, r, geom = fused
     _check_batch_norm(x, w, geom, *batch_norm, training)
     needs_function = not torch.compiler.is_compiling() and _needs_function(x, w, b, bn_weight, bn_bias, r)
@@ -270,21 +368,41 @@ def conv_bn_relu(input, weight, bias, running_mean, running_var, bn_weight, bn_b
         else:
             out = ops.fprop_bn_act(x, w, b, *batch_norm, r, geom, eps, activation)
     else:
+        def update(y: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> None:
+            if num_batches_tracked is not None:
+                num_batches_tracked.add_(1)
+            if running_mean is not None:
+                count = y.shape[0] * y.shape[2] * y.shape[3]
+                _update_running(running_mean, running_var, mean, var, momentum, count)  # type: ignore[arg-type]
+
         if needs_function:
-            out, y, mean, var = autograd.conv_bn_act(x, w, b, None, None, bn_weight, bn_bias, r, geom, eps, activation)
+            out, *_ = autograd.conv_bn_act(x, w, b, None, None, bn_weight, bn_bias, r, geom, eps, activation,
+                                           update=update)
         else:
-            out, y, mean, var = ops.fprop_bn_act_train(x, w, b, bn_weight, bn_bias, r, geom, eps, activation)
-        if running_mean is not None:
-            _update_running(running_mean, running_var, mean, var, momentum, y.shape[0] * y.shape[2] * y.shape[3])
+            out, *statistics = ops.fprop_bn_act_train(x, w, b, bn_weight, bn_bias, r, geom, eps, activation)
+            update(*statistics)
     return out.squeeze(0) if input.dim() == 3 else out
 
 
-def _is_simple(*tensors) -> bool:
+def _plain_geom(stride: Size, padding: Size | str, dilation: Size, groups: int) -> Geom | None:
+    """geom where nothing has to be interpreted: ints, and pairs of them."""
+    if type(groups) is not int:
+        return None
+    pairs = tuple((v, v) if type(v) is int else v for v in (stride, padding, dilation))
+    for pair in pairs:
+        if type(pair) is not tuple or len(pair) != 2 or type(pair[0]) is not int or type(pair[1]) is not int:
+            return None
+    return Geom(*pairs, groups)  # type: ignore[call-arg, arg-type]
+
+
+def _is_simple(*tensors: torch.Tensor | None) -> bool:
     """True for tensors that neither dispatcher nor autograd has to see."""
     return ops.all_plain(*tensors) and not autograd.needs_function(*tensors)
 
 
-def _prepare_fused(input, weight, bias, residual, batch_norm, stride, padding, dilation, groups):
+def _prepare_fused(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None,
+                   batch_norm: tuple[torch.Tensor | None, ...], stride: Size, padding: Size | str, dilation: Size,
+                   groups: int) -> _Fused | None:
     """(x, w, bias, residual, geom) for the fused operators, batched and cast, or None where the parts run one by one:
     other dtypes, empty tensors, a residual that must broadcast or promote, subclasses, transforms."""
     tensors = input, weight, bias, residual, *batch_norm
@@ -292,14 +410,15 @@ def _prepare_fused(input, weight, bias, residual, batch_norm, stride, padding, d
         _check_tensors(input, weight, bias)
         for t in (residual, *batch_norm):
             checks.check_tensor("residual and the batch norm's parameters", t, optional=True)
-        if ops._functorch_active() or autograd.carries_tangents() or _is_foreign(*tensors) or _jit_tracing():
+        if ops._functorch_active() or ops.batches_the_older_way() or autograd.carries_tangents() \
+                or _is_foreign(*tensors) or _jit_tracing():
             return None
     x, w, b = input, weight, bias
     if x.dtype not in DTYPES or w.dtype not in DTYPES or x.layout is not _strided or w.layout is not _strided:
         return None
     if ops._autocast_active():
         x, w, b = _autocast(x, w, b)
-    x, geom = _normalise(x, w, stride, padding, dilation, groups)
+    x, geom = normalised(x, w, stride, padding, dilation, groups)
     if x.dim() == 3:
         x = x.unsqueeze(0)
         residual = residual.unsqueeze(0) if residual is not None and residual.dim() == 3 else residual
@@ -314,7 +433,9 @@ def _prepare_fused(input, weight, bias, residual, batch_norm, stride, padding, d
     return x, w, b, residual, geom
 
 
-def _check_batch_norm(x, w, geom, mean, var, gamma, beta, training) -> None:
+def _check_batch_norm(x: torch.Tensor, w: torch.Tensor, geom: Geom, mean: torch.Tensor | None,
+                      var: torch.Tensor | None, gamma: torch.Tensor | None, beta: torch.Tensor | None,
+                      training: bool) -> None:
     if training:
         checks.check_more_than_one_value((x.shape[0], w.shape[0], *geom.output_size(x.shape[2:], w.shape[2:])))
     checks.check_batch_norm(x.dtype, w.shape[0], mean, var, gamma, beta)
@@ -324,16 +445,28 @@ def _check_batch_norm(x, w, geom, mean, var, gamma, beta, training) -> None:
 
 
 @torch.no_grad()
-def _update_running(running_mean, running_var, mean, var, momentum, count) -> None:
+def _update_running(running_mean: torch.Tensor, running_var: torch.Tensor, mean: torch.Tensor, var: torch.Tensor,
+                    momentum: float, count: int) -> None:
+    """Unseen by autograd, as F.batch_norm does it: where a graph of evaluation mode has saved the statistics, its
+    backward pass must not refuse because they have moved. What records operators has to see the tensors themselves."""
+    if not (torch.compiler.is_compiling() or ops._dispatch_modes()):
+        running_mean, running_var = running_mean.data, running_var.data
     running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
     running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
 
 
-def _unfused(input, weight, bias, running_mean, running_var, bn_weight, bn_bias, stride, padding, dilation, groups,
-             training, momentum, eps, activation, residual):
+def _unfused(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, running_mean: torch.Tensor | None,
+             running_var: torch.Tensor | None, bn_weight: torch.Tensor | None, bn_bias: torch.Tensor | None,
+             stride: Size, padding: Size | str, dilation: Size, groups: int, training: bool, momentum: float,
+             eps: float, activation: str, residual: torch.Tensor | None,
+             num_batches_tracked: torch.Tensor | None) -> torch.Tensor:
     y = conv2d(input, weight, bias, stride, padding, dilation, groups)
+    if residual is not None and not _jit_tracing():  # before anything is updated
+        checks.check_residual(residual, y.shape)
     unbatched = y.dim() == 3
     y = y.unsqueeze(0) if unbatched else y
+    if training and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
     y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
     y = y.squeeze(0) if unbatched else y
     return FORWARD[activation](y if residual is None else y + residual)

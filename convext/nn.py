@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
 from . import checks, functional
 
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
 # What each Conv2d was last called with by itself: shape, strides, dtype and device of its input. For convext.report.
-LAST_INPUTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+LAST_INPUTS: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Any, ...]] = weakref.WeakKeyDictionary()
 
 
 class Conv2d(torch.nn.Conv2d):
     """torch.nn.Conv2d, computed by convext: same arguments, parameters, state dict and repr, every `padding_mode`.
 
     It adds no state of its own, so an existing layer becomes one by `layer.__class__ = convext.nn.Conv2d`, and back.
+
+    Args:
+        in_channels, out_channels: C and K.
+        kernel_size: (R, S), or one int for both.
+        stride, padding, dilation, groups, bias, padding_mode, device, dtype: as in torch.nn.Conv2d.
+
+    `forward(input)`: (N, C, H, W) -> (N, K, P, Q), or (C, H, W) -> (K, P, Q). Raises ValueError, RuntimeError and
+    TypeError where torch.nn.Conv2d does.
+
+    Example:
+        >>> convext.nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect")(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 8, 32, 32])
     """
 
-    def _conv_forward(self, input, weight, bias):
+    def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if type(input) is torch.Tensor and not torch.compiler.is_compiling():
             LAST_INPUTS[self] = input.shape, input.stride(), input.dtype, input.device
         if self.padding_mode != "zeros":
@@ -36,19 +51,42 @@ class DepthwiseConv2d(Conv2d):
         kernel_size: (R, S), or one int for both.
         multiplier: filters for each channel; the output has C * multiplier channels. Default 1.
         stride, padding, dilation, bias, padding_mode, device, dtype: as in torch.nn.Conv2d.
+
+    `forward(input)`: (N, C, H, W) -> (N, C * multiplier, P, Q), with or without N. Raises as `Conv2d`.
+
+    Example:
+        >>> convext.nn.DepthwiseConv2d(8, 3, multiplier=2, padding="same")(torch.randn(1, 8, 14, 14)).shape
+        torch.Size([1, 16, 14, 14])
     """
 
-    def __init__(self, channels, kernel_size, multiplier=1, stride=1, padding=0, dilation=1, bias=True,
-                 padding_mode="zeros", device=None, dtype=None):
+    def __init__(self, channels: int, kernel_size: int | tuple[int, int], multiplier: int = 1,
+                 stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] | str = 0,
+                 dilation: int | tuple[int, int] = 1, bias: bool = True, padding_mode: PaddingMode = "zeros",
+                 device: torch.device | str | int | None = None, dtype: torch.dtype | None = None):
         super().__init__(channels, channels * multiplier, kernel_size, stride, padding, dilation, channels, bias,
                          padding_mode, device, dtype)
 
 
 class DilatedConv2d(Conv2d):
-    """Conv2d with groups = 1 and a dilation of 2 unless told; arguments as in torch.nn.Conv2d."""
+    """Conv2d with groups = 1 and a dilation of 2 unless told.
 
-    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=2, bias=True,
-                 padding_mode="zeros", device=None, dtype=None):
+    Args:
+        in_channels, out_channels: C and K.
+        kernel_size: (R, S), or one int for both.
+        dilation: distance between the taps of the filter in pixels, an int or (height, width); default 2.
+        stride, padding, bias, padding_mode, device, dtype: as in torch.nn.Conv2d.
+
+    `forward(input)`: (N, C, H, W) -> (N, K, P, Q), with or without N. Raises as `Conv2d`.
+
+    Example:
+        >>> convext.nn.DilatedConv2d(8, 4, 3, padding=2)(torch.randn(1, 8, 14, 14)).shape
+        torch.Size([1, 4, 14, 14])
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
+                 stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] | str = 0,
+                 dilation: int | tuple[int, int] = 2, bias: bool = True, padding_mode: PaddingMode = "zeros",
+                 device: torch.device | str | int | None = None, dtype: torch.dtype | None = None):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, 1, bias, padding_mode,
                          device, dtype)
 
@@ -64,14 +102,29 @@ class ConvBNReLU(torch.nn.Module):
         bias: whether the convolution has a bias; default False, as the batch norm has one.
         activation: "relu" (default), "relu6", "silu", "hardswish", "gelu" or "identity".
         eps, momentum, affine, track_running_stats: as in torch.nn.BatchNorm2d; momentum=None averages cumulatively.
-        device, dtype: of the parameters.
+        device, dtype: of the parameters; default: torch's.
 
-    `forward(x, residual=None)`: x (N, C, H, W) or (C, H, W); residual is added before the activation.
+    `forward(x, residual=None)`: (N, C, H, W) -> (N, K, P, Q), or (C, H, W) -> (K, P, Q); residual, of a size that
+    broadcasts to the output's, is added before the activation.
+
+    Raises ValueError for an unknown activation, and where torch.nn.Conv2d and torch.nn.BatchNorm2d do. `forward` raises
+    where `convext.conv_bn_relu` does.
+
+    Example:
+        >>> layer = convext.nn.ConvBNReLU(8, 8, 3, padding=1, activation="hardswish")
+        >>> x = torch.randn(2, 8, 14, 14)
+        >>> layer(x, residual=x).shape
+        torch.Size([2, 8, 14, 14])
+        >>> sorted(layer.state_dict())[:2]
+        ['bn.bias', 'bn.num_batches_tracked']
     """
 
-    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=False,
-                 activation="relu", eps=1e-5, momentum=0.1, affine=True, track_running_stats=True, device=None,
-                 dtype=None):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
+                 stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] | str = 0,
+                 dilation: int | tuple[int, int] = 1, groups: int = 1, bias: bool = False, activation: str = "relu",
+                 eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
+                 track_running_stats: bool = True, device: torch.device | str | int | None = None,
+                 dtype: torch.dtype | None = None):
         super().__init__()
         checks.check_activation(activation)
         self.conv = Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
@@ -79,32 +132,48 @@ class ConvBNReLU(torch.nn.Module):
         self.bn = torch.nn.BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, device, dtype)
         self.activation = activation
 
-    def forward(self, x, residual=None):
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         return conv_bn_act(self.conv, self.bn, x, self.activation, residual)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"
 
 
-def conv_bn_act(conv: torch.nn.Conv2d, bn: torch.nn.BatchNorm2d, x, activation: str, residual=None):
+def conv_bn_act(conv: torch.nn.Conv2d, bn: torch.nn.BatchNorm2d, x: torch.Tensor, activation: str,
+                residual: torch.Tensor | None = None) -> torch.Tensor:
     """activation(bn(conv(x)) + residual) of two layers as one call, counting the batch as BatchNorm2d.forward does.
 
     Whoever hooks or replaces the layers' forward is not heard here; convext.swap looks after that.
+
+    Args:
+        conv, bn: the layers; their own settings count, `bn.training` among them.
+        x: (N, C, H, W) or (C, H, W).
+        activation: as in `convext.conv_bn_relu`.
+        residual: added before the activation, of a size that broadcasts to the output's; or None, the default.
+
+    Returns: (N, K, P, Q), or (K, P, Q) for one image. Raises where `convext.conv_bn_relu` does.
+
+    Example:
+        >>> conv, bn = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)
+        >>> convext.nn.conv_bn_act(conv, bn, torch.randn(2, 3, 14, 14), "relu").shape, int(bn.num_batches_tracked)
+        (torch.Size([2, 8, 12, 12]), 1)
     """
     momentum = 0.0 if bn.momentum is None else bn.momentum
     tracked = bn.running_mean is not None and bn.running_var is not None
     training = bn.training or not tracked
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        if bn.momentum is None:
-            momentum = 1.0 / (float(bn.num_batches_tracked) + 1.0)
+    count = bn.num_batches_tracked if bn.training and bn.track_running_stats else None
+    if count is not None and bn.momentum is None:
+        momentum = 1.0 / (float(count) + 1.0)
     update = not bn.training or bn.track_running_stats
     padding = conv.padding
     if conv.padding_mode != "zeros":
         x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), (0, 0)
-    out = functional.conv_bn_relu(
+    return functional.conv_bn_relu(
         x, conv.weight, conv.bias, bn.running_mean if update else None, bn.running_var if update else None, bn.weight,
         bn.bias, stride=conv.stride, padding=padding, dilation=conv.dilation, groups=conv.groups, training=training,
-        momentum=momentum, eps=bn.eps, activation=activation, residual=residual)
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-    return out
+        momentum=momentum, eps=bn.eps, activation=activation, residual=residual, num_batches_tracked=count)
+
+
+# Whole modules load with torch.load(weights_only=True) where the user allows torch's own classes: these hold nothing
+# that runs code when it is unpickled.
+torch.serialization.add_safe_globals([Conv2d, DepthwiseConv2d, DilatedConv2d, ConvBNReLU])

@@ -8,13 +8,17 @@ vmap rules and FLOP formulas. Gradients are in autograd.py, which registers them
     bn_act_backward(dout, y, mean, var, ...) -> dy, dgamma, dbeta, dresidual
 
 with geom = stride, padding, dilation, groups. Activations are (N, C, H, W) of any strides. `channels_last=True` forces
-that format of the output; False leaves it to the rule of ATen.
+that format of a forward pass's output; False leaves it to the rule of ATen, which asks x and w. ATen's gradients have
+the format of the output, whatever that of dy: dgrad and wgrad are told it, and with None guess it from what they see.
 
 The functions of the same names in this module are what convext itself calls: they go straight to the backend where the
 dispatcher has nothing to add, and through the operator where it has.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
@@ -29,8 +33,8 @@ LIBRARY = torch.library.Library("convext", "DEF")
 _GEOM = "int[2] stride, int[2] padding, int[2] dilation, SymInt groups"
 _SCHEMAS = (
     f"fprop(Tensor x, Tensor w, Tensor? bias, {_GEOM}, bool channels_last=False) -> Tensor",
-    f"dgrad(Tensor dy, Tensor w, SymInt[2] input_size, {_GEOM}, bool channels_last=False) -> Tensor",
-    f"wgrad(Tensor dy, Tensor x, SymInt[2] kernel_size, {_GEOM}) -> Tensor",
+    f"dgrad(Tensor dy, Tensor w, SymInt[2] input_size, {_GEOM}, bool? channels_last=None) -> Tensor",
+    f"wgrad(Tensor dy, Tensor x, SymInt[2] kernel_size, {_GEOM}, bool? channels_last=None) -> Tensor",
     "fprop_bn_act(Tensor x, Tensor w, Tensor? bias, Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, "
     f"Tensor? residual, {_GEOM}, float eps, str activation, bool channels_last=False) -> Tensor",
     "fprop_bn_act_train(Tensor x, Tensor w, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor? residual, "
@@ -58,8 +62,29 @@ _jit_tracing = torch._C._get_tracing_state
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_active = torch._C._are_functorch_transforms_active
 _autocast_active = torch._C._is_any_autocast_enabled
+_key_included = torch._C._dispatch_tls_is_dispatch_key_included
 _calls = backends.CALL_CACHE
 _NO_EPILOGUE = Epilogue()
+
+
+def _key_of_the_older_vmap():
+    """The dispatch key that torch._vmap_internals switches on, which has no name in Python."""
+    before = torch._C._dispatch_tls_local_include_set()
+    torch._C._vmapmode_increment_nesting()
+    try:
+        return (torch._C._dispatch_tls_local_include_set() - before).highestPriorityTypeId()
+    finally:
+        torch._C._vmapmode_decrement_nesting()
+
+
+_OLDER_VMAP = _key_of_the_older_vmap()
+
+
+def batches_the_older_way() -> bool:
+    """True inside the vmap that torch.func's replaced: torch.autograd.grad(is_grads_batched=True) and
+    torch.autograd.functional's vectorize=True still run it. Its tensors do not look batched to Python, and none of
+    torch.func's transforms is active."""
+    return _key_included(_OLDER_VMAP)
 
 
 def dispatcher_is_idle() -> bool:
@@ -69,15 +94,16 @@ def dispatcher_is_idle() -> bool:
 
 def idle_but_for_autocast() -> bool:
     """dispatcher_is_idle(), whatever autocast does."""
-    return not (_is_compiling() or _jit_tracing() or _dispatch_modes() or _functorch_active())
+    return not (_is_compiling() or _jit_tracing() or _dispatch_modes() or _functorch_active()
+                or _key_included(_OLDER_VMAP))
 
 
-def all_plain(*tensors) -> bool:
+def all_plain(*tensors: object) -> bool:
     """True when a call on these tensors can go straight to the backend."""
     return _PLAIN.issuperset(map(type, tensors)) and dispatcher_is_idle()
 
 
-def _remember(key: tuple, choice: backends.Choice) -> backends.Choice:
+def _remember(key: tuple[Any, ...], choice: backends.Choice) -> backends.Choice:
     if len(_calls) >= backends.CACHE_LIMIT:
         _calls.clear()
     _calls[key] = choice
@@ -139,7 +165,9 @@ def _run_fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom, eps, a
     return choice.run(choice.problem, x, w, Epilogue(bias, mean, var, gamma, beta, residual, eps, activation))
 
 
-def fprop_bn_act_again(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation):
+def fprop_bn_act_again(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, mean: torch.Tensor | None,
+                       var: torch.Tensor | None, gamma: torch.Tensor | None, beta: torch.Tensor | None,
+                       residual: torch.Tensor | None, geom: Geom, eps: float, activation: str) -> torch.Tensor | None:
     """fprop_bn_act of plain tensors where such a call went well before, or None: it needs no checks then."""
     choice = _calls.get(_fprop_bn_act_key(x, w, bias, mean, var, gamma, beta, residual, geom, activation, False))
     if choice is None:
@@ -166,7 +194,7 @@ def _run_dgrad(dy, w, input_size, geom, channels_last):
     return choice.run(choice.problem, dy, w)
 
 
-def _run_wgrad(dy, x, kernel_size, geom):
+def _run_wgrad(dy, x, kernel_size, geom, channels_last):
     key = (2, dy.shape, dy.stride(), dy.dtype, dy.device, x.shape, x.stride(), x.dtype, kernel_size, geom)
     choice = _calls.get(key)
     if choice is None:
@@ -175,21 +203,30 @@ def _run_wgrad(dy, x, kernel_size, geom):
         _check_y_shape("wgrad", dy, problem)
         choice = _remember(key, backends.select(Pass.WGRAD, problem))
     choice.counter[0] += 1
-    return choice.run(choice.problem, dy, x)
+    if channels_last is None:
+        channels_last = guess_dw_format(x, choice.problem.w_shape)
+    return choice.run(choice.problem, dy, x, channels_last)
 
 
-def _run_dgrad_and_wgrad(dy, x, w, geom, channels_last):
+def guess_dw_format(x, w_shape) -> bool:
+    """Whether dw is channels-last for a w that is not, or whose strides fit both formats."""
+    either = w_shape[1] == 1 or w_shape[2] == w_shape[3] == 1
+    return not either and suggests_channels_last(x)
+
+
+def _run_dgrad_and_wgrad(dy, x, w, geom, dx_channels_last, dw_channels_last):
     input_size, kernel_size = tuple(x.shape[2:]), tuple(w.shape[2:])
     if geom.groups == x.shape[1] > 1:
-        problem = ConvProblem.of_dgrad(dy, w, input_size, geom, channels_last)
+        problem = ConvProblem.of_dgrad(dy, w, input_size, geom, dx_channels_last)
         choice = backends.select(Pass.DGRAD, problem)
         if problem.is_depthwise and hasattr(choice.backend, "depthwise_backward"):
             other = backends.select(Pass.WGRAD, problem)
             if other.backend is choice.backend:
                 choice.counter[0] += 1
                 other.counter[0] += 1
-                return choice.backend.depthwise_backward(problem, dy, x, w)
-    return _run_dgrad(dy, w, input_size, geom, channels_last), _run_wgrad(dy, x, kernel_size, geom)
+                return choice.backend.depthwise_backward(problem, dy, x, w, dw_channels_last)
+    return (_run_dgrad(dy, w, input_size, geom, dx_channels_last),
+            _run_wgrad(dy, x, kernel_size, geom, dw_channels_last))
 
 
 def _check_gradient(name, dy, other, other_name) -> None:
@@ -234,62 +271,74 @@ def _run_fprop_bn_act_train(x, w, bias, gamma, beta, residual, geom, eps, activa
     return _run_bn_act(y, mean, var, gamma, beta, residual, eps, activation), y, mean, var
 
 
-def fprop(x, w, bias, geom: Geom, channels_last: bool = False):
+def fprop(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, geom: Geom,
+          channels_last: bool = False) -> torch.Tensor:
     """y = x * w + bias. Not differentiable: autograd.Conv2dFunction is."""
     if type(x) in _PLAIN and type(w) in _PLAIN and type(bias) in _PLAIN and dispatcher_is_idle():
         return _run_fprop(x, w, bias, geom, channels_last)
     return _fprop(x, w, bias, *geom, channels_last)
 
 
-def dgrad(dy, w, input_size, geom: Geom, channels_last: bool = False):
+def dgrad(dy: torch.Tensor, w: torch.Tensor, input_size: Sequence[int], geom: Geom,
+          channels_last: bool | None = None) -> torch.Tensor:
     """dx, of height and width `input_size`, from dy and w."""
     if type(dy) in _PLAIN and type(w) in _PLAIN and dispatcher_is_idle():
         return _run_dgrad(dy, w, input_size, geom, channels_last)
     return _dgrad(dy, w, input_size, *geom, channels_last)
 
 
-def wgrad(dy, x, kernel_size, geom: Geom):
+def wgrad(dy: torch.Tensor, x: torch.Tensor, kernel_size: Sequence[int], geom: Geom,
+          channels_last: bool | None = None) -> torch.Tensor:
     """dw, of filter height and width `kernel_size`, from dy and x."""
     if type(dy) in _PLAIN and type(x) in _PLAIN and dispatcher_is_idle():
-        return _run_wgrad(dy, x, kernel_size, geom)
-    return _wgrad(dy, x, kernel_size, *geom)
+        return _run_wgrad(dy, x, kernel_size, geom, channels_last)
+    return _wgrad(dy, x, kernel_size, *geom, channels_last)
 
 
-def dgrad_and_wgrad(dy, x, w, geom: Geom, channels_last: bool = False):
+def dgrad_and_wgrad(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, geom: Geom, dx_channels_last: bool,
+                    dw_channels_last: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """dx and dw. Depthwise, they come out of one pass over dy and x where the backend has a kernel for that."""
     if all_plain(dy, x, w):
-        return _run_dgrad_and_wgrad(dy, x, w, geom, channels_last)
-    return _dgrad(dy, w, x.shape[2:], *geom, channels_last), _wgrad(dy, x, w.shape[2:], *geom)
+        return _run_dgrad_and_wgrad(dy, x, w, geom, dx_channels_last, dw_channels_last)
+    return _dgrad(dy, w, x.shape[2:], *geom, dx_channels_last), _wgrad(dy, x, w.shape[2:], *geom, dw_channels_last)
 
 
-def fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom: Geom, eps: float, activation: str,
-                 channels_last: bool = False):
+def fprop_bn_act(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, mean: torch.Tensor | None,
+                 var: torch.Tensor | None, gamma: torch.Tensor | None, beta: torch.Tensor | None,
+                 residual: torch.Tensor | None, geom: Geom, eps: float, activation: str,
+                 channels_last: bool = False) -> torch.Tensor:
     """fprop with bias, batch norm by given statistics, residual and activation in its epilogue."""
     if all_plain(x, w, bias, mean, var, gamma, beta, residual):
         return _run_fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation, channels_last)
     return _fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, *geom, eps, activation, channels_last)
 
 
-def fprop_bn_act_train(x, w, bias, gamma, beta, residual, geom: Geom, eps: float, activation: str):
+def fprop_bn_act_train(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, gamma: torch.Tensor | None,
+                       beta: torch.Tensor | None, residual: torch.Tensor | None, geom: Geom, eps: float,
+                       activation: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """out, y, mean, var of fprop and a batch norm by the batch's own statistics, residual and activation."""
     if all_plain(x, w, bias, gamma, beta, residual):
         return _run_fprop_bn_act_train(x, w, bias, gamma, beta, residual, geom, eps, activation)
     return _fprop_bn_act_train(x, w, bias, gamma, beta, residual, *geom, eps, activation)
 
 
-def bn_act(y, mean, var, gamma, beta, residual, eps: float, activation: str):
+def bn_act(y: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, gamma: torch.Tensor | None,
+           beta: torch.Tensor | None, residual: torch.Tensor | None, eps: float, activation: str) -> torch.Tensor:
     if all_plain(y, mean, var, gamma, beta, residual):
         return _run_bn_act(y, mean, var, gamma, beta, residual, eps, activation)
     return _bn_act(y, mean, var, gamma, beta, residual, eps, activation)
 
 
-def bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps: float, activation: str, training: bool):
+def bn_act_backward(dout: torch.Tensor, y: torch.Tensor, mean: torch.Tensor, var: torch.Tensor,
+                    gamma: torch.Tensor | None, beta: torch.Tensor | None, residual: torch.Tensor | None, eps: float,
+                    activation: str, training: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     if all_plain(dout, y, mean, var, gamma, beta, residual):
         return _run_bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training)
     return _bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training)
 
 
-def act_backward(dout, z, activation: str):
+def act_backward(dout: torch.Tensor, z: torch.Tensor,
+                 activation: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """dz = dout * activation'(z) and, from the same pass where the backend has one, its sum by channel, else None. Not
     differentiable."""
     if all_plain(dout, z):
@@ -320,13 +369,13 @@ def _(x, w, bias, stride, padding, dilation, groups, channels_last=False):
 
 
 @_impl("dgrad")
-def _(dy, w, input_size, stride, padding, dilation, groups, channels_last=False):
+def _(dy, w, input_size, stride, padding, dilation, groups, channels_last=None):
     return _run_dgrad(dy, w, tuple(input_size), _geom(stride, padding, dilation, groups), channels_last)
 
 
 @_impl("wgrad")
-def _(dy, x, kernel_size, stride, padding, dilation, groups):
-    return _run_wgrad(dy, x, tuple(kernel_size), _geom(stride, padding, dilation, groups))
+def _(dy, x, kernel_size, stride, padding, dilation, groups, channels_last=None):
+    return _run_wgrad(dy, x, tuple(kernel_size), _geom(stride, padding, dilation, groups), channels_last)
 
 
 @_impl("fprop_bn_act")
@@ -362,18 +411,21 @@ def _(x, w, bias, stride, padding, dilation, groups, channels_last=False):
     geom = _geom(stride, padding, dilation, groups)
     checks.check_conv(x, w, bias, geom)
     nhwc = channels_last or suggests_channels_last(x) or suggests_channels_last(w)
-    return _empty(x, (x.shape[0], w.shape[0], *geom.output_size(x.shape[2:], w.shape[2:])), nhwc)
+    k = 0 if x.shape[1] == 0 else w.shape[0]  # as ATen has it
+    return _empty(x, (x.shape[0], k, *geom.output_size(x.shape[2:], w.shape[2:])), nhwc)
 
 
 @_fake("dgrad")
-def _(dy, w, input_size, stride, padding, dilation, groups, channels_last=False):
-    nhwc = channels_last or suggests_channels_last(dy) or suggests_channels_last(w)
-    return _empty(dy, (dy.shape[0], w.shape[1] * groups, *input_size), nhwc)
+def _(dy, w, input_size, stride, padding, dilation, groups, channels_last=None):
+    if channels_last is None:
+        channels_last = suggests_channels_last(dy) or suggests_channels_last(w)
+    return _empty(dy, (dy.shape[0], w.shape[1] * groups, *input_size), channels_last)
 
 
 @_fake("wgrad")
-def _(dy, x, kernel_size, stride, padding, dilation, groups):
-    return _empty(dy, (dy.shape[1], x.shape[1] // groups, *kernel_size), False)
+def _(dy, x, kernel_size, stride, padding, dilation, groups, channels_last=None):
+    w_shape = dy.shape[1], x.shape[1] // groups, *kernel_size
+    return _empty(dy, w_shape, guess_dw_format(x, w_shape) if channels_last is None else channels_last)
 
 
 @_fake("fprop_bn_act")
@@ -418,17 +470,18 @@ _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | tor
     torch._C.DispatchKey.AutocastCUDA)
 
 
-def autocast_cast(t, device_type: str, dtype: torch.dtype):
+def autocast_cast(t: torch.Tensor | None, device_type: str, dtype: torch.dtype) -> torch.Tensor | None:
     """t as an operation on autocast's lower-precision list sees it: float64 and integers stay as they are."""
     if t is None or not t.is_floating_point() or t.dtype is torch.float64 or t.device.type != device_type:
         return t
     return t.to(dtype)
 
 
-def autocast_dtype(t) -> torch.dtype:
+def autocast_dtype(t: torch.Tensor) -> torch.dtype:
     """The dtype in which a convolution sees t: autocast's, where it is on for t's device and concerns t."""
     device_type = t.device.type
-    if not torch.is_autocast_enabled(device_type) or not t.is_floating_point() or t.dtype is torch.float64:
+    if not _autocast_active() or not torch.is_autocast_enabled(device_type) \
+            or not t.is_floating_point() or t.dtype is torch.float64:
         return t.dtype
     return torch.get_autocast_dtype(device_type)
 
@@ -437,7 +490,8 @@ def _register_autocast(name: str, op, cast_positions: tuple[int, ...]) -> None:
     for device_type in ("cpu", "cuda"):
         def kernel(*args, device_type=device_type, **kwargs):
             dtype = torch.get_autocast_dtype(device_type)
-            args = [autocast_cast(a, device_type, dtype) if i in cast_positions else a for i, a in enumerate(args)]
+            args = tuple(autocast_cast(a, device_type, dtype) if i in cast_positions else a
+                         for i, a in enumerate(args))
             with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
                 return op(*args, **kwargs)
         LIBRARY.impl(name, kernel, f"Autocast{device_type.upper()}")
@@ -506,7 +560,7 @@ _vmap("fprop")(_vmap_fprop)
 
 
 @_vmap("dgrad")
-def _(info, in_dims, dy, w, input_size, stride, padding, dilation, groups, channels_last=False):
+def _(info, in_dims, dy, w, input_size, stride, padding, dilation, groups, channels_last=None):
     size = info.batch_size
     dy_dim, w_dim = in_dims[:2]
     if w_dim is None:
@@ -518,14 +572,15 @@ def _(info, in_dims, dy, w, input_size, stride, padding, dilation, groups, chann
 
 
 @_vmap("wgrad")
-def _(info, in_dims, dy, x, kernel_size, stride, padding, dilation, groups):
+def _(info, in_dims, dy, x, kernel_size, stride, padding, dilation, groups, channels_last=None):
     size = info.batch_size
     dy_dim, x_dim = in_dims[:2]
     if x_dim is None and groups == 1:  # more filters over the same input
-        dw = _wgrad(_into_channels(dy.movedim(dy_dim, 0)), x, kernel_size, stride, padding, dilation, groups)
+        dw = _wgrad(_into_channels(dy.movedim(dy_dim, 0)), x, kernel_size, stride, padding, dilation, groups,
+                    channels_last)
     else:
         dw = _wgrad(_into_channels(_front(dy, dy_dim, size)), _into_channels(_front(x, x_dim, size)), kernel_size,
-                    stride, padding, dilation, size * groups)
+                    stride, padding, dilation, size * groups, channels_last)
     return dw.reshape(size, -1, *dw.shape[1:]), 0
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+MaybePath = TypeVar("MaybePath", Path, Path | None)
 
 
 class UsageError(ValueError):
@@ -27,7 +30,8 @@ class DType(str, Enum):
 
     @property
     def torch(self) -> torch.dtype:
-        return getattr(torch, self.value)
+        found: torch.dtype = getattr(torch, self.value)
+        return found
 
 
 class MemoryFormat(str, Enum):
@@ -52,7 +56,7 @@ def device(text: str) -> torch.device:
     return found
 
 
-def output(option: str, path: Path | None) -> Path | None:
+def output(option: str, path: MaybePath) -> MaybePath:
     """A file that is to be written, if its folder exists."""
     if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
         raise OptionError(option, path, "a file in an existing folder")

@@ -1,9 +1,10 @@
-"""One 2-D convolution as plain data: the Python twin of csrc/conv_problem.h and csrc/epilogue.h."""
+"""One 2-D convolution as plain data: the Python twin of csrc/core/conv_problem.h and csrc/core/epilogue.h."""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,7 +37,8 @@ class DType(enum.IntEnum):
 
     @property
     def torch(self) -> torch.dtype:
-        return getattr(torch, self.name.lower())
+        found: torch.dtype = getattr(torch, self.name.lower())
+        return found
 
 
 DTYPES = {dtype.torch: dtype for dtype in DType}
@@ -56,10 +58,11 @@ def tf32_is_allowed() -> bool:
 
     That second one is not asked: it raises an error where convolutions and recurrent networks are set apart.
     """
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    precision: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]  # set as it is imported
+    return precision == "tf32"
 
 
-class Geom(tuple):
+class Geom(tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]):
     """How the filter walks over the input: stride, padding, dilation, (height, width) each, and groups. The one value
     in which they travel.
 
@@ -68,11 +71,12 @@ class Geom(tuple):
 
     __slots__ = ()
 
-    def __new__(cls, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
+    def __new__(cls, stride: tuple[int, int] = (1, 1), padding: tuple[int, int] = (0, 0),
+                dilation: tuple[int, int] = (1, 1), groups: int = 1) -> Geom:
         return tuple.__new__(cls, (stride, padding, dilation, groups))
 
-    def __getnewargs__(self):
-        return tuple(self)
+    def __getnewargs__(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
+        return self[0], self[1], self[2], self[3]
 
     @property
     def stride(self) -> tuple[int, int]:
@@ -93,7 +97,7 @@ class Geom(tuple):
     def __repr__(self) -> str:
         return f"Geom(stride={self[0]}, padding={self[1]}, dilation={self[2]}, groups={self[3]})"
 
-    def output_size(self, input_size, kernel_size) -> tuple[int, int]:
+    def output_size(self, input_size: Sequence[int], kernel_size: Sequence[int]) -> tuple[int, int]:
         """(P, Q) for an input (H, W) and a filter (R, S): PyTorch's formula."""
         (stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w), _ = self
         (h, w), (r, s) = input_size, kernel_size
@@ -158,7 +162,7 @@ class ConvProblem:
     geom: Geom = dataclasses.field(init=False, repr=False, compare=False)
     _hash: int = dataclasses.field(init=False, repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         geom = Geom((self.stride_h, self.stride_w), (self.pad_h, self.pad_w), (self.dil_h, self.dil_w), self.groups)
         object.__setattr__(self, "geom", geom)
         fields = (*self.extents(), self.dtype, self.x_layout, self.y_layout, self.device)
@@ -175,22 +179,23 @@ class ConvProblem:
         return cls._of(x.shape, w.shape, geom, x, x_nhwc, y_nhwc)
 
     @classmethod
-    def of_dgrad(cls, dy: torch.Tensor, w: torch.Tensor, input_size, geom: Geom,
-                 channels_last: bool = False) -> ConvProblem:
-        """The problem of dx = dgrad(dy, w). dx is channels-last when asked for or when dy or w suggests it."""
+    def of_dgrad(cls, dy: torch.Tensor, w: torch.Tensor, input_size: Sequence[int], geom: Geom,
+                 channels_last: bool | None = None) -> ConvProblem:
+        """The problem of dx = dgrad(dy, w). dx is channels-last as told, and with None when dy or w suggests it."""
         dy_nhwc = suggests_channels_last(dy)
-        dx_nhwc = channels_last or dy_nhwc or suggests_channels_last(w)
+        dx_nhwc = dy_nhwc or suggests_channels_last(w) if channels_last is None else channels_last
         x_shape = (dy.shape[0], w.shape[1] * geom.groups, *input_size)
         return cls._of(x_shape, w.shape, geom, dy, dx_nhwc, dy_nhwc)
 
     @classmethod
-    def of_wgrad(cls, dy: torch.Tensor, x: torch.Tensor, kernel_size, geom: Geom) -> ConvProblem:
+    def of_wgrad(cls, dy: torch.Tensor, x: torch.Tensor, kernel_size: Sequence[int], geom: Geom) -> ConvProblem:
         """The problem of dw = wgrad(dy, x)."""
         w_shape = (dy.shape[1], x.shape[1] // geom.groups, *kernel_size)
         return cls._of(x.shape, w_shape, geom, x, suggests_channels_last(x), suggests_channels_last(dy))
 
     @classmethod
-    def _of(cls, x_shape, w_shape, geom, like, x_nhwc, y_nhwc):
+    def _of(cls, x_shape: Sequence[int], w_shape: Sequence[int], geom: Geom, like: torch.Tensor, x_nhwc: bool,
+            y_nhwc: bool) -> ConvProblem:
         (stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w), groups = geom
         n, c, h, w = x_shape
         k, _, r, s = w_shape
@@ -286,7 +291,7 @@ class ConvProblem:
 
     def __str__(self) -> str:
         text = f"x {'x'.join(map(str, self.x_shape))}, w {'x'.join(map(str, self.w_shape))}"
-        for name, value, plain in zip(("stride", "padding", "dilation"), self.geom, Geom()):
+        for name, value, plain in zip(("stride", "padding", "dilation"), self.geom[:3], Geom()[:3]):
             if value != plain:
                 text += f", {name} {value[0]}" + ("" if value[0] == value[1] else f"x{value[1]}")
         if self.groups != 1:

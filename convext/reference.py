@@ -17,31 +17,36 @@ def _channels(t: torch.Tensor) -> torch.Tensor:
     return t[..., None, :, None, None]
 
 
-def batch_stats(y):
+def batch_stats(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and biased variance per channel, in the accumulate dtype."""
     var, mean = torch.var_mean(y.to(accumulate_dtype(y.dtype)), _NHW, correction=0)
     return mean, var
 
 
-def _normalise(y, mean, var, eps):
+def _normalise(y: torch.Tensor, mean: torch.Tensor, var: torch.Tensor,
+               eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     acc = accumulate_dtype(y.dtype)
     rstd = torch.rsqrt(var.to(acc) + eps)
     return (y.to(acc) - _channels(mean.to(acc))) * _channels(rstd), rstd
 
 
-def _affine(xhat, gamma, beta, residual):
+def _affine(xhat: torch.Tensor, gamma: torch.Tensor | None, beta: torch.Tensor | None,
+            residual: torch.Tensor | None) -> torch.Tensor:
     z = xhat if gamma is None else xhat * _channels(gamma.to(xhat.dtype))
     z = z if beta is None else z + _channels(beta.to(xhat.dtype))
     return z if residual is None else z + residual.to(xhat.dtype)
 
 
-def bn_act(y, mean, var, gamma, beta, residual, eps, activation):
+def bn_act(y: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, gamma: torch.Tensor | None,
+           beta: torch.Tensor | None, residual: torch.Tensor | None, eps: float, activation: str) -> torch.Tensor:
     """activation((y - mean) / sqrt(var + eps) * gamma + beta + residual), in y's dtype."""
     xhat, _ = _normalise(y, mean, var, eps)
     return FORWARD[activation](_affine(xhat, gamma, beta, residual)).to(y.dtype)
 
 
-def bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training):
+def bn_act_backward(dout: torch.Tensor, y: torch.Tensor, mean: torch.Tensor, var: torch.Tensor,
+                    gamma: torch.Tensor | None, beta: torch.Tensor | None, residual: torch.Tensor | None, eps: float,
+                    activation: str, training: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of bn_act by dy, dgamma, dbeta and dresidual. With `training`, mean and var are functions of y:
 
         dy = gamma * rstd * (dz - mean(dz) - xhat * mean(dz * xhat))       (Ioffe and Szegedy, 2015, section 3)
@@ -59,6 +64,6 @@ def bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, 
     return (_channels(scale) * dy).to(y.dtype), dgamma, dbeta, dz.to(y.dtype)
 
 
-def act(z, residual, activation):
+def act(z: torch.Tensor, residual: torch.Tensor | None, activation: str) -> torch.Tensor:
     """activation(z + residual)"""
     return FORWARD[activation](z if residual is None else z + residual)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import socket
 import urllib.request
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,15 +67,15 @@ def build(name: str, *, pretrained: bool = False, seed: int = SEED) -> tuple[nn.
 def sample(name: str, batch: int, *, size: int | None = None, seed: int = SEED) -> torch.Tensor:
     """(batch, 3, size, size) float32 standard normal numbers, the same at every call; `size` defaults to the usual."""
     size = size or SIZES.get(name, 224)
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed), device="cpu")
 
 
-def tensor_of(output) -> torch.Tensor:
+def tensor_of(output: torch.Tensor | Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The main tensor of what a network returned: torchvision's segmentation networks return {"out": ...}."""
     return output if isinstance(output, torch.Tensor) else output["out"]
 
 
-def _pretrained_state(url: str) -> dict | None:
+def _pretrained_state(url: str) -> dict[str, Any] | None:
     cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     with _socket_timeout(DOWNLOAD_TIMEOUT):
         try:
@@ -85,7 +87,7 @@ def _pretrained_state(url: str) -> dict | None:
 
 
 @contextmanager
-def _socket_timeout(seconds: float):
+def _socket_timeout(seconds: float) -> Iterator[None]:
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -104,4 +106,5 @@ def _calibrate(model: nn.Module, x: torch.Tensor) -> None:
     model.train()(x)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-        norm.num_batches_tracked.zero_()
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.zero_()

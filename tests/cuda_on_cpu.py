@@ -48,22 +48,23 @@ def why_not() -> str | None:
 def flags(csrc: Path, form: str) -> list[str]:
     """The compiler's flags for one form."""
     found = ["-std=c++20", "-O2" if form == "plain" else "-O1", "-g1", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi",
-             "-fno-strict-aliasing", "-DCONVEXT_CUDA_ON_CPU", f"-I{csrc}", "-isystem", str(cuda_include())]
+             "-fno-strict-aliasing", f'-DCONVEXT_CUDA_ON_CPU="{EMULATOR}/cuda_names.h"', f"-I{csrc}",
+             "-isystem", str(cuda_include())]
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists() and " avx2 " in cpuinfo.read_text():
         found.append("-march=x86-64-v3")
     return found + SANITIZERS[form]
 
 
-def build(folder: Path, form: str, kernels: list[str], main: str, csrc: Path = CSRC, more: tuple = ()) -> Path:
-    """The program `main` with `kernels` and `more` sources (relative to csrc) in one form; the path of the executable.
+def build(folder: Path, form: str, kernels: list[str], main: str, csrc: Path = CSRC) -> Path:
+    """The program `main` with `kernels` (sources, relative to csrc) in one form; the path of the executable.
     A second program in the same folder uses the objects of the first.
 
     Raises RuntimeError with the compiler's words where it does not compile.
     """
     folder.mkdir(parents=True, exist_ok=True)
     common = flags(csrc, form)
-    hosts = [f"{EMULATOR}/fiber.cpp", f"{EMULATOR}/emulator.cpp", *more, main]
+    hosts = [f"{EMULATOR}/fiber.cpp", f"{EMULATOR}/emulator.cpp", main]
     if form == "race":
         hosts.append(f"{EMULATOR}/race.cpp")  # stands in for the thread sanitizer's library
     sanitized = ["-fsanitize=thread"] if form == "race" else []
@@ -97,7 +98,8 @@ def _run(command: list[str]) -> None:
 
 def kernel_sources() -> list[str]:
     """Every .cu that holds variants."""
-    return sorted(f"cuda/{p.name}" for p in (CSRC / "cuda").glob("*.cu") if p.name != "batch_norm_sm80.cu")
+    sources = (CSRC / "cuda").rglob("*.cu")
+    return sorted(p.relative_to(CSRC).as_posix() for p in sources if p.name != "batch_norm_sm80.cu")
 
 
 def run(program: Path, *arguments: str, timeout: float = 900) -> subprocess.CompletedProcess:

@@ -1,4 +1,4 @@
-"""What a convolution is, in float64 and straight from the definition in csrc/conv_problem.h, and how far a float may be
+"""What a convolution is, in float64 and straight from csrc/core/conv_problem.h's definition, and how far a float may be
 from it.
 
 Each pass is the loop nest of its formula. The loop over the taps (r, s) is written out; the sums over pixels and

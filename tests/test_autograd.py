@@ -1,5 +1,6 @@
 """Derivatives: of every order, in both modes, through torch.func, of the functions and of the operators themselves."""
 
+import copy
 import functools
 import warnings
 
@@ -306,3 +307,225 @@ def test_per_sample_gradients_of_a_network():
     batched = vmap(grad(loss), (None, 0))(state, X)
     for i in range(len(X)):
         close({name: g[i] for name, g in batched.items()}, grad(loss)(state, X[i]))
+
+
+# ---- vmap, torch.func's and the older one, over whole layers ---------------------------------------------------------
+
+
+class Layer(torch.nn.Module):
+    """activation(batch_norm(conv(x)) + x), by convext.conv_bn_relu, nn.ConvBNReLU, or PyTorch's functions."""
+
+    def __init__(self, by, activation, tracked=True):
+        super().__init__()
+        torch.manual_seed(3)
+        self.layer = convext.nn.ConvBNReLU(3, 3, 3, padding=1, activation=activation,
+                                           track_running_stats=tracked).double()
+        self.by, self.activation = by, activation
+        for p in self.layer.bn.parameters():
+            torch.nn.init.normal_(p)
+        if tracked:
+            self.layer.bn.running_mean.normal_()
+
+    def forward(self, x):
+        conv, bn = self.layer.conv, self.layer.bn
+        if self.by == "module":
+            return self.layer(x, x)
+        given = conv.weight, None, bn.running_mean, bn.running_var, bn.weight, bn.bias
+        training = self.training or bn.running_mean is None
+        if self.by == "function":
+            return convext.conv_bn_relu(x, *given, padding=1, training=training, activation=self.activation, residual=x)
+        y = F.batch_norm(F.conv2d(x, conv.weight, padding=1), *given[2:], training)
+        return FORWARD[self.activation](y + x)
+
+
+def _batched_gradients(model, x):
+    out = model(x).mean((2, 3))
+    vectors = torch.eye(out.numel(), dtype=out.dtype).view(-1, *out.shape)
+    return torch.autograd.grad(out, (x, *model.parameters()), vectors, is_grads_batched=True)
+
+
+def _batched_second_gradients(model, x):
+    out = model(x).sin().mean((2, 3))
+    vectors = torch.eye(out.numel(), dtype=out.dtype).view(-1, *out.shape)
+    first = torch.autograd.grad(out, (x, *model.parameters()), vectors, is_grads_batched=True, create_graph=True)
+    total = sum(g.sin().sum() for g in first)
+    return (*first, *torch.autograd.grad(total, (x, *model.parameters())))
+
+
+def _batched_gradients_of_gradients(model, x):
+    dx, = torch.autograd.grad(model(x).sin().sum(), x, create_graph=True)
+    chosen = dx[:, :, 2, 2]
+    vectors = torch.eye(chosen.numel(), dtype=dx.dtype).view(-1, *chosen.shape)
+    return torch.autograd.grad(chosen, (x, *model.parameters()), vectors, is_grads_batched=True)
+
+
+def _vmap_of_grad(model, x):
+    out = model(x).mean((2, 3))
+    vectors = torch.eye(out.numel(), dtype=out.dtype).view(-1, *out.shape)
+    return vmap(lambda v: torch.autograd.grad(out, (x, *model.parameters()), v, retain_graph=True))(vectors)
+
+
+def _jacobian(**arguments):
+    return lambda model, x: torch.autograd.functional.jacobian(lambda x: model(x).sin().mean((2, 3)), x.detach(),
+                                                               **arguments)
+
+
+def _hessian(**arguments):
+    return lambda model, x: torch.autograd.functional.hessian(lambda x: model(x).sin().mean(), x.detach(), **arguments)
+
+
+def _forward_over_reverse(model, x):
+    def loss(x):
+        return model(x).sin().sum()
+    return jvp(grad(loss), (x.detach(),), (x.detach().cos(),))
+
+
+def _older_vmap_of_a_call(model, x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        y = torch._vmap_internals.vmap(lambda x: model(x).sin())(torch.stack((x, x.flip(0), 2 * x)))
+    return torch.autograd.grad(y.sum(), (x, *model.parameters()))
+
+
+TRANSFORMS = {
+    "is_grads_batched": _batched_gradients,
+    "is_grads_batched_with_a_graph": _batched_second_gradients,
+    "is_grads_batched_of_gradients": _batched_gradients_of_gradients,
+    "vmap_of_grad": _vmap_of_grad,
+    "jacobian": _jacobian(vectorize=True),
+    "jacobian_forward": _jacobian(vectorize=True, strategy="forward-mode"),
+    "hessian": _hessian(vectorize=True),
+    "hessian_forward": _hessian(vectorize=True, outer_jacobian_strategy="forward-mode"),
+    "forward_over_reverse": _forward_over_reverse,
+    "older_vmap_of_a_call": _older_vmap_of_a_call,
+}
+
+
+@pytest.mark.parametrize("by", ["function", "module"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_of_a_fused_layer(transform, activation, training, by):
+    found = []
+    for which in ("parts", by):
+        # The older vmap cannot write batched statistics into running ones, nor could it by PyTorch's own functions.
+        model = Layer(which, activation, transform != "older_vmap_of_a_call").train(training)
+        model.layer.bn.num_batches_tracked = None  # grad and jvp refuse to count, as for torch.nn.BatchNorm2d
+        result = TRANSFORMS[transform](model, rand(2, 3, 4, 5).requires_grad_())
+        found.append((result, model.layer.bn.running_mean, model.layer.bn.running_var))
+    close(found[1], found[0])
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = torch.nn.Conv2d(3, 5, 3, padding=1, bias=False), torch.nn.Conv2d(5, 3, 3, padding=1)
+        self.norm1, self.norm2 = torch.nn.BatchNorm2d(5), torch.nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(x + self.norm2(self.conv2(y)))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_of_a_swapped_network(transform, training):
+    plain = Block().double().train(training)
+    for norm in (plain.norm1, plain.norm2):
+        if transform == "older_vmap_of_a_call" and training:  # which cannot write batched statistics into running ones
+            norm.running_mean = norm.running_var = norm.track_running_stats = None
+        norm.num_batches_tracked = None  # grad and jvp refuse to count
+    swapped = convext.swap(copy.deepcopy(plain))
+    found = []
+    for model in (plain, swapped):
+        result = TRANSFORMS[transform](model, rand(2, 3, 4, 5).requires_grad_())
+        found.append((result, model.state_dict()))
+    close(found[1], found[0])
+
+
+@pytest.mark.parametrize("ours", OURS.values(), ids=OURS)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_batched_gradients_of_a_convolution(ours, groups):
+    found = []
+    for conv2d in (F.conv2d, ours):
+        x, w, b = leaves(rand(2, 3, 4, 5), rand(6, 3 // groups, 3, 3), rand(6))
+        y = conv2d(x, w, b, (1, 1), (1, 1), (1, 1), groups).sin()
+        first = torch.autograd.grad(y, (x, w, b), torch.stack((y.detach(), y.detach().cos())), is_grads_batched=True,
+                                    create_graph=True)
+        second = torch.autograd.grad(first, (x, w, b), [torch.stack((g.detach(), g.detach().sin())) for g in first],
+                                     is_grads_batched=True)
+        found.append((first, second))
+    close(found[1], found[0])
+
+
+def test_a_call_costs_no_look_at_signatures(monkeypatch):
+    """What makes `apply` of torch.autograd.Function dear, in Python or called back from C."""
+    def fail(*args, **kwargs):
+        raise AssertionError("a signature was looked up")
+
+    x, w = leaves(X, W)
+    monkeypatch.setattr(torch.autograd.function.inspect, "signature", fail)
+    y = convext.conv2d(x, w, None, *GEOM)
+    z = fused(x, w, None, None, None, None, "relu", True)
+    assert y.grad_fn is not None and z.grad_fn is not None
+
+
+def test_the_function_of_a_graph_is_found_by_compiled_autograd():
+    """Its cache of graphs asks a Function for a key."""
+    x, w = leaves(X, W)
+    for y in (convext.conv2d(x, w, None, *GEOM), fused(x, w, None, None, None, None, "relu", True)):
+        assert y.grad_fn._compiled_autograd_key()
+
+
+def test_compiled_autograd_runs_the_backward_passes():
+    from torch._dynamo import compiled_autograd
+
+    model = torch.nn.Sequential(convext.nn.Conv2d(4, 4, 3), convext.nn.ConvBNReLU(4, 3, 2, bias=True)).double()
+    found, graphs = [], []
+
+    def compiler(graph):
+        graphs.append(graph)
+        return graph
+
+    def gradients():
+        x = X.clone().requires_grad_()
+        return torch.autograd.grad(model(x).sin().sum(), (x, *model.parameters()))
+
+    found.append(gradients())
+    with compiled_autograd._enable(compiler):
+        x = X.clone().requires_grad_()
+        model.zero_grad()
+        model(x).sin().sum().backward()
+        found.append((x.grad, *[p.grad for p in model.parameters()]))
+    assert len(graphs) == 1
+    close(found[1], found[0])
+
+
+def test_inference_mode_trains_the_statistics_as_pytorch_does():
+    fused = convext.nn.ConvBNReLU(4, 3, 2).double()
+    plain = torch.nn.Sequential(copy.deepcopy(fused.conv), copy.deepcopy(fused.bn), torch.nn.ReLU())
+    for model in (fused, plain):
+        with torch.inference_mode():
+            model(X)
+        model(X).sum().backward()
+        with torch.inference_mode():
+            inside = model.eval()(X.clone())
+        model.train()
+        assert inside.is_inference()
+    for a, b in zip(fused.bn.state_dict().values(), plain[1].state_dict().values(), strict=True):
+        close(a, b)
+    close(fused.conv.weight.grad, plain[0].weight.grad)
+    close(fused.eval()(X), plain.eval()(X))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_result_under_vmap_may_be_written_into(channels_last):
+    x, w = torch.randn(2, 2, 3, 6, 6, dtype=torch.float64), torch.randn(4, 3, 3, 3, dtype=torch.float64)
+    w = w.to(memory_format=torch.channels_last) if channels_last else w
+    grads = []
+    for conv2d in (F.conv2d, convext.conv2d):
+        given = w.clone().requires_grad_()
+        y = torch.vmap(lambda t, conv2d=conv2d, given=given: conv2d(t, given).mul_(3).relu_())(x)
+        grads.append((y, *torch.autograd.grad(y.square().sum(), given)))
+    for a, b in zip(*grads):
+        torch.testing.assert_close(b, a)

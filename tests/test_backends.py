@@ -1,5 +1,9 @@
 """Selection of backends: forced, automatic, refused; and the counters."""
 
+import importlib
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -182,3 +186,120 @@ def test_aten_writes_all_of_a_bfloat16_weight_gradient(width):
         torch.nn.functional.conv2d(x.double(), wanted, stride=(1, 2), padding=(0, 1)).backward(dy.double())
         # Two products, each of at most 5 * 5, rounded once.
         assert (w.grad - wanted.grad).abs().max() <= 50 * torch.finfo(torch.bfloat16).eps
+
+
+_STRIDED_1X1 = """
+import torch, convext
+torch.set_num_threads(3)
+for dtype in (torch.float32, torch.bfloat16):
+    for n, c, h, w, k, stride in ((4, 3, 28, 56, 1, (2, 2)), (3, 5, 14, 28, 8, (2, 2)), (3, 8, 28, 56, 4, (1, 2)),
+                                  (4, 5, 14, 28, 8, (2, 1)), (4, 16, 15, 27, 8, (3, 2)), (1, 3, 14, 56, 17, (1, 2))):
+        torch.manual_seed(0)
+        x = torch.randn(n, c, h, w).to(dtype).contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(k, c, 1, 1).to(dtype).requires_grad_()
+        wanted = weight.detach().double().requires_grad_()
+        for backend in ("aten", None):
+            weight.grad = wanted.grad = None
+            with convext.backend(backend):
+                y = convext.conv2d(x, weight, stride=stride)
+                dy = torch.randn_like(y)
+                y.backward(dy)
+            torch.nn.functional.conv2d(x.double(), wanted, stride=stride).backward(dy.double())
+            error = (weight.grad - wanted.grad).abs()
+            wanted.grad = None
+            torch.nn.functional.conv2d(x.double().abs(), wanted, stride=stride).backward(dy.double().abs())
+            products = y.numel() // k  # summed in float32 and rounded once
+            limit = torch.finfo(dtype).eps + products * torch.finfo(torch.float32).eps
+            assert (error <= limit * wanted.grad).all(), (x.shape, dtype)
+"""
+
+
+def test_aten_does_not_write_past_its_memory_in_a_strided_1x1_weight_gradient():
+    """torch 2.11 does, over channels-last images and on two threads or more. glibc's checks see it at the next call."""
+    for _ in range(3):
+        ran = subprocess.run([sys.executable, "-c", _STRIDED_1X1], capture_output=True, text=True, timeout=250,
+                             env={**os.environ, "MALLOC_PERTURB_": "165", "OMP_NUM_THREADS": "3"})
+        assert ran.returncode == 0, ran.stderr
+
+
+def test_a_strided_1x1_weight_gradient_reads_only_what_the_filter_reads(monkeypatch):
+    """The form in which torch 2.11 writes outside its memory never reaches it."""
+    aten = importlib.import_module("convext.backends.aten")
+    seen = []
+
+    class Aten:
+        def convolution_backward(self, dy, x, w, bias, stride, *others):
+            seen.append((tuple(x.shape), stride))
+            return torch.ops.aten.convolution_backward(dy, x, w, bias, stride, *others)
+
+    monkeypatch.setattr(aten, "_aten", Aten())
+    for stride, shape in (((2, 2), (1, 2, 3, 3)), ((1, 3), (1, 2, 5, 2)), ((1, 1), (1, 2, 5, 5))):
+        w = torch.ones(3, 2, 1, 1, requires_grad=True)
+        with convext.backend("aten"):
+            convext.conv2d(X, w, stride=stride).sum().backward()
+        assert seen.pop() == (shape, (1, 1))
+        assert torch.equal(w.grad, torch.full_like(w, shape[2] * shape[3]))
+
+
+def _over_threads(x, w, stride, padding, groups, backend):
+    """(y, dx, dw) on one to four threads, and which backend ran each pass."""
+    found = []
+    former = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            backends.reset_counts()
+            leaves = x.detach().requires_grad_(), w.detach().requires_grad_()
+            with convext.backend(backend):
+                y = convext.conv2d(*leaves, None, stride, padding, 1, groups)
+                dy = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(y.dtype)
+                found.append((y, *torch.autograd.grad(y, leaves, dy)))
+            ran = {pass_: name for name, pass_, _ in backends.counts()}
+    finally:
+        torch.set_num_threads(former)
+    return found, [ran["fprop"], ran["dgrad"], ran["wgrad"]]
+
+
+@pytest.mark.skipif(backends.unavailable("native", "cpu") is not None, reason="the compiled library is not there")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", [None, "native"])
+def test_results_of_our_kernels_do_not_depend_on_the_number_of_threads(backend, dtype):
+    """Bit for bit. Under the automatic choice some passes are ATen's, whose sums may."""
+    ours = 0
+    for n, c, h, w, k, r, stride, groups in (
+            (1, 8, 56, 28, 2, 1, 1, 2), (8, 32, 14, 14, 64, 3, 1, 1), (2, 3, 33, 31, 16, 3, 2, 1),
+            (3, 24, 19, 17, 24, 5, 1, 24), (2, 64, 14, 14, 96, 1, 1, 1), (2, 64, 15, 15, 32, 1, 2, 1),
+            (1, 16, 28, 28, 16, 3, 1, 4)):
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            generator = torch.Generator().manual_seed(0)
+            x = torch.randn(n, c, h, w, generator=generator).to(dtype).contiguous(memory_format=memory_format)
+            weight = torch.randn(k, c // groups, r, r, generator=generator).to(dtype)
+            found, ran = _over_threads(x, weight, stride, r // 2, groups, backend)
+            for i, name in enumerate(ran):
+                if name == "native":
+                    ours += 1
+                    assert all(torch.equal(found[0][i], other[i]) for other in found[1:]), (x.shape, weight.shape, i)
+                else:
+                    assert backend is None
+    assert ours == 42 if backend else ours >= 14
+
+
+def test_a_cuda_library_that_was_not_built_is_said_to_be_so(tmp_path):
+    """And not that a module is circular, as the interpreter has it. In a process where neither library is there."""
+    for name in ("_CUDA", "_C"):
+        program = f"""
+import importlib, importlib.machinery, sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name == "convext.{name}":
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Missing())
+import convext
+for status in convext.backends():
+    print(status)
+"""
+        ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+        assert ran.returncode == 0, ran.stderr
+        line, = [line for line in ran.stdout.splitlines() if "native" in line and ("cuda" in line) == (name == "_CUDA")]
+        assert "circular" not in ran.stdout and "not built" in line, line
+        assert "from source" in line if name == "_CUDA" else "pip install ." in line

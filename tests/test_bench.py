@@ -318,14 +318,15 @@ def test_ceilings_of_a_gpu_are_work_over_its_median_time(monkeypatch):
 class TestResults:
     @pytest.fixture
     def tree(self, tmp_path):
-        for name in ("csrc/a.h", "csrc/cpu/b.cpp", "csrc/cuda/tile/c.h", "csrc/tests/d.cpp", "convext/triton/e.py"):
+        for name in ("csrc/core/a.h", "csrc/cpu/kernels/direct/b.cpp", "csrc/cuda/tile/c.h", "csrc/tests/d.cpp",
+                     "convext/triton/e.py"):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(name)
         return tmp_path
 
     @pytest.mark.parametrize(("changed", "devices"), [
-        ("csrc/a.h", {"cpu", "cuda"}), ("csrc/cpu/b.cpp", {"cpu"}), ("csrc/cuda/tile/c.h", {"cuda"}),
-        ("convext/triton/e.py", {"cuda"}), ("csrc/tests/d.cpp", set()),
+        ("csrc/core/a.h", {"cpu", "cuda"}), ("csrc/cpu/kernels/direct/b.cpp", {"cpu"}),
+        ("csrc/cuda/tile/c.h", {"cuda"}), ("convext/triton/e.py", {"cuda"}), ("csrc/tests/d.cpp", set()),
     ])  # fmt: skip
     def test_hash_follows_the_kernels_of_the_device(self, tree, changed, devices):
         before = {device: machine.kernels(device, tree) for device in ("cpu", "cuda")}

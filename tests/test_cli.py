@@ -60,7 +60,7 @@ def test_a_wrong_option_gives_one_line_and_status_2(arguments, expected, capsys)
 def test_a_missing_extra_is_named(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main(["bench", "model"]) == 2
-    assert "pip install 'convext[demo]'" in capsys.readouterr().err
+    assert 'pip install "convext[demo]"' in capsys.readouterr().err
 
 
 @pytest.mark.smoke

@@ -56,6 +56,98 @@ def test_memory_format_of_the_output_and_of_leaf_gradients_is_atens(dtype, x_cl,
     assert found[0] == found[1]
 
 
+def _dense(shape, form, dtype):
+    """Random values: contiguous, channels-last in all strides, a part of something larger, or one image for all."""
+    n, c, h, w = shape
+    values = rand(*shape).to(dtype)
+    if form == "nhwc":
+        return torch.empty_strided(shape, (h * w * c, 1, w * c, c), dtype=dtype).copy_(values)
+    if form == "part":
+        larger = torch.zeros(n, c + 1, h + 1, w + 2, dtype=dtype)
+        larger[:, :c, :h, :w] = values
+        return larger[:, :c, :h, :w]
+    return values[:1].expand(shape) if form == "expanded" else values
+
+
+@pytest.mark.parametrize("backend", [None, "native", "aten"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("r, s", [(1, 1), (1, 3), (3, 1), (3, 3)])
+def test_strides_of_results_and_gradients_are_atens(backend, dtype, r, s):
+    """Whatever x, w and dy look like. Of w's gradient those of extents of 1 are w's wherever the others are, or
+    DistributedDataParallel would warn."""
+    if backend == "native" and backends.unavailable("native", "cpu"):
+        pytest.skip("the compiled library is not there")
+    for (n, c, hw), (k, groups) in itertools.product(((1, 1, 1), (2, 4, 5), (2, 4, 1)), ((1, 1), (4, 1), (4, 4))):
+        if c % groups:
+            continue
+        for x_form, w_form, dy_form in itertools.product(("nchw", "nhwc", "part", "expanded"), ("nchw", "nhwc"),
+                                                         ("nchw", "nhwc", "expanded")):
+            x, w = _dense((n, c, hw, hw), x_form, dtype), _dense((k, c // groups, r, s), w_form, dtype)
+            found = []
+            for conv2d in (F.conv2d, convext.conv2d):
+                leaves = x.detach().requires_grad_(), w.detach().requires_grad_(), rand(k).to(dtype).requires_grad_()
+                with convext.backend(backend):
+                    y = conv2d(*leaves, 1, (r // 2, s // 2), 1, groups)
+                    gradients = torch.autograd.grad(y, leaves, _dense(y.shape, dy_form, dtype))
+                found.append([strides(t) for t in (y, *gradients)])
+            assert found[0] == found[1], (x.shape, x_form, w.shape, w_form, dy_form)
+            if found[1][2] == strides(w):
+                assert gradients[1].stride() == w.stride()
+
+
+@pytest.mark.parametrize("x_form, w_form", list(itertools.product(("nchw", "nhwc"), repeat=2)))
+@pytest.mark.parametrize("r, groups", [(1, 1), (3, 1), (3, 4)])
+def test_strides_without_data_are_those_with(x_form, w_form, r, groups):
+    x, w, dy = (_dense(shape, form, torch.float32) for shape, form in (
+        ((2, 4, 5, 5), x_form), ((4, 4 // groups, r, r), w_form), ((2, 4, 5, 5), "nhwc")))
+    geom = (1, 1), (r // 2, r // 2), (1, 1), groups
+    for op, args in ((torch.ops.convext.dgrad, (dy, w, [5, 5], *geom)),
+                     (torch.ops.convext.wgrad, (dy, x, [r, r], *geom))):
+        for channels_last in (None, False, True):
+            torch.library.opcheck(op.default, (*args, channels_last), test_utils="test_faketensor")
+            with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+                fake = op(*args, channels_last)
+            assert fake.stride() == op(*args, channels_last).stride()
+
+
+def _run_everything(x, w, b):
+    parameters = [torch.full((w.shape[0],), 0.5, dtype=x.dtype, device=x.device) for _ in range(4)]
+    x, w, b = (t.detach().requires_grad_() for t in (x, w, b))
+    results = [convext.conv2d(x, w, b), convext.conv_act(x, w, b, activation="silu"),
+               convext.conv_bn_relu(x, w, b, *parameters),
+               convext.conv_bn_relu(x, w, b, None, None, *parameters[2:], training=True)]
+    results += torch.autograd.grad(sum(y.sum() for y in results), (x, w, b))
+    def of_w(w):
+        return convext.conv_bn_relu(x, w, b, *parameters)
+
+    results += [torch.func.jvp(of_w, (w.detach(),), (w.detach(),))[1], torch.func.vmap(of_w)(w[None])]
+    with torch.no_grad():
+        results += [convext.conv2d(x, w, b), convext.conv_bn_relu(x, w, b, *parameters)]
+    return results
+
+
+@pytest.mark.parametrize("backend", [None, "native", "aten"])
+def test_the_default_device_and_dtype_are_not_asked(backend):
+    if backend == "native" and backends.unavailable("native", "cpu"):
+        pytest.skip("the compiled library is not there")
+    x, w, b = rand(2, 8, 9, 9).float(), rand(16, 8, 3, 3).float(), rand(16).float()
+    with convext.backend(backend):
+        expected = _run_everything(x, w, b)
+        backends.forget()
+        w = w.clone()  # whose packing is not there yet
+        former = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.device("meta"):
+                inside = _run_everything(x, w, b)
+        finally:
+            torch.set_default_dtype(former)
+        for results in (inside, _run_everything(x, w, b)):
+            for actual, wanted in zip(results, expected, strict=True):
+                assert actual.dtype is torch.float32
+                torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-4)
+
+
 X, W, B = rand(2, 4, 4, 4), rand(6, 2, 3, 3), rand(6)
 BAD = {
     "padding_is_no_known_word": ((X, W, B), dict(groups=2, padding="full"), "padding.*'full'.*'same' or 'valid'"),
@@ -96,9 +188,90 @@ def test_bad_input_raises_as_pytorch_and_names_the_argument(name):
     with pytest.raises(Exception) as theirs:
         F.conv2d(*args, **kwargs)
     for _ in range(2):  # nothing may be remembered of a call that failed
-        with pytest.raises(type(theirs.value), match=message) as ours:
+        with pytest.raises(type(theirs.value), match=f"(?s)\nconvext: .*{message}") as ours:
             convext.conv2d(*args, **kwargs)
         assert type(ours.value) is type(theirs.value)
+        first = str(theirs.value).split(" - got ")[0]  # the list of arguments that follows counts keywords
+        assert str(ours.value).startswith(first) and len(first) > 10
+
+
+ODD = {
+    "bool_input": ((X > 0, W), dict(groups=2)),
+    "bool": ((X > 0, W > 0), dict(groups=2)),
+    "complex_input": ((X.cfloat(), W), dict(groups=2)),
+    "int_weight": ((X, W.long()), dict(groups=2)),
+    "int_bias": ((X, W, B.long()), dict(groups=2)),
+    "more_than_64_bits": ((X, W), dict(groups=2, stride=2**70)),
+    "padding_beyond_memory": ((X, W), dict(groups=2, padding=2**40)),
+    "weight_without_dimensions": ((X, W[0, 0, 0, 0]), {}),
+    "same_with_negative_dilation": ((X, W), dict(groups=2, padding="same", dilation=-1)),
+    "same_with_a_weight_of_three": ((X, W[0]), dict(padding="same")),
+    "no_rows": ((X[:, :, :0], W), dict(groups=2, padding=2)),
+    "zero_batch_that_does_not_fit": ((X[:0, :3], W), dict(groups=2)),
+}
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("name", ODD)
+def test_odd_input_raises_as_pytorch(name, gradient):
+    args, kwargs = ODD[name]
+    args = [t.detach().requires_grad_(gradient and t.is_floating_point()) for t in args]
+    with pytest.raises(Exception) as theirs:
+        F.conv2d(*args, **kwargs)
+    with pytest.raises(type(theirs.value)) as ours:
+        convext.conv2d(*args, **kwargs)
+    assert type(ours.value) is type(theirs.value)
+    assert str(ours.value).split("\n")[0] == str(theirs.value).split("\n")[0]
+
+
+@pytest.mark.parametrize("on_meta", list(itertools.product((0, 1), repeat=3)), ids=str)
+def test_meta_tensors_beside_others_are_taken_as_pytorch_takes_them(on_meta):
+    args = [t.to("meta") if meta else t for t, meta in zip((X, W, B), on_meta)]
+    theirs, ours = F.conv2d(*args, groups=2), convext.conv2d(*args, groups=2)
+    assert (ours.shape, ours.device, ours.stride()) == (theirs.shape, theirs.device, theirs.stride())
+    assert convext.conv_act(*args, groups=2).device == theirs.device
+
+
+EMPTY = {
+    "no_images": ((0, 4, 6, 6), (6, 4, 3, 3), 1), "no_input_channels": ((2, 0, 6, 6), (6, 0, 3, 3), 1),
+    "no_input_channels_in_groups": ((2, 0, 6, 6), (6, 0, 3, 3), 2),
+    "no_images_and_no_input_channels": ((0, 0, 6, 6), (6, 0, 3, 3), 1),
+    "one_image_without_channels": ((0, 6, 6), (6, 0, 3, 3), 1), "no_filters": ((2, 4, 6, 6), (0, 4, 3, 3), 1),
+    "no_rows": ((2, 4, 0, 6), (6, 4, 1, 1), 1), "no_taps": ((2, 4, 6, 6), (6, 4, 0, 3), 1),
+    "nothing": ((0, 0, 0, 0), (0, 0, 0, 0), 1),
+}  # fmt: skip
+
+
+def _outcome(function, name, bias):
+    x_shape, w_shape, groups = EMPTY[name]
+    leaves = [torch.ones(shape, requires_grad=True) for shape in (x_shape, w_shape, w_shape[:1])]
+    try:
+        y = function(*leaves[:2], leaves[2] if bias else None, 1, 1, 1, groups)
+    except RuntimeError as error:
+        return type(error)
+    y.sum().backward()
+    return [(t.shape, t.stride(), t.tolist()) for t in (y, *(t.grad for t in leaves[:3 if bias else 2]))]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", EMPTY)
+def test_nothing_to_convolve_is_as_in_pytorch(name, bias):
+    """Zero images, channels, filters, rows or taps: the same result and gradients, or the same error."""
+    assert _outcome(convext.conv2d, name, bias) == _outcome(F.conv2d, name, bias)
+
+
+@pytest.mark.parametrize("name", ["no_images", "no_input_channels", "no_input_channels_in_groups"])
+def test_nothing_to_convolve_without_data_and_compiled(name):
+    x_shape, w_shape, groups = EMPTY[name]
+    arguments = (1, 1), (1, 1), (1, 1), groups
+    x, w, b = (torch.ones(shape, requires_grad=True) for shape in (x_shape, w_shape, w_shape[:1]))
+    for op in (torch.ops.convext.fprop.default, lambda *args: convext.conv2d(*args[:3], 1, 1, 1, groups)):
+        with torch._subclasses.FakeTensorMode() as mode:
+            fake = op(*map(mode.from_tensor, (x, w, b)), *arguments)
+        assert fake.shape == F.conv2d(x, w, b, 1, 1, 1, groups).shape
+    torch.library.opcheck(torch.ops.convext.fprop.default, (x, w, b, *arguments))
+    compiled = torch.compile(lambda *t: convext.conv2d(*t, 1, 1, 1, groups), backend="aot_eager", fullgraph=True)
+    assert _outcome(lambda *args: compiled(*args[:3]), name, True) == _outcome(F.conv2d, name, True)
 
 
 def test_a_good_call_does_not_let_a_bad_one_of_equal_hash_pass():

@@ -10,11 +10,26 @@ from cases import CASES
 from passes import EVEN_SAME, check, run
 
 import convext
+from convext.backends import native
+from convext.problem import DType, Pass
 
 pytestmark = pytest.mark.filterwarnings(EVEN_SAME)
 # float16 is computed by the kernels of float32, and so is bfloat16 but for what AVX512-BF16 has kernels of its own for.
 NATIVE_DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 BF16_PASSES = {"fprop", "dgrad"}
+
+
+def test_what_kernels_say_of_themselves_is_what_their_names_say():
+    tiles = {"winograd2x2": 2, "winograd3x3": 3, "winograd4x4": 4}
+    assert len(native.kernels()) > 50
+    for facts in native.kernels():
+        pass_, family, dtype, isa = facts["name"].split("_", 3)
+        assert Pass(facts["pass"]).name.lower() == pass_ and facts["isa"] == isa and facts["device"] == "cpu"
+        assert facts["algorithm"] == family.partition("2x2")[0].partition("3x3")[0].partition("4x4")[0]
+        assert facts["tile"] == tiles.get(family, 0)
+        assert DType(facts["dtype"]) == {"f32": DType.FLOAT32, "f64": DType.FLOAT64, "bf16": DType.BFLOAT16}[dtype]
+        pairs = dtype == "bf16" and family in ("direct", "dilated")
+        assert facts["arithmetic"] == ("bfloat16" if pairs else "float64" if dtype == "f64" else "float32")
 
 
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
@@ -25,9 +40,10 @@ def test_case_equals_float64(case, dtype, isa, count_native):
     if 0 in case.x:
         return
     ran = count_native()
+    grouped = {kernel["name"] for kernel in native.kernels() if kernel["algorithm"] == "grouped"}
     assert {pass_ for pass_, _ in ran} == {"fprop", "dgrad", "wgrad"}
     for pass_, kernel in ran:
-        own = dtype is torch.bfloat16 and pass_ in BF16_PASSES and "grouped" not in kernel
+        own = dtype is torch.bfloat16 and pass_ in BF16_PASSES and kernel not in grouped
         assert kernel.endswith(isa if own else isa.removesuffix("_bf16")), kernel
 
 
@@ -85,8 +101,8 @@ def by_one_element(layer):
         layer.weight[-1, -1, -1, -1] += 1
 
 
-def by_an_element_that_no_sample_holds(layer):
-    """The sample of csrc/packed_weight.h skips it: the version counter alone tells."""
+def by_an_element_that_no_line_at_hand_holds(layer):
+    """The lines that packed_weight.h compares in that call are others: the version counter alone tells."""
     with torch.no_grad():
         layer.weight.view(-1)[3] += 1
 
@@ -132,7 +148,7 @@ def by_swapped_halves(layer):
 
 
 CHANGES = [
-    by_multiplication, by_one_element, by_an_element_that_no_sample_holds, by_optimizer_step, by_load_state_dict,
+    by_multiplication, by_one_element, by_an_element_that_no_line_at_hand_holds, by_optimizer_step, by_load_state_dict,
     by_data_in_place, by_one_element_of_data, by_new_data, by_new_parameter, by_numpy_view, by_inference_mode,
     by_swapped_halves,
 ]  # fmt: skip

@@ -34,8 +34,9 @@ def emulated(tmp_path_factory):
     python = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
     flags = [f for f in harness.flags(harness.CSRC, "plain") if f != "-O2"]
     flags += ["-O1", "-fPIC", "-fvisibility=hidden", "-DCONVEXT_CUDA_LIBRARY"]
-    sources = [*harness.kernel_sources(), "cuda/batch_norm_sm80.cu", "select.cpp", "select_cuda.cpp",
-               "bindings_cuda.cpp", *(f"{harness.EMULATOR}/{name}.cpp" for name in ("fiber", "emulator", "runtime"))]
+    sources = [*harness.kernel_sources(), "cuda/batch_norm/batch_norm_sm80.cu", "core/select.cpp",
+               "python/bindings_cuda.cpp",
+               *(f"{harness.EMULATOR}/{name}.cpp" for name in ("fiber", "emulator", "runtime"))]
     objects = harness.compile_all(folder, harness.CSRC, [(s, [*flags, *python]) for s in sources])
     library = folder / "_CUDA.so"
     subprocess.run(["g++", "-shared", *objects, "-o", library], check=True)
@@ -142,10 +143,10 @@ def test_direct_contiguous_tensors_are_transposed_where_that_pays(cuda):
     problem, *_ = make("direct", torch.bfloat16, Layout.NCHW)
     large = dataclasses.replace(problem, n=32, c=256, k=256, h=28, w=28)
     for pass_ in Pass:
-        assert "_gather_" not in cuda.variant(pass_, large)
+        assert not cuda._plan(pass_, large).facts["gathers"]
     rgb = dataclasses.replace(problem, n=32, c=3, k=64, h=224, w=224, r=7, s=7, stride_h=2, stride_w=2)
     for pass_ in (Pass.FPROP, Pass.WGRAD):
-        assert "_gather_" in cuda.variant(pass_, rgb)
+        assert cuda._plan(pass_, rgb).facts["gathers"]
         assert cuda._plan(pass_, rgb).x_layout is Layout.NCHW  # the first layer reads images as they come
 
 
@@ -199,7 +200,7 @@ def test_training_takes_the_statistics_from_the_convolution(cuda, monkeypatch):
     use("variant", lambda pass_, problem: cuda.variant(pass_, on_cuda(problem)))
     use("fprop_batch_stats", lambda problem, *tensors: cuda.fprop_batch_stats(on_cuda(problem), *tensors))
     use("dgrad", lambda problem, dy, w: cuda.dgrad(on_cuda(problem), dy, w))
-    use("wgrad", lambda problem, dy, x: cuda.wgrad(on_cuda(problem), dy, x))
+    use("wgrad", lambda problem, dy, x, channels_last: cuda.wgrad(on_cuda(problem), dy, x, channels_last))
     use("bn_act", cuda.bn_act)
     use("bn_act_backward", cuda.bn_act_backward)
     use("unavailable", lambda device_type: None)
@@ -216,12 +217,24 @@ def test_training_takes_the_statistics_from_the_convolution(cuda, monkeypatch):
         torch.testing.assert_close(g, want)
 
 
+def test_what_kernels_say_of_themselves_is_what_their_names_say(emulated):
+    arithmetic = {"bf16": "bfloat16", "f16": "float16", "tf32": "tf32"}
+    for facts in emulated.variants():
+        pass_, family, dtype, *rest = facts["name"].split("_")
+        assert Pass(facts["pass"]).name.lower() == pass_ and facts["isa"] == rest[-1]
+        assert facts["algorithm"] == ("depthwise" if family == "depthwise" else "direct")
+        assert facts["arithmetic"] == (arithmetic[dtype] if family == "igemm" else
+                                       "float64" if dtype == "f64" else "float32")
+        assert facts["gathers"] == (family == "simt" or "gather" in rest)
+        assert facts["block"] == ([0, 0, 0] if family == "depthwise" else [int(n) for n in rest[0].split("x")])
+
+
 def test_tf32_only_where_it_is_allowed(cuda):
     problem, *_ = make("direct", torch.float32, Layout.NHWC)
     with torch.backends.cudnn.flags(allow_tf32=True):  # not the attribute: OpInfo's suite, once imported, forbids it
-        assert "_tf32_" in cuda.variant(Pass.FPROP, problem)
+        assert cuda._plan(Pass.FPROP, problem).facts["arithmetic"] == "tf32"
     with torch.backends.cudnn.flags(allow_tf32=False):
-        assert "_simt_f32_" in cuda.variant(Pass.FPROP, problem)
+        assert cuda._plan(Pass.FPROP, problem).facts["arithmetic"] == "float32"
 
 
 @pytest.mark.parametrize("model", ["resnet50", "mobilenet_v2"])
@@ -251,9 +264,9 @@ def test_the_cost_model_takes_every_tile_somewhere(cuda):
             problem = dataclasses.replace(problem, n=32, device="cuda", dtype=DType.BFLOAT16, x_layout=Layout.NHWC,
                                           y_layout=Layout.NHWC)
             for pass_ in Pass:
-                taken[pass_].add(cuda.variant(pass_, problem).partition("_bf16_")[2])
+                taken[pass_].add(tuple(cuda._plan(pass_, problem).facts["block"]))
     for pass_ in Pass:
-        assert taken[pass_] >= {f"{tile}x32_sm80" for tile in ("256x128", "128x128", "128x64", "64x64", "64x32")}
+        assert taken[pass_] >= {(256, 128, 32), (128, 128, 32), (128, 64, 32), (64, 64, 32), (64, 32, 32)}
 
 
 def test_views_that_are_not_aligned_are_copied(cuda):

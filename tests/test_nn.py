@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -56,6 +58,34 @@ def test_layers_pickle_and_copy():
                   convext.nn.ConvBNReLU(4, 4, 3, momentum=None, activation="gelu").eval()):
         for again in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
             assert type(again) is type(layer) and torch.equal(again(x), layer(x))
+
+
+@pytest.mark.parametrize("fresh_process", [False, True])
+def test_whole_layers_load_with_weights_only(fresh_process, tmp_path):
+    """The user allows torch's classes, convext its own."""
+    x, path = rand(2, 4, 6, 6, dtype=torch.float32), tmp_path / "model.pt"
+    model = nn.Sequential(convext.nn.Conv2d(4, 4, 3), convext.nn.DepthwiseConv2d(4, 3, 2, padding_mode="reflect"),
+                          convext.nn.DilatedConv2d(8, 4, 1), convext.nn.ConvBNReLU(4, 4, 1, activation="gelu")).eval()
+    torch.save(model, path)
+    allowed = [nn.Sequential, nn.BatchNorm2d]
+    with pytest.raises(pickle.UnpicklingError, match="Unsupported global|GLOBAL torch.nn.modules"):
+        torch.load(path, weights_only=True)
+    if not fresh_process:
+        with torch.serialization.safe_globals(allowed):
+            again = torch.load(path, weights_only=True)
+        assert [*map(type, again.modules())] == [*map(type, model.modules())]
+        assert torch.equal(again(x), model(x))
+        assert torch.serialization.get_safe_globals().count(convext.nn.ConvBNReLU) == 1
+        return
+    torch.save((x, model(x).detach()), tmp_path / "expected.pt")
+    code = f"""
+import torch, convext
+x, expected = torch.load({str(tmp_path / "expected.pt")!r}, weights_only=True)
+with torch.serialization.safe_globals([torch.nn.Sequential, torch.nn.BatchNorm2d]):
+    model = torch.load({str(path)!r}, weights_only=True)
+torch.testing.assert_close(model(x), expected)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_depthwise_layer():

@@ -1,8 +1,8 @@
-"""The pool of dropped results: who owns what, the setting, threads, fork. Its own test: csrc/tests/cpu_output_pool.cpp.
-"""
+"""The pool of dropped results: who owns what, the setting, threads, fork. In C++: csrc/tests/cpu_output_pool.cpp"""
 
 import copy
 import gc
+import importlib
 import io
 import multiprocessing
 import subprocess
@@ -19,6 +19,8 @@ from setup import CSRC, compiler
 pytestmark = [
     pytest.mark.skipif(backends.unavailable("native", "cpu") is not None, reason="the pool is the compiled library's"),
     pytest.mark.skipif(torch.__version__ < (2, 11), reason="torch 2.10 cannot wrap memory that is given back later"),
+    pytest.mark.skipif(backends.get("native").why_no_output_pool() is not None,
+                       reason="the pool is off: " + str(backends.get("native").why_no_output_pool())),
 ]
 
 MIB = 1 << 20
@@ -104,9 +106,7 @@ def test_a_training_step_leaves_its_memory_to_the_next():
 
 def test_zero_switches_it_off():
     with output_pool(0):
-        y = layer()
-        assert y.untyped_storage().resizable()  # torch's own
-        del y
+        layer()
         assert output_pool.kept() == 0
 
 
@@ -119,8 +119,10 @@ def test_a_result_of_the_pool_comes_back_to_a_pool_that_is_off():
 
 
 def test_small_results_are_left_to_malloc():
-    assert layer(pixels=8).untyped_storage().resizable()
-    assert not layer(pixels=64).untyped_storage().resizable()
+    layer(pixels=8)
+    assert output_pool.kept() == 0
+    layer(pixels=64)
+    assert output_pool.kept() > 0
 
 
 def test_the_setting_and_the_former_one():
@@ -163,11 +165,62 @@ def test_what_one_does_with_tensors_works_with_results():
     assert y.is_shared() and (y == 64).all()
 
 
-def test_a_result_cannot_grow():
+def test_memory_of_a_result_is_given_up_and_taken_again():
+    """As FSDP and reversible networks do with `untyped_storage().resize_`."""
+    y = layer(2.0)
+    storage, size = y.untyped_storage(), y.untyped_storage().nbytes()
+    storage.resize_(0)
+    assert storage.nbytes() == 0 and output_pool.kept() == size
+    other = layer(5.0)
+    storage.resize_(size)  # by torch's allocator
+    y.fill_(3.0)
+    assert (other == 160).all() and (y == 3).all()
+    kept = output_pool.kept()
+    del y, storage
+    assert output_pool.kept() == kept  # torch's memory went back to torch
+
+
+def test_a_result_grows_and_keeps_its_values():
     y = layer()
-    with pytest.raises(RuntimeError, match="not resizable"):
-        y.resize_(1000, 1000)
-    assert (layer() == 32).all()
+    size = y.untyped_storage().nbytes()
+    grown = y.resize_(3, 32, 64, 64)
+    assert output_pool.kept() == size
+    assert (layer(9.0) == 288).all()
+    assert (grown[0] == 32).all()
+    grown.zero_()
+    assert grown.untyped_storage().nbytes() == 3 * size
+
+
+def test_a_result_moves_to_shared_memory():
+    y = layer()
+    size = y.untyped_storage().nbytes()
+    y.share_memory_()
+    assert y.is_shared() and output_pool.kept() == size
+    assert (layer(9.0) == 288).all() and (y == 32).all()
+
+
+def test_gradients_are_as_resizable_as_results():
+    x, w = torch.ones(1, 32, 64, 64, requires_grad=True), torch.ones(32, 32, 1, 1, requires_grad=True)
+    convext.conv2d(x, w).sum().backward()
+    x.grad.untyped_storage().resize_(0)
+    x.grad.untyped_storage().resize_(32 * 64 * 64 * 4)
+    assert x.grad.untyped_storage().resizable()
+
+
+def test_another_release_of_torch_gets_no_pool(monkeypatch):
+    """Storages may look otherwise there than csrc/storage/storage.cpp was compiled for."""
+    native = importlib.import_module("convext.backends.native")
+    monkeypatch.setattr(native.torch, "__version__", "2.99.0")
+    assert "runs with 2.99.0" in native._use_storage()
+    native._C.use_storage(0)
+    try:
+        layer()
+        assert output_pool.kept() == 0
+    finally:
+        monkeypatch.undo()
+        assert native._use_storage() is None
+    layer()
+    assert output_pool.kept() > 0
 
 
 def test_threads_get_results_of_their_own():
@@ -215,9 +268,9 @@ def test_a_forked_process_has_a_pool_of_its_own():
 def test_no_data_race(tmp_path):
     """csrc/tests/cpu_output_pool.cpp under the thread sanitizer; under the others and without: csrc/tests/run.py."""
     program = tmp_path / "cpu_output_pool"
-    sources = [str(CSRC / "output_pool.cpp"), str(CSRC / "tests" / "cpu_output_pool.cpp")]
-    command = [*compiler().split(), "-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", "-o", str(program)]
-    built = subprocess.run([*command, *sources], capture_output=True, text=True)
+    sources = [str(CSRC / "cpu" / "runtime" / "output_pool.cpp"), str(CSRC / "tests" / "cpu_output_pool.cpp")]
+    command = [*compiler().split(), f"-I{CSRC}", "-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread"]
+    built = subprocess.run([*command, "-o", str(program), *sources], capture_output=True, text=True)
     if "cannot find" in built.stderr and "tsan" in built.stderr:
         pytest.skip("this compiler came without the thread sanitizer's library")
     assert built.returncode == 0, built.stderr

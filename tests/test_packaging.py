@@ -6,6 +6,9 @@ import re
 import shutil
 import stat
 import subprocess
+import sys
+import tarfile
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
@@ -69,7 +72,7 @@ def test_the_command_is_installed():
 
 def test_dev_names_every_verb_it_has():
     text = dev("help").stdout
-    for verb in ("demo", "test", "sanitize", "gpu-check", "lint", "wheel", "smoke-other-torch", "setup"):
+    for verb in ("demo", "test", "sanitize", "gpu-check", "lint", "wheel", "test-other-torch", "setup"):
         assert re.search(rf"^  {verb}\b", text, re.M)
 
 
@@ -110,7 +113,7 @@ def test_the_readme_gives_the_two_commands():
     assert re.search(r"^\./dev demo$", readme, re.M) and re.search(r"^\./dev test$", readme, re.M)
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted((ROOT / "csrc" / "cuda").rglob("*.cu")), ids=lambda file: file.stem)
 def test_a_cuda_file_opens_with_its_budget(file):
     opening = re.match(r"(//.*\n)+", file.read_text())[0].lower()
     assert all(word in opening for word in ("=", "register", "shared memory", "flop")), opening
@@ -124,6 +127,94 @@ def test_cuda_sources_include_no_header_of_torch():
         assert not [name for name in includes if re.match(r"(torch|ATen|c10|pybind11)\b", name)], file
 
 
+def test_lint_runs_first_in_ci_and_with_the_releases_that_the_extra_names():
+    text = (ROOT / "pyproject.toml").read_text()
+    tools = re.findall(r'"([^"]+)"', re.search(r"^lint = (.*)$", text, re.M)[1])
+    assert {tool.partition("==")[0] for tool in tools} >= {"ruff", "mypy"}
+    assert all(re.fullmatch(r"[a-z-]+==[0-9.]+", tool) for tool in tools)
+    verbs = re.findall(r"^\./dev ([a-z-]+)$", (ROOT / ".ci" / "run").read_text(), re.M)
+    assert verbs[0] == "lint"
+
+
+def test_pre_commit_runs_what_lint_runs_and_downloads_nothing():
+    text = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert re.findall(r"repo: (.*)", text) == ["local"]
+    entries = re.findall(r"entry: (.*)", text)
+    assert len(entries) == text.count("- id: ") == text.count("language: system")
+    assert all(entry.startswith(".venv/bin/") for entry in entries)
+    lint = re.search(r"^verb_lint\(\) \{\n(.*?)^\}", (ROOT / "dev").read_text(), re.M | re.S)[1]
+    tools = set(re.findall(r"\$VENV/bin/([a-z-]+)", lint))
+    assert {"ruff", "mypy"} <= tools <= {Path(entry.split()[0]).name for entry in entries}
+
+
+def test_the_types_of_every_public_module_are_checked():
+    text = (ROOT / "pyproject.toml").read_text()
+    files = re.search(r"^\[tool\.mypy\]\nstrict = true\n.*?^files = \[(.*?)\]", text, re.M | re.S)[1]
+    checked = {file for pattern in re.findall(r'"(.*?)"', files) for file in ROOT.glob(pattern)}
+    assert {ROOT / "convext" / f"{name}.py" for name in ("__init__", "functional", "nn", "cli")} <= checked
+    assert ROOT / "convext" / "backends" / "__init__.py" in checked
+
+
 def test_make_only_calls_dev():
     recipes = [line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("\t")]
     assert recipes and all(line.startswith("\t@./dev ") for line in recipes)
+
+
+# ---- what is published -----------------------------------------------------------------------------------------------
+
+
+def setup_py(tree: Path, scratch: Path, *command) -> None:
+    """Runs a command of setup.py on a tree without compiling; what setuptools notes down goes to `scratch`."""
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", scratch, *command]
+    subprocess.run(command, cwd=tree, check=True, capture_output=True, timeout=250)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """(names of the files in the sdist, files below convext/ in the wheel, metadata)"""
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("there is no source tree here")
+    scratch = tmp_path_factory.mktemp("published")
+    tree = shutil.copytree(ROOT, scratch / "tree", ignore=shutil.ignore_patterns(
+        ".git", ".venv*", "build", "dist", "*.so", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis"))
+    setup_py(tree, scratch, "sdist", "--dist-dir", scratch / "dist")
+    setup_py(tree, scratch, "build_py", "--build-lib", scratch / "lib")
+    (archive,) = (scratch / "dist").iterdir()
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    wheel = {file.relative_to(scratch / "lib").as_posix() for file in (scratch / "lib").rglob("*") if file.is_file()}
+    return names, wheel, Parser().parsestr((scratch / "convext.egg-info" / "PKG-INFO").read_text())
+
+
+def test_the_sdist_holds_every_tracked_file(published):
+    if not (ROOT / ".git").exists():
+        pytest.skip("there is no repository here to compare with")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert len(tracked) > 200
+    assert set(tracked) - published[0] == {".gitignore"}
+
+
+def test_the_wheel_holds_the_package_and_its_mark_of_types_alone(published):
+    modules = {file.relative_to(ROOT).as_posix() for file in (ROOT / "convext").rglob("*.py")}
+    assert published[1] == modules | {"convext/py.typed"}
+    assert "convext/py.typed" in published[0]
+
+
+def test_the_licence_is_named_and_published(published):
+    names, _, metadata = published
+    assert metadata["License-Expression"] == "BSD-3-Clause"
+    assert metadata.get_all("License-File") == ["LICENSE"] and "LICENSE" in names
+    text = (ROOT / "LICENSE").read_text()
+    assert text.startswith("BSD 3-Clause License\n") and "the convext developers" in text
+    assert all(f"\n{clause}. " in text for clause in (1, 2, 3))
+
+
+def test_the_citation_and_the_changelog_speak_of_this_version():
+    fields = dict(re.findall(r"^([a-z-]+): *(.*)$", (ROOT / "CITATION.cff").read_text(), re.M))
+    assert fields["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors"} <= fields.keys()  # those that the format demands
+    assert fields["version"] == convext.__version__
+    assert fields["license"] == "BSD-3-Clause"
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert headings[0] == "[Unreleased]"
+    assert headings[1].partition(" ")[0].strip("[]") == convext.__version__

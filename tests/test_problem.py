@@ -38,19 +38,19 @@ def _enum(header, name):
 
 
 def test_fields_are_those_of_the_header():
-    fields = _struct_fields("conv_problem.h", "ConvProblem")
+    fields = _struct_fields("core/conv_problem.h", "ConvProblem")
     assert len(fields) == 17
     assert list(ConvProblem.__dataclass_fields__)[:17] == fields
 
 
 @pytest.mark.parametrize("ours, name", [(Pass, "Pass"), (DType, "DType"), (Layout, "Layout")])
 def test_enum_is_that_of_the_header(ours, name):
-    theirs = {key.upper(): value for key, value in _enum("conv_problem.h", name).items()}
+    theirs = {key.upper(): value for key, value in _enum("core/conv_problem.h", name).items()}
     assert theirs == {member.name: member.value for member in ours}
 
 
 def test_activations_are_those_of_the_header():
-    (line,) = re.findall(r"#define CONVEXT_ACTIVATIONS\(X\) (.*)", (CSRC / "epilogue.h").read_text())
+    (line,) = re.findall(r"#define CONVEXT_ACTIVATIONS\(X\) (.*)", (CSRC / "core" / "epilogue.h").read_text())
     assert re.findall(r"X\((\w+)\)", line) == list(ACTIVATIONS)
     assert list(ACTIVATIONS.values()) == list(range(len(ACTIVATIONS)))
 

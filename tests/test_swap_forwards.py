@@ -11,9 +11,10 @@ from torch import nn
 from torch.utils import checkpoint
 
 import convext
-from convext.swap import chains, layout, signature
+from convext.swap import chains, layout
+from convext.swap.capture import signature
+from convext.swap.capture.trace import Trace
 from convext.swap.planned import PlannedForward
-from convext.swap.tracing import Trace
 
 pytestmark = pytest.mark.smoke
 GLOBAL = []
@@ -490,8 +491,10 @@ def test_seam_is_for_contiguous_inputs_of_the_native_backend():
 def test_a_channels_last_image_is_handed_back_contiguous(shape, dtype):
     x = torch.randn(shape).to(dtype).to(memory_format=torch.channels_last)
     for given in (x, x[:, :, 1:], x.transpose(2, 3), x.flatten(2), x[:1]):
-        result = layout.contiguous(given)
-        assert torch.equal(result, given) and result.stride() == given.contiguous().stride()
+        result = layout.contiguous_unrecorded(given)
+        assert torch.equal(result, given)
+        images = given.dim() == 4 and given.numel() > 0
+        assert result.stride() == (torch.empty(given.shape) if images else given.contiguous()).stride()
 
 
 class Segments(nn.Module):

@@ -126,7 +126,7 @@ class TestActivations:
     def test_list_is_that_of_epilogue_h_in_its_order(self):
         from convext.triton import epilogue
 
-        header = (ROOT / "csrc" / "epilogue.h").read_text()
+        header = (ROOT / "csrc" / "core" / "epilogue.h").read_text()
         names = re.search(r"#define CONVEXT_ACTIVATIONS\(X\)(.*)", header)[1]
         assert epilogue.ACTIVATIONS == tuple(re.findall(r"X\((\w+)\)", names))
         assert {name: i for i, name in enumerate(epilogue.ACTIVATIONS)} == ACTIVATIONS

@@ -8,7 +8,7 @@ A backend is one object, `BACKEND` in its module, with these members:
     variant(pass_, problem) -> str        name of the kernel that would run
     fprop(problem, x, w, epilogue) -> y
     dgrad(problem, dy, w) -> dx
-    wgrad(problem, dy, x) -> dw
+    wgrad(problem, dy, x, channels_last=False) -> dw        in that format, as `memory_format.laid_out` has it
     batch_stats(y) -> mean, var           biased, in the accumulate dtype
     bn_act(y, mean, var, gamma, beta, residual, eps, activation) -> out
     bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training)
@@ -24,7 +24,8 @@ and, where it has something to say, these:
         fprops in a row as one call: swap/sequences.py
     slower(pass_, problem) -> str|None    what was measured to be faster; only an automatic choice listens
     reject_batch_norm(y) -> str|None      why it cannot run the last three on tensors like y
-    depthwise_backward(problem, dy, x, w) -> dx, dw     both gradients of a depthwise problem in one pass
+    depthwise_backward(problem, dy, x, w, channels_last=False) -> dx, dw
+        both gradients of a depthwise problem in one pass, dw in that format
     fprop_batch_stats(problem, x, w, bias) -> y, mean, var | None
         fprop and batch_stats(y) without reading y again, where a kernel does that
 
@@ -37,6 +38,7 @@ import importlib
 import sys
 import threading
 import types
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -67,7 +69,7 @@ class Choice:
 
     __slots__ = ("backend", "pass_", "problem", "variant", "passed_over", "counter", "run")
 
-    def __init__(self, backend, pass_, problem, passed_over):
+    def __init__(self, backend: Any, pass_: Pass, problem: ConvProblem, passed_over: dict[str, str]):
         self.backend = backend
         self.pass_ = pass_
         self.problem = problem
@@ -76,7 +78,7 @@ class Choice:
         self.counter = counter(backend.name, pass_.name.lower(), self.variant)
         self.run = getattr(backend, pass_.name.lower())
 
-    def prepared_fprop(self, activation: str, rounds_weights: bool = False):
+    def prepared_fprop(self, activation: str, rounds_weights: bool = False) -> Callable[..., torch.Tensor]:
         """call(x, w, bias, mean, var, gamma, beta, residual, eps) -> y of this problem, for who calls it again and
         again. It checks nothing, and must not be kept beyond the present `epoch`. `rounds_weights`: w and bias may be
         float32 where the problem is in half precision."""
@@ -110,19 +112,19 @@ class _Absent:
 _lock = threading.RLock()
 _loaded: dict[str, Any] = {}
 _unavailable: dict[tuple[str, str], str | None] = {}
-_choices: dict[tuple[Pass, ConvProblem], Choice] = {}
-_batch_norm: dict[tuple, tuple[Any, str]] = {}
+_choices: dict[tuple[Pass, ConvProblem, bool], Choice] = {}
+_batch_norm: dict[tuple[torch.dtype, str, int], str] = {}
 _counters: dict[tuple[str, str, str], list[int]] = {}
 _forced: str | None = None
 
 # Choices by the properties of the tensors of a call, for the direct path of ops.py. Holds what `select` answers, so it
 # goes whenever `_choices` goes.
-CALL_CACHE: dict[tuple, Choice] = {}
+CALL_CACHE: dict[tuple[Any, ...], Choice] = {}
 epoch = object()  # another one whenever kept choices cease to hold
 CACHE_LIMIT = 4096  # a service with ever new shapes must not grow without bound
 
 
-def get(name: str):
+def get(name: str) -> Any:
     """The backend of that name, loaded on first use."""
     backend = _loaded.get(name)
     if backend is None:
@@ -175,9 +177,15 @@ def forget() -> None:
 class backend:
     """Makes one backend serve every call: a setting, and a context manager that puts the former one back.
 
-        convext.backend("native")            # from here on
-        convext.backend(None)                # automatic again
-        with convext.backend("aten"): ...    # inside only
+        >>> convext.backend("native")  # from here on
+        convext.backend('native')
+        >>> convext.backend(None)  # automatic again, the default
+        convext.backend(None)
+        >>> with convext.backend("aten"):  # inside only
+        ...     y = convext.conv2d(torch.randn(1, 3, 8, 8), torch.randn(4, 3, 3, 3))
+
+    Args:
+        name: "native", "triton", "aten", or None for the automatic choice.
 
     A call that the backend cannot serve raises RuntimeError with its reason. The setting is the process's, not the
     thread's, because backward passes run on threads of their own: two threads must not use it differently at once.
@@ -195,7 +203,7 @@ class backend:
     def __enter__(self) -> backend:
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         _force(self._former)
 
     def __repr__(self) -> str:
@@ -261,7 +269,7 @@ def _nobody(what: str, reasons: dict[str, str]) -> str:
     return f"no backend serves {what}{setting}:{lines}"
 
 
-def select_batch_norm(y: torch.Tensor):
+def select_batch_norm(y: torch.Tensor) -> Any:
     """The backend of batch_stats, bn_act and bn_act_backward for tensors like y."""
     if y.numel() == 0:  # nothing to compute, as in _select
         return get("aten")

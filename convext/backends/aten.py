@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..activation import BACKWARD, FORWARD_
-from ..memory_format import memory_format, suggests_channels_last
+from ..memory_format import laid_out, memory_format, suggests_channels_last
 from ..problem import ConvProblem, Epilogue, Pass, accumulate_dtype
 
 _aten = torch.ops.aten
@@ -23,8 +23,11 @@ def _convolution_backward(problem, dy, x, w, which):
     dtype = dy.dtype
     if dtype is torch.float16 and dy.device.type == "cpu":  # where ATen would accumulate in float16
         dy, x, w = dy.float(), x.float(), w.float()
-    if which == 1 and _leaves_parts_unwritten(problem, dtype):
-        x = x.contiguous()
+    if which == 1 and problem.device == "cpu":
+        if _leaves_parts_unwritten(problem, dtype):
+            x = x.contiguous()
+        if _writes_past_memory(problem):
+            x, stride = x[:, :, ::problem.stride_h, ::problem.stride_w], (1, 1)
     grads = _aten.convolution_backward(dy, x, w, None, stride, padding, dilation, False, (0, 0), groups, mask)
     return grads[which].to(dtype)
 
@@ -32,8 +35,17 @@ def _convolution_backward(problem, dy, x, w, which):
 def _leaves_parts_unwritten(problem, dtype):
     """True where ATen's weight gradient of channels-last bfloat16 may hold uninitialised memory on the CPU: with torch
     2.11 that was so for images narrower than a filter and a stride beyond 1 together, though not for all of them."""
-    return dtype is torch.bfloat16 and problem.device == "cpu" and problem.stride_w > 1 \
+    return dtype is torch.bfloat16 and problem.stride_w > 1 \
         and problem.w < problem.s * problem.dil_w + problem.stride_w
+
+
+def _writes_past_memory(problem):
+    """True where ATen's weight gradient may write outside its memory on the CPU: with torch 2.11 that was so for 1x1
+    filters of a stride beyond 1 without padding, of one group, over channels-last x or w, on two threads or more, in
+    float32 and bfloat16, though not for all of them. Such a filter reads every stride-th pixel and no other, so that
+    the gradient over those alone, at stride 1, is the same. Neither format nor threads are asked, so that the sums do
+    not depend on them."""
+    return problem.is_pointwise and not problem.is_unit_stride and problem.pad_h == problem.pad_w == 0
 
 
 class AtenBackend:
@@ -65,11 +77,11 @@ class AtenBackend:
         x = torch.empty(problem.x_shape, dtype=dy.dtype, device=dy.device,
                         memory_format=memory_format(problem.x_layout))
         dx = _convolution_backward(problem, dy, x, w, 0)
-        return dx.contiguous(memory_format=memory_format(problem.x_layout))
+        return laid_out(dx, bool(problem.x_layout))
 
-    def wgrad(self, problem: ConvProblem, dy, x):
+    def wgrad(self, problem: ConvProblem, dy, x, channels_last=False):
         w = dy.new_empty(problem.w_shape)  # only its sizes are read
-        return _convolution_backward(problem, dy, x, w, 1).contiguous()
+        return laid_out(_convolution_backward(problem, dy, x, w, 1), channels_last)
 
     def batch_stats(self, y):
         var, mean = torch.var_mean(y.to(accumulate_dtype(y.dtype)), (0, 2, 3), correction=0)

@@ -1,13 +1,14 @@
 """The native backend: convext's own compiled kernels.
 
 On the CPU they are in ``convext/_C`` (C++ with AVX-512, AVX2 and portable forms, picked at run time). Which kernel
-serves a problem is decided in C++ (``csrc/select.cpp``); this file turns tensors and problems into calls, and keeps
-packed weights between calls. What concerns CUDA tensors is in ``native_cuda.py``.
+serves a problem is decided in C++ (``csrc/core/select.cpp``); this file turns tensors and problems into calls, and
+keeps packed weights between calls. What concerns CUDA tensors is in ``native_cuda.py``.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import operator
 import weakref
 from typing import NamedTuple
@@ -18,12 +19,28 @@ from ..problem import ACTIVATIONS, ConvProblem, DType, Epilogue, Pass
 from . import native_cuda, native_sequence
 
 try:
-    from .. import _C
+    _C = importlib.import_module("convext._C")
 except ImportError as error:  # not built, or built for another Python
     _C = None
-    _import_error = str(error)
+    _import_error = error
 
-_PACKED_HEADER = 64  # bytes in front of packed weights, for the fingerprint: csrc/packed_weight.h
+
+def _use_storage() -> str | None:
+    """Lets results lie in the pool of dropped results, or says why they cannot: the library that makes their storage
+    resizable holds for the release of torch that it was built with (csrc/storage/storage.cpp)."""
+    built, running = _C.build_info()["torch"].split("+")[0], torch.__version__.split("+")[0]
+    if built != running:
+        return f"convext was built with torch {built} and runs with {running}"
+    try:
+        from .. import _storage
+    except ImportError as error:
+        return f"convext/_storage did not load ({error})"
+    _C.use_storage(_storage.make_resizable())
+    return None
+
+
+_why_no_output_pool = "the compiled library did not load" if _C is None else _use_storage()
+
 _NHWC = 1
 _CPU = 0
 
@@ -35,7 +52,19 @@ class _Plan(NamedTuple):
     name: str
     geom: list[int]
     pack_format: str | None
-    packed_bytes: int
+
+
+# What `slower` goes by, all shown by `convext bench layers` on a CPU with AVX-512.
+_BF16_PIXELS = 64  # of the output: with more, products in float32 lose to those of bfloat16
+_EMPTY_LANES = {Pass.FPROP: (8, 4), Pass.DGRAD: (8, 4), Pass.WGRAD: (16, 16)}  # columns a group; at stride 1, above
+_FEW_CHANNELS = 4
+_FEW_FLOPS = 1.2e5
+
+
+@functools.cache
+def kernels() -> list[dict]:
+    """What every CPU kernel says about itself, in the order of their indices."""
+    return _C.variants()
 
 
 @functools.cache
@@ -58,8 +87,7 @@ def _plan(pass_: Pass, problem: ConvProblem) -> _Plan | None:
     geom = [p.stride_h, p.stride_w, p.pad_h, p.pad_w, p.dil_h, p.dil_w, p.groups]
     packs = pass_ is not Pass.WGRAD
     pack_format = _C.pack_format(index, fields) if packs else None
-    size = _PACKED_HEADER + _C.packed_size(index, fields) if pack_format else 0
-    return _Plan(index, _C.variants()[index]["name"], geom, pack_format, size)
+    return _Plan(index, kernels()[index]["name"], geom, pack_format)
 
 
 def _rejects_block(block) -> bool:
@@ -74,36 +102,87 @@ def forget_plans() -> None:
     _has_bf16_dot.cache_clear()
 
 
-# Packed weights by the identity of the weight tensor: id -> (weak reference, {pack format: buffer}). The C++ side
-# repacks where the weights have changed (csrc/packed_weight.h); an entry goes with its tensor.
-_packed: dict[int, tuple[weakref.ref, dict[str, torch.Tensor]]] = {}
+# Packed weights by the storage of the weight: id -> (weak reference to the storage, {TensorImpl's address:
+# _PackedWeight}). The C++ side keeps the packings of each and packs anew where the weights have changed
+# (packed_weight.h); what belongs to a storage goes with it. The weak reference is to the storage, because torch
+# refuses to exchange or convert tensors with weak references (torch.utils.swap_tensors), and because what was packed
+# belongs to the memory: another tensor at an address of before lies in another storage.
+_packed: dict[int, tuple[weakref.ref, dict[int, _PackedWeight]]] = {}
+_storages_gone = [0]  # how many that had packed weights
+# Tensors that share a storage: as many may have packed weights, and as many that begin at one address, so that tensors
+# that come and go over memory that stays leave no more behind.
+_MOST_OF_STORAGE, _MOST_AT_ADDRESS = 1024, 4
 
 
-def _packed_buffer(w: torch.Tensor, plan: _Plan) -> torch.Tensor | None:
-    if plan.pack_format is None:
-        return None
-    if w._is_view():  # made for one call: its packing goes into scratch memory
-        return None
-    key = id(w)
+class _PackedWeight(NamedTuple):
+    """What is kept of one tensor. owner: _C.PackedWeight. address: where the tensor was first seen."""
+
+    number: int
+    owner: object
+    address: int
+
+
+_NOT_KEPT = _PackedWeight(0, None, 0)
+
+
+def _storage_gone(key: int, reference: weakref.ref, packed=_packed, gone=_storages_gone) -> None:
+    entry = packed.get(key)
+    if entry is None or entry[0] is not reference:
+        return
+    del packed[key]
+    gone[0] += 1
+    for kept in entry[1].values():
+        kept.owner.forget()  # a sequence may hold it still
+
+
+def _packed_weight(w: torch.Tensor, plan: _Plan) -> _PackedWeight:
+    """Where the packings of w are kept. To be held until the call that uses its number has begun."""
+    if plan.pack_format is None or w._is_view():  # a view is made for one call: its packing goes into scratch memory
+        return _NOT_KEPT
+    storage = w.untyped_storage()
+    key = id(storage)
     entry = _packed.get(key)
-    if entry is None or entry[0]() is not w:
-        entry = (weakref.ref(w, lambda _, key=key: _packed.pop(key, None)), {})
+    if entry is None or entry[0]() is not storage:
+        entry = (weakref.ref(storage, functools.partial(_storage_gone, key)), {})
         _packed[key] = entry
-    buffer = entry[1].get(plan.pack_format)
-    if buffer is None or buffer.numel() < plan.packed_bytes:
-        buffer = torch.empty(plan.packed_bytes, dtype=torch.uint8)
-        buffer[:_PACKED_HEADER] = 0  # an empty fingerprint: stale
-        entry[1][plan.pack_format] = buffer
-    return buffer
+    kept = entry[1].get(w._cdata)
+    return _new_packed_weight(w, entry[1]) if kept is None else kept
+
+
+def _new_packed_weight(w: torch.Tensor, others: dict[int, _PackedWeight]) -> _PackedWeight:
+    owner, address = _C.PackedWeight(), w.data_ptr()
+    here = [impl for impl, kept in [*others.items()] if kept.address == address]
+    if len(here) >= _MOST_AT_ADDRESS:
+        others.pop(here[0], None)
+    elif len(others) >= _MOST_OF_STORAGE:
+        others.pop(next(iter(others)), None)
+    return others.setdefault(w._cdata, _PackedWeight(owner.number(), owner, address))
+
+
+def forget_packed(t: torch.Tensor) -> None:
+    """Whatever is kept of weights in the tensor's memory is packed anew when it is next used."""
+    entry = _packed.get(id(t.untyped_storage()))
+    for kept in [] if entry is None else [*entry[1].values()]:
+        kept.owner.forget()
+
+
+def packed_bytes() -> int:
+    """Bytes of packed weights that are kept."""
+    return sum(kept.owner.bytes() for _, all_kept in [*_packed.values()] for kept in [*all_kept.values()])
 
 
 def _version(w: torch.Tensor | None) -> int:
     return 0 if w is None or w.is_inference() else w._version  # inference tensors keep no version counter
 
 
-def new_watch():
-    """An empty Watch (csrc/watch.h), or None where the library is not built."""
-    return None if _C is None else _C.Watch()
+def has_guards() -> bool:
+    """Whether the library is built, without which nothing tells that a plan still stands."""
+    return _C is not None
+
+
+def new_guards():
+    """Empty guards (csrc/python/guards.h)."""
+    return _C.Guards()
 
 
 class NativeBackend:
@@ -118,7 +197,9 @@ class NativeBackend:
         if device_type != "cpu":
             return f"there are no compiled kernels for {device_type} tensors in this build"
         if _C is None:
-            return f"convext/_C did not load ({_import_error}): build it with `pip install .` from the source tree"
+            missing = isinstance(_import_error, ModuleNotFoundError)
+            why = "was not built" if missing else f"did not load ({_import_error})"
+            return f"convext/_C {why}: build it with `pip install .` from the source tree"
         return None
 
     def reject(self, pass_: Pass, problem: ConvProblem) -> str | None:
@@ -140,25 +221,29 @@ class NativeBackend:
     def slower(self, pass_: Pass, problem: ConvProblem) -> str | None:
         """Why ATen is expected to be faster for a problem that a kernel here takes, in words, or None.
 
-        Each rule stands for a class of problems that `convext bench layers` showed to lose, on a CPU with AVX-512.
+        Each rule stands for a class of problems that was measured to lose.
         """
         p = problem
         if p.device != "cpu" or p.is_depthwise:
             return None
+        kernel = kernels()[_plan(pass_, p).variant]
         if p.dtype is DType.BFLOAT16 and _has_bf16_dot():
-            kernel = self.variant(pass_, p)
-            staged = "_bf16_" not in kernel and "_winograd" not in kernel
-            if staged and (p.npq > 64 or pass_ is Pass.WGRAD):
+            plain = kernel["dtype"] != p.dtype and kernel["algorithm"] != "winograd"
+            if plain and (p.npq > _BF16_PIXELS or pass_ is Pass.WGRAD):
                 return "ATen multiplies bfloat16 with this CPU's bfloat16 instructions, twice as fast as float32"
-        if p.groups > 1 and "_grouped_" not in self.variant(pass_, p):
+        if p.groups > 1 and kernel["algorithm"] != "grouped":
             columns = p.c_per_group if pass_ is Pass.DGRAD else p.k_per_group
-            if columns <= (16 if pass_ is Pass.WGRAD else 8 if p.is_unit_stride else 4):
+            if columns <= _EMPTY_LANES[pass_][not p.is_unit_stride]:
                 return f"{columns} channels a group leave most lanes of a vector empty"
-        elif p.c <= 4 and not p.is_pointwise and pass_ is Pass.DGRAD:
+        elif p.c <= _FEW_CHANNELS and not p.is_pointwise and pass_ is Pass.DGRAD:
             return f"{p.c} input channels leave most lanes of a vector empty"
-        if p.flops <= 1.2e5 and pass_ is not Pass.DGRAD:
+        if p.flops <= _FEW_FLOPS and pass_ is not Pass.DGRAD:
             return "so few multiplications cost less than the call"
         return None
+
+    def forget_packed(self, t: torch.Tensor) -> None:
+        """Whatever is kept of weights in the tensor's memory is packed anew at its next use. CUDA keeps nothing."""
+        forget_packed(t)
 
     def accuracy(self) -> int:
         """The accuracy setting, a position in convext.accuracy's names; 0 without the compiled library."""
@@ -179,6 +264,10 @@ class NativeBackend:
         if _C is not None:
             _C.set_output_pool_limit(size)
 
+    def why_no_output_pool(self) -> str | None:
+        """Why results come from torch's allocator and not from the pool, or None where they come from the pool."""
+        return _why_no_output_pool
+
     def output_pool_kept(self) -> int:
         """Bytes that the CPU library keeps now."""
         return 0 if _C is None else _C.output_pool_kept()
@@ -193,9 +282,9 @@ class NativeBackend:
         if problem.device == "cuda":
             return native_cuda.fprop(problem, x, w, epilogue)
         plan = _plan(Pass.FPROP, problem)
-        e = epilogue
+        e, packed = epilogue, _packed_weight(w, plan)
         return torch.ops.convext_cpu.fprop.default(
-            plan.variant, x, w, _packed_buffer(w, plan), _version(w), e.bias, e.mean, e.var, e.gamma, e.beta,
+            plan.variant, x, w, packed.number, _version(w), e.bias, e.mean, e.var, e.gamma, e.beta,
             e.residual, plan.geom, e.eps, ACTIVATIONS[e.activation], problem.y_layout == _NHWC,
         )  # fmt: skip
 
@@ -216,8 +305,9 @@ class NativeBackend:
         nhwc = problem.y_layout == _NHWC
 
         def call(x, w, bias, mean, var, gamma, beta, residual, eps):
-            return op(variant, x, w, _packed_buffer(w, plan), _version(w), bias, mean, var, gamma, beta, residual, geom,
-                      eps, code, nhwc)
+            packed = _packed_weight(w, plan)
+            return op(variant, x, w, packed.number, _version(w), bias, mean, var, gamma, beta, residual, geom, eps,
+                      code, nhwc)
 
         return call
 
@@ -226,53 +316,74 @@ class NativeBackend:
         if any(step.problem.device == "cuda" for step in steps):
             return None
         plans = [None if step.layer else _plan(Pass.FPROP, step.problem) for step in steps]
-        kernels = [None if plan is None else _C.variants()[plan.variant] for plan in plans]
+        chosen = [None if plan is None else kernels()[plan.variant] for plan in plans]
         if any(kernel is not None and kernel["dtype"] != step.problem.dtype or step.problem.y_layout != _NHWC
-               for kernel, step in zip(kernels, steps)) or any(step.problem.x_layout != _NHWC for step in steps[1:]) \
-                or steps[0].problem.x_layout != _NHWC and not (kernels[0] and kernels[0]["reads_nchw"]) \
+               for kernel, step in zip(chosen, steps)) or any(step.problem.x_layout != _NHWC for step in steps[1:]) \
+                or steps[0].problem.x_layout != _NHWC and not (chosen[0] and chosen[0]["reads_nchw"]) \
                 or any(len(block.steps) > 1 and _rejects_block(block) for block in blocks):
             return None
-        ops, program = torch.ops.convext_cpu, native_sequence.program(blocks, plans)
+        ops, program = torch.ops.convext_cpu, _C.SequenceProgram()
+        native_sequence.fill(program, blocks, plans)
         op = ops.run_sequence.default._op
 
         def keep(tensors, eps, flat):
-            operands = []
-            for plan, step in zip(plans, tensors):
-                if plan is not None:
-                    operands.append(step[0])
-                    if plan.pack_format is not None:
-                        operands.append(_packed_buffer(step[0], plan))
-                operands += [t for t in step[1:] if t is not None]
-            number = ops.keep_sequence.default(program, operands, eps, flat)
+            packs = [(step[0], plan) for plan, step in zip(plans, tensors) if plan is not None and plan.pack_format]
+            operands = [t for step in tensors for t in step if t is not None]
+
+            def hand_over():
+                gone = _storages_gone[0]
+                packed = [_packed_weight(w, plan) for w, plan in packs]
+
+                def packed_are_kept():
+                    """Looks only after a storage has gone: where a tensor lies at an address of before, its packed
+                    weights may have been those of a storage that is no more."""
+                    nonlocal gone
+                    now = _storages_gone[0]
+                    if gone != now:
+                        if any(_packed_weight(w, plan) is not kept for (w, plan), kept in zip(packs, packed)):
+                            return False
+                        gone = now
+                    return True
+
+                places = native_sequence.places(_C, operands)
+                numbers = [kept.number for kept in packed]
+                number = ops.keep_sequence.default(program.number, operands, numbers, eps, flat)
+                return native_sequence.Handed(number, places, packed_are_kept)
+
             weights = [step[0] for step in tensors]
             tracked = all(w is not None and not w.is_inference() for w in weights)
-            return native_sequence.Kept(number, weights, operator.attrgetter("_version") if tracked else _version)
+            version = operator.attrgetter("_version") if tracked else _version
+            return native_sequence.Kept(operands, weights, version, hand_over)
 
         def run(x, kept):
-            return op(kept.number, x, [*map(kept.version, kept.weights)])
+            handed = kept.current()
+            return op(handed.number, x, [*map(kept.version, kept.weights)])
 
-        return native_sequence.Prepared(keep, run, new_watch)
+        return native_sequence.Prepared(keep, run, new_guards)
 
     def dgrad(self, problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         if problem.device == "cuda":
             return native_cuda.dgrad(problem, dy, w)
         plan = _plan(Pass.DGRAD, problem)
+        packed = _packed_weight(w, plan)
         return torch.ops.convext_cpu.dgrad.default(
-            plan.variant, dy, w, _packed_buffer(w, plan), _version(w), problem.h, problem.w, plan.geom,
+            plan.variant, dy, w, packed.number, _version(w), problem.h, problem.w, plan.geom,
             problem.x_layout == _NHWC,
         )  # fmt: skip
 
-    def wgrad(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def wgrad(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor,
+              channels_last: bool = False) -> torch.Tensor:
         if problem.device == "cuda":
-            return native_cuda.wgrad(problem, dy, x)
+            return native_cuda.wgrad(problem, dy, x, channels_last)
         plan = _plan(Pass.WGRAD, problem)
-        return torch.ops.convext_cpu.wgrad.default(plan.variant, dy, x, problem.r, problem.s, plan.geom)
+        return torch.ops.convext_cpu.wgrad.default(plan.variant, dy, x, problem.r, problem.s, plan.geom, channels_last)
 
-    def depthwise_backward(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor):
+    def depthwise_backward(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor,
+                           channels_last: bool = False):
         """dgrad(dy, w) and wgrad(dy, x) of a depthwise problem; on CUDA in one pass over both where a kernel does."""
         if problem.device == "cuda" and native_cuda.backward_in_one_pass(problem):
-            return native_cuda.backward(problem, dy, x, w)
-        return self.dgrad(problem, dy, w), self.wgrad(problem, dy, x)
+            return native_cuda.backward(problem, dy, x, w, channels_last)
+        return self.dgrad(problem, dy, w), self.wgrad(problem, dy, x, channels_last)
 
     def batch_stats(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if y.is_cuda:

@@ -4,24 +4,26 @@ The library knows no torch: it gets addresses, the device and the stream. This f
 brings tensors into the order a kernel reads, allocates results and scratch memory from torch's caching allocator (so
 that calls can be captured in a CUDA graph), and passes the current stream of the tensors' device.
 
-Which kernel serves a problem is decided in C++ (``csrc/select.cpp``, ``csrc/select_cuda.cpp``). Tensors that arrive in
-NCHW are either read as they are or transposed first, whatever the model of the costs says is cheaper.
+Which kernel serves a problem is decided in C++ (``core`` and ``cuda`` in ``csrc/``). Tensors that arrive in NCHW are
+either read as they are or transposed first, whatever the model of the costs says is cheaper.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import NamedTuple
 
 import torch
 
+from ..memory_format import laid_out
 from ..problem import ACTIVATIONS, ConvProblem, DType, Epilogue, Layout, Pass, accumulate_dtype, tf32_is_allowed
 
 try:
-    from .. import _CUDA
+    _CUDA = importlib.import_module("convext._CUDA")
 except ImportError as error:  # not built, or built for another Python
     _CUDA = None
-    _import_error = str(error)
+    _import_error = error
 
 _FORMATS = {Layout.NCHW: torch.contiguous_format, Layout.NHWC: torch.channels_last}
 _ALIGNMENT = 16  # bytes: the kernels' widest access
@@ -37,6 +39,7 @@ class _Plan(NamedTuple):
     y_layout: Layout
     krsc: bool  # weights lie in channels-last order
     workspace: int  # bytes
+    facts: dict  # what the kernel says about itself
     writes_dx: bool  # the wgrad kernel can write dx in the same pass
     stats_rows: int  # of partial batch statistics that the fprop kernel can write
 
@@ -65,7 +68,7 @@ def _plan_for(pass_: Pass, problem: ConvProblem, tf32: bool) -> _Plan | None:
     fields = _fields(problem, x_layout, y_layout)
     known = _CUDA.variants()[index]
     return _Plan(index, known["name"], fields, x_layout, y_layout, _CUDA.weight_order(index, fields) == "krsc",
-                 _CUDA.workspace(index, fields), known["writes_dx"], _CUDA.stats_rows(index, fields))
+                 _CUDA.workspace(index, fields), known, known["writes_dx"], _CUDA.stats_rows(index, fields))
 
 
 def _plan(pass_: Pass, problem: ConvProblem) -> _Plan | None:
@@ -141,8 +144,11 @@ def not_built() -> str | None:
     """Why the library is not there and what to do about it, or None. Selection needs the library, but no GPU."""
     if _CUDA is not None:
         return None
-    return (f"convext/_CUDA did not load ({_import_error}): build convext from source with nvcc on the PATH, of the "
-            "same major version as torch's CUDA")
+    remedy = ("build convext from source with nvcc on the PATH, of the same major version as torch's CUDA, and "
+              "CONVEXT_BUILD_CUDA not 0")
+    if isinstance(_import_error, ModuleNotFoundError):
+        return f"the CUDA library, convext/_CUDA, was not built: {remedy}"
+    return f"convext/_CUDA did not load ({_import_error}): {remedy}"
 
 
 def unavailable() -> str | None:
@@ -224,11 +230,17 @@ def dgrad(problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tens
     return dx.contiguous(memory_format=_FORMATS[problem.x_layout])
 
 
-def wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def _empty_dw(problem: ConvProblem, plan: _Plan, x: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """Memory for dw in the order that the kernel writes, with the strides asked for where both mean the same order."""
+    either = problem.is_pointwise or problem.c_per_group == 1
+    return _empty(x, problem.w_shape, Layout(channels_last if either else plan.krsc))
+
+
+def wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, channels_last: bool = False) -> torch.Tensor:
     plan = _plan(Pass.WGRAD, problem)
-    dw = _empty(x, problem.w_shape, Layout.NHWC if plan.krsc else Layout.NCHW)
+    dw = _empty_dw(problem, plan, x, channels_last)
     _launch(plan, _dense(dy, plan.y_layout), _dense(x, plan.x_layout), dw)
-    return dw.contiguous()
+    return laid_out(dw, channels_last)
 
 
 def backward_in_one_pass(problem: ConvProblem) -> bool:
@@ -237,13 +249,13 @@ def backward_in_one_pass(problem: ConvProblem) -> bool:
     return plan is not None and plan.writes_dx
 
 
-def backward(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor):
+def backward(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, channels_last: bool = False):
     """(dx, dw) in one pass over x and dy, where `backward_in_one_pass` says so."""
     plan = _plan(Pass.WGRAD, problem)
     dx = _empty(x, problem.x_shape, plan.x_layout)
-    dw = _empty(x, problem.w_shape, Layout.NHWC if plan.krsc else Layout.NCHW)
+    dw = _empty_dw(problem, plan, x, channels_last)
     _launch(plan, _dense(dy, plan.y_layout), _dense(x, plan.x_layout), dw, w=_weights(w, plan), dx=dx)
-    return dx.contiguous(memory_format=_FORMATS[problem.x_layout]), dw.contiguous()
+    return dx.contiguous(memory_format=_FORMATS[problem.x_layout]), laid_out(dw, channels_last)
 
 
 # ---- batch norm

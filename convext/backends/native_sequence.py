@@ -1,4 +1,4 @@
-"""The program of a sequence: how csrc/ops_sequence.cpp is told what several convolutions in one call are."""
+"""The program of a sequence: how the compiled library is told what several convolutions in one call are."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from typing import NamedTuple
 import torch
 
 from ..problem import ACTIVATIONS, ConvProblem
-
-_ABSENT = -1
-_LAYERS = {"layer norm": -1, "mean": -2}  # what stands in the place of a kernel
 
 
 class Step(NamedTuple):
@@ -47,47 +44,81 @@ class Prepared(NamedTuple):
     keep(tensors by step, eps by step, flat) -> Kept   to be done anew where one of the tensors is another object;
                                                        flat: y is (N, C), whose one pixel it is
     run(x, Kept) -> y
-    watch() -> Watch                                   an empty one (csrc/watch.h)
+    guards() -> Guards                                 empty ones (csrc/python/guards.h)
     """
 
     keep: Callable
     run: Callable
-    watch: Callable
+    guards: Callable
 
 
 class Kept:
-    """The tensors of a sequence, handed over to the compiled library, which lets go of them when this object dies.
+    """The tensors of a sequence, and what the compiled library holds of them, which it lets go of with this object.
 
-    number: the library's name for them. weights: each step's. version(weight): its version counter.
+    tensors: all of them. weights: each step's, or None. version(weight): its version counter.
+    hand_over() -> Handed of the tensors as they are now.
+
+    The library holds no tensor, only where it lies: torch refuses to exchange or to convert tensors that others hold
+    (torch.utils.swap_tensors). So each call looks whether all of them lie where they did.
     """
 
-    def __init__(self, number: int, weights: list[torch.Tensor], version: Callable):
-        self.number, self.weights, self.version = number, weights, version
+    def __init__(self, tensors: list[torch.Tensor], weights: list[torch.Tensor | None], version: Callable,
+                 hand_over: Callable):
+        self.tensors, self.weights, self.version = tensors, weights, version
+        self._hand_over = hand_over
+        self._handed = hand_over()
+
+    def current(self) -> Handed:
+        """What the library holds, handed over again where a tensor lies elsewhere now. To be kept while a call runs."""
+        handed = self._handed
+        if not (handed.places.still(self.tensors) and handed.packed_are_kept()):
+            handed = self._handed = self._hand_over()
+        return handed
+
+
+class Handed:
+    """What the library holds of a sequence's tensors. number: its name for that. places: where they lie.
+    packed_are_kept(): whether the packed weights are still those of the tensors' storages."""
+
+    def __init__(self, number: int, places, packed_are_kept: Callable[[], bool]):
+        self.number, self.places, self.packed_are_kept = number, places, packed_are_kept
         weakref.finalize(self, torch.ops.convext_cpu.drop_sequence.default, number).atexit = False
 
 
-def program(blocks, plans) -> list[int]:
-    """The numbers of the blocks, one after the other. `plans`: the call of each step's kernel, None of a layer that is
-    no convolution.
+class _PlacesInPython:
+    """_C.Places (csrc/python/places.h) for a torch without DLPack's table of functions."""
 
-    The op's list of tensors has the steps' present ones in their order, the packed weight after the weight where there
-    is one.
-    """
-    numbers, count, plans = [], 0, iter(plans)
+    def __init__(self, tensors: list[torch.Tensor]):
+        self._places = self._of(tensors)
 
-    def take(there):
-        nonlocal count
-        count += there
-        return count - 1 if there else _ABSENT
+    @staticmethod
+    def _of(tensors):
+        return [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in tensors]
 
+    def still(self, tensors: list[torch.Tensor]) -> bool:
+        return self._of(tensors) == self._places
+
+
+def places(compiled, tensors: list[torch.Tensor]):
+    """Where the tensors lie: an object whose `still(tensors)` says whether they lie there still."""
+    exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    return _PlacesInPython(tensors) if exchange is None else compiled.Places(exchange, tensors)
+
+
+def fill(program, blocks, plans) -> None:
+    """Adds the blocks to an empty program (csrc/cpu/runtime/sequence_program.h, which says in what order the op takes
+    their tensors). `plans`: the call of each step's kernel, None of a layer that is no convolution."""
+    plans = iter(plans)
     for block in blocks:
-        numbers += [block.source, len(block.steps)]
+        program.begin_block(block.source)
         for step, plan in zip(block.steps, plans):
-            weight, packed = take(step.present[0]), take(plan is not None and plan.pack_format is not None)
-            bias, mean, var, gamma, beta, *excited = map(take, step.present[1:])
-            numbers += [_LAYERS[step.layer], *[0] * 7] if plan is None else [plan.variant, *plan.geom]
-            numbers += [ACTIVATIONS[step.activation], weight, packed, bias, mean, var, gamma,
-                        beta, _ABSENT if step.residual is None else step.residual]
-            numbers += [0, *[_ABSENT] * 4, 0, 0] if step.excite is None else [
-                1, *excited, ACTIVATIONS[step.excite[0]], step.excite[1]]
-    return numbers
+            if step.layer == "layer norm":
+                *_, gamma, beta = step.present
+                program.add_layer_norm(gamma, beta)
+            elif step.layer == "mean":
+                program.add_mean()
+            else:
+                excite = None if step.excite is None else (ACTIVATIONS[step.excite[0]], step.excite[1])
+                program.add_convolution(
+                    plan.variant, plan.geom, ACTIVATIONS[step.activation], packs=plan.pack_format is not None,
+                    residual=step.residual, present=step.present[1:], excite=excite)

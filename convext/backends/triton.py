@@ -13,7 +13,7 @@ import re
 
 import torch
 
-from ..memory_format import memory_format, suggests_channels_last
+from ..memory_format import laid_out, memory_format, suggests_channels_last
 from ..problem import ConvProblem, Epilogue, Layout, Pass, accumulate_dtype
 
 OLDEST = (3, 6)  # what PyTorch 2.10, the oldest supported, ships
@@ -110,7 +110,7 @@ class TritonBackend:
             _run(direct.dgrad(problem, dy, w, dx))
         return dx
 
-    def wgrad(self, problem: ConvProblem, dy, x):
+    def wgrad(self, problem: ConvProblem, dy, x, channels_last=False):
         from ..triton import depthwise, wgrad
 
         dw = x.new_empty(problem.w_shape)
@@ -118,15 +118,15 @@ class TritonBackend:
             _run(depthwise.backward(problem, dy, x, None, None, dw))
         else:
             _run(wgrad.wgrad(problem, dy, x, dw))
-        return dw
+        return laid_out(dw, channels_last)
 
-    def depthwise_backward(self, problem: ConvProblem, dy, x, w):
+    def depthwise_backward(self, problem: ConvProblem, dy, x, w, channels_last=False):
         """dgrad(dy, w) and wgrad(dy, x) of a depthwise problem in one pass over dy and x."""
         from ..triton import depthwise
 
         dx, dw = self.empty_x(problem, dy), x.new_empty(problem.w_shape)
         _run(depthwise.backward(problem, dy, x, w, dx, dw))
-        return dx, dw
+        return dx, laid_out(dw, channels_last)
 
     def batch_stats(self, y):
         from ..triton import batch_norm

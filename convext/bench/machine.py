@@ -24,8 +24,8 @@ CPU = torch.device("cpu")
 
 # What the figures of a type of device depend on: the library's kernels and their selection. For a GPU, Triton's too.
 KERNEL_SOURCES = {
-    "cpu": ("csrc/*.h", "csrc/*.cpp", "csrc/*.inc", "csrc/cpu/*"),
-    "cuda": ("csrc/*.h", "csrc/*.cpp", "csrc/*.inc", "csrc/cuda/**/*", "convext/triton/*.py",
+    "cpu": ("csrc/core/*", "csrc/cpu/**/*", "csrc/torch/*", "csrc/storage/*", "csrc/python/*"),
+    "cuda": ("csrc/core/*", "csrc/cuda/**/*", "csrc/python/*", "convext/triton/*.py",
              "convext/backends/native_cuda.py", "convext/backends/triton.py"),
 }  # fmt: skip
 

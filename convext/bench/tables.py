@@ -1,10 +1,10 @@
-"""Results as tables: for the terminal (rich) and for documents (Markdown), from the same rows."""
+"""Results as tables: for the terminal and for documents (Markdown), from the same rows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rich.table import Table
+from .. import tables
 
 
 @dataclass
@@ -15,13 +15,9 @@ class Grid:
     names: int = 1
     rows: list[list[str]] = field(default_factory=list)
 
-    def rich(self, title: str = "") -> Table:
-        table = Table(title=title or None, title_justify="left")
-        for index, column in enumerate(self.columns):
-            table.add_column(column, justify="left" if index < self.names else "right", overflow="fold")
-        for row in self.rows:
-            table.add_row(*row)
-        return table
+    def text(self, width: int | None = None) -> str:
+        """For a page of that many characters; default: the terminal."""
+        return tables.render("", self.columns, self.rows, names=self.names, width=width)
 
     def markdown(self) -> str:
         rule = ["---" if index < self.names else "--:" for index in range(len(self.columns))]

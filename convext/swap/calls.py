@@ -55,6 +55,9 @@ def is_torch_module(module):
 
 
 def module_returns_tensor(module):
+    """True of a layer that returns one tensor for one."""
+    if is_layer_norm_2d(module) or permutation_of(module) is not None or is_known_dropout(module):
+        return True
     return (is_torch_module(module) or type(module) is convext_conv()) and not isinstance(module, _NOT_ONE_TENSOR) \
         and not getattr(module, "return_indices", False)
 
@@ -69,6 +72,17 @@ def last_input(module):
     """Shape, strides, dtype and device of the last input of a convext.nn.Conv2d called by itself, or None."""
     from .. import nn as convext_nn
     return convext_nn.LAST_INPUTS.get(module)
+
+
+def is_swapped(module):
+    """True of a convolution that convext computes when it is called by itself."""
+    return isinstance(module.__dict__.get("_conv_forward"), conv_forward()) or type(module) is convext_conv()
+
+
+@functools.cache
+def conv_forward():
+    from .conv_forward import ConvForward
+    return ConvForward
 
 
 def is_conv(module):
@@ -102,7 +116,7 @@ def activation(node, modules):
         name = _ACTIVATION_MODULES.get(type(module))
         if type(module) is nn.GELU and module.approximate != "none":
             return None
-        if type(module) is nn.Hardtanh and (module.min_val, module.max_val) != (0, 6):
+        if isinstance(module, nn.Hardtanh) and (module.min_val, module.max_val) != (0, 6):
             return None
         return name if len(node.args) == 1 and not node.kwargs else None
     if node.op == "call_method":

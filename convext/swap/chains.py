@@ -127,8 +127,9 @@ def crosses_a_write(chain, order, aliases, modules):
     start, end = order[chain.nodes[0]], order[chain.last]
     for node, position in order.items():
         if start < position < end and node not in members:
-            if any(aliases[target] & reads for target in calls.written(node, modules)):
-                return True
+            if any(aliases[target] & reads or any(alias.op == "get_attr" for alias in aliases[target])
+                   for target in calls.written(node, modules)):
+                return True  # a tensor that a module holds may share its memory with a parameter
     return False
 
 

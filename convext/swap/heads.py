@@ -3,7 +3,7 @@
     z = mean of x over its pixels   [z = layer_norm_2d(z)]   z = flatten(z)
     LayerNorm and linear layers, activations, dropout that does nothing in evaluation
 
-The mean is a kernel of its own (csrc/cpu/mean.h), an image of one pixel the same memory flattened, and a linear layer a
+The mean is a kernel of its own (csrc's mean.h), an image of one pixel the same memory flattened, and a linear layer a
 1x1 convolution, whose kernel reads the weights once, by all threads. So the head is the last member of a sequence.
 """
 from dataclasses import dataclass, field

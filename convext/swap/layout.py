@@ -11,8 +11,8 @@ from NHWC (pixelwise.py), and what convolutions make of it. It is so here, too.
 import torch
 from torch import fx
 
-from .. import backends
-from ..memory_format import suggests_channels_last
+from .. import backends, ops
+from ..memory_format import dense_strides, suggests_channels_last
 from . import calls
 from .heads import Head
 from .pixelwise import Run
@@ -21,32 +21,58 @@ _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 
 def wanted(tensors):
-    """True where the native backend would serve, and the caller's tensors are contiguous and not channels-last."""
+    """True where the native backend would serve, and the caller's tensors are contiguous and not channels-last. An
+    empty one is contiguous whatever its strides are, which a user may look at."""
     forced = backends.forced()
-    if forced is not None and forced != "native" or torch._C._are_functorch_transforms_active():
+    if forced is not None and forced != "native" or torch._C._are_functorch_transforms_active() \
+            or ops.batches_the_older_way():
         return False
     for t in tensors:
         if t.dtype not in _DTYPES or backends.unavailable("native", t.device.type) is not None \
-                or not t.is_contiguous() or suggests_channels_last(t):
+                or not t.is_contiguous() or suggests_channels_last(t) or t.numel() == 0:
             return False
     return bool(tensors)
 
 
-def contiguous_weights(convs):
+def weights_to_ask(convs):
+    """What `contiguous_weights` takes: for each convolution's weight its dictionary, and the dimension whose stride
+    tells a contiguous weight from a channels-last one, with the stride of the former. Where there are no taps to order
+    that is the last dimension; a weight of one channel and one tap is both, which asks for nothing."""
+    asked = []
+    for conv in convs:
+        weight = conv._parameters.get("weight")
+        if weight is None or weight.dim() != 4:
+            asked.append((conv._parameters, 0, -1))
+        elif (taps := weight.shape[2] * weight.shape[3]) > 1:
+            asked.append((conv._parameters, 1, taps))
+        elif weight.shape[1] > 1:
+            asked.append((conv._parameters, 3, 1))
+    return asked
+
+
+def contiguous_weights(asked):
     """True when no weight asks for a channels-last output."""
-    for attributes in convs:
-        weight = attributes["_parameters"].get("weight")
-        if weight is None or not weight.is_contiguous() or weight.stride()[-1] != 1:
+    for parameters, dimension, stride in asked:
+        weight = parameters.get("weight")
+        if weight is None or not weight.is_contiguous() or weight.stride(dimension) != stride:
             return False
     return True
 
 
 def contiguous(t):
-    """t.contiguous() where nothing is recorded: a channels-last image on the CPU is copied by convext, several times as
-    fast as by torch, whose copy reads one value from each of as many cache lines as there are channels."""
+    """t.contiguous() with a contiguous tensor's strides for extents of one, too: those are what an interpolation or a
+    concatenation of it goes by."""
+    if t.dim() == 4 and t.is_contiguous() and t.stride() != dense_strides(t.shape, False) and t.numel():
+        return t.clone(memory_format=torch.contiguous_format)
+    return t.contiguous()
+
+
+def contiguous_unrecorded(t):
+    """The same where nothing is recorded: a channels-last image on the CPU is copied by convext, several times as fast
+    as by torch, whose copy reads one value from each of as many cache lines as there are channels."""
     if type(t) is not torch.Tensor or t.dim() != 4 or t.device.type != "cpu" or t.dtype not in _DTYPES \
             or t.is_contiguous() or not t.is_contiguous(memory_format=torch.channels_last) or t.is_neg():
-        return t.contiguous()
+        return contiguous(t)
     return torch.ops.convext_cpu.to_nchw.default(t)
 
 

@@ -4,7 +4,7 @@
     [y = scale * y]   [y = y + residual]
 
 Over a channels-last image a permutation is a view, a linear layer a 1x1 convolution, and a LayerNorm a kernel of its
-own (csrc/cpu/layer_norm.h). So such a run of layers is steps of a sequence like any convolution's. A LayerNorm2d, which
+own (csrc's layer_norm.h). So such a run of layers is steps of a sequence like any convolution's. A LayerNorm2d, which
 permutes by itself, is a run of one layer.
 """
 from dataclasses import dataclass, field
@@ -245,7 +245,7 @@ class Apart:
 class LayerStep:
     """A layer of a run as a step of a sequence (see sequences.Step)."""
 
-    excite = excite_module = None
+    excite = None
 
     def __init__(self, layer, run, parts):
         attributes = {} if layer.module is None else parts.modules[layer.module].__dict__
@@ -301,16 +301,10 @@ class LayerStep:
             return None
         return shapes, tuple(self.attributes.get("normalized_shape", ()))
 
-    def watch(self, watch):
-        for name in ("weight", "bias"):
-            watch.item(self.parameters, name, self.parameters.get(name), name not in self.parameters)
-        if self.layer.scale is not None:
-            watch.item(self.scales, self.layer.scale, self.scales.get(self.layer.scale))
-        relied_on = [(self.attributes, name) for name in ("normalized_shape", "eps") if name in self.attributes]
-        for attributes, name in relied_on + [constant[:2] for constant in self.constants]:
-            watch.item(attributes, name, attributes[name])
-            if isinstance(attributes[name], list):
-                watch.elements(attributes[name], tuple(attributes[name]))
+    def places(self):
+        """(dictionary, name) of each of the tensors."""
+        scale = [(self.scales, self.layer.scale)] if self.layer.scale is not None else []
+        return [(self.parameters, "weight"), (self.parameters, "bias"), *scale]
 
 
 def _identity_of(x):

@@ -4,12 +4,14 @@ Parameters, buffers and settings are looked up at every call, in the modules' ow
 changing them after the swap has the effect that it had before. `fused` is what a plan calls for each layer: where no
 gradient is wanted it goes straight to the operator, and everything it does counts.
 """
+import contextlib
 from operator import itemgetter
 
 import torch
 from torch.autograd import forward_ad
 
-from .. import backends, functional, nn, ops
+from .. import autograd, backends, checks, functional, nn, ops
+from ..memory_format import dense_strides, suggests_channels_last
 from ..problem import DTYPES, ConvProblem, Geom, Pass
 
 SETTINGS = "stride", "padding", "dilation", "groups", "padding_mode"
@@ -22,17 +24,21 @@ class _Convolution:
     """A Conv2d module's dictionaries, the geometry of its present settings, and the last call.
 
     last     shape, strides, dtype and device of the last input
-    weight   shape, strides and dtype of the weight then; y_shape: the result's shape
+    weight   shape, strides and dtype of the weight then; y_shape: the result's shape, y_strides: its strides where a
+             residual must have them too, else None; pixel: whether it is one pixel in channels-last strides, which an
+             elementwise operation does not keep (`_one_pixel`)
+    dtypes   of bias and batch norm then
     call     the prepared call of the choice made then, and counter its count; None until one is"""
 
-    __slots__ = ("attributes", "parameters", "settings", "geom", "last", "channels_last", "weight", "y_shape", "call",
-                 "counter", "choice")
+    __slots__ = ("attributes", "parameters", "settings", "geom", "last", "channels_last", "weight", "y_shape",
+                 "y_strides", "pixel", "dtypes", "call", "counter", "choice")
 
     def __init__(self, module, channels_last):
         self.channels_last = channels_last
         self.attributes, self.parameters = module.__dict__, module._parameters
         self.settings, self.geom = None, None
-        self.last = self.weight = self.y_shape = self.call = self.counter = self.choice = None
+        self.last = self.weight = self.y_shape = self.y_strides = self.call = self.counter = self.choice = None
+        self.pixel, self.dtypes = False, None
 
     def refresh(self, settings):
         """The Geom, or None where the settings take more than a Geom to say."""
@@ -49,6 +55,8 @@ class _Convolution:
         self.last = x.shape, x.stride(), x.dtype, x.device
         self.weight = w.shape, w.stride(), w.dtype
         self.y_shape = torch.Size(choice.problem.y_shape)
+        self.y_strides = None if self.channels_last else dense_strides(self.y_shape, bool(choice.problem.y_layout))
+        self.pixel = not self.channels_last and bool(choice.problem.y_layout) and self.y_shape[2:] == (1, 1)
         self.counter = choice.counter
         self.call = choice.prepared_fprop(activation, rounds_weights=w.dtype is not x.dtype)
 
@@ -91,18 +99,26 @@ def _direct(fused, batch_norm, activation, autocast):
             x = ops.autocast_cast(x, "cpu", autocast)
         w = parameters.get("weight")
         mean, var = statistics.get("running_mean"), statistics.get("running_var")
+        given = dtypes(parameters.get("bias"), mean, var, affine.get("weight"), affine.get("bias"))
         if state.call is not None and type(w) in PLAIN and settings_of(attributes) == state.settings \
                 and (x.shape, x.stride(), x.dtype, x.device) == state.last \
                 and (w.shape, w.stride(), w.dtype) == state.weight and (no_batch_norm or mean is not None is not var) \
-                and (residual is None or residual.shape == state.y_shape and residual.dtype is x.dtype):
+                and given == state.dtypes \
+                and (residual is None or residual.shape == state.y_shape and residual.dtype is x.dtype
+                     and (state.y_strides is None or residual.stride() == state.y_strides)):
             state.counter[0] += 1
-            return state.call(x, w, parameters.get("bias"), mean, var, affine.get("weight"), affine.get("bias"),
-                              residual, bn_attributes["eps"])
+            y = state.call(x, w, parameters.get("bias"), mean, var, affine.get("weight"), affine.get("bias"), residual,
+                           bn_attributes["eps"])
+            if state.pixel and (activation != "identity" or residual is not None):
+                y.as_strided_(y.shape, (y.shape[1], 1, 1, 1))
+            return y
         state.call = None
         y = fused(x, residual)
-        if type(w) in PLAIN and state.geom is not None and x.dim() == 4 and x.dtype in DTYPES \
-                and x.dtype is ops.autocast_dtype(w):
+        if type(w) in PLAIN and state.geom is not None and x.dim() == 4 and x.dtype in DTYPES and x.device == w.device \
+                and x.device.type in backends.PRIORITY and x.dtype is ops.autocast_dtype(w) \
+                and bn_attributes["eps"] >= 0 and (no_batch_norm or bn_attributes["eps"] > 0):
             state.prepare(x, w, activation)
+            state.dtypes = given
         return y
 
     direct.state = state
@@ -110,30 +126,36 @@ def _direct(fused, batch_norm, activation, autocast):
 
 
 def _conv_act(conv, activation, apart, channels_last):
-    state = _Convolution(conv, channels_last)
+    state, ends_elementwise = _Convolution(conv, channels_last), activation != "identity"
     attributes, parameters = state.attributes, state.parameters
 
     def fused(x, residual=None):
         w, bias = parameters.get("weight"), parameters.get("bias")
         settings = settings_of(attributes)
         geom = state.geom if settings == state.settings else state.refresh(settings)
-        if w is None or geom is None or x.dim() != 4:
+        if w is None or geom is None or x.dim() != 4 or w.dim() != 4 or x.dtype not in DTYPES or x.device != w.device \
+                or not channels_last and (residual is not None and _in_another_format(residual, x, w, geom)
+                                          or ends_elementwise and _one_pixel(x, w, geom)):
             return apart(x, residual)
         state.last = x.shape, x.stride(), x.dtype, x.device
         if (_grad_enabled() and (w.requires_grad or x.requires_grad or bias is not None and bias.requires_grad
                                  or residual is not None and residual.requires_grad)) \
                 or residual is not None or forward_ad._current_level >= 0:
-            x = _in_format(x, channels_last)
-            return functional.conv_act(x, w, bias, stride=geom.stride, padding=geom.padding, dilation=geom.dilation,
-                                       groups=geom.groups, activation=activation, residual=residual)
-        return ops.fprop_bn_act(x, w, bias, None, None, None, None, None, geom, 0.0, activation, channels_last)
+            with _recorded(channels_last):
+                return functional.conv_act(
+                    _in_format(x, channels_last), w, bias, stride=geom.stride, padding=geom.padding,
+                    dilation=geom.dilation, groups=geom.groups, activation=activation, residual=residual)
+        try:
+            return ops.fprop_bn_act(x, w, bias, None, None, None, None, None, geom, 0.0, activation, channels_last)
+        except checks.InvalidArgument:  # which the layers refuse in their own words, or take
+            return apart(x, residual)
 
     fused.state = state
     return fused
 
 
 def _conv_bn_act(conv, batch_norm, activation, apart, channels_last):
-    state = _Convolution(conv, channels_last)
+    state, ends_elementwise = _Convolution(conv, channels_last), activation != "identity"
     attributes, parameters = state.attributes, state.parameters
     bn_attributes, affine, statistics = batch_norm.__dict__, batch_norm._parameters, batch_norm._buffers
 
@@ -143,22 +165,35 @@ def _conv_bn_act(conv, batch_norm, activation, apart, channels_last):
         mean, var = statistics.get("running_mean"), statistics.get("running_var")
         settings = settings_of(attributes)
         geom = state.geom if settings == state.settings else state.refresh(settings)
-        if w is None or geom is None or x.dim() != 4 or gamma is None and affine.get("bias") is not None \
-                or (mean is None) is not (var is None):
+        recorded = _grad_enabled() or bn_attributes["training"]  # then a batch norm is elementwise, too
+        if w is None or geom is None or x.dim() != 4 or w.dim() != 4 or x.dtype not in DTYPES or x.device != w.device \
+                or gamma is None and beta is not None or (mean is None) is not (var is None) \
+                or bn_attributes["eps"] <= 0 \
+                or not channels_last and (residual is not None and _in_another_format(residual, x, w, geom)
+                                          or (ends_elementwise or recorded) and _one_pixel(x, w, geom)):
             return apart(x, residual)
         state.last = x.shape, x.stride(), x.dtype, x.device
         if bn_attributes["training"] or mean is None or forward_ad._current_level >= 0 or (_grad_enabled() and (
                 w.requires_grad or x.requires_grad or gamma is not None and gamma.requires_grad
                 or beta is not None and beta.requires_grad or bias is not None and bias.requires_grad
                 or residual is not None and residual.requires_grad)):
-            return nn.conv_bn_act(conv, batch_norm, _in_format(x, channels_last), activation, residual)
+            with _recorded(channels_last):
+                return nn.conv_bn_act(conv, batch_norm, _in_format(x, channels_last), activation, residual)
         if residual is not None and not _fits(residual, x, w, geom):
             return apart(x, residual)
-        return ops.fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom, bn_attributes["eps"], activation,
-                                channels_last)
+        try:
+            return ops.fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom, bn_attributes["eps"],
+                                    activation, channels_last)
+        except checks.InvalidArgument:
+            return apart(x, residual)
 
     fused.state = state
     return fused
+
+
+def dtypes(*tensors):
+    """The dtype of each, None where there is none."""
+    return tuple([None if t is None else t.dtype for t in tensors])
 
 
 def _fits(residual, x, w, geom):
@@ -169,5 +204,31 @@ def _fits(residual, x, w, geom):
         and shape[1] == w.shape[0] and tuple(shape[2:]) == geom.output_size(x.shape[2:], w.shape[2:])
 
 
+def _in_another_format(residual, x, w, geom):
+    """True where a residual has the shape of the convolution's result, but other strides: then those of the sum depend
+    on which of the two comes first."""
+    shape = (x.shape[0], w.shape[0], *geom.output_size(x.shape[2:], w.shape[2:]))
+    return residual.shape == shape and \
+        residual.stride() != dense_strides(shape, suggests_channels_last(x) or suggests_channels_last(w))
+
+
+def _one_pixel(x, w, geom):
+    """True where the result is one pixel in channels-last strides. To torch's elementwise operations it is contiguous
+    as well, and their result has a contiguous tensor's strides, which an interpolation after them goes by."""
+    return (suggests_channels_last(x) or suggests_channels_last(w)) \
+        and geom.output_size(x.shape[2:], w.shape[2:]) == (1, 1)
+
+
+_AS_IS = contextlib.nullcontext()
+
+
+def _recorded(channels_last):
+    return autograd.contiguous_weight_gradients() if channels_last else _AS_IS
+
+
 def _in_format(x, channels_last):
-    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    if not channels_last or x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    if autograd.needs_function(x) and not ops._functorch_active() and not ops.batches_the_older_way():
+        return autograd.ChannelsLastFunction.apply(x)
+    return x.contiguous(memory_format=torch.channels_last)

@@ -1,43 +1,40 @@
 """PlannedForward: what stands as `container.forward` after a swap.
 
-It traces the container's own forward once for each form in which it is called, and runs the compiled plan. Whenever
+It captures the container's own forward once for each form in which it is called, and runs the compiled plan. Whenever
 a plan cannot stand for the forward that the class defines, that forward runs instead.
 """
 import functools
-import inspect
-import itertools
 import operator
-import weakref
 
 import torch
-from torch import nn
 from torch.nn.modules import module as _torch_module
 
 from .. import backends
 from ..backends import native
 from . import calls, chains, codegen, heads, layout, linears, pixelwise, place, sequences, squeeze_excite
-from . import signature as signatures
-from .audit import Untraceable
-from .tracing import Trace
+from .capture import signature as signatures
+from .capture.trace import HOOKS, Trace
+from .method import InstanceMethod
+from .modes import function_mode_watches
+from .refusal import ForNow, Untraceable
 
 _GLOBAL_HOOKS = tuple(getattr(_torch_module, name) for name in (
     "_global_backward_pre_hooks", "_global_backward_hooks", "_global_forward_hooks", "_global_forward_pre_hooks"))
-_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-_hooks = operator.itemgetter(*_HOOKS)
-_training = operator.itemgetter("training")
 _is_tracing = torch._C._get_tracing_state
-_MOST_SIGNATURES, _MOST_TRACES, _MOST_VARIANTS = 8, 4, 16
+_MOST_SIGNATURES = 8   # that a container keeps plans for
+_MOST_PLANS = 8        # for one signature: training and evaluation, with hooks and without, ...
+_MOST_CAPTURES = 64    # for one signature: a forward that reads something new in each call runs as it is
 
 
 class Variant:
-    """A compiled plan for one combination of training flags, hooks and memory formats.
+    """A plan compiled for calls with gradients or without, in the user's memory format or in any.
 
     function(owner, *tensors); chains; runs: those of pixelwise.py that run as steps; alone: why a convolution has
     nothing fused; layout: None outside the seam; contiguous(tensor) -> the same, contiguous."""
 
-    def __init__(self, plan, opaque, in_seam, direct):
+    def __init__(self, plan, in_seam, direct):
         trace = plan.trace
-        modules = trace.modules
+        modules, opaque = trace.modules, trace.opaque
         self.chains, self.alone = chains.find(trace.graph, modules, opaque)
         taken = {node for chain in self.chains for node in chain.nodes}
         found_heads = heads.find(trace.graph, modules, opaque, taken) if direct else []
@@ -59,6 +56,9 @@ class Variant:
 
         def attribute(node):
             key, _, name = node.target.partition(".")
+            if key == "at":
+                values, name = trace.places[int(name)]
+                return lambda owner: (owner.__dict__ if values is None else values)[name]
             module = modules[key]
             return operator.attrgetter(name) if module is None else lambda owner: getattr(module, name)
 
@@ -83,13 +83,10 @@ class Variant:
 
         def planned(node):
             """The PlannedForward of the container that a node calls, where nothing else sees the call, or None."""
-            module = modules[node.target] if node.op == "call_module" and node.target not in opaque else None
-            forward = module.__dict__.get("forward") if module is not None else None
-            if not isinstance(forward, PlannedForward) or node.kwargs or len(node.args) != 1 \
-                    or type(module).__call__ is not nn.Module.__call__ or "_compiled_call_impl" in module.__dict__ \
+            if node not in trace.planned or node.kwargs or len(node.args) != 1 \
                     or self.layout is not None and node not in self.layout.any_format | self.layout.channels_last:
                 return None
-            return forward
+            return modules[node.target].__dict__["forward"]
 
         self.whole = None  # what runs all of the forward as a member of a sequence, where one unit does
         units, runners = self.chains, {}
@@ -99,7 +96,7 @@ class Variant:
             self.runs = [run for run in self.runs if is_free(run.last)]
             order = {node: position for position, node in enumerate(trace.graph.nodes)}
             units = sorted(self.chains + self.runs, key=lambda unit: order[unit.nodes[0]])
-            excites = {n: squeeze_excite.match(f.owner, f.plan(f.owner, signatures.ONE_TENSOR))
+            excites = {n: squeeze_excite.match(f.plan(f.owner, signatures.ONE_TENSOR))
                        for n in trace.graph.nodes if (f := planned(n)) is not None}
             nested = {n: (call_leaf(n), functools.partial(_whole_of, modules[n.target], in_any_format(n), direct))
                       for n in excites}
@@ -128,7 +125,7 @@ class Variant:
             runner = runners[unit.last]
             return runner.function if isinstance(unit, chains.Chain) else runner
 
-        self.contiguous = layout.contiguous if direct else torch.Tensor.contiguous
+        self.contiguous = layout.contiguous_unrecorded if direct else layout.contiguous
         self.function = codegen.generate(trace.graph, units, self.layout, call_leaf, fused, attribute, self.contiguous)
 
     def result(self, owner, tensors, in_seam):
@@ -173,289 +170,158 @@ def _apart(unit, nodes, modules, readers=None):
 
 
 def _whole_of(module, in_seam, direct):
-    """(what runs all of a container's forward as a member of a sequence, its plan, the container), or None."""
+    """What runs all of a container's forward as a member of a sequence, or None."""
     forward = module.__dict__.get("forward")
     if not isinstance(forward, PlannedForward) or in_seam and forward.result_in_any_format(1) is None:
         return None
     plan = forward.plan(module, signatures.ONE_TENSOR)
-    variant = plan.variant(in_seam, direct) if plan is not None else None
-    return None if variant is None or variant.whole is None else (variant.whole, plan, module)
+    return None if plan is None else plan.variant(in_seam, direct).whole
 
 
-class Plan:
-    """A trace and its compiled variants."""
+class _Guarded:
+    """What stands as long as the facts do that it rests on."""
+
+    def __init__(self, facts):
+        self.facts = facts
+        self.guards = facts.fill(native.new_guards())
+
+    def holds(self, owner) -> bool:
+        return self.guards.holds(owner)
+
+
+class Refusal(_Guarded):
+    """Why there is no plan."""
+
+    def __init__(self, reason: Untraceable):
+        super().__init__(reason.facts)
+        self.reason = str(reason)
+
+
+class Plan(_Guarded):
+    """A captured forward and its compiled variants."""
 
     def __init__(self, trace, signature):
+        super().__init__(trace.facts)
         self.trace, self.signature = trace, signature
-        leaves = trace.leaves
-        self.types = list(map(type, leaves))
-        self.leaves = leaves
-        self.keys = [key for key in trace.modules if key != "0"]
-        self.attributes = [m.__dict__ for m in leaves]
-        self.watched = self.attributes + [m.__dict__ for m in trace.sequences]
-        self.sequences = [m.__dict__ for m in trace.sequences]
-        self.sequence_forwards = [d.get("forward") for d in self.sequences]
-        self.forwards = [d.get("forward") for d in self.attributes]
-        convs = [m for m in leaves if calls.is_conv(m)]
-        telling = [m for m in convs if m.weight is not None and m.weight.dim() == 4
-                   and m.weight.shape[1] > 1 and m.weight[0, 0].numel() > 1]
-        self.weights = [m.__dict__ for m in telling or convs]
+        self.weights = layout.weights_to_ask([m for m in trace.leaves if calls.is_conv(m)])
         self.variants, self.epoch = {}, backends.epoch
 
     def result_of(self, node):
         """What a leaf container returns whose own plan neither minds channels-last arguments nor hides such a result
         (see layout.Layout), else None."""
-        module = self.trace.modules[node.target]
-        forward = module.__dict__.get("forward") if module is not None else None
-        if not isinstance(forward, PlannedForward) or node.kwargs or "_compiled_call_impl" in module.__dict__ \
-                or type(module).__call__ is not nn.Module.__call__ or not node.args \
+        if node not in self.trace.planned or node.kwargs or not node.args \
                 or any(not isinstance(a, torch.fx.Node) for a in node.args):
             return None
-        return forward.result_in_any_format(len(node.args))
+        return self.trace.modules[node.target].__dict__["forward"].result_in_any_format(len(node.args))
 
-    def variant(self, in_seam, direct=False):
-        """The compiled variant for the modules' present state, or None where the plan cannot stand."""
+    def variant(self, in_seam, direct=False) -> Variant:
+        """The plan compiled for such calls."""
         if self.epoch is not backends.epoch:     # prepared calls hold the backends' choices
             self.variants.clear()
             self.epoch = backends.epoch
-        state = self.state()
-        if state is None:
-            return None
-        key = *state, in_seam, direct
+        key = in_seam, direct
         variant = self.variants.get(key)
         if variant is None:
-            if len(self.variants) >= _MOST_VARIANTS:
-                self.variants.clear()
-            variant = self.variants[key] = Variant(self, state[1], in_seam, direct)
+            variant = self.variants[key] = Variant(self, in_seam, direct)
         return variant
 
-    def state(self):
-        """(training flags, keys of the modules that must be called as they are), or None where the plan cannot
-        stand."""
-        training = tuple(map(_training, self.attributes))
-        if [*map(type, self.leaves)] != self.types \
-                or [*map(dict.get, self.attributes, itertools.repeat("forward"))] != self.forwards \
-                or [*map(dict.get, self.sequences, itertools.repeat("forward"))] != self.sequence_forwards \
-                or any(itertools.chain.from_iterable(map(_hooks, self.watched))):
-            opaque = self._opaque()
-            if opaque is None:
-                return None
-        else:
-            opaque = self._foreign
-        return training, opaque
 
-    def watch(self, watch, owner=None):
-        """Adds to a Watch that this plan, in the state it is in, stands for the owner's forward; False where the state
-        is one that a Watch cannot tell. Without an owner, what is to be seen of it is left out (Trace.owner_stands)."""
-        if self.state() is None or self.state()[1] or not self.trace.watch(watch, owner):
-            return False
-        for module, kind, attributes in zip(self.leaves, self.types, self.attributes):
-            watch.type(module, kind)
-            watch.item(attributes, "training", attributes["training"])
-        for attributes in [*self.attributes, *self.sequences]:
-            watch.item(attributes, "forward", attributes.get("forward"), "forward" not in attributes)
-        for attributes in self.watched:
-            for kind in _HOOKS:
-                watch.empty(attributes, kind)
-        return True
-
-    def _opaque(self):
-        """Keys of the modules that must be called as they are; None where a looked-through one listens."""
-        for attributes in self.sequences:
-            own = attributes.get("forward")
-            if any(_hooks(attributes)) or own is not None and not isinstance(own, PlannedForward):
-                return None
-        opaque = set()
-        for key, module, attributes, kind in zip(self.keys, self.leaves, self.attributes, self.types):
-            own = attributes.get("forward")
-            if any(_hooks(attributes)) or own is not None and not isinstance(own, PlannedForward):
-                opaque.add(key)
-            elif type(module) is not kind:
-                return None
-        return frozenset(opaque)
-
-    @property
-    def _foreign(self):
-        """Leaves that had a forward of their own when the plan was made."""
-        found = self.__dict__.get("_foreign_cache")
-        if found is None:
-            found = self._foreign_cache = frozenset(
-                key for key, own in zip(self.keys, self.forwards)
-                if own is not None and not isinstance(own, PlannedForward))
-        return found
-
-
-class Known:
-    """What a call without gradients on one tensor found, for the next one on a tensor like it. `watch` tells whether
-    the plan's modules are as they were; it knows nothing of the owner, which holds this."""
-
-    __slots__ = ("plan", "variant", "in_seam", "contiguous", "epoch", "watch")
-
-    def __init__(self, plan, variant, in_seam):
-        self.plan, self.variant, self.in_seam = plan, variant, in_seam
-        self.contiguous, self.epoch = layout.contiguous_weights(plan.weights), backends.epoch
-        self.watch = None
-
-    def holds(self, owner):
-        return self.watch is not None and self.epoch is backends.epoch and self.plan.trace.owner_stands(owner) \
-            and self.watch.holds() and layout.contiguous_weights(self.plan.weights) is self.contiguous
-
-
-class PlannedForward:
+class PlannedForward(InstanceMethod):
     """A container's `forward` after the swap. Copies belong to the copied container; pickles carry no plan."""
 
-    def __init__(self, owner):
-        self._attach(owner)
+    name = "forward"
 
     def _attach(self, owner):
-        self._owner = weakref.ref(owner)
-        self._plans = {}       # signature -> list of Plan, the latest first
-        self._refusals = {}    # (signature, training) -> why there is no plan
-        self._known = {}       # properties of a call's one tensor -> Known
-        self.__name__, self.__doc__ = "forward", type(owner).forward.__doc__
-
-    @property
-    def owner(self):
-        owner = self._owner()
-        if owner is None:
-            raise ReferenceError("the module of this forward is gone: keep the module, not only its forward")
-        return owner
-
-    @property
-    def __signature__(self):
-        return inspect.signature(type(self.owner).forward.__get__(self.owner))
-
-    @property
-    def __wrapped__(self):
-        return type(self.owner).forward.__get__(self.owner)
-
-    def __getstate__(self):
-        return {"owner": self.owner}
-
-    def __setstate__(self, state):
-        self._attach_later(state["owner"])
-
-    def _attach_later(self, owner):
-        # While unpickling, the owner may still be without its attributes: nothing of it is read here.
-        self._owner = weakref.ref(owner)
-        self._plans, self._refusals, self._known = {}, {}, {}
-        self.__name__ = "forward"
-
-    def __copy__(self):
-        raise TypeError("a swapped module's forward cannot be copied apart from its module")
-
-    def __deepcopy__(self, memo):
-        owner = memo.get(id(self.owner))
-        if owner is None:
-            raise TypeError("a swapped module's forward cannot be copied apart from its module; "
-                            "copy the whole module, or convext.revert() it first")
-        twin = PlannedForward.__new__(PlannedForward)
-        twin._attach_later(owner)
-        return twin
+        super()._attach(owner)
+        self._plans = {}     # signature -> list of Plan and Refusal, the latest first
+        self._captures = {}  # signature -> how often it was captured
 
     def __call__(self, *args, **kwargs):
-        owner = self.owner
-        if torch.compiler.is_compiling() or _is_tracing() is not None or any(_GLOBAL_HOOKS):
+        if torch.compiler.is_compiling():
+            owner = self.owner
             return type(owner).forward(owner, *args, **kwargs)
-        signature, direct = signatures.of_call(args, kwargs), place.runs_direct()
-        if direct and signature is signatures.ONE_TENSOR:
-            x, = args
-            properties = x.shape, x.stride(), x.dtype, x.device, direct
-            known = self._known.get(properties)
-            if known is not None and known.holds(owner):
-                return known.variant.result(owner, args, known.in_seam)
-        else:
-            properties = None
-        plan = self.plan(owner, signature)
+        owner = self.called()
+        if _is_tracing() is not None or any(_GLOBAL_HOOKS) or function_mode_watches():
+            return type(owner).forward(owner, *args, **kwargs)
+        plan = self.plan(owner, signatures.of_call(args, kwargs))
         if plan is None:
             return type(owner).forward(owner, *args, **kwargs)
         tensors = args if plan.signature is signatures.ONE_TENSOR else signatures.tensors(args, kwargs)
         in_seam = layout.wanted(tensors) and layout.contiguous_weights(plan.weights)
-        variant = plan.variant(in_seam, direct)
-        if variant is None:
-            return type(owner).forward(owner, *args, **kwargs)
-        if properties is not None:
-            self._know(properties, plan, variant, in_seam)
-        return variant.result(owner, tensors, in_seam)
-
-    def _know(self, properties, plan, variant, in_seam):
-        """Remembers what was found for a call. Only one that comes again is worth a Watch."""
-        former = self._known.get(properties)
-        known = Known(plan, variant, in_seam)
-        if former is not None and (former.plan, former.variant, former.in_seam) == (plan, variant, in_seam):
-            watch = native.new_watch()
-            if watch is not None and plan.watch(watch):
-                known.watch = watch
-        if len(self._known) >= _MOST_SIGNATURES:
-            self._known.clear()
-        self._known[properties] = known
+        return plan.variant(in_seam, place.runs_direct()).result(owner, tensors, in_seam)
 
     def in_any_format(self, *tensors):
         """The call from another plan: arguments and result may be channels-last where the user's own are not."""
         owner = self.owner
         plan = self.plan(owner, signatures.of_call(tensors, {}))
-        if plan is not None and layout.contiguous_weights(plan.weights) and not any(_hooks(owner.__dict__)):
+        if plan is not None and layout.contiguous_weights(plan.weights) \
+                and not any(owner.__dict__[name] for name in HOOKS):
             variant = plan.variant(True, place.runs_direct())
-            if variant is not None and variant.works_in_any_format:
+            if variant.works_in_any_format:
                 return variant.function(owner, *tensors)
         return _restored(owner, tensors)
 
     # Plans.
 
-    def plan(self, owner, signature):
+    def plan(self, owner, signature) -> Plan | None:
         """The plan for calls of a signature in the owner's present state, or None."""
-        if signature is None:
-            return None
-        plans = self._plans.get(signature)
-        if plans is not None:
-            for position, plan in enumerate(plans):
-                if plan.trace.current(owner):
-                    if position:
-                        plans.insert(0, plans.pop(position))
-                    return plan
-        if (signature, owner.training) in self._refusals:
-            return None
-        return self._make(owner, signature)
+        found = None if signature is None else self._present(owner, signature) or self._make(owner, signature)
+        return found if isinstance(found, Plan) else None
+
+    def _present(self, owner, signature):
+        """The Plan or Refusal that holds, or None."""
+        plans = self._plans.get(signature, ())
+        for position, plan in enumerate(plans):
+            if plan.holds(owner):
+                if position:
+                    plans.insert(0, plans.pop(position))
+                return plan
+        return None
 
     def _make(self, owner, signature):
-        if len(self._plans) + len(self._refusals) >= 2 * _MOST_SIGNATURES:
+        if len(self._plans) >= _MOST_SIGNATURES and signature not in self._plans \
+                or self._captures.get(signature, 0) >= _MOST_CAPTURES or not native.has_guards():
             return None
         if signature == signatures.ONE_TENSOR:
             signature = signatures.ONE_TENSOR
         try:
-            plan = Plan(Trace(owner, signature), signature)
-        except Untraceable as reason:
-            if "profiler" not in str(reason):     # that one passes
-                self._refusals[signature, owner.training] = str(reason)
+            made = Plan(Trace(owner, signature), signature)
+        except ForNow:
             return None
+        except Untraceable as reason:
+            made = Refusal(reason)
+        self._captures[signature] = self._captures.get(signature, 0) + 1
+        present = set(owner.modules())  # a plan keeps its modules: not those that the owner has no more
+        for plans in self._plans.values():
+            plans[:] = [plan for plan in plans if isinstance(plan, Plan) and present.issuperset(plan.trace.leaves)]
         plans = self._plans.setdefault(signature, [])
-        plans.insert(0, plan)
-        del plans[_MOST_TRACES:]
-        return plan
+        plans.insert(0, made)
+        del plans[_MOST_PLANS:]
+        return made
 
     # What the report reads.
 
     def present_variants(self):
         """(variant, modules) of the plans that hold for the owner's present state: those that have run, else what
         would run."""
-        owner, found = self.owner, []
-        if not any(plan.trace.current(owner) for plans in self._plans.values() for plan in plans):
-            self.plan(owner, signatures.default(owner))
-        for plans in self._plans.values():
-            for plan in plans:
-                if plan.trace.current(owner):
-                    ran = [v for key, v in plan.variants.items() if key[:2] == plan.state()]
-                    variants = ran or [v for v in [plan.variant(False)] if v is not None]
-                    found += [(variant, plan.trace.modules) for variant in variants]
-        return found
+        owner = self.owner
+        present = [p for plans in self._plans.values() for p in plans if p.holds(owner)]
+        if not any(isinstance(p, Plan) for p in present):
+            present = [self.plan(owner, signatures.default(owner))]
+        return [(variant, plan.trace.modules) for plan in present if isinstance(plan, Plan)
+                for variant in list(plan.variants.values()) or [plan.variant(False)]]
 
     def present_refusal(self):
         """Why there is no plan, where there is none."""
-        training = self.owner.training
-        return next((reason for (_, mode), reason in self._refusals.items() if mode == training), None)
+        owner = self.owner
+        return next((plan.reason for plans in self._plans.values() for plan in plans
+                     if isinstance(plan, Refusal) and plan.holds(owner)), None)
 
     def forget_refusals(self):
-        self._refusals.clear()
+        """Lets a capture that was refused be tried again."""
+        self._captures.clear()
+        for plans in self._plans.values():
+            plans[:] = [plan for plan in plans if isinstance(plan, Plan)]
 
     def result_in_any_format(self, count):
         """What a call with `count` tensors would return where it takes channels-last tensors as they come: "free" or
@@ -475,18 +341,3 @@ def _restored(module, tensors):
         if now is not before and (not tracked or now._version != versions[position]):
             before.copy_(now)
     return result
-
-
-def returned_kind(module, signature):
-    """signature.TENSOR where a leaf is certain to return one tensor, else None."""
-    if calls.module_returns_tensor(module):
-        return signatures.TENSOR
-    forward = module.__dict__.get("forward")
-    if signature is None or not isinstance(forward, PlannedForward):
-        return None
-    plan = forward.plan(module, signature)
-    if plan is not None and plan.trace.result in plan.trace.tensors:
-        return signatures.TENSOR
-    return None
-
-

@@ -1,15 +1,14 @@
 """report(model): what became of each convolution of a model, with what it is fused, and who computes it."""
 import dataclasses
-import io
-import shutil
 from collections import Counter
 
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from .. import backends
-from ..problem import DTYPES, ConvProblem, Geom, Pass
+from .. import backends, functional
+from ..problem import DTYPES, ConvProblem, Pass
+from ..tables import render
 from . import calls
 from .planned import PlannedForward
 
@@ -20,7 +19,7 @@ class Row:
 
     module   its name in the model
     layer    "64 -> 128, 3x3, stride 2"
-    became   "convext.nn.Conv2d", or the class that it still has
+    became   "convext", or the class whose code it still runs
     fused    what runs with it in one call: "bn + add + relu", or ""
     backend  who computed it last, and by which variant: "" until it has run
     variant
@@ -61,18 +60,15 @@ class Report:
 
     def summary(self):
         """One line: how many layers, how many exchanged, how many fused with something."""
-        exchanged = sum(row.became == "convext.nn.Conv2d" for row in self.rows)
+        exchanged = sum(row.became == "convext" for row in self.rows)
         fused = sum(bool(row.fused) for row in self.rows)
         return f"{len(self.rows)} convolutions, {exchanged} by convext, {fused} fused with what follows"
 
-    def __rich__(self):
+    def __str__(self):
         notes = _notes(row.reason for row in self.rows)
         rows = [(*dataclasses.astuple(row)[:-1], notes.get(row.reason, row.reason)) for row in self.rows]
         caption = [f"{note}: {reason}" for reason, note in notes.items()] + [self.summary()]
-        return table(self.title, [f.name for f in dataclasses.fields(Row)], rows, "\n".join(caption))
-
-    def __str__(self):
-        return render(self)
+        return render(self.title, [f.name for f in dataclasses.fields(Row)], rows, "\n".join(caption))
 
     __repr__ = __str__
 
@@ -84,30 +80,23 @@ def _notes(reasons):
     return {reason: f"note {number}" for number, reason in enumerate(shared, 1)}
 
 
-def table(title, columns, rows, caption):
-    from rich.table import Table
-    drawn = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
-    for column in columns:
-        drawn.add_column(column, overflow="fold")
-    for row in rows:
-        drawn.add_row(*map(str, row))
-    return drawn
-
-
-def render(drawable):
-    """The text of a rich table, as wide as the terminal or the page."""
-    from rich.console import Console
-    text = io.StringIO()
-    width = max(shutil.get_terminal_size((140, 24)).columns, 100)
-    Console(file=text, width=width).print(drawable.__rich__())
-    return text.getvalue().rstrip("\n")
-
-
 def report(model: nn.Module) -> Report:
-    """What became of each convolution of a model, swapped or not: print it, or read its rows.
+    """What became of each convolution of a model: print it, or read its rows.
 
-    Backend and variant are those of the last call, so run the model first. Raises TypeError if `model` is not an
-    nn.Module.
+    Args:
+        model: swapped or not. Backend and variant are those of its last call, so run it first.
+
+    Returns a `Report`: one `Row` a convolution, in the order of `model.named_modules()`, and by its module's name.
+
+    Raises TypeError if `model` is not an nn.Module.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
+        >>> row = convext.report(convext.swap(model))["0"]
+        >>> row.layer, row.became, row.fused
+        ('3 -> 8, 3x3', 'convext', 'bn + relu')
+        >>> convext.report(model).summary()
+        '1 convolutions, 1 by convext, 1 fused with what follows'
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -151,14 +140,14 @@ def _row(model, name, module, place):
     row = Row(name, describe(module), _class_name(module))
     if left_alone(module) is not None:
         row.reason = left_alone(module)
-    elif type(module) is not calls.convext_conv():
+    elif not calls.is_swapped(module):
         row.reason = "not swapped"
     elif place is None:
         row.reason = _why_no_plan(model, name)
     else:
         row.fused = " + ".join([*(place.chain.parts if place.chain else []), *(place.run.parts if place.run else [])])
         row.reason = place.reason
-    if type(module) is calls.convext_conv():
+    if calls.is_swapped(module):
         state = place.state if place is not None else None
         last = state.last if state is not None and state.last is not None else calls.last_input(module)
         if last is not None:
@@ -169,8 +158,8 @@ def _row(model, name, module, place):
 
 def _class_name(module):
     kind = type(module)
-    if kind is calls.convext_conv():
-        return "convext.nn.Conv2d"
+    if calls.is_swapped(module):
+        return "convext"
     return f"torch.nn.{kind.__name__}" if kind.__module__.startswith("torch.nn") else kind.__name__
 
 
@@ -181,7 +170,9 @@ def describe(module):
         value = getattr(module, setting)
         if isinstance(value, str):
             text.append(f"{setting} {value}")
-        elif any(v != usual for v in value):
+            continue
+        value = (value,) * len(module.kernel_size) if isinstance(value, int) else tuple(value)
+        if any(v != usual for v in value):
             text.append(f"{setting} " + (str(value[0]) if len(set(value)) == 1 else "x".join(map(str, value))))
     if module.groups != 1:
         text.append("depthwise" if module.groups == module.in_channels else f"groups {module.groups}")
@@ -214,11 +205,11 @@ def _serving(module, last, channels_last):
     if dtype not in DTYPES:
         return "aten", "", f"{dtype} has no kernels"
     w = module.weight
-    padding = module.padding
-    if isinstance(padding, str) or module.padding_mode != "zeros" or len(shape) != 4:
+    if module.padding_mode != "zeros" or len(shape) != 4:
         return "", "", ""
     like = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
-    geom = Geom(module.stride, padding, module.dilation, module.groups)
+    settings = module.stride, module.padding, module.dilation, module.groups
+    like, geom = functional.normalised(like, w.to("meta"), *settings)
     problem = dataclasses.replace(ConvProblem.of_fprop(like, w, geom, channels_last), device=device.type)
     try:
         choice = backends.select(Pass.FPROP, problem)

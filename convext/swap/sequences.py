@@ -5,9 +5,9 @@ Two things are put together, in the graph of a container's forward:
     Block      chains of pointwise and depthwise convolutions and runs of layers over channels (pixelwise.py), each
                read by the next alone, as an inverted residual or ConvNeXt's block is made of them, squeeze and
                excitation between two of them included: they are computed a strip of rows at a time, so that what lies
-               between them stays in the cache (csrc/block.h)
+               between them stays in the cache (csrc/cpu/runtime/block.h)
     Sequence   chains, runs, blocks and containers that are such a sequence themselves, one after the other with nothing
-               else in between: one call computes them all (csrc/ops_sequence.cpp)
+               else in between: one call computes them all (csrc/torch/ops_sequence.cpp)
 
 Both stand only where a chain would run straight (place.runs_direct). A call looks up what a chain's own call looks up;
 where anything is not as it was when the sequence was prepared, its members run one by one, and it is prepared anew.
@@ -190,6 +190,18 @@ class layer_by_layer:
 
     Convolutions compute the same bit for bit; squeeze and excitation, LayerNorm and linear layers are torch's own then.
     What lies between two layers is a tensor again. The setting is the process's.
+
+    Args:
+        on: True, the default, for calls of their own; False for calls of several layers.
+
+    Raises TypeError for anything but True and False.
+
+    Example:
+        >>> with convext.layer_by_layer():
+        ...     convext.layer_by_layer.on
+        True
+        >>> convext.layer_by_layer.on
+        False
     """
 
     on = False
@@ -211,12 +223,11 @@ class layer_by_layer:
 
 class Step:
     """A chain as it stands in a sequence: its prepared state, and where its tensors are. `excite` is the
-    SqueezeExcite before it, `excite_module` the container of that one; None where there is none."""
+    SqueezeExcite before it, None where there is none."""
 
-    __slots__ = ("state", "attributes", "parameters", "bn_attributes", "affine", "statistics", "activation", "excite",
-                 "excite_module")
+    __slots__ = ("state", "attributes", "parameters", "bn_attributes", "affine", "statistics", "activation", "excite")
 
-    def __init__(self, chain, modules, function, excite=None, excite_module=None):
+    def __init__(self, chain, modules, function, excite=None):
         self.state, self.activation = function.state, chain.activation
         self.attributes, self.parameters = self.state.attributes, self.state.parameters
         if chain.batch_norm is None:
@@ -224,7 +235,7 @@ class Step:
         else:
             bn = modules[chain.batch_norm]
             self.bn_attributes, self.affine, self.statistics = bn.__dict__, bn._parameters, bn._buffers
-        self.excite, self.excite_module = excite, excite_module
+        self.excite = excite
 
     @property
     def choice(self):
@@ -246,7 +257,7 @@ class Step:
     def prepared(self, before, residual):
         """The PreparedStep that reads the output of the problem `before`, which its own call has seen; None where it
         cannot be one."""
-        if self.state.call is None or self.excite is not None and not self.excite.holds(self.excite_module):
+        if self.state.call is None:
             return None
         tensors = self.tensors()
         if self.statistics and tensors[2] is None:  # the batch's own statistics are wanted
@@ -260,21 +271,16 @@ class Step:
     def facts(self, tensors):
         """What a prepared call relies on besides which tensors are there; None where they are none of torch's own."""
         w, settings = tensors[0], place.settings_of(self.attributes)
-        return None if type(w) not in place.PLAIN else (settings, w.shape, w.stride(), w.dtype)
+        return None if type(w) not in place.PLAIN else (settings, w.shape, w.stride(), place.dtypes(*tensors))
 
-    def watch(self, watch):
-        """Adds what `tensors`, `facts` and `eps` look at to a Watch."""
-        for name in place.SETTINGS:
-            watch.item(self.attributes, name, self.attributes[name])
-        for tensors, names in ((self.parameters, ("weight", "bias")), (self.affine, ("weight", "bias")),
-                               (self.statistics, ("running_mean", "running_var"))):
-            for name in names:
-                watch.item(tensors, name, tensors.get(name), name not in tensors)
-        watch.item(self.bn_attributes, "eps", self.bn_attributes["eps"])
-        if self.excite is not None:
-            for conv in (self.excite.squeeze, self.excite.excite):
-                for name in ("weight", "bias"):
-                    watch.item(conv._parameters, name, conv._parameters.get(name), name not in conv._parameters)
+    def places(self):
+        """(dictionary, name) of each of `tensors`."""
+        mine = [(self.parameters, "weight"), (self.parameters, "bias"), (self.statistics, "running_mean"),
+                (self.statistics, "running_var"), (self.affine, "weight"), (self.affine, "bias")]
+        if self.excite is None:
+            return mine
+        return mine + [(conv._parameters, name) for conv in (self.excite.squeeze, self.excite.excite)
+                       for name in ("weight", "bias")]
 
 
 class _Builder:
@@ -282,7 +288,6 @@ class _Builder:
 
     def __init__(self):
         self.blocks, self.steps = [], []
-        self.containers = []  # (plan, container, its state) of all that are looked through
         self.flat = False     # whether the result is (N, C), not an image
 
     def add(self, steps, source, residuals, before=None):
@@ -296,8 +301,6 @@ class _Builder:
             prepared.append(ready)
             before = ready.problem
             self.steps.append(step)
-            if step.excite is not None:
-                self.containers.append((step.excite.plan, step.excite_module, step.excite.state))
         self.blocks.append(PreparedBlock(source, tuple(prepared)))
         return len(self.blocks)
 
@@ -373,13 +376,12 @@ class BlockRunner(_Runner):
                 steps = [pixelwise.LayerStep(layer, chain, parts) for layer in chain.layers]
                 self.functions.append(parts.apart(chain))
             else:
-                excite = module = None
+                excite = None
                 if i in block.excited:
                     node = block.excited[i]
-                    self.calls[i] = parts.nested[node][0]
-                    excite, module = parts.excites[node], parts.modules[node.target]
+                    self.calls[i], excite = parts.nested[node][0], parts.excites[node]
                 self.functions.append(parts.fused(chain))
-                steps = [Step(chain, parts.modules, self.functions[-1], excite, module)]
+                steps = [Step(chain, parts.modules, self.functions[-1], excite)]
             self.steps += steps
             self.step_residuals += [None] * (len(steps) - 1) + [residual]
 
@@ -443,8 +445,9 @@ class ChainRunner:
 
 
 class NestedRunner:
-    """A container's call as a member of a sequence. `call` is what the plan would call; `resolve()` tells what runs all
-    of the container, its plan and the container, or None."""
+    """A container's call as a member of a sequence. `call` is what the plan would call; `resolve()` returns what runs
+    all
+    of the container, or None."""
 
     def __init__(self, call, resolve):
         self.call, self.resolve = call, resolve
@@ -453,12 +456,8 @@ class NestedRunner:
         return self.call(*given)
 
     def emit(self, builder, values):
-        found = self.resolve()
-        if found is None:
-            return None
-        whole, plan, module = found
-        builder.containers.append((plan, module, plan.state()))
-        return whole.emit(builder, values)
+        whole = self.resolve()
+        return None if whole is None else whole.emit(builder, values)
 
 
 class SequenceRunner(_Runner):
@@ -500,7 +499,7 @@ class SequenceRunner(_Runner):
 def _prepared(builder, x, signature):
     """call(x) -> y for calls like this one, or None where the kernels cannot run it; it answers None where something is
     not as it was."""
-    steps, containers = builder.steps, builder.containers
+    steps = builder.steps
     choices = [step.choice for step in steps if step.choice is not None]
     backend = choices[0].backend if choices else None
     if not hasattr(backend, "prepared_sequence") or any(choice.backend is not backend for choice in choices) \
@@ -514,12 +513,10 @@ def _prepared(builder, x, signature):
     counters = {id(choice.counter): choice.counter for choice in choices}  # one for each kernel
     times = Counter(id(choice.counter) for choice in choices)
     counts = [(counter, times[key]) for key, counter in counters.items()]
-    run, watch, kept = sequence.run, None, None
+    run, guards, kept = sequence.run, None, None
 
     def look_up():
         """The tensors and eps of every step, handed over, or None where something is not as it was."""
-        if any(not plan.trace.current(module) or plan.state() != state for plan, module, state in containers):
-            return None
         tensors = []
         for step, facts, there in expected:
             given = step.tensors()
@@ -529,14 +526,14 @@ def _prepared(builder, x, signature):
         return sequence.keep(tensors, [step.eps for step in steps], builder.flat)
 
     def again(x):
-        nonlocal watch, kept
+        nonlocal guards, kept
         if (x.shape, x.stride(), x.dtype, x.device) != signature:
             return None
-        if watch is None or not watch.holds():
+        if guards is None or not guards.holds():
             kept = look_up()
             if kept is None:
                 return None
-            watch = _watch(sequence.watch(), steps, containers)
+            guards = _guards(sequence.guards(), steps)
         for counter, calls in counts:
             counter[0] += calls
         try:
@@ -547,11 +544,13 @@ def _prepared(builder, x, signature):
     return again
 
 
-def _watch(watch, steps, containers):
-    """A Watch over all that `look_up` looks at, or None where a Watch cannot tell."""
-    for plan, module, _ in containers:
-        if not plan.watch(watch, module):
-            return None
+def _guards(guards, steps):
+    """Notes which tensors the steps have. Everything else that `look_up` looks at is among the facts of the plan that
+    holds the sequence."""
     for step in steps:
-        step.watch(watch)
-    return watch
+        for values, name in step.places():
+            if name in values:
+                guards.item(values, name, values[name])
+            else:
+                guards.absent(values, name)
+    return guards

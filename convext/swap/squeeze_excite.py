@@ -11,35 +11,29 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import calls, chains
-from . import signature as signatures
+from .capture import signature as signatures
 
-# Name of the gate -> what computes it; csrc/cpu/squeeze_excite.h numbers them in this order.
+# Name of the gate -> what computes it; csrc/cpu/kernels/elementwise/squeeze_excite.h numbers them in this order.
 _GATES = {"sigmoid": (nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid"),
           "hardsigmoid": (nn.Hardsigmoid, F.hardsigmoid)}
 GATES = tuple(_GATES)
 
 
 class SqueezeExcite(NamedTuple):
-    """One found: the container's plan and its state then, and what it computes with."""
+    """What one computes with."""
 
-    plan: object
-    state: tuple
     squeeze: nn.Module
     excite: nn.Module
     activation: str
     gate: str
 
-    def holds(self, module) -> bool:
-        """True while the container still does what was found."""
-        return self.plan.trace.current(module) and self.plan.state() == self.state
 
-
-def match(module, plan):
-    """SqueezeExcite of a container and its plan for calls with one tensor, or None."""
+def match(plan):
+    """SqueezeExcite of a container's plan for calls with one tensor, or None."""
     if plan is None or plan.signature is not signatures.ONE_TENSOR:
         return None
-    state, graph, modules = plan.state(), plan.trace.graph, plan.trace.modules
-    if state is None or state[1]:
+    graph, modules = plan.trace.graph, plan.trace.modules
+    if plan.trace.opaque:
         return None
     found, _ = chains.find(graph, modules)
     nodes = list(graph.nodes)
@@ -64,7 +58,7 @@ def match(module, plan):
     if any(c.kernel_size != (1, 1) or c.stride != (1, 1) or c.groups != 1 or c.padding not in ((0, 0), 0)
            for c in convs):
         return None
-    return SqueezeExcite(plan, state, *convs, squeeze.activation, gate)
+    return SqueezeExcite(*convs, squeeze.activation, gate)
 
 
 def _gate(node, modules):

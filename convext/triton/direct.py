@@ -12,13 +12,14 @@ on the parity of h and w. Pixels of one parity (one residue of h modulo stride_h
 and over those they are an ordinary unit-stride convolution. So the grid holds stride_h * stride_w residue classes, and
 no product with a structural zero is ever formed. Both passes are then one gather along each axis,
 
-    position(i, t) = i*SCALE + base + t*STEP          filter row = first + t*FILTER_STEP
+    input(i, t) = in_first + in_step*i + in_tap_step*t        filter row(t) = tap_first + tap_step*t
 
-              SCALE      base                         STEP                       first   FILTER_STEP
-    fprop     stride     -pad                         dil                        0       1
-    dgrad     1          (a + pad - r0*dil)/stride    -FILTER_STEP*dil/stride    r0      stride / gcd(stride, dil)
+              in_first                          in_step   in_tap_step             tap_first   tap_step
+    fprop     -pad                              stride    dil                     0           1
+    dgrad     (a + pad - tap_first*dil)/stride  1         -tap_step*dil/stride    r0          stride / gcd(stride, dil)
 
-for pixel h = a + i*stride of class a, and one main loop, `gather_gemm`:
+for pixel h = out_first + out_step*i = a + stride*i of class a: the map of the compiled kernels (csrc/core/axis.h).
+Below, in_first is base_*, in_tap_step STEP_*, tap_first r0 or s0, tap_step R_STEP or S_STEP. One loop, `gather_gemm`:
 
             BLOCK_N filters                      The loop walks taps, and channels within a tap, BLOCK_K at a time.
            +-----------+                         With few channels (the stem's 3) a tap would leave most of BLOCK_K

@@ -2,7 +2,7 @@
 
     out = activation(gamma * (acc + bias - mean) / sqrt(var + eps) + beta + residual)        every part may be absent
 
-The activations and their derivatives are those of csrc/epilogue.h, in its order; a test holds the two together.
+The activations and their derivatives are those of csrc/core/epilogue.h, in its order; a test holds the two together.
 Each is written with `where`, so that a NaN passes through as it does in PyTorch.
 """
 

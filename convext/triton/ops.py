@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..backends.triton import BACKEND
+from ..memory_format import memory_format, suggests_channels_last, weight_gradient_is_channels_last
 from ..problem import ConvProblem, Epilogue, Geom
 from .interpreter import interpreting
 
@@ -49,7 +50,7 @@ def _fprop_problem(x, w, *geom, channels_last=False) -> ConvProblem:
     return ConvProblem.of_fprop(_concrete(x), _concrete(w), _geom(*geom), channels_last)
 
 
-def _dgrad_problem(dy, w, input_size, *geom, channels_last=False) -> ConvProblem:
+def _dgrad_problem(dy, w, input_size, *geom, channels_last=None) -> ConvProblem:
     return ConvProblem.of_dgrad(_concrete(dy), _concrete(w), tuple(map(int, input_size)), _geom(*geom), channels_last)
 
 
@@ -63,17 +64,21 @@ def _fake_fprop(x, w, bias, mean, var, gamma, beta, residual, stride, padding, d
     return BACKEND.empty_y(problem, x)
 
 
-def _fake_dgrad(dy, w, input_size, stride, padding, dilation, groups, channels_last=False):
+def _fake_dgrad(dy, w, input_size, stride, padding, dilation, groups, channels_last=None):
     problem = _dgrad_problem(dy, w, input_size, stride, padding, dilation, groups, channels_last=channels_last)
     return BACKEND.empty_x(problem, dy)
 
 
-def _fake_wgrad(dy, x, kernel_size, stride, padding, dilation, groups):
-    return dy.new_empty((dy.shape[1], x.shape[1] // groups, *kernel_size))
+def _fake_wgrad(dy, x, kernel_size, stride, padding, dilation, groups, channels_last=False):
+    return torch.empty((dy.shape[1], x.shape[1] // groups, *kernel_size), dtype=x.dtype, device=x.device,
+                       memory_format=memory_format(channels_last))
 
 
 def _fake_depthwise_backward(dy, x, w, stride, padding, dilation, groups):
-    return _fake_dgrad(dy, w, x.shape[2:], stride, padding, dilation, groups), w.new_empty(w.shape)
+    channels_last = suggests_channels_last(x) or suggests_channels_last(w)
+    return (_fake_dgrad(dy, w, x.shape[2:], stride, padding, dilation, groups, channels_last),
+            torch.empty(w.shape, dtype=w.dtype, device=w.device,
+                        memory_format=memory_format(weight_gradient_is_channels_last(w, channels_last))))
 
 
 def _fake_bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training):
@@ -91,23 +96,24 @@ def fprop(x: Tensor, w: Tensor, bias: Tensor | None, mean: Tensor | None, var: T
 
 @_operator(_fake_dgrad)
 def dgrad(dy: Tensor, w: Tensor, input_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-          dilation: Sequence[int], groups: int, channels_last: bool = False) -> Tensor:
+          dilation: Sequence[int], groups: int, channels_last: bool | None = None) -> Tensor:
     problem = _dgrad_problem(dy, w, input_size, stride, padding, dilation, groups, channels_last=channels_last)
     return BACKEND.dgrad(problem, dy, w)
 
 
 @_operator(_fake_wgrad)
 def wgrad(dy: Tensor, x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-          dilation: Sequence[int], groups: int) -> Tensor:
+          dilation: Sequence[int], groups: int, channels_last: bool = False) -> Tensor:
     problem = _wgrad_problem(dy, x, kernel_size, stride, padding, dilation, groups)
-    return BACKEND.wgrad(problem, dy, x)
+    return BACKEND.wgrad(problem, dy, x, channels_last)
 
 
 @_operator(_fake_depthwise_backward)
 def depthwise_backward(dy: Tensor, x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int],
                        dilation: Sequence[int], groups: int) -> tuple[Tensor, Tensor]:
-    problem = _dgrad_problem(dy, w, x.shape[2:], stride, padding, dilation, groups)
-    return BACKEND.depthwise_backward(problem, dy, x, w)
+    channels_last = suggests_channels_last(x) or suggests_channels_last(w)
+    problem = _dgrad_problem(dy, w, x.shape[2:], stride, padding, dilation, groups, channels_last=channels_last)
+    return BACKEND.depthwise_backward(problem, dy, x, w, weight_gradient_is_channels_last(w, channels_last))
 
 
 @_operator(lambda y: (BACKEND.empty_statistics(y), BACKEND.empty_statistics(y)))

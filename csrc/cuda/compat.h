@@ -1,8 +1,9 @@
-// The one door to CUDA for kernels: nvcc's own headers, or, with CONVEXT_CUDA_ON_CPU, the emulation that tests use.
+// The one door to CUDA for kernels: nvcc's own headers, or the emulation that tests use, a header that
+// CONVEXT_CUDA_ON_CPU names.
 #pragma once
 
 #if defined(CONVEXT_CUDA_ON_CPU)
-#include "../tests/cuda_on_cpu/cuda_names.h"
+#include CONVEXT_CUDA_ON_CPU
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -36,7 +37,7 @@ const char* launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, 
 
 #define CONVEXT_DEVICE __device__ __forceinline__
 
-#include "../variant.h"
+#include "core/variant.h"
 
 namespace convext::cuda {
 
@@ -70,13 +71,25 @@ CONVEXT_DEVICE fp16 from_accumulate<fp16>(float v) { return __float2half(v); }
 template <class T>
 struct DTypeOf;
 template <>
-struct DTypeOf<float> { static constexpr DType value = DType::kFloat32; };
+struct DTypeOf<float> {
+  static constexpr DType value = DType::kFloat32;
+  static constexpr Arithmetic arithmetic = Arithmetic::float32, on_tensor_cores = Arithmetic::tf32;
+};
 template <>
-struct DTypeOf<double> { static constexpr DType value = DType::kFloat64; };
+struct DTypeOf<double> {
+  static constexpr DType value = DType::kFloat64;
+  static constexpr Arithmetic arithmetic = Arithmetic::float64;
+};
 template <>
-struct DTypeOf<bf16> { static constexpr DType value = DType::kBFloat16; };
+struct DTypeOf<bf16> {
+  static constexpr DType value = DType::kBFloat16;
+  static constexpr Arithmetic arithmetic = Arithmetic::float32, on_tensor_cores = Arithmetic::bfloat16;
+};
 template <>
-struct DTypeOf<fp16> { static constexpr DType value = DType::kFloat16; };
+struct DTypeOf<fp16> {
+  static constexpr DType value = DType::kFloat16;
+  static constexpr Arithmetic arithmetic = Arithmetic::float32, on_tensor_cores = Arithmetic::float16;
+};
 
 // 16 bytes of T, what one thread loads at a time.
 template <class T>

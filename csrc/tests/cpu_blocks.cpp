@@ -1,69 +1,22 @@
-// Stand-alone test of blocks (block.h): bit for bit what their steps give one by one, on every instruction set that this
-// CPU has, for any number of threads and any size of strip; squeeze and excitation, and the mean over pixels, against
-// plain loops; and what images go together (phases.h). No torch.
+// Stand-alone test of blocks (block.h): bit for bit what their steps give one by one, on every instruction set that
+// this CPU has, for any number of threads and any size of strip; squeeze and excitation, and the mean over pixels,
+// against plain loops; and what images go together (phases.h). No torch.
 // Exits non-zero on failure.
-#include "../block.h"
+#include "cpu/runtime/block.h"
 
 #include <cmath>
-#include <cstdio>
-#include <cstring>
-#include <memory>
-#include <random>
 #include <string>
-#include <thread>
 
-#include "../cpu/mean.h"
-#include "../phases.h"
-#include "../cpu/layer_norm.h"
-#include "../select.h"
+#include "core/select.h"
+#include "cpu/kernels/elementwise/layer_norm.h"
+#include "cpu/kernels/elementwise/mean.h"
+#include "cpu/runtime/phases.h"
+#include "harness.h"
 
 namespace {
 
 using namespace convext;
-
-int failures = 0, checks = 0;
-
-void check(bool ok, const std::string& what) {
-  ++checks;
-  if (ok) return;
-  if (++failures <= 20) std::fprintf(stderr, "FAILED %s\n", what.c_str());
-}
-
-int threads_to_use = 1;
-
-Parallel parallel_with(int threads) {
-  threads_to_use = threads;
-  return {[](int64_t begin, int64_t end, int64_t, RangeBody body, void* context) {
-            std::vector<std::thread> pool;
-            const int64_t count = end - begin;
-            for (int64_t t = 1; t < threads_to_use; ++t) {
-              pool.emplace_back(body, context, begin + count * t / threads_to_use,
-                                begin + count * (t + 1) / threads_to_use);
-            }
-            body(context, begin, begin + count / threads_to_use);
-            for (std::thread& thread : pool) thread.join();
-          },
-          threads};
-}
-
-// 64-byte aligned memory between guards of its own, so that the sanitizers see what leaves it.
-struct Buffer {
-  std::unique_ptr<char, void (*)(void*)> data;
-  explicit Buffer(int64_t bytes)
-      : data(static_cast<char*>(std::aligned_alloc(64, (bytes + 127) / 64 * 64)), std::free) {
-    std::memset(data.get(), 0xFF, (bytes + 127) / 64 * 64);  // NaN
-  }
-  float* floats() { return reinterpret_cast<float*>(data.get()); }
-};
-
-std::mt19937 generator(7);
-
-std::vector<float> random_values(int64_t count) {
-  std::uniform_real_distribution<float> uniform(-1, 1);
-  std::vector<float> values(count);
-  for (float& v : values) v = uniform(generator);
-  return values;
-}
+using namespace convext::testing;
 
 // A layer of a block: channels out, filter, stride; 0 channels for a depthwise one, and no filter for a LayerNorm.
 struct Layer {
@@ -350,12 +303,7 @@ void test_phases() {
 }  // namespace
 
 int main() {
-  std::vector<std::pair<std::string, Isa>> isas = {{"portable", Isa::kPortable}};
-#if defined(CONVEXT_HAVE_X86_ISAS)
-  isas.insert(isas.end(), {{"avx2", Isa::kAVX2}, {"avx512", Isa::kAVX512}});
-#endif
-  for (const auto& [name, isa] : isas) {
-    if (isa > detect_cpu_isa()) continue;
+  for (const auto& [isa, name] : instruction_sets(detect_cpu_isa())) {
     settings().cpu_isa = isa;
     for (const Case& c : cases()) test(c, squeeze_excite_for(isa), name);
     test_mean(isa, name);
@@ -364,6 +312,5 @@ int main() {
   if (detect_cpu_isa() >= Isa::kAVX512BF16) test_mean_of_bfloat16();
   test_rejects();
   test_phases();
-  std::printf("%d checks of blocks, %d failed\n", checks, failures);
-  return failures != 0;
+  return summary();
 }

@@ -1,31 +1,18 @@
-// Stand-alone test of LayerNorm (cpu/layer_norm.h) against plain loops in long double, and of GELU's distribution function
-// in float32 (cpu/vec.h) against the C library's, on every instruction set that this CPU has. No torch. Exits non-zero on
+// Stand-alone test of LayerNorm (layer_norm.h) against plain loops in long double, and of GELU's distribution function
+// in float32 (vec.h) against the C library's, on every instruction set that this CPU has. No torch. Exits non-zero on
 // failure.
-#include "../cpu/layer_norm.h"
+#include "cpu/kernels/elementwise/layer_norm.h"
 
 #include <cmath>
-#include <cstdio>
-#include <cstring>
 #include <limits>
-#include <random>
-#include <string>
-#include <vector>
 
-#include "../select.h"
+#include "core/select.h"
+#include "harness.h"
 
 namespace {
 
 using namespace convext;
-
-int failures = 0, checks = 0;
-
-void check(bool ok, const std::string& what) {
-  ++checks;
-  if (ok) return;
-  if (++failures <= 20) std::fprintf(stderr, "FAILED %s\n", what.c_str());
-}
-
-const Parallel serial{nullptr, 1};
+using namespace convext::testing;
 
 ConvProblem pointwise(int pixels, int c, DType dtype) {
   ConvProblem p{};
@@ -38,9 +25,9 @@ ConvProblem pointwise(int pixels, int c, DType dtype) {
 }
 
 // The mean errs by half a rounding of itself, because it is corrected by what it leaves, and by the rounding of that: a
-// walk of c steps whose partial sums are within sqrt(c) standard deviations, divided by c, which is within a rounding of
-// one deviation, twice with what each difference rounds. What this is beside the standard deviation, every output may err
-// by. Sums of c squares, and what follows, add a few roundings of the output.
+// walk of c steps whose partial sums are within sqrt(c) standard deviations, divided by c, which is within a rounding
+// of one deviation, twice with what each difference rounds. What this is beside the standard deviation, every output
+// may err by. Sums of c squares, and what follows, add a few roundings of the output.
 template <class T>
 void test_layer_norm(DType dtype, Isa isa, int c, T mean, bool affine) {
   constexpr int kPixels = 7;
@@ -56,7 +43,7 @@ void test_layer_norm(DType dtype, Isa isa, int c, T mean, bool affine) {
   const double eps = 1e-6;
   LaunchArgs args{};
   args.a = x.data(), args.b = &eps, args.out = y.data();
-  args.parallel = &serial;
+  args.parallel = &kSerial;
   if (affine) args.epilogue.scale = gamma.data(), args.epilogue.shift = beta.data();
   const Variant* const variant = layer_norm_for(isa, dtype);
   check(variant->launch(pointwise(kPixels, c, dtype), args) == nullptr, what);
@@ -82,7 +69,7 @@ void test_special_values(Isa isa) {
   x[20 + 19] = nan;
   LaunchArgs args{};
   args.a = x.data(), args.b = &eps, args.out = y.data();
-  args.parallel = &serial;
+  args.parallel = &kSerial;
   check(layer_norm_for(isa, DType::kFloat32)->launch(pointwise(3, 20, DType::kFloat32), args) == nullptr, "special");
   for (int k = 0; k < 20; ++k) {
     check(y[k] == 0 && y[40 + k] == 0, "channels that are all equal give zero");
@@ -99,14 +86,14 @@ void test_gelu(Isa isa) {
   for (int k = 0; k < kChannels; ++k) w[k * kChannels + k] = 1;
   for (size_t i = 0; i < x.size(); ++i) x[i] = -9 + 18 * static_cast<float>(i) / static_cast<float>(x.size());
   std::vector<char> packed(variant.packed_size(p)), workspace(variant.workspace ? variant.workspace(p, 1) : 0);
-  variant.pack(p, w.data(), packed.data(), serial);
+  variant.pack(p, w.data(), packed.data(), kSerial);
   LaunchArgs args{};
   args.a = x.data(), args.b = packed.data(), args.out = y.data();
   args.workspace = workspace.data();
   args.epilogue.activation = Activation::gelu;
-  args.parallel = &serial;
+  args.parallel = &kSerial;
   check(variant.launch(p, args) == nullptr, variant.name);
-  // The fit's error and the a priori bound of its rounding, cpu/vec.h; half a rounding of the product.
+  // The fit's error and the a priori bound of its rounding, vec.h; half a rounding of the product.
   const double unit = std::ldexp(1.0, -24);
   double worst = 0;
   for (size_t i = 0; i < x.size(); ++i) {
@@ -119,12 +106,7 @@ void test_gelu(Isa isa) {
 }  // namespace
 
 int main() {
-  std::vector<Isa> isas = {Isa::kPortable};
-#if defined(CONVEXT_HAVE_X86_ISAS)
-  isas.insert(isas.end(), {Isa::kAVX2, Isa::kAVX512});
-#endif
-  for (const Isa isa : isas) {
-    if (isa > detect_cpu_isa()) continue;
+  for (const auto& [isa, name] : instruction_sets(detect_cpu_isa())) {
     settings().cpu_isa = isa;
     for (int c : {1, 2, 7, 15, 16, 17, 31, 32, 33, 96, 100, 768, 1000}) {
       for (bool affine : {false, true}) {
@@ -138,6 +120,5 @@ int main() {
     test_gelu(isa);
   }
   check(layer_norm_for(Isa::kPortable, DType::kBFloat16) == nullptr, "there is no bfloat16 form");
-  std::printf("%d checks of layer norm and gelu, %d failed\n", checks, failures);
-  return failures != 0;
+  return summary();
 }

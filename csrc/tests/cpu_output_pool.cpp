@@ -1,6 +1,6 @@
 // Stand-alone test of the pool of dropped results (output_pool.h): what is handed out again, what is freed, threads,
 // fork. No torch. Exits non-zero on failure.
-#include "../output_pool.h"
+#include "cpu/runtime/output_pool.h"
 
 #include <sys/wait.h>
 #include <unistd.h>
@@ -14,17 +14,12 @@
 #include <thread>
 #include <vector>
 
+#include "harness.h"
+
 namespace {
 
 using convext::OutputPool;
-
-std::atomic<int> failures{0}, checks{0};
-
-void check(bool ok, const std::string& what) {
-  ++checks;
-  if (ok) return;
-  if (++failures <= 20) std::fprintf(stderr, "FAILED %s\n", what.c_str());
-}
+using namespace convext::testing;
 
 OutputPool& pool() { return OutputPool::of_process(); }
 
@@ -164,6 +159,5 @@ int main() {
   test_threads();
   test_fork();
   empty_pool(0);
-  std::printf("%d of %d checks failed\n", failures.load(), checks.load());
-  return failures ? 1 : 0;
+  return summary();
 }

@@ -1,50 +1,21 @@
-// Stand-alone test of the CPU passes that are no convolution: staging (cpu/staging.h) and batch norm
-// (cpu/batch_norm.h), for every instruction set that this CPU has, against plain loops in long double. No torch.
-// Exits non-zero on failure.
-//
-// Link with the objects of cpu/staging.cpp and cpu/batch_norm.cpp, one for each instruction set, and -pthread.
+// Stand-alone test of the CPU passes that are no convolution: staging (staging.h) and batch norm (batch_norm.h), for
+// every instruction set that this CPU has, against plain loops in long double. No torch. Exits non-zero on failure.
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstring>
 #include <limits>
-#include <random>
-#include <string>
-#include <thread>
-#include <vector>
 
-#include "../cpu/batch_norm.h"
-#include "../cpu/staging.h"
+#include "core/select.h"
+#include "cpu/kernels/elementwise/batch_norm.h"
+#include "cpu/kernels/elementwise/staging.h"
+#include "harness.h"
 
 namespace convext {
 namespace {
 
 using Real = long double;
 
-int failures = 0;
-
-void check(bool ok, const std::string& what) {
-  if (ok) return;
-  if (++failures <= 20) std::fprintf(stderr, "FAILED %s\n", what.c_str());
-}
-
-struct IsaName {
-  Isa isa;
-  const char* name;
-};
-
-std::vector<IsaName> isas() {
-  std::vector<IsaName> all = {{Isa::kPortable, "portable"}};
-#if defined(CONVEXT_HAVE_X86_ISAS)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) all.push_back({Isa::kAVX2, "avx2"});
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    all.push_back({Isa::kAVX512, "avx512"});
-  }
-#endif
-  return all;
-}
+using testing::check;
+using testing::NamedIsa;
 
 Parallel parallel_with(int threads) {
   if (threads == 1) {
@@ -260,7 +231,7 @@ void halves_round_to_nearest_even(const Staging& staging, const std::string& isa
   }
 }
 
-void test_staging(const IsaName& isa) {
+void test_staging(const NamedIsa& isa) {
   const Staging& staging = staging_for(isa.isa);
   copy_every_layout_and_dtype(staging, isa.name);
   copy_large_with_threads(staging, isa.name);
@@ -463,7 +434,7 @@ void nan_stays_where_it_is(const BatchNorm& table, const std::string& isa) {
   }
 }
 
-void test_batch_norm(const IsaName& isa) {
+void test_batch_norm(const NamedIsa& isa) {
   const BatchNorm& table = batch_norm_for(isa.isa);
   const Shape shapes[] = {{1, 1, 1}, {2, 16, 49}, {3, 37, 25}, {1, 130, 9}, {5, 3, 700}, {200, 5, 1}, {2, 20, 4099}};
   int count = 0;
@@ -490,10 +461,9 @@ void test_batch_norm(const IsaName& isa) {
 }  // namespace convext
 
 int main() {
-  for (const convext::IsaName& isa : convext::isas()) {
+  for (const convext::testing::NamedIsa& isa : convext::testing::instruction_sets(convext::detect_cpu_isa())) {
     convext::test_staging(isa);
     convext::test_batch_norm(isa);
-    std::printf("%s: done, %d failures so far\n", isa.name, convext::failures);
   }
-  return convext::failures ? 1 : 0;
+  return convext::testing::summary();
 }

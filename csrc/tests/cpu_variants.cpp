@@ -1,8 +1,9 @@
 // Every CPU kernel of variants.inc, on every instruction set that this CPU has, against a float64 loop nest over a list
 // of edge cases; and a bench. No torch. Built by csrc/tests/run.py, under sanitizers too, or by hand from this file,
-// select.cpp and the kernels in csrc/cpu.
+// core, cpu/kernels and cpu/runtime.
 //
 //   cpu_variants                                                        test; exit status 1 on any failure
+//   cpu_variants --nonfinite                                            what Winograd makes of NaN and infinity alone
 //   cpu_variants --peak                                                 FMA peak of one core, GFLOP/s
 //   cpu_variants --bench N C H W K R S stride pad dil groups [threads]  GFLOP/s of every variant that takes the problem
 #include <algorithm>
@@ -19,32 +20,37 @@
 #include <type_traits>
 #include <vector>
 
-#include "../select.h"
+#include "core/select.h"
+#include "cpu/kernels/roofline/roofline.h"
+#include "harness.h"
 
 namespace {
 
 using namespace convext;
-
-// ---- Threads: chunks of the range on fresh std::threads ----
-
-int threads_to_use = 1;
-
-void run_threads(int64_t begin, int64_t end, int64_t, RangeBody body, void* context) {
-  const int64_t count = end - begin, threads = std::min<int64_t>(threads_to_use, count);
-  std::vector<std::thread> pool;
-  for (int64_t t = 1; t < threads; ++t) {
-    pool.emplace_back(body, context, begin + count * t / threads, begin + count * (t + 1) / threads);
-  }
-  if (threads > 0) body(context, begin, begin + count / threads);
-  for (auto& thread : pool) thread.join();
-}
-
-Parallel parallel_with(int threads) {
-  threads_to_use = threads;
-  return {run_threads, threads};
-}
+using testing::parallel_with;
 
 // ---- One case: a problem and what its epilogue does ----
+
+// What Winograd's kernels alone are given besides: pixel for pixel and tap for tap they promise what a plain sum gives
+// whose taps in the padding contribute nothing. The other kernels may multiply such taps by zero.
+enum class Plant {
+  kNothing,
+  kNaNPixels,       // in the first operand: a corner, the middle
+  kInfinitePixels,  // of both signs, side by side too: their sum is NaN where one tap has the other's sign
+  kNaNTaps,         // in the second operand
+  kInfiniteTaps,
+  kBoth,            // infinite pixels and taps
+  kEverywhere,      // nothing but NaN
+  kLargePixels,     // that a transform adds up to infinity, and small taps: every sum is finite
+  kLargeTaps,
+  kLargeSums,       // too large for the type
+};
+constexpr std::pair<Plant, const char*> kPlants[] = {
+    {Plant::kNaNPixels, "NaN pixels"},           {Plant::kInfinitePixels, "infinite pixels"},
+    {Plant::kNaNTaps, "NaN taps"},               {Plant::kInfiniteTaps, "infinite taps"},
+    {Plant::kBoth, "infinite pixels and taps"},  {Plant::kEverywhere, "nothing but NaN"},
+    {Plant::kLargePixels, "large pixels"},       {Plant::kLargeTaps, "large taps"},
+    {Plant::kLargeSums, "sums that overflow"}};
 
 struct Case {
   const char* name;
@@ -52,6 +58,7 @@ struct Case {
   bool scale = false, shift = false, residual = false;
   Activation activation = Activation::identity;
   bool nonfinite = false;  // NaN and infinities among x, w and dy; only without padding
+  Plant plant = Plant::kNothing;
 };
 
 ConvProblem make(int n, int c, int h, int w, int k, int r, int s, int stride_h, int stride_w, int pad_h, int pad_w,
@@ -123,9 +130,11 @@ std::vector<Case> cases() {
       {"groups_of_4_channels", square(1, 32, 9, 32, 3, 1, 1, 1, 8), true, true, false, A::relu},
       {"groups_of_4_channels_stride_2", square(1, 64, 9, 64, 3, 2, 1, 1, 16), false, true},
       {"groups_of_8_channels", square(1, 40, 7, 40, 3, 1, 1, 1, 5), true},
-      {"groups_of_4_channels_stride_3x2_dilation", make(2, 24, 17, 33, 24, 3, 3, 3, 2, 2, 1, 1, 2, 6), true, true, true},
+      {"groups_of_4_channels_stride_3x2_dilation", make(2, 24, 17, 33, 24, 3, 3, 3, 2, 2, 1, 1, 2, 6), true, true,
+       true},
       {"groups_of_4_channels_several_row_blocks", square(1, 16, 30, 16, 3, 1, 1, 1, 4), true, true, false, A::relu},
-      {"groups_of_8_columns_past_one_ring", make(1, 16, 7, 200, 16, 3, 3, 1, 1, 1, 1, 1, 1, 2), true, true, true, A::silu},
+      {"groups_of_8_columns_past_one_ring", make(1, 16, 7, 200, 16, 3, 3, 1, 1, 1, 1, 1, 1, 2), true, true, true,
+       A::silu},
       {"groups_of_2_channels_filter_5x3", make(1, 20, 9, 11, 20, 5, 3, 1, 1, 2, 0, 1, 1, 10), true, false, true},
       {"groups_pointwise", square(2, 40, 9, 40, 1, 1, 0, 1, 10), true, true, true, A::relu6},
       {"groups_grow_from_2_to_4", square(1, 12, 8, 24, 3, 1, 1, 1, 6), false, true},
@@ -170,8 +179,28 @@ std::vector<Case> cases() {
       {"output_of_one_pixel", square(1, 40, 3, 40, 3, 1, 0), true, true, true, A::gelu},
       {"nonfinite_pointwise", square(1, 20, 5, 20, 1, 1, 0), false, true, false, A::relu, true},
       {"nonfinite_filter_3x3", square(1, 20, 9, 20, 3, 1, 0), true, true, false, A::relu6, true},
+      {"nonfinite_winograd", square(1, 40, 12, 36, 3, 1, 0), true, true, true, A::relu6, true},
       {"nonfinite_depthwise", square(1, 20, 9, 20, 3, 1, 0, 1, 20), true, true, false, A::hardswish, true},
       {"batch_8_blocks_of_pixels", square(8, 16, 20, 24, 3, 1, 1), true, true, true, A::relu},
+  };
+}
+
+// What every Plant is tried on: padding, unequal phases, chunks of channels, several panels and blocks, tails.
+std::vector<Case> planted_cases() {
+  using A = Activation;
+  return {
+      {"padded", square(2, 35, 11, 37, 3, 1, 1)},
+      {"relu6", square(1, 64, 14, 64, 3, 1, 1), true, true, true, A::relu6},
+      {"relu_no_padding", square(3, 33, 9, 20, 3, 1, 0), false, true, false, A::relu},
+      {"padding_larger_than_filter", square(1, 36, 5, 34, 3, 1, 4), false, true, false, A::hardswish},
+      {"dilated_phases_of_unequal_length", square(1, 36, 15, 33, 3, 1, 4, 4), true, true, true, A::relu},
+      {"asymmetric", make(2, 34, 13, 10, 33, 3, 3, 1, 1, 2, 0, 1, 2, 1), true, false, true},
+      {"dilation_larger_than_image", square(5, 40, 5, 48, 3, 1, 9, 9), false, true, false, A::silu},
+      {"channels_in_chunks", square(1, 530, 7, 70, 3, 1, 1), true, true, true, A::relu},
+      {"panels_of_filters", square(2, 32, 12, 300, 3, 1, 1), false, false, true, A::gelu},
+      {"gradient_in_shares_with_tails", square(5, 33, 30, 37, 3, 1, 1), true, true, false, A::relu},
+      {"gradient_dilated", square(4, 40, 17, 36, 3, 1, 2, 2)},
+      {"gradient_asymmetric", make(8, 34, 13, 18, 33, 3, 3, 1, 1, 2, 0, 1, 1, 1), false, true, true, A::relu6},
   };
 }
 
@@ -229,6 +258,63 @@ std::vector<T> random_values(size_t count, std::mt19937& rng, bool nonfinite) {
 
 int64_t size_or_zero(int64_t size, const ConvProblem& p) { return p.p() <= 0 || p.q() <= 0 ? 0 : size; }
 
+// Into the operand whose pixels reach outputs, x or dy, and the one that they are multiplied by: w, or dy in wgrad.
+template <class T>
+void plant(const Case& test, Pass pass, Operands<T>& o) {
+  if (test.plant == Plant::kNothing) return;
+  const ConvProblem& p = test.problem;
+  const double nan = std::numeric_limits<double>::quiet_NaN(), inf = std::numeric_limits<double>::infinity();
+  std::vector<T>& in = pass == Pass::kDgrad ? o.y : o.x;
+  std::vector<T>& taps = pass == Pass::kWgrad ? o.y : o.w;
+  const bool dgrad = pass == Pass::kDgrad;
+  const int channels = dgrad ? p.k : p.c, rows = dgrad ? p.p() : p.h, columns = dgrad ? p.q() : p.w;
+  const Strides strides(Layout::kNHWC, channels, rows, columns);
+  const int h = rows / 2, w = columns / 2, c = channels / 3;
+  T& corner = in[strides.at(0, channels - 1, 0, 0)];
+  T& middle = in[strides.at(p.n - 1, c, h, w)];
+  const auto scale = [](std::vector<T>& values, double factor) {
+    for (auto& v : values) v = T(double(v) * factor);
+  };
+  switch (test.plant) {
+    case Plant::kNothing: break;
+    case Plant::kNaNPixels:
+      corner = middle = T(nan);
+      break;
+    case Plant::kBoth:
+    case Plant::kInfinitePixels:
+      corner = T(-inf), middle = T(inf);
+      in[strides.at(p.n - 1, c + 1, h, w)] = T(inf);
+      in[strides.at(p.n - 1, c, h - 1, w - 1)] = T(-inf);
+      if (test.plant == Plant::kInfinitePixels) break;
+      [[fallthrough]];
+    case Plant::kInfiniteTaps:
+      taps[taps.size() / 2] = T(inf), taps.back() = T(-inf);
+      break;
+    case Plant::kNaNTaps:
+      taps[0] = taps[taps.size() / 3] = T(nan);
+      break;
+    case Plant::kEverywhere:
+      for (auto& v : in) v = T(nan);
+      break;
+    case Plant::kLargePixels:
+      corner = T(3e38);
+      for (int i = 0; i < channels; i += 5) in[strides.at(p.n - 1, i, h, w)] = T(i % 2 ? 3e38 : -3e38);
+      in[strides.at(p.n - 1, c, h - 1, w - 1)] = T(-3e38);
+      scale(taps, 1e-5);
+      break;
+    case Plant::kLargeTaps:
+      for (size_t i = 0; i < taps.size(); ++i) {  // all nine of a filter's channel
+        if (i / 9 % 7 == 0) taps[i] = T(i / 9 % 2 ? 3e38 : -3e38);
+      }
+      scale(in, 1e-5);
+      break;
+    case Plant::kLargeSums:  // of one sign, each product near the limit
+      for (auto& v : taps) v = T(0.7 + 0.2 * std::fabs(std::tanh(double(v))));
+      for (int i = 0; i < channels; ++i) in[strides.at(p.n - 1, i, h, w)] = T(3e38);
+      break;
+  }
+}
+
 template <class T>
 Operands<T> random_operands(const Case& test, Pass pass) {
   const ConvProblem& p = test.problem;
@@ -242,6 +328,7 @@ Operands<T> random_operands(const Case& test, Pass pass) {
   o.scale = random_values<Compute<T>>(p.k, rng, false);
   o.shift = random_values<Compute<T>>(p.k, rng, false);
   o.residual = random_values<T>(size_or_zero(p.y_size(), p), rng, false);
+  plant(test, pass, o);
   return o;
 }
 
@@ -285,6 +372,9 @@ Reference reference(const Case& test, Pass pass, const Operands<T>& o) {
     ref.value[to] += product;
     ref.magnitude[to] += std::fabs(product);
   });
+  for (double& v : ref.value) {  // as large as a sum of its type gets, before anything else is done with it
+    if (std::fabs(v) > std::numeric_limits<Compute<T>>::max()) v *= std::numeric_limits<double>::infinity();
+  }
   if (pass != Pass::kFprop) return ref;
   const Strides ys(p.y_layout, p.k, p.p(), p.q());
   for (int n = 0; n < p.n; ++n)
@@ -313,6 +403,10 @@ struct Aligned {
   Aligned(const Aligned&) = delete;
 };
 
+WeightSource source_of(const void* w) {
+  return {[](const void* context, const Parallel&, void*) { return context; }, w};
+}
+
 template <class T>
 std::string run(const Variant& v, const ConvProblem& p, const Operands<T>& o, const Epilogue& epilogue, int threads,
                 std::vector<T>& out) {
@@ -327,6 +421,7 @@ std::string run(const Variant& v, const ConvProblem& p, const Operands<T>& o, co
   args.epilogue = epilogue;
   args.workspace = workspace.data;
   args.parallel = &parallel;
+  args.weights = source_of(o.w.data());
   const char* error = v.launch(p, args);
   return error ? error : "";
 }
@@ -337,17 +432,16 @@ Epilogue epilogue_of(const Case& test, const Operands<T>& o) {
           test.residual ? o.residual.data() : nullptr, test.activation};
 }
 
-bool is_winograd(const Variant& v) { return std::strncmp(v.algo, "winograd", 8) == 0; }
+bool is_winograd(const Variant& v) { return v.algorithm == Algorithm::winograd; }
 
 // The errors of a sum of k terms grow as sqrt(k) eps times the terms' magnitude; 2 is room, 4 the epilogue's steps.
-// Winograd's own factor is derived in docs/design.md: 26.3 / 9 for F(4x4), less in wgrad, 11.1 / 9 for F(3x3), less than 1 for F(2x2).
+// Winograd's own factor is derived in docs/design.md: 26.3 / 9 for F(4x4), less in wgrad, 11.1 / 9 for F(3x3), less
+// than 1 for F(2x2).
 // Products of bfloat16 are exact in float; the pair of an AVX512-BF16 instruction is two steps of the sum.
 template <class T>
 double tolerance(const Variant& v, const ConvProblem& p) {
   const double eps = std::numeric_limits<Compute<T>>::epsilon();
-  const double growth = std::strcmp(v.algo, "winograd4x4") == 0   ? 26.3 / 9
-                        : std::strcmp(v.algo, "winograd3x3") == 0 ? 11.1 / 9
-                                                                  : 1.0;
+  const double growth = v.tile == 4 ? 26.3 / 9 : v.tile == 3 ? 11.1 / 9 : 1.0;
   return 2 * growth * eps * (std::sqrt(std::max<double>(1, p.gemm_shape(v.pass).k)) + 4);
 }
 
@@ -360,7 +454,7 @@ std::string check(const Variant& v, const Case& test, const Operands<T>& o, cons
   // A Winograd tile mixes the magnitudes of its neighbourhood.
   const bool mixes = is_winograd(v);
   double largest = 0;
-  for (double m : ref.magnitude) largest = std::max(largest, m);
+  for (double m : ref.magnitude) largest = std::isfinite(m) ? std::max(largest, m) : largest;
   for (size_t i = 0; i < out.size(); ++i) {
     const double want = ref.value[i], got = out[i];
     double bound = relative * (mixes ? largest : ref.magnitude[i]);
@@ -403,8 +497,6 @@ int test_dtype(DType dtype, std::map<std::string, int>& counts) {
           if (x_layout == Layout::kNCHW && !v->takes_nchw_x()) continue;
           if (y_layout == Layout::kNCHW && !v->takes_nchw_y()) continue;
           if (v->dtype != dtype || reject(*v, Device::kCPU, pass, test.problem)) continue;
-          // Winograd multiplies infinities by zeros of its transforms: it promises finite operands only.
-          if (test.nonfinite && is_winograd(*v)) continue;
           if (ref.value.empty()) ref = reference<T>(test, pass, operands);
           const std::string error = check<T>(*v, test, operands, ref);
           if (!error.empty()) {
@@ -420,10 +512,38 @@ int test_dtype(DType dtype, std::map<std::string, int>& counts) {
   return failures;
 }
 
+// Winograd's kernels keep NaN, infinity and overflow where plain sums have them.
+template <class T>
+int test_plants(DType dtype) {
+  int failures = 0, checked = 0;
+  for (Case test : planted_cases()) {
+    test.problem.dtype = dtype;
+    for (Pass pass : {Pass::kFprop, Pass::kDgrad, Pass::kWgrad}) {
+      for (const auto& [what, name] : kPlants) {
+        test.plant = what;
+        Operands<T> operands;
+        Reference ref;
+        for (const Variant* v : variants()) {
+          if (!is_winograd(*v) || v->dtype != dtype || reject(*v, Device::kCPU, pass, test.problem)) continue;
+          if (ref.value.empty()) operands = random_operands<T>(test, pass), ref = reference<T>(test, pass, operands);
+          const std::string error = check<T>(*v, test, operands, ref);
+          ++checked;
+          if (error.empty()) continue;
+          std::printf("FAIL %s on %s with %s: %s\n", v->name, test.name, name, error.c_str());
+          ++failures;
+        }
+      }
+    }
+  }
+  std::printf("%d Winograd cases with what is not finite\n", checked);
+  return failures;
+}
+
 int test() {
   std::map<std::string, int> counts;
   int failures = test_dtype<float>(DType::kFloat32, counts) + test_dtype<double>(DType::kFloat64, counts) +
-                 test_dtype<BFloat16>(DType::kBFloat16, counts);
+                 test_dtype<BFloat16>(DType::kBFloat16, counts) + test_plants<float>(DType::kFloat32) +
+                 test_plants<BFloat16>(DType::kBFloat16);
   for (const Variant* v : variants()) {
     if (v->device != Device::kCPU || v->isa > detect_cpu_isa()) continue;
     std::printf("%-34s %4d cases\n", v->name, counts[v->name]);
@@ -456,6 +576,7 @@ void bench(const Variant& v, const ConvProblem& p, int threads) {
                    nullptr, v.pass == Pass::kFprop ? Activation::relu : Activation::identity};
   args.workspace = workspace.data;
   args.parallel = &parallel;
+  args.weights = source_of(o.w.data());
   double best = 1e30, spent = 0;
   for (int i = 0; i < 3 || (spent < 0.25 && i < 2000); ++i) {
     const double start = now();
@@ -467,47 +588,15 @@ void bench(const Variant& v, const ConvProblem& p, int threads) {
               p.flops() / best * 1e-9);
 }
 
-// Independent chains of FMAs on vectors of BYTES bytes, GFLOP/s.
-#define CONVEXT_PEAK(name, BYTES, target)                                     \
-  target double name() {                                                      \
-    typedef float Vector __attribute__((vector_size(BYTES)));                 \
-    constexpr int kChains = 12;                                               \
-    double best = 0;                                                          \
-    for (int repeat = 0; repeat < 10; ++repeat) {                             \
-      Vector acc[kChains] = {}, a = acc[0] + 0.999f, b = acc[0] + 1e-3f;      \
-      for (int j = 0; j < kChains; ++j) acc[j] = acc[j] + float(j);           \
-      const int64_t steps = 10000000;                                         \
-      const double start = now();                                             \
-      for (int64_t i = 0; i < steps; ++i) {                                   \
-        _Pragma("GCC unroll 12") for (int j = 0; j < kChains; ++j) acc[j] = acc[j] * a + b; \
-      }                                                                       \
-      const double time = now() - start;                                      \
-      volatile float sink = 0;                                                \
-      for (const auto& chain : acc) sink = sink + chain[0];                   \
-      best = std::max(best, 2.0 * BYTES / 4 * kChains * steps / time * 1e-9); \
-    }                                                                         \
-    return best;                                                              \
-  }
-#if defined(CONVEXT_HAVE_X86_ISAS)
-CONVEXT_PEAK(peak_avx512, 64, __attribute__((target("avx512f,fma"))))
-CONVEXT_PEAK(peak_avx2, 32, __attribute__((target("avx2,fma"))))
-#endif
-CONVEXT_PEAK(peak_portable, 16, )
-
-double peak() {
-#if defined(CONVEXT_HAVE_X86_ISAS)
-  if (detect_cpu_isa() >= Isa::kAVX512) return peak_avx512();
-  if (detect_cpu_isa() == Isa::kAVX2) return peak_avx2();
-#endif
-  return peak_portable();
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
   if (argc > 1 && std::string(argv[1]) == "--peak") {
-    std::printf("%.1f GFLOP/s\n", peak());
+    std::printf("%.1f GFLOP/s\n", roofline_for(detect_cpu_isa()).fma_flops(DType::kFloat32, 1) * 1e-9);
     return 0;
+  }
+  if (argc > 1 && std::string(argv[1]) == "--nonfinite") {
+    return test_plants<float>(DType::kFloat32) + test_plants<BFloat16>(DType::kBFloat16) > 0;
   }
   if (argc > 1 && std::string(argv[1]) == "--bench") {
     if (argc < 13) return std::printf("--bench N C H W K R S stride pad dil groups [threads] [name filter]\n"), 2;

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "../cuda/batch_norm.h"
+#include "cuda/batch_norm/batch_norm.h"
 #include "device.h"
 #include "reference.h"
 #include "tensor.h"

@@ -17,15 +17,15 @@
 #include <tuple>
 #include <vector>
 
-#include "../cuda/batch_norm.h"
-#include "../variant.h"
+#include "cuda/batch_norm/batch_norm.h"
+#include "core/variant.h"
 #include "device.h"
 #include "reference.h"
 #include "tensor.h"
 
 namespace convext {
 #define CONVEXT_CUDA_VARIANT(name) extern const Variant name;
-#include "../variants.inc"
+#include "core/variants.inc"
 
 namespace {
 
@@ -37,7 +37,7 @@ using testing::Tensor;
 
 const Variant* const kVariants[] = {
 #define CONVEXT_CUDA_VARIANT(name) &name,
-#include "../variants.inc"
+#include "core/variants.inc"
 };
 
 struct Case {
@@ -127,7 +127,7 @@ int64_t size_of_out(Pass pass, const ConvProblem& p) {
 bool wants_krsc(const Variant& variant, const ConvProblem& p) {
   return variant.pack_format && strcmp(variant.pack_format(p), "krsc") == 0;
 }
-bool uses_tf32(const Variant& variant) { return strstr(variant.name, "tf32") != nullptr; }
+bool uses_tf32(const Variant& variant) { return variant.arithmetic == Arithmetic::tf32; }
 
 // ---- one run
 
@@ -316,7 +316,7 @@ class SparseMemory {
 // values are small whole numbers, so results are exact.
 void run_past_32_bits(const Variant& variant) {
   constexpr int kChannels = 8;
-  const bool depthwise = !strcmp(variant.algo, "depthwise"), dgrad = variant.pass == Pass::kDgrad;
+  const bool depthwise = variant.algorithm == Algorithm::depthwise, dgrad = variant.pass == Pass::kDgrad;
   if (depthwise && variant.pass == Pass::kWgrad) return;  // it walks over every pixel of x
   for (const Layout layout : {kNHWC, kNCHW}) {
     ConvProblem p = nhwc(1, kChannels, 65537, 4097, kChannels, 1, 1, 1, 0, 1, depthwise ? kChannels : 1);

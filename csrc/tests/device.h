@@ -6,7 +6,7 @@
 #if defined(CONVEXT_CUDA_ON_CPU)
 #include <cstring>
 
-#include "cuda_on_cpu/cuda_names.h"
+#include "tests/cuda_on_cpu/cuda_names.h"
 
 namespace convext::testing {
 

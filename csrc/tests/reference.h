@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "../conv_problem.h"
-#include "../epilogue.h"
+#include "core/conv_problem.h"
+#include "core/epilogue.h"
 
 namespace convext::reference {
 

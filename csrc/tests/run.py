@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from setup import CPU_HOST, CSRC, CXX_FLAGS, Ninja, compile_cuda, compiler, cpu_kernels, cuda_plan  # noqa: E402
+from setup import CSRC, CXX_FLAGS, Ninja, compile_cuda, compiler, cpu_host, cpu_kernels, cuda_plan  # noqa: E402
 
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1"]
 
@@ -31,7 +31,7 @@ def build(folder: Path, extra: list[str]) -> list[Path]:
     ninja.rule("cxx", f"{compiler()} -MMD -MF $out.d {flags} $flags -c $in -o $out")
     for source, isa, isa_flags in cpu_kernels():
         ninja.compile("library", "cxx", source, f".{isa}", isa_flags)
-    for host in CPU_HOST:
+    for host in cpu_host():
         ninja.compile("library", "cxx", host)
     programs = []
     for source in sorted((CSRC / "tests").glob("cpu_*.cpp")):

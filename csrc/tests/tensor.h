@@ -3,7 +3,7 @@
 #include <random>
 #include <vector>
 
-#include "../conv_problem.h"
+#include "core/conv_problem.h"
 #include "device.h"
 
 namespace convext::testing {

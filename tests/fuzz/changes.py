@@ -8,8 +8,10 @@ import copy
 import functools
 import io
 import pickle
+import sys
 import threading
 import types
+import weakref
 
 import compare
 import helpers
@@ -264,14 +266,23 @@ def class_attribute(s):
     return f"class {kind.__name__}.{name} = {value!r}"
 
 
+def _taken(s, name):
+    """Whether a method of that name was put into an instance: it may call one taken from there before, which stays the
+    class's former one in an unswapped model. README's limits say so."""
+    return any(name in module.__dict__ for module in s.plain.modules())
+
+
 @change
 def method_of_a_class(s):
     """Of the user's classes and of torch's."""
-    shared = {type(m) for m in s.swapped.modules()} | {nn.Conv2d}     # a parametrized module has a class of its own
-    kinds = sorted({type(m) for m in s.plain.modules()} & shared, key=lambda k: (k.__module__, k.__qualname__))
-    kind = s.pick(kinds)
+    kinds = sorted({type(m) for m in s.plain.modules()} - {nn.Identity}, key=lambda k: (k.__module__, k.__qualname__))
+    kind = s.pick([k for k in kinds if getattr(sys.modules.get(k.__module__), k.__name__, None) is k])  # one for both
+    if kind is None:
+        return None
     names = ["forward", "__call__"] + (["_conv_forward"] if issubclass(kind, nn.Conv2d) else [])
     name = s.pick(names)
+    if _taken(s, name):
+        return None
     s.patch(kind, name, twice(getattr(kind, name)))
     return f"class {kind.__name__}.{name} doubles"
 
@@ -282,6 +293,8 @@ def class_of_torch(s):
         (nn.Conv2d, "forward"), (nn.BatchNorm2d, "forward"), (nn.ReLU, "forward"), (nn.SiLU, "forward"),
         (nn.Conv2d, "_conv_forward"), (nn.Sequential, "forward"), (nn.Linear, "forward"), (nn.Conv2d, "__call__"),
         (nn.modules.batchnorm._BatchNorm, "forward"), (nn.Module, "__call__"), (nn.GELU, "forward")))
+    if _taken(s, name):
+        return None
     s.patch(kind, name, twice(getattr(kind, name)))
     return f"class {kind.__name__}.{name} doubles"
 
@@ -450,6 +463,10 @@ def replace_a_child(s):
     parent, last = parent_of(name)
     old = s.plain.get_submodule(name)
     s.serial += 1
+    try:
+        copy.deepcopy(old)
+    except RuntimeError:
+        return None  # pruned in a call with gradients: torch cannot copy it
     if isinstance(old, nn.Conv2d) and type(old).forward is nn.Conv2d.forward and s.flag():
         new = nn.Conv2d(old.in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation,
                         old.groups, bias=s.flag()).to(s.dtype)
@@ -823,6 +840,8 @@ def swap_tensors(s):
     t = tensor_at(s.plain, place)
     values = s.tensor(t.shape, t.dtype, 0.25, 1.0)
     is_parameter = isinstance(t, nn.Parameter)
+    if weakref.getweakrefcount(t):
+        return None  # of torch's own, checkpoints' for one: then it refuses
     del t
 
     def exchange(model):
@@ -968,8 +987,8 @@ def train_steps(s):
             if p.grad is not None:
                 p.grad.clamp_(-1, 1).nan_to_num_()
             q.grad = None if p.grad is None else p.grad.clone()
-        for optimizer in s.optimizers:
-            optimizer.step()
+        if s.both(lambda m: s.optimizers[m is s.swapped].step() or True) is None:
+            break  # an optimizer whose state is of the dtype that the parameters had refuses, on both sides
     return said
 
 
@@ -1084,6 +1103,8 @@ def through_file(model):
 
 @change
 def continue_with_a_copy(s):
+    if _taken(s, "forward"):
+        return None  # it may call one that was taken from the module that is given up here, and does not keep it alive
     way = s.pick((deep, deep, through_pickle, through_file))
     copies = s.both(way)
     if copies is None:
@@ -1212,6 +1233,12 @@ def verify_and_report(s):
         if not str(convext.report(s.swapped)):
             raise Difference("an empty report")
         return "report"
+    if _taken(s, "forward"):
+        return None  # it may run the module that it was taken from, in every copy too
+    try:
+        copy.deepcopy(s.plain)
+    except RuntimeError:
+        return None  # a model that torch cannot copy, which verify refuses
     verification = convext.verify(s.swapped, call.args[0])
     if not verification.ok:
         raise Difference(f"verify says\n{verification}")

@@ -269,7 +269,9 @@ class Session:
     def terms(self, call):
         operands = [p[0].numel() for p in self.plain.parameters() if p.dim() > 1 and p.shape[0]]
         pixels = [t.numel() // max(1, t.shape[1] if t.dim() > 3 else 1) for t in call.tensors()]
-        return max(1, *operands, *pixels)
+        # A value passes through every layer forward and back, and the layers' errors add up as a random walk does.
+        layers = sum(any(p is not None for p in m._parameters.values()) for m in self.plain.modules())
+        return max(1, *operands, *pixels) * max(1, layers)
 
     def compare(self, call, way=directly, way_name=""):
         """Runs both twins; returns True if the call returned, False if both raised."""

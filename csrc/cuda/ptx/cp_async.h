@@ -1,7 +1,7 @@
 // cp.async: global to shared memory, past the registers. A thread's copies are committed in groups, waited for in
 // order.
 #pragma once
-#include "../compat.h"
+#include "cuda/compat.h"
 
 namespace convext::cuda::ptx {
 

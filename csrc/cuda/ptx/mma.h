@@ -5,7 +5,7 @@
 //   tf32    a[i]: row g + 8 (i % 2), column t + 4 (i / 2)                    b[i]: row t + 4 i, column g
 //   fp32    d[i]: row g + 8 (i / 2), column 2t + i % 2
 #pragma once
-#include "../compat.h"
+#include "cuda/compat.h"
 
 namespace convext::cuda::ptx {
 

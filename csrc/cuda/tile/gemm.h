@@ -6,9 +6,9 @@
 // The 16-byte chunks of a row are XORed with bits of the row number, so that neither the copies in nor the fragment
 // loads out meet a bank twice.
 #pragma once
-#include "../ptx/cp_async.h"
-#include "../ptx/ldmatrix.h"
-#include "../ptx/mma.h"
+#include "cuda/ptx/cp_async.h"
+#include "cuda/ptx/ldmatrix.h"
+#include "cuda/ptx/mma.h"
 
 namespace convext::cuda {
 

@@ -1,7 +1,7 @@
 // The last step of every split reduction: out[i] = sum over splits of partial[split][i], always in the same order, so
 // that results repeat to the bit.
 #pragma once
-#include "../compat.h"
+#include "cuda/compat.h"
 
 namespace convext::cuda {
 

@@ -1,6 +1,6 @@
 // Runs of neighbouring elements of which a thread has several.
 #pragma once
-#include "../compat.h"
+#include "cuda/compat.h"
 
 namespace convext::cuda {
 

@@ -9,8 +9,7 @@
 // (Chan, Golub and LeVeque, 1979): nothing large is subtracted from something large, so a mean far from zero costs no
 // digits.
 #pragma once
-#include "../batch_norm.h"
-#include "../compat.h"
+#include "cuda/compat.h"
 
 namespace convext::cuda {
 

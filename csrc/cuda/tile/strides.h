@@ -1,5 +1,5 @@
 #pragma once
-#include "../compat.h"
+#include "cuda/compat.h"
 
 namespace convext::cuda {
 

@@ -1,5 +1,6 @@
-// Stands in for csrc/cuda/runtime.cpp where the kernels run on the CPU: there is one device, number 0, and it is current.
-#include "../../cuda/runtime.h"
+// Stands in for csrc/cuda/runtime.cpp where the kernels run on the CPU: there is one device, number 0, and it is
+// current.
+#include "cuda/runtime.h"
 
 namespace convext::cuda {
 

@@ -12,13 +12,12 @@
 #include <string>
 #include <vector>
 
-#include "../../cuda/batch_norm.h"
-#include "../../select_cuda.h"
-#include "../tensor.h"
+#include "cuda/batch_norm/batch_norm.h"
+#include "tests/tensor.h"
 
 namespace convext {
 #define CONVEXT_CUDA_VARIANT(name) extern const Variant name;
-#include "../../variants.inc"
+#include "core/variants.inc"
 
 namespace {
 
@@ -27,7 +26,7 @@ using testing::Tensor;
 
 const Variant* const kVariants[] = {
 #define CONVEXT_CUDA_VARIANT(name) &name,
-#include "../../variants.inc"
+#include "core/variants.inc"
 };
 
 constexpr double kBound = 1.15;
@@ -145,7 +144,7 @@ const Variant* cheapest(Pass pass, const ConvProblem& p) {
   const Variant* best = nullptr;
   for (const Variant* v : kVariants) {
     if (v->pass != pass || v->dtype != p.dtype || v->reject(p)) continue;
-    if (!best || cuda_cost(*v, p) < cuda_cost(*best, p)) best = v;
+    if (!best || v->cost(*v, p) < best->cost(*best, p)) best = v;
   }
   return best;
 }

@@ -1,0 +1,96 @@
+"""What the swap puts into a module's dictionary in the place of one of its class's methods.
+
+To those who ask it is the bound method that it stands for: `__self__` is the module, `__func__` the class's function,
+and so are code, name, defaults and signature. Whoever wraps, patches, unwraps or binds it anew therefore ends up with
+the class's own function, never with one that is bound twice.
+"""
+import copy
+import inspect
+import sys
+import weakref
+
+from torch import nn
+
+_OF_THE_FUNCTION = frozenset(("__code__", "__defaults__", "__kwdefaults__", "__closure__", "__qualname__",
+                              "__annotations__", "__type_params__", "__builtins__"))
+_CALLS = frozenset(("_call_impl", "forward", "_conv_forward"))
+
+
+class InstanceMethod:
+    """Base class: the method `name` of a module, which it holds weakly. A deep copy belongs to the copied module, and a
+    pickle to the unpickled one; nothing else of it is kept. `copy.copy` of the module and the replicas of
+    torch.nn.DataParallel share it, which a call through the copy notices: it raises RuntimeError."""
+
+    name = "forward"
+
+    def __init__(self, owner: nn.Module):
+        self._attach(owner)
+
+    def _attach(self, owner):
+        # While unpickling, the owner may still be without its attributes: nothing of it is read here.
+        self._owner = weakref.ref(owner)
+        function = getattr(type(owner), self.name)
+        self.__name__, self.__doc__, self.__module__ = self.name, function.__doc__, function.__module__
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module. Raises ReferenceError once it is gone."""
+        owner = self._owner()
+        if owner is None:
+            raise ReferenceError(f"the module of this {self.name} is gone: keep the module, not only its {self.name}")
+        return owner
+
+    def called(self) -> nn.Module:
+        """The owner, for a call of this object. Raises RuntimeError where another module makes the call."""
+        owner = self.owner
+        frame = sys._getframe(2)
+        if frame.f_code.co_name in _CALLS:
+            caller = frame.f_locals.get("self")
+            if caller is not owner and isinstance(caller, nn.Module) and caller.__dict__.get(self.name) is self:
+                raise RuntimeError(
+                    f"this {type(caller).__name__} is a shallow copy (copy.copy, torch.nn.DataParallel) of a swapped "
+                    "module, which shares the original's children and plans: use copy.deepcopy or "
+                    "DistributedDataParallel, or convext.revert() the model first")
+        return owner
+
+    @property
+    def __self__(self):
+        return self.owner
+
+    @property
+    def __func__(self):
+        return getattr(type(self.owner), self.name)
+
+    @property
+    def __signature__(self):
+        return inspect.signature(self.__func__.__get__(self.owner))
+
+    @property
+    def __globals__(self):
+        if sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.jit", "torch._jit_internal")):
+            raise RuntimeError(f"torch.jit.script cannot read a swapped {type(self.owner).__name__}: "
+                               "convext.revert(model) first, and swap again afterwards")
+        return self.__func__.__globals__
+
+    def __getattr__(self, name):
+        if name in _OF_THE_FUNCTION:
+            return getattr(self.__func__, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __getstate__(self):
+        return {"owner": self.owner}
+
+    def __setstate__(self, state):
+        self._attach(state["owner"])
+
+    def __copy__(self):
+        return self  # as a bound method: that of the same module
+
+    def __deepcopy__(self, memo):
+        owner = copy.deepcopy(self.owner, memo)  # the copy that is being made, or one for this method alone
+        own = owner.__dict__.get(self.name)
+        if isinstance(own, InstanceMethod) and own._owner() is owner:
+            return own
+        twin = type(self).__new__(type(self))
+        twin._attach(owner)
+        return twin

@@ -1,6 +1,0 @@
-// wgrad with a dilated filter: gemm_wgrad.h leaves out, for each panel of (r,s,c), the pixels that its taps see only
-// padding from. That is the direct kernel's own way as well; the name lets the cost model count the taps it saves.
-#include "gemm_passes.h"
-#include "gemm_wgrad.h"
-
-CONVEXT_WGRAD_VARIANTS(wgrad_dilated, "dilated", reject_undilated)

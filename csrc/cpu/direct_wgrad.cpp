@@ -1,5 +1,0 @@
-// The direct wgrad: dw[k,(r,s,c)] = sum_{n,p,q} dy * x, see gemm_wgrad.h. Takes every problem.
-#include "gemm_passes.h"
-#include "gemm_wgrad.h"
-
-CONVEXT_WGRAD_VARIANTS(wgrad_direct, "direct", reject_none)

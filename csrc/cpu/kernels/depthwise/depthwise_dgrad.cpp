@@ -1,0 +1,42 @@
+// Compiled for AVX512-BF16, too.
+//
+// Depthwise input gradient.
+//
+//   dx[n, h, w, c] = sum over the m filters k of c, and the taps (r, s) with h + pad - r*dil = p*stride (w likewise),
+//                    of dy[n, p, q, k] * w[k, r, s]
+//
+// At stride 1 this is the forward pass with its taps walked backwards. At stride 2 each of the 2 x 2 classes of dx
+// pixels meets its own quarter of the taps (3 x 3: 2x2, 2x1, 1x2 and 1x1 of them), so that no product with an inserted
+// zero is computed: 9 FMAs for 4 pixels of dx, as few as in the forward pass. Tiles: depthwise_window.h.
+//
+// Chosen for every depthwise problem. A channel multiplier sums its filters' lanes at the end of a tile.
+#include "depthwise.h"
+
+namespace convext {
+namespace CONVEXT_ISA {
+namespace {
+
+template <class T>
+const char* launch(const ConvProblem& problem, const LaunchArgs& args) {
+  const int32_t m = problem.k / problem.c;
+  const TapSum<T> sum{height_of(problem, true), width_of(problem, true), problem.n, problem.k, m,
+                      static_cast<const T*>(args.a), static_cast<const compute_t<T>*>(args.b),
+                      static_cast<T*>(args.out), {}};
+  if (m == 1) {
+    sum_taps(sum, *args.parallel);
+  } else {
+    sum_taps_and_filters(sum, *args.parallel);
+  }
+  return nullptr;
+}
+
+}  // namespace
+}  // namespace CONVEXT_ISA
+
+#define CONVEXT_DEFINE(T, type)                                                  \
+  CONVEXT_DEFINE_VARIANT(dgrad_depthwise_##type) = CONVEXT_ISA::taps_variant<T>( \
+      CONVEXT_VARIANT_NAME(dgrad_depthwise_##type), Pass::kDgrad, CONVEXT_ISA::launch<T>);
+CONVEXT_FOR_ELEMENTS(CONVEXT_DEFINE)
+#undef CONVEXT_DEFINE
+
+}  // namespace convext

@@ -1,0 +1,16 @@
+// Compiled for AVX512-BF16, too.
+//
+// dgrad with a dilated filter: the direct product with tiles that stay within one row of dx, so that a tap that
+// lies above, below or beside dy for the whole tile is skipped. With a dilation near the size of dy most
+// taps are; tiles that straddle rows would keep many of them for the sake of a few pixels.
+#include "cpu/kernels/gemm/gemm_passes.h"
+#include "direct.h"
+
+namespace convext::CONVEXT_ISA {
+namespace {
+template <class T>
+using DilatedDgrad = GemmDgrad<T, true>;
+}
+}  // namespace convext::CONVEXT_ISA
+
+CONVEXT_PACKED_VARIANTS(dgrad_dilated, Algorithm::dilated, Pass::kDgrad, reject_undilated, dilated_cost, DilatedDgrad)

@@ -1,0 +1,508 @@
+// Batch norm, activation and residual (batch_norm.h): bound by memory, so what counts is the number of passes over it.
+//
+//   batch_stats       1 pass: reads y
+//   bn_act            1 pass: reads y, residual; writes out
+//   bn_act_backward   frozen:   1 pass, sums and results together
+//                     training: 2 passes; z and dz are computed again in the second, which costs less than storing
+//                               them, except for silu and gelu, whose dz waits in dy
+//
+// Tile map. NHWC runs along memory, pixel by pixel, W channels at a time; per-channel constants and running sums lie in
+// arrays that stay in L1. NCHW runs along each plane with the channel's constants in registers.
+//
+//   NHWC   c ->                        NCHW   hw ->
+//   pixel  [ W | W | W | tail ]        n,c    [ W | W | W | tail ]
+//     |    sums[c] += ...                     lane sums, added up in order at the end of a plane
+//
+// Sums: the pixels (NHWC) or images (NCHW) are cut into chunks by the shape alone. A chunk is summed in the compute
+// dtype, chunks are merged in double in their order: neither depends on the threads. Statistics are summed around the
+// chunk's own first value, so that a mean far from zero cancels nothing, and merged by Chan's formula:
+//
+//   delta = mean_b - mean_a      mean = mean_a + delta * n_b / n      M2 = M2_a + M2_b + delta^2 * n_a * n_b / n
+//
+// (y - mean) * scale + beta is one subtraction more than y * scale + shift and keeps that accuracy; memory hides it.
+#include "batch_norm.h"
+
+#include "cpu/simd/half.h"
+
+namespace convext {
+namespace CONVEXT_ISA {
+namespace {
+
+// Where a lambda takes its attribute.
+#define CONVEXT_LAMBDA_INLINE __attribute__((always_inline))
+
+constexpr int64_t kMaxChunks = 128;          // partial sums kept for a tensor
+constexpr int64_t kChunkElements = 16 * 1024;  // a chunk or a task is at least this much work
+constexpr int64_t kSerial = 32 * 1024;       // elements below which threads cost more than they bring
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// How the reduction over N and HW is cut: `rows` pixels in NHWC, images in NCHW, into `count` chunks of `size`.
+struct Chunks {
+  int64_t rows, size, count;
+
+  explicit Chunks(const BatchNormArgs& args) {
+    const bool nhwc = args.layout == Layout::kNHWC;
+    rows = nhwc ? args.n * args.hw : args.n;
+    const int64_t elements_a_row = larger(1, nhwc ? args.c : args.hw);
+    size = larger(ceil_div(kChunkElements, elements_a_row), ceil_div(rows, kMaxChunks));
+    count = ceil_div(rows, size);
+  }
+  int64_t begin(int64_t chunk) const { return chunk * size; }
+  int64_t end(int64_t chunk) const { return smaller(rows, (chunk + 1) * size); }
+};
+
+Parallel threads_for(const Parallel& parallel, const BatchNormArgs& args) {
+  return {parallel.run, args.n * args.c * args.hw < kSerial ? 1 : parallel.threads};
+}
+
+constexpr int64_t kChannelBlock = 64;  // channels whose chunks are merged together: a line of each chunk at a time
+
+// Calls body(begin, count) for every block of channels.
+template <class Body>
+void for_channel_blocks(const Parallel& parallel, int64_t c, const Body& body) {
+  parallel.for_each(ceil_div(c, kChannelBlock), [&](int64_t block) {
+    body(block * kChannelBlock, smaller(kChannelBlock, c - block * kChannelBlock));
+  });
+}
+
+// ---- per-channel constants, and the partial sums behind them in the workspace ----
+
+constexpr int kConstants = 5;  // arrays of C
+
+template <class T>
+struct Constants {
+  T *mean, *scale, *shift;      // z = (y - mean) * scale + shift + residual
+  T *mean_dz, *slope;           // dy = scale * (dz - mean_dz - (y - mean) * slope)
+  T* partial;                   // [chunk][2][c]
+
+  Constants(void* workspace, int64_t c) {
+    mean = static_cast<T*>(workspace);
+    scale = mean + c;
+    shift = scale + c;
+    mean_dz = shift + c;
+    slope = mean_dz + c;
+    partial = slope + c;
+  }
+};
+
+template <class T>
+T inverse_std(const BatchNormArgs& args, int64_t c) {
+  return args.var ? T(1) / static_cast<T>(__builtin_sqrt(static_cast<const T*>(args.var)[c] + args.eps)) : T(1);
+}
+
+template <class T>
+void load_constants(const BatchNormArgs& args, const Constants<T>& constants) {
+  auto channel = [](const void* values, int64_t c, T absent) {
+    return values ? static_cast<const T*>(values)[c] : absent;
+  };
+  for (int64_t c = 0; c < args.c; ++c) {
+    constants.mean[c] = channel(args.mean, c, T(0));
+    constants.scale[c] = inverse_std<T>(args, c) * channel(args.gamma, c, T(1));
+    constants.shift[c] = channel(args.beta, c, T(0));
+  }
+}
+
+// The constants of the channels that one vector works on: W neighbours in NHWC, one for all lanes in NCHW.
+template <class T>
+struct Channel {
+  Vec<T> mean, scale, shift, mean_dz, slope;
+
+  static CONVEXT_INLINE Channel neighbours(const Constants<T>& from, int64_t c, int64_t lanes) {
+    return {load_as(from.mean + c, lanes), load_as(from.scale + c, lanes), load_as(from.shift + c, lanes),
+            load_as(from.mean_dz + c, lanes), load_as(from.slope + c, lanes)};
+  }
+  static CONVEXT_INLINE Channel one(const Constants<T>& from, int64_t c) {
+    return {Vec<T>(from.mean[c]), Vec<T>(from.scale[c]), Vec<T>(from.shift[c]), Vec<T>(from.mean_dz[c]),
+            Vec<T>(from.slope[c])};
+  }
+};
+
+// Calls body(offset, lanes) for every vector of [0, count); `lanes` is a constant W but for the tail.
+template <class T, class Body>
+CONVEXT_INLINE void for_vectors(int64_t count, Body&& body) {
+  constexpr int64_t width = Vec<T>::width;
+  int64_t i = 0;
+  for (; i + width <= count; i += width) body(i, width);
+  if (i < count) body(i, count - i);
+}
+
+// Calls body(pixel, count, channel, lanes) so that it visits the channels of `count` pixels at a time: what it loads
+// for a channel serves all of them, and memory is still walked in its order, as that many streams.
+template <class T, class Body>
+CONVEXT_INLINE void for_pixels(int64_t begin, int64_t end, int64_t c, Body&& body) {
+  constexpr int64_t kPixels = 4;
+  int64_t pixel = begin;
+  for (; pixel + kPixels <= end; pixel += kPixels) {
+    for_vectors<T>(c, [&](int64_t i, int64_t lanes) CONVEXT_LAMBDA_INLINE { body(pixel, kPixels, i, lanes); });
+  }
+  for (; pixel < end; ++pixel) {
+    for_vectors<T>(c, [&](int64_t i, int64_t lanes) CONVEXT_LAMBDA_INLINE { body(pixel, 1, i, lanes); });
+  }
+}
+
+// The sum of the first `lanes` lanes, in order.
+template <class T>
+CONVEXT_INLINE double sum_lanes(Vec<T> a, int64_t lanes = Vec<T>::width) {
+  double sum = 0;
+  for (int64_t i = 0; i < lanes; ++i) sum += a.v[i];
+  return sum;
+}
+
+// ---- statistics ----
+
+template <class S>
+void chunk_stats_nhwc(const S* y, int64_t pixels, int64_t c, compute_t<S>* sums) {
+  using T = compute_t<S>;
+  for (int64_t i = 0; i < 2 * c; ++i) sums[i] = 0;
+  for_pixels<T>(0, pixels, c, [=](int64_t pixel, int64_t count, int64_t i, int64_t lanes) CONVEXT_LAMBDA_INLINE {
+    const Vec<T> first = load_as(y + i, lanes);
+    Vec<T> s1 = load_as(sums + i, lanes), s2 = load_as(sums + c + i, lanes);
+    for (int64_t x = 0; x < count; ++x) {
+      const Vec<T> d = load_as(y + (pixel + x) * c + i, lanes) - first;
+      s1 += d;
+      s2 = fma(s2, d, d);
+    }
+    store_as(sums + i, s1, lanes);
+    store_as(sums + c + i, s2, lanes);
+  });
+}
+
+// One channel of images [begin, end). Planes are cut into pieces so that a lane never sums too much.
+template <class S>
+void chunk_stats_nchw(const S* y, int64_t images, int64_t image_stride, int64_t hw, double& sum, double& sum_squares) {
+  using T = compute_t<S>;
+  constexpr int64_t kPiece = 4096;
+  const Vec<T> first(load_as(y, 1).v[0]);
+  sum = sum_squares = 0;
+  for (int64_t image = 0; image < images; ++image) {
+    for (int64_t begin = 0; begin < hw; begin += kPiece) {
+      const S* const piece = y + image * image_stride + begin;
+      Vec<T> s1 = Vec<T>::zero(), s2 = Vec<T>::zero();
+      for_vectors<T>(smaller(kPiece, hw - begin), [&](int64_t i, int64_t lanes) CONVEXT_LAMBDA_INLINE {
+        const Vec<T> d = load_as(piece + i, lanes) - first;
+        if (lanes == Vec<T>::width) {
+          s1 += d;
+          s2 = fma(s2, d, d);
+        } else {
+          sum += sum_lanes(d, lanes);
+          sum_squares += sum_lanes(d * d, lanes);
+        }
+      });
+      sum += sum_lanes(s1);
+      sum_squares += sum_lanes(s2);
+    }
+  }
+}
+
+template <class S>
+void batch_stats(const Parallel& parallel, const BatchNormArgs& args, void* mean, void* var, void* workspace) {
+  using T = compute_t<S>;
+  const Chunks chunks(args);
+  const bool nhwc = args.layout == Layout::kNHWC;
+  const S* const y = static_cast<const S*>(args.y);
+  T* const partial = Constants<T>(workspace, args.c).partial;
+  const int64_t row = nhwc ? args.c : args.c * args.hw, channel = nhwc ? 1 : args.hw;  // elements of a step
+  if (nhwc) {
+    parallel.for_each(chunks.count, [&](int64_t chunk) {
+      const int64_t begin = chunks.begin(chunk);
+      chunk_stats_nhwc(y + begin * row, chunks.end(chunk) - begin, args.c, partial + chunk * 2 * args.c);
+    });
+  } else {
+    parallel.for_each(chunks.count * args.c, [&](int64_t task) {
+      const int64_t chunk = task / args.c, c = task % args.c, begin = chunks.begin(chunk);
+      double sum, sum_squares;
+      chunk_stats_nchw(y + begin * row + c * channel, chunks.end(chunk) - begin, row, args.hw, sum, sum_squares);
+      partial[chunk * 2 * args.c + c] = static_cast<T>(sum);
+      partial[chunk * 2 * args.c + args.c + c] = static_cast<T>(sum_squares);
+    });
+  }
+  const int64_t row_elements = nhwc ? 1 : args.hw;  // of one channel
+  for_channel_blocks(parallel, args.c, [&](int64_t begin, int64_t count) {
+    // Means are merged relative to the channel's first value, where they are small.
+    double origin[kChannelBlock], first[kChannelBlock], mean_a[kChannelBlock] = {}, m2_a[kChannelBlock] = {}, n_a = 0;
+    const auto load_row = [&](int64_t index, double* out) {
+      for (int64_t i = 0; i < count; ++i) out[i] = load_as(y + index * row + (begin + i) * channel, 1).v[0];
+    };
+    load_row(0, origin);
+    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+      const double n_b = static_cast<double>((chunks.end(chunk) - chunks.begin(chunk)) * row_elements), n = n_a + n_b;
+      const double inverse = 1 / n_b, share = n_b / n, cross = n_a * n_b / n;
+      const T *const sums = partial + chunk * 2 * args.c + begin, *const squares = sums + args.c;
+      load_row(chunks.begin(chunk), first);
+      for (int64_t i = 0; i < count; ++i) {
+        const double sum = sums[i], m2_b = squares[i] - sum * sum * inverse;
+        const double delta = (first[i] - origin[i]) + sum * inverse - mean_a[i];
+        mean_a[i] += delta * share;
+        m2_a[i] += (m2_b < 0 ? 0 : m2_b) + delta * delta * cross;
+      }
+      n_a = n;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      double average = origin[i] + mean_a[i];
+      if (!std::isfinite(average)) {  // a difference of infinities is NaN where their mean is infinite
+        average = 0;
+        for (int64_t index = 0; index < args.n * args.hw / row_elements; ++index) {
+          const S* const from = y + index * row + (begin + i) * channel;
+          for (int64_t j = 0; j < row_elements; ++j) average += load_as(from + j, 1).v[0];
+        }
+        average /= n_a;
+      }
+      static_cast<T*>(mean)[begin + i] = static_cast<T>(average);
+      static_cast<T*>(var)[begin + i] = static_cast<T>(m2_a[i] / n_a);
+    }
+  });
+}
+
+// ---- element-wise passes ----
+
+// Calls body(begin, end) with ranges of pixels (NHWC) or planes (NCHW) that are work enough for a thread.
+template <class Body>
+void for_ranges(const Parallel& parallel, const BatchNormArgs& args, Body&& body) {
+  const bool nhwc = args.layout == Layout::kNHWC;
+  const int64_t rows = nhwc ? args.n * args.hw : args.n * args.c, elements_a_row = nhwc ? args.c : args.hw;
+  const int64_t size = ceil_div(kChunkElements, elements_a_row);
+  parallel.for_each(ceil_div(rows, size), [&](int64_t i) { body(i * size, smaller(rows, (i + 1) * size)); });
+}
+
+template <class S, template <class> class Act>
+void bn_act(const Parallel& parallel, const BatchNormArgs& args, void* out_pointer, void* workspace) {
+  using T = compute_t<S>;
+  const Constants<T> constants(workspace, args.c);
+  load_constants(args, constants);
+  const S *const y = static_cast<const S*>(args.y), *const residual = static_cast<const S*>(args.residual);
+  S* const out = static_cast<S*>(out_pointer);
+  const int64_t channels = args.c, hw = args.hw;
+  auto step = [=](int64_t at, int64_t lanes, Vec<T> mean, Vec<T> scale, Vec<T> shift) CONVEXT_LAMBDA_INLINE {
+    Vec<T> z = fma(shift, load_as(y + at, lanes) - mean, scale);
+    if (residual) z += load_as(residual + at, lanes);
+    store_as(out + at, Act<Vec<T>>::forward(z), lanes);
+  };
+  if (args.layout == Layout::kNHWC) {
+    for_ranges(parallel, args, [&](int64_t begin, int64_t end) {
+      for_pixels<T>(begin, end, channels, [=](int64_t pixel, int64_t count, int64_t c, int64_t lanes)
+                                              CONVEXT_LAMBDA_INLINE {
+        const Vec<T> mean = load_as(constants.mean + c, lanes), scale = load_as(constants.scale + c, lanes);
+        const Vec<T> shift = load_as(constants.shift + c, lanes);
+        for (int64_t x = 0; x < count; ++x) step((pixel + x) * channels + c, lanes, mean, scale, shift);
+      });
+    });
+  } else {
+    for_ranges(parallel, args, [&](int64_t begin, int64_t end) {
+      for (int64_t plane = begin; plane < end; ++plane) {
+        const int64_t c = plane % channels;
+        const Vec<T> mean(constants.mean[c]), scale(constants.scale[c]), shift(constants.shift[c]);
+        for_vectors<T>(hw, [=](int64_t i, int64_t lanes) CONVEXT_LAMBDA_INLINE {
+          step(plane * hw + i, lanes, mean, scale, shift);
+        });
+      }
+    });
+  }
+}
+
+// ---- backward ----
+
+// What one pass over memory does.
+enum class Work { kSums, kSumsKeepingDz, kResults, kResultsFromDz, kSumsAndResults };
+
+template <class S, template <class> class Act>
+struct Backward {
+  using T = compute_t<S>;
+  const S *y, *residual, *dout;
+  S *dy, *dresidual;
+  Work work;
+
+  bool sums_up() const { return work != Work::kResults && work != Work::kResultsFromDz; }
+
+  CONVEXT_INLINE Vec<T> compute_dz(int64_t at, int64_t lanes, const Channel<T>& channel, Vec<T> centered) const {
+    Vec<T> z = fma(channel.shift, centered, channel.scale);
+    if (residual) z += load_as(residual + at, lanes);
+    return load_as(dout + at, lanes) * Act<Vec<T>>::derivative(z);
+  }
+
+  // Returns dz, and dz * (y - mean) in `product`.
+  CONVEXT_INLINE Vec<T> step(int64_t at, int64_t lanes, const Channel<T>& channel, Vec<T>& product) const {
+    const Vec<T> centered = load_as(y + at, lanes) - channel.mean;
+    Vec<T> dz;
+    if (work == Work::kResultsFromDz) {
+      dz = load_as(dy + at, lanes);
+    } else {
+      dz = compute_dz(at, lanes, channel, centered);
+      if (dresidual && work != Work::kSums) store_as(dresidual + at, dz, lanes);
+    }
+    if (work == Work::kSumsKeepingDz) store_as(dy + at, dz, lanes);
+    if (work == Work::kSumsAndResults) store_as(dy + at, channel.scale * dz, lanes);
+    if (work == Work::kResults || work == Work::kResultsFromDz) {
+      store_as(dy + at, channel.scale * (dz - channel.mean_dz - centered * channel.slope), lanes);
+    }
+    product = dz * centered;
+    return dz;
+  }
+
+  void pixels(int64_t begin, int64_t end, int64_t c, const Constants<T>& constants, T* sums) const {
+    if (sums_up()) {
+      for (int64_t i = 0; i < 2 * c; ++i) sums[i] = 0;
+    }
+    // Copies, so that no store can alias what the loop reads.
+    for_pixels<T>(begin, end, c, [=, self = *this](int64_t pixel, int64_t count, int64_t i, int64_t lanes)
+                                     CONVEXT_LAMBDA_INLINE {
+      const Channel<T> channel = Channel<T>::neighbours(constants, i, lanes);
+      Vec<T> s1 = Vec<T>::zero(), s2 = Vec<T>::zero(), product;
+      for (int64_t x = 0; x < count; ++x) {
+        s1 += self.step((pixel + x) * c + i, lanes, channel, product);
+        s2 += product;
+      }
+      if (self.sums_up()) {
+        store_as(sums + i, load_as(sums + i, lanes) + s1, lanes);
+        store_as(sums + c + i, load_as(sums + c + i, lanes) + s2, lanes);
+      }
+    });
+  }
+
+  void plane(int64_t at, int64_t hw, const Channel<T>& channel, double& sum, double& sum_products) const {
+    constexpr int64_t kPiece = 4096;
+    const Backward self = *this;  // a copy that no store can alias
+    for (int64_t begin = 0; begin < hw; begin += kPiece) {
+      Vec<T> s1 = Vec<T>::zero(), s2 = Vec<T>::zero();
+      for_vectors<T>(smaller(kPiece, hw - begin), [&](int64_t i, int64_t lanes) CONVEXT_LAMBDA_INLINE {
+        Vec<T> product;
+        const Vec<T> dz = self.step(at + begin + i, lanes, channel, product);
+        if (lanes == Vec<T>::width) {
+          s1 += dz;
+          s2 += product;
+        } else if (sums_up()) {
+          sum += sum_lanes(dz, lanes);
+          sum_products += sum_lanes(product, lanes);
+        }
+      });
+      if (sums_up()) sum += sum_lanes(s1), sum_products += sum_lanes(s2);
+    }
+  }
+
+  void run(const Parallel& parallel, const BatchNormArgs& args, const Constants<T>& constants) const {
+    const Chunks chunks(args);
+    if (args.layout == Layout::kNHWC) {
+      parallel.for_each(chunks.count, [&](int64_t chunk) {
+        pixels(chunks.begin(chunk), chunks.end(chunk), args.c, constants, constants.partial + chunk * 2 * args.c);
+      });
+      return;
+    }
+    parallel.for_each(chunks.count * args.c, [&](int64_t task) {
+      const int64_t chunk = task / args.c, c = task % args.c;
+      const Channel<T> channel = Channel<T>::one(constants, c);
+      double sum = 0, sum_products = 0;
+      for (int64_t n = chunks.begin(chunk); n < chunks.end(chunk); ++n) {
+        plane((n * args.c + c) * args.hw, args.hw, channel, sum, sum_products);
+      }
+      if (sums_up()) {
+        constants.partial[chunk * 2 * args.c + c] = static_cast<T>(sum);
+        constants.partial[chunk * 2 * args.c + args.c + c] = static_cast<T>(sum_products);
+      }
+    });
+  }
+};
+
+// Adds the chunks up in their order: dbeta, dgamma, and what the second pass subtracts.
+template <class T>
+void finish_sums(const Parallel& parallel, const BatchNormArgs& args, const BatchNormGradients& gradients,
+                 const Constants<T>& constants) {
+  const int64_t chunks = Chunks(args).count;
+  const double elements = static_cast<double>(args.n) * static_cast<double>(args.hw);
+  for_channel_blocks(parallel, args.c, [&](int64_t begin, int64_t count) {
+    double sum[kChannelBlock] = {}, sum_products[kChannelBlock] = {};
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const T *const sums = constants.partial + chunk * 2 * args.c + begin, *const products = sums + args.c;
+      for (int64_t i = 0; i < count; ++i) {
+        sum[i] += sums[i];
+        sum_products[i] += products[i];
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t c = begin + i;
+      const double inverse = inverse_std<T>(args, c);
+      if (gradients.dbeta) static_cast<T*>(gradients.dbeta)[c] = static_cast<T>(sum[i]);
+      if (gradients.dgamma) static_cast<T*>(gradients.dgamma)[c] = static_cast<T>(sum_products[i] * inverse);
+      constants.mean_dz[c] = static_cast<T>(sum[i] / elements);
+      constants.slope[c] = static_cast<T>(sum_products[i] * inverse * inverse / elements);
+    }
+  });
+}
+
+template <class S, template <class> class Act>
+void bn_act_backward(const Parallel& parallel, const BatchNormArgs& args, const BatchNormGradients& gradients,
+                     void* workspace) {
+  using T = compute_t<S>;
+  const Constants<T> constants(workspace, args.c);
+  load_constants(args, constants);
+  for (int64_t c = 0; c < args.c; ++c) constants.mean_dz[c] = constants.slope[c] = 0;
+  Backward<S, Act> pass{static_cast<const S*>(args.y),      static_cast<const S*>(args.residual),
+                        static_cast<const S*>(gradients.dout), static_cast<S*>(gradients.dy),
+                        static_cast<S*>(gradients.dresidual),  Work::kSums};
+  const bool through_stats = gradients.training && args.mean;
+  // An activation that costs more than a pass over memory is differentiated once, where dy can hold dz unrounded.
+  const bool costly = args.activation == Activation::silu || args.activation == Activation::gelu;
+  const bool keep = costly && sizeof(S) == sizeof(T);
+  pass.work = !through_stats ? Work::kSumsAndResults : keep ? Work::kSumsKeepingDz : Work::kSums;
+  pass.run(parallel, args, constants);
+  finish_sums(parallel, args, gradients, constants);
+  if (!through_stats) return;
+  pass.work = keep ? Work::kResultsFromDz : Work::kResults;
+  pass.run(parallel, args, constants);
+}
+
+// ---- the table ----
+
+// Calls visit with the storage type.
+template <class Visitor>
+void visit_storage(DType dtype, Visitor&& visit) {
+  switch (dtype) {
+    case DType::kFloat32: return visit(float{});
+    case DType::kFloat64: return visit(double{});
+    case DType::kBFloat16: return visit(BFloat16{});
+    case DType::kFloat16: return visit(Float16{});
+  }
+}
+
+int64_t workspace_bytes(const BatchNormArgs& args) {
+  const int64_t size = args.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
+  return (kConstants + 2 * Chunks(args).count) * args.c * size;
+}
+
+void batch_stats_table(const Parallel& parallel, const BatchNormArgs& args, void* mean, void* var, void* workspace) {
+  const Parallel threads = threads_for(parallel, args);
+  visit_storage(args.dtype, [&](auto s) { batch_stats<decltype(s)>(threads, args, mean, var, workspace); });
+}
+
+void bn_act_table(const Parallel& parallel, const BatchNormArgs& args, void* out, void* workspace) {
+  const Parallel threads = threads_for(parallel, args);
+#define CONVEXT_X(name) \
+  case Activation::name: return bn_act<S, activation::name>(threads, args, out, workspace);
+  visit_storage(args.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    switch (args.activation) { CONVEXT_ACTIVATIONS(CONVEXT_X) }
+  });
+#undef CONVEXT_X
+}
+
+void bn_act_backward_table(const Parallel& parallel, const BatchNormArgs& args, const BatchNormGradients& gradients,
+                           void* workspace) {
+  const Parallel threads = threads_for(parallel, args);
+#define CONVEXT_X(name) \
+  case Activation::name: return bn_act_backward<S, activation::name>(threads, args, gradients, workspace);
+  visit_storage(args.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    switch (args.activation) { CONVEXT_ACTIVATIONS(CONVEXT_X) }
+  });
+#undef CONVEXT_X
+}
+
+}  // namespace
+}  // namespace CONVEXT_ISA
+
+extern const BatchNorm CONVEXT_VARIANT(batch_norm);
+const BatchNorm CONVEXT_VARIANT(batch_norm) = {CONVEXT_ISA::workspace_bytes, CONVEXT_ISA::batch_stats_table,
+                                               CONVEXT_ISA::bn_act_table, CONVEXT_ISA::bn_act_backward_table};
+
+}  // namespace convext

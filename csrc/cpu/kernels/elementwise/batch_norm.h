@@ -1,0 +1,54 @@
+// Batch norm with what surrounds it in a network, forward and backward, as one pass over memory where one is enough.
+//
+//   xhat = (y - mean) / sqrt(var + eps)      z = xhat * gamma + beta + residual      out = activation(z)
+//
+// mean and var absent: no normalisation, z = y * gamma + beta + residual. gamma, beta and residual may be absent too.
+// One table of functions for each instruction set; batch_norm_for() picks.
+#pragma once
+#include "core/isa_table.h"
+
+namespace convext {
+
+// The operands that forward and backward share. Activations are dense (N, C, HW) in `layout`, stored in `dtype`;
+// per-channel vectors are (C) in the compute dtype, float64 for float64 and float32 for the others.
+struct BatchNormArgs {
+  int64_t n, c, hw;
+  Layout layout;
+  DType dtype;
+  const void* y;
+  const void* residual;  // or nullptr
+  const void* mean;      // mean and var: both or neither
+  const void* var;       // biased
+  const void* gamma;     // or nullptr for 1
+  const void* beta;      // or nullptr for 0
+  double eps;
+  Activation activation;
+};
+
+struct BatchNormGradients {
+  const void* dout;
+  void* dy;
+  void* dgamma;     // (C) in the compute dtype, or nullptr
+  void* dbeta;      // (C) in the compute dtype, or nullptr
+  void* dresidual;  // or nullptr
+  bool training;    // mean and var are functions of y, and the gradient flows through them too
+};
+
+struct BatchNorm {
+  // Scratch bytes that each function below wants, 64-byte aligned, not cleared.
+  int64_t (*workspace)(const BatchNormArgs&);
+
+  // Mean and biased variance of y over N and HW, (C) in the compute dtype. Reads n, c, hw, layout, dtype and y alone.
+  void (*batch_stats)(const Parallel&, const BatchNormArgs&, void* mean, void* var, void* workspace);
+
+  void (*bn_act)(const Parallel&, const BatchNormArgs&, void* out, void* workspace);
+
+  // dz = dout * activation'(z), dresidual = dz, dbeta = sum dz, dgamma = sum dz * xhat (sum dz * y without mean), and
+  //   dy = gamma / sqrt(var + eps) * (dz - dbeta / M - xhat * dgamma / M)   in training, M = N * HW
+  //   dy = gamma / sqrt(var + eps) * dz                                      otherwise
+  void (*bn_act_backward)(const Parallel&, const BatchNormArgs&, const BatchNormGradients&, void* workspace);
+};
+
+CONVEXT_ISA_TABLE(BatchNorm, batch_norm)
+
+}  // namespace convext

@@ -1,0 +1,165 @@
+// fprop and dgrad in terms of implicit_gemm.h: what the direct and the dilated variants have in common.
+#pragma once
+#include "cpu/kernels/family.h"
+#include "implicit_gemm.h"
+
+namespace convext::CONVEXT_ISA {
+
+constexpr int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// A row of zeros that padding taps read, at the start of the workspace.
+template <class T>
+const T* clear_zeros(void* workspace, int64_t elements) {
+  T* zeros = static_cast<T*>(workspace);
+  for (int64_t i = 0; i < elements; ++i) zeros[i] = T{};
+  return zeros;
+}
+
+// y[n,p,q,:] = epilogue(sum_{r,s} x[n,h,w,:] * W[r,s]), W[r,s] of shape (C, K) a group.
+template <class T, bool TILES_WITHIN_ROWS>
+struct GemmFprop {
+  static const char* pack_format(const ConvProblem& p) {
+    return merged_taps(p) > 1 ? CONVEXT_FORMAT_NAME(T, fprop_merged_panels) : CONVEXT_FORMAT_NAME(T, fprop_panels);
+  }
+
+  static int64_t packed_size(const ConvProblem& p) {
+    const int32_t merged = merged_taps(p);
+    return packed_elements<T>(p.groups, int64_t{p.r} * p.s / merged, merged * p.c_per_group(), p.k_per_group()) *
+           sizeof(T);
+  }
+
+  static void pack(const ConvProblem& p, const void* w, void* packed, const Parallel& parallel) {
+    const int64_t taps = int64_t{p.r} * p.s, filter = taps * p.c_per_group();
+    pack_panels(static_cast<const T*>(w), p.k_per_group() * filter, filter, taps, p.groups, p.r * p.s, merged_taps(p),
+                p.c_per_group(), p.k_per_group(), static_cast<T*>(packed), parallel);
+  }
+
+  // With few channels the loop over one tap is too short to pay for its set-up. In NHWC the taps of one filter row are
+  // contiguous, so they merge into one tap of s * c channels, provided that no tap of the row is padding: the image is
+  // copied once into rows that are wide enough.
+  static bool merges_filter_row(const ConvProblem& p) {
+    return p.groups == 1 && p.s > 1 && p.dil_w == 1 && p.c <= 8;
+  }
+  static int32_t merged_taps(const ConvProblem& p) { return merges_filter_row(p) ? p.s : 1; }
+  static int64_t zeros(const ConvProblem& p) { return merges_filter_row(p) ? int64_t{p.s} * p.c : p.c; }
+  static int64_t wide(const ConvProblem& p) { return int64_t{p.w} + 2 * p.pad_w; }
+
+  static int64_t workspace(const ConvProblem& p, int32_t) {
+    const bool copies = merges_filter_row(p) && p.pad_w > 0;
+    return align64(zeros(p) * sizeof(T)) + (copies ? int64_t{p.n} * p.h * wide(p) * p.c * sizeof(T) : 0);
+  }
+
+  static const char* launch(const ConvProblem& p, const LaunchArgs& args) {
+    ImplicitGemm<T> g;
+    g.in = static_cast<const T*>(args.a);
+    g.out = static_cast<T*>(args.out);
+    g.packed = static_cast<const T*>(args.b);
+    g.zeros = clear_zeros<T>(args.workspace, zeros(p));
+    g.batch = p.n;
+    g.height = height_of(p, false).at(0);
+    g.width = width_of(p, false).at(0);
+    g.filter_width = p.s;
+    g.packed_taps = p.r * p.s;
+    g.in_pitch = p.c, g.out_pitch = p.k;
+    g.groups = p.groups, g.depth = p.c_per_group(), g.columns = p.k_per_group();
+    g.epilogue = args.epilogue;
+    g.tiles_within_rows = TILES_WITHIN_ROWS;
+    if (merges_filter_row(p)) {
+      if (p.pad_w > 0) g.in = widen(p, args);
+      g.width = Axis::fprop(static_cast<int32_t>(wide(p)), p.q(), 1, p.stride_w, 0, 1);
+      g.filter_width = 1;
+      g.packed_taps = p.r;
+      g.depth = p.s * p.c;
+    } else if (p.is_pointwise() && p.is_unit_stride() && p.pad_h == 0 && p.pad_w == 0 && p.nhw() <= INT32_MAX) {
+      // All pixels are one row: their pointers are a single run, and tiles go across the ends of rows and images.
+      const int32_t pixels = static_cast<int32_t>(p.nhw());
+      g.batch = 1;
+      g.height = Axis::fprop(1, 1, 1, 1, 0, 1);
+      g.width = Axis::fprop(pixels, pixels, 1, 1, 0, 1);
+    }
+    run_implicit_gemm(g, *args.parallel);
+    return nullptr;
+  }
+
+ private:
+  // x with pad_w zero pixels on either side of each row.
+  static const T* widen(const ConvProblem& p, const LaunchArgs& args) {
+    const T* x = static_cast<const T*>(args.a);
+    T* copy = reinterpret_cast<T*>(static_cast<char*>(args.workspace) + align64(zeros(p) * sizeof(T)));
+    const int64_t line = int64_t{p.w} * p.c, pad = int64_t{p.pad_w} * p.c;
+    args.parallel->for_each(int64_t{p.n} * p.h, [=](int64_t i) {
+      T* to = copy + i * (line + 2 * pad);
+      const T* from = x + i * line;
+      for (int64_t k = 0; k < pad; ++k) to[k] = T{};
+      for (int64_t k = 0; k < line; ++k) to[pad + k] = from[k];
+      for (int64_t k = 0; k < pad; ++k) to[pad + line + k] = T{};
+    });
+    return copy;
+  }
+};
+
+// dx[n,h,w,:] = sum_{r,s} dy[n,p,q,:] * W[r,s]^T, one problem of unit stride for each residue of (h, w) modulo the
+// stride: every product that is formed is one that counts.
+template <class T, bool TILES_WITHIN_ROWS>
+struct GemmDgrad {
+  static const char* pack_format(const ConvProblem&) {
+    return CONVEXT_FORMAT_NAME(T, dgrad_panels);
+  }
+
+  static int64_t packed_size(const ConvProblem& p) {
+    return packed_elements<T>(p.groups, int64_t{p.r} * p.s, p.k_per_group(), p.c_per_group()) * sizeof(T);
+  }
+
+  static void pack(const ConvProblem& p, const void* w, void* packed, const Parallel& parallel) {
+    const int64_t taps = int64_t{p.r} * p.s, filter = taps * p.c_per_group();
+    pack_panels(static_cast<const T*>(w), p.k_per_group() * filter, taps, filter, p.groups, p.r * p.s, 1,
+                p.k_per_group(), p.c_per_group(), static_cast<T*>(packed), parallel);
+  }
+
+  static int64_t workspace(const ConvProblem& p, int32_t) { return align64(p.k * int64_t{sizeof(T)}); }
+
+  static const char* launch(const ConvProblem& p, const LaunchArgs& args) {
+    ImplicitGemm<T> g;
+    g.in = static_cast<const T*>(args.a);
+    g.out = static_cast<T*>(args.out);
+    g.packed = static_cast<const T*>(args.b);
+    g.zeros = clear_zeros<T>(args.workspace, p.k);
+    g.batch = p.n;
+    g.filter_width = p.s;
+    g.packed_taps = p.r * p.s;
+    g.in_pitch = p.k, g.out_pitch = p.c;
+    g.groups = p.groups, g.depth = p.k_per_group(), g.columns = p.c_per_group();
+    g.tiles_within_rows = TILES_WITHIN_ROWS;
+    const AxisClasses rows = height_of(p, true), columns = width_of(p, true);
+    for (int32_t i = 0; i < rows.count(); ++i) {
+      g.height = rows.at(i);
+      for (int32_t j = 0; j < columns.count(); ++j) {
+        g.width = columns.at(j);
+        run_implicit_gemm(g, *args.parallel);
+      }
+    }
+    return nullptr;
+  }
+};
+
+// The Variant of a pass that packs its weights.
+template <class T, class PassImpl>
+constexpr Variant packed_variant(const char* name, Algorithm algorithm, Pass pass,
+                                 const char* (*reject)(const ConvProblem&),
+                                 double (*cost)(const Variant&, const ConvProblem&)) {
+  Variant v = packed_by<PassImpl>(
+      cpu_variant<T>(name, algorithm, pass, reject, PassImpl::launch, cost, PassImpl::workspace));
+  if (kDType<T> == DType::kBFloat16) v.arithmetic = Arithmetic::bfloat16;
+  return v;
+}
+
+}  // namespace convext::CONVEXT_ISA
+
+// Defines the Variants <pass>_<algorithm>_<type> of this instruction set; Impl is a template over the element type.
+#define CONVEXT_PACKED_VARIANTS(base, algorithm, pass, reject, cost, Impl)                                            \
+  CONVEXT_FOR_ELEMENTS(CONVEXT_PACKED_VARIANT, base, algorithm, pass, reject, cost, Impl)
+#define CONVEXT_PACKED_VARIANT(T, type, base, algorithm, pass, reject, cost, Impl)                                    \
+  namespace convext {                                                                                                 \
+  CONVEXT_DEFINE_VARIANT(base##_##type) = CONVEXT_ISA::packed_variant<T, CONVEXT_ISA::Impl<T>>(                       \
+      CONVEXT_VARIANT_NAME(base##_##type), algorithm, pass, CONVEXT_ISA::reject, CONVEXT_ISA::cost);                  \
+  }

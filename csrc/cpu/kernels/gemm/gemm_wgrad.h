@@ -1,0 +1,35 @@
+// The weight gradient as a matrix product that reduces over pixels:
+//
+//   dw[k, (r,s,c)] = sum_{n,p,q} dy[(n,p,q), k] * x[pixel((n,p,q), r, s), c]
+//
+//   A  (K, NPQ)     dy as it lies in memory: row k of a tile is one element of each pixel, broadcast
+//   B  (NPQ, RSC)   x, gathered slab by slab: 96 pixels times one panel of columns in 24 KiB of the first-level cache,
+//                   where all tiles of K pass over it. Pixels that meet nothing but padding are left out of the slab,
+//                   so a dilated filter costs what its taps inside the image cost.
+//   C  (K, RSC)     partial sums in the workspace, turned into KCRS at the end
+//
+// One item of work is a panel of (r,s,c) columns times a fixed share of the pixels; the shares are a function of the
+// problem alone and their partial sums are added in a fixed order, so results do not depend on the number of threads.
+#pragma once
+#include "cpu/kernels/family.h"
+#include "gemm.h"
+
+namespace convext::CONVEXT_ISA {
+
+template <class T>
+int64_t wgrad_workspace(const ConvProblem&, int32_t threads);
+
+template <class T>
+const char* wgrad_launch(const ConvProblem&, const LaunchArgs&);
+
+}  // namespace convext::CONVEXT_ISA
+
+#define CONVEXT_WGRAD_VARIANTS(base, algorithm, reject, cost)                                                         \
+  CONVEXT_WGRAD_VARIANT(float, base##_f32, algorithm, reject, cost)                                                   \
+  CONVEXT_WGRAD_VARIANT(double, base##_f64, algorithm, reject, cost)
+#define CONVEXT_WGRAD_VARIANT(T, base, algorithm, reject, cost)                                                       \
+  namespace convext {                                                                                                 \
+  CONVEXT_DEFINE_VARIANT(base) = CONVEXT_ISA::cpu_variant<T>(                                                         \
+      CONVEXT_VARIANT_NAME(base), algorithm, Pass::kWgrad, CONVEXT_ISA::reject, CONVEXT_ISA::wgrad_launch<T>,         \
+      CONVEXT_ISA::cost, CONVEXT_ISA::wgrad_workspace<T>);                                                            \
+  }

@@ -1,0 +1,246 @@
+// Depthwise convolution, backward, any filter, stride, dilation, multiplier and memory order, and float64: both
+// gradients in one pass over x and dy (depthwise_backward.h).
+//
+//   dx[n,h,w,c] = sum_{r,s} dy[n,p,q,c] * w[c,r,s]        dw[c,r,s] = sum_{n,h,w} dy[n,p,q,c] * x[n,h,w,c]
+//
+// backward_any<T, VEC, DW>: a thread owns VEC channels and, at a time, 4 input pixels, `across_w` apart, so that
+//   neighbouring threads have neighbouring ones:
+//
+//       x    | t0 t1 t2 t3 | t0 t1 t2 t3 | t0 ...          for each tap: the output pixel that it meets, or none
+//
+//   Taps are a loop at run time, so a thread's share of dw lies in shared memory: R*S*256*VEC*4 B, 72 KiB for a dilated
+//   3x3 with 8 channels in bf16 -> 2 blocks on 228 KiB. Larger filters take fewer channels a thread, and more taps than
+//   kEntryBudget holds take further passes over x and dy. Registers: 4*VEC pixels of x and 4*VEC sums of dx, 64 at 8
+//   channels, beside addresses. A thread does 4 pixels for each tap and access to its share.
+//
+// 36 FLOP for 6 bytes at 3x3 in bf16. Chosen where depthwise_backward_window_sm80.cu and ..._planes_sm80.cu reject.
+#include <type_traits>
+
+#include "depthwise_backward.h"
+
+namespace convext::cuda {
+namespace {
+
+// Where tap `tap` of input position `i` falls in the output: p*stride = i + pad - tap*dil. -1 where it does not.
+CONVEXT_DEVICE int32_t output_of(int32_t i, int32_t tap, const FastDiv& stride, int32_t pad, int32_t dil,
+                                 int32_t size) {
+  const int32_t shifted = i + pad - tap * dil;
+  if (shifted < 0) return -1;
+  int32_t position, rest;
+  stride(static_cast<uint32_t>(shifted), position, rest);
+  return rest == 0 && position < size ? position : -1;
+}
+
+// Entries of dw that belong to one input channel, multiplier*R*S of them: entry e is tap e % (R*S) of filter
+// c*multiplier + e / (R*S). A launch computes those of [begin, end), and dx.
+struct Entries {
+  int32_t begin, end;
+};
+
+template <class T, int VEC, bool DW>
+__global__ void __launch_bounds__(kDepthwiseThreads, 1)
+    backward_any(ConvProblem problem, DepthwiseTile tile, int64_t tiles_per_split, Strides xs, Strides ys,
+                 FastDiv stride_h, FastDiv stride_w, Entries entries, const T* __restrict__ dy,
+                 const T* __restrict__ x, const T* __restrict__ w, T* __restrict__ dx,
+                 accumulate_t<T>* __restrict__ partial) {
+  using Acc = accumulate_t<T>;
+  CONVEXT_SHARED_MEMORY(shared);
+  Acc* shares = reinterpret_cast<Acc*>(shared);  // (entries, VEC, threads): of dw
+  const int32_t P = problem.p(), Q = problem.q(), C = problem.c;
+  const int32_t multiplier = problem.k / C, taps = problem.r * problem.s, pitch = tile.lanes * VEC;
+  const int32_t c_block = static_cast<int32_t>(blockIdx.x % tile.tiles_c) * pitch;
+  const int32_t split = static_cast<int32_t>(blockIdx.x / tile.tiles_c);
+  const bool channels_last = problem.x_layout == Layout::kNHWC;
+  const DepthwisePlace place(tile, channels_last);
+  const int32_t c = c_block + place.lane * VEC;
+  const auto share = [&](int32_t entry, int v) -> Acc& {
+    return shares[((entry - entries.begin) * VEC + v) * kDepthwiseThreads + threadIdx.x];
+  };
+  if constexpr (DW) {
+    for (int32_t e = entries.begin; e < entries.end; ++e) {
+#pragma unroll
+      for (int v = 0; v < VEC; ++v) share(e, v) = 0;
+    }
+  }
+  // (R*S, pitch), for whole vectors
+  Acc* filters = shares + (DW ? (entries.end - entries.begin) * VEC * kDepthwiseThreads : 0);
+  if constexpr (VEC > 1) {
+    for (int32_t i = threadIdx.x; i < taps * pitch; i += kDepthwiseThreads) {
+      const int32_t tap = i / pitch, column = i % pitch;
+      const bool wanted = dx && c_block + column < C;
+      filters[i] = wanted ? to_accumulate(__ldg(w + int64_t{c_block + column} * taps + tap)) : Acc(0);
+    }
+    __syncthreads();  // orders the filters before every thread's reads below
+  }
+
+  const int64_t first = split * tiles_per_split;
+  const int64_t last = first + tiles_per_split < tile.pixel_tiles() ? first + tiles_per_split : tile.pixel_tiles();
+  for (int64_t index = first; index < last; ++index) {
+    const int32_t tile_w = static_cast<int32_t>(index % tile.tiles_w);
+    const int32_t h = static_cast<int32_t>(index / tile.tiles_w % tile.tiles_h) * tile.across_h + place.h;
+    const int32_t n = static_cast<int32_t>(index / tile.tiles_w / tile.tiles_h) * tile.across_n + place.n;
+    if (c >= C || n >= problem.n || h >= problem.h) continue;
+    // A thread's pixels lie across_w apart, so that neighbouring threads have neighbouring pixels.
+    const auto column_of = [&](int j) { return (tile_w * kPatchW + j) * tile.across_w + place.w; };
+    const int64_t x_line = n * xs.n + h * xs.h + c * xs.c;
+    Acc pixels[kPatchW][VEC] = {}, acc[kPatchW][VEC] = {};
+    if constexpr (DW) {
+#pragma unroll
+      for (int j = 0; j < kPatchW; ++j) {
+        if (column_of(j) >= problem.w) continue;
+        const Run<T, VEC> run = load_run<T, VEC>(x + x_line + column_of(j) * xs.w);
+#pragma unroll
+        for (int v = 0; v < VEC; ++v) pixels[j][v] = to_accumulate(run.v[v]);
+      }
+    }
+    for (int32_t m = 0; m < multiplier; ++m) {
+      const int32_t k = VEC == 1 ? c * multiplier + m : c;  // whole vectors have multiplier 1
+      for (int32_t r = 0; r < problem.r; ++r) {
+        const int32_t p = output_of(h, r, stride_h, problem.pad_h, problem.dil_h, P);
+        if (p < 0) continue;
+        const T* y_line = dy + n * ys.n + p * ys.h + k * ys.c;
+        for (int32_t s = 0; s < problem.s; ++s) {
+          const int32_t tap = r * problem.s + s, entry = m * taps + tap;
+          const bool counts = DW && entry >= entries.begin && entry < entries.end;
+          if (!dx && !counts) continue;
+          Acc weight[VEC] = {}, sum[VEC] = {};
+#pragma unroll
+          for (int v = 0; v < VEC; ++v) {
+            if (VEC > 1) weight[v] = filters[tap * pitch + place.lane * VEC + v];
+            else if (dx) weight[v] = to_accumulate(__ldg(w + int64_t{k} * taps + tap));
+          }
+#pragma unroll
+          for (int j = 0; j < kPatchW; ++j) {
+            const int32_t q = column_of(j) < problem.w
+                                  ? output_of(column_of(j), s, stride_w, problem.pad_w, problem.dil_w, Q) : -1;
+            if (q < 0) continue;
+            const Run<T, VEC> run = load_run<T, VEC>(y_line + q * ys.w);
+#pragma unroll
+            for (int v = 0; v < VEC; ++v) {
+              const Acc value = to_accumulate(run.v[v]);
+              acc[j][v] += value * weight[v];
+              sum[v] += value * pixels[j][v];
+            }
+          }
+          if (counts) {
+#pragma unroll
+            for (int v = 0; v < VEC; ++v) share(entry, v) += sum[v];
+          }
+        }
+      }
+    }
+    if (!dx) continue;
+#pragma unroll
+    for (int j = 0; j < kPatchW; ++j) {
+      if (column_of(j) < problem.w) store_run<T, VEC>(dx + x_line + column_of(j) * xs.w, acc[j]);
+    }
+  }
+
+  if constexpr (DW) {
+    __syncthreads();  // orders the threads' shares before their sum
+    const int32_t pixels = kDepthwiseThreads / tile.lanes;
+    const int32_t next_pixel = channels_last ? tile.lanes : 1, next_lane = channels_last ? 1 : pixels;
+    for (int32_t i = threadIdx.x; i < (entries.end - entries.begin) * pitch; i += kDepthwiseThreads) {
+      const int32_t entry = i / pitch, column = i % pitch;  // counted from the first of this launch
+      if (c_block + column >= C) continue;
+      const Acc* row = shares + (entry * VEC + column % VEC) * kDepthwiseThreads + column / VEC * next_lane;
+      Acc sum = 0;
+      for (int32_t pixel = 0; pixel < pixels; ++pixel) sum += row[pixel * next_pixel];
+      const int32_t m = (entries.begin + entry) / taps, tap = (entries.begin + entry) % taps;
+      const int64_t k = int64_t{c_block + column} * multiplier + m;
+      partial[(int64_t{split} * problem.k + k) * taps + tap] = sum;
+    }
+  }
+}
+
+// Shared memory that every GPU from compute capability 8.0 on lets a block ask for, nearly.
+constexpr int64_t kEntryBudget = 96 * 1024;
+
+// What an entry takes of it: the threads' shares of dw, and for whole vectors the filters of the block's channels.
+template <class T, int VEC>
+constexpr int64_t entry_bytes(bool dw) {
+  return (dw ? kDepthwiseThreads * VEC : 0) * static_cast<int64_t>(sizeof(accumulate_t<T>)) +
+         (VEC > 1 ? 128 / sizeof(T) * sizeof(accumulate_t<T>) : 0);
+}
+
+// Calls f(integral constant VEC): as many channels a thread as memory order, multiplier and the taps allow.
+template <class T, class F>
+auto with_channels(const ConvProblem& p, bool dw, F&& f) {
+  const int64_t entries = int64_t{p.r} * p.s;
+  const bool channels_last = p.x_layout == Layout::kNHWC && p.y_layout == Layout::kNHWC && p.k == p.c;
+  if constexpr (sizeof(T) <= 4) {
+    constexpr int VEC = Vector<T>::kSize;
+    if (channels_last && p.c % VEC == 0 && entries * entry_bytes<T, VEC>(dw) <= kEntryBudget) {
+      return f(std::integral_constant<int, VEC>{});
+    }
+  }
+  if constexpr (sizeof(T) == 2) {
+    if (channels_last && p.c % 2 == 0 && entries * entry_bytes<T, 2>(dw) <= kEntryBudget) {
+      return f(std::integral_constant<int, 2>{});
+    }
+  }
+  return f(std::integral_constant<int, 1>{});
+}
+
+template <class T>
+DepthwisePlan plan_any(const ConvProblem& p, int vec) {
+  constexpr int64_t kBytes = sizeof(T);
+  const bool channels_last = p.x_layout == Layout::kNHWC;
+  const int32_t lanes = channels_last ? channel_lanes(p, vec * kBytes) : backward_plane_lanes(p, kBytes);
+  const int32_t sector = channels_last ? 0 : 32 / kBytes;
+  return split_backward(p, choose_depthwise_tile(p.n, p.h, p.w, static_cast<int32_t>(ceil_div(p.c, vec)), lanes, 1,
+                                              kPatchW, p.dil_h * (p.r - 1), p.dil_w * (p.s - 1) + sector), kBytes);
+}
+
+const char* reject_any(const ConvProblem& p) {
+  if (const char* why = reject_unless_depthwise(p)) return why;
+  if (int64_t{p.r} * p.s * (p.k / p.c) > INT32_MAX / 2) return "one filter is too large";
+  return nullptr;
+}
+
+template <class T, bool DW>
+const char* launch_any(const ConvProblem& p, const void* dy, const void* x, const void* w, void* dx, void* partial,
+                       void* stream) {
+  return with_channels<T>(p, DW, [&](auto channels) -> const char* {
+    constexpr int VEC = decltype(channels)::value;
+    const DepthwisePlan plan = plan_any<T>(p, VEC);
+    const int32_t entries = p.r * p.s * (p.k / p.c);
+    const int32_t most = DW && VEC == 1 ? static_cast<int32_t>(kEntryBudget / entry_bytes<T, 1>(true)) : entries;
+    int32_t begin = 0;
+    do {  // once, unless the filter is too large for the budget
+      const Entries part{begin, min_of(begin + most, entries)};
+      const char* error = launch_kernel(
+          backward_any<T, VEC, DW>, dim3(static_cast<unsigned>(plan.blocks())),
+          dim3(kDepthwiseThreads), static_cast<size_t>((part.end - part.begin) * entry_bytes<T, VEC>(DW)), stream, p,
+          plan.tile, plan.tiles_per_split, strides_of(p.x_layout, p.c, p.h, p.w),
+          strides_of(p.y_layout, p.k, p.p(), p.q()), FastDiv(p.stride_h), FastDiv(p.stride_w), part,
+          static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<const T*>(w),
+          static_cast<T*>(begin == 0 ? dx : nullptr), static_cast<accumulate_t<T>*>(partial));
+      if (error) return error;
+      begin = part.end;
+    } while (begin < entries);
+    return nullptr;
+  });
+}
+
+template <class T>
+struct General {
+  static constexpr Layouts LAYOUTS = Layouts::kAny;
+  static constexpr auto cost = any_depthwise_cost;
+  static const char* reject(const ConvProblem& p) { return reject_any(p); }
+  static int64_t splits(const ConvProblem& p) {
+    return with_channels<T>(p, true, [&](auto channels) { return plan_any<T>(p, decltype(channels)::value).splits; });
+  }
+  template <bool DW, class... Arguments>
+  static const char* launch(Arguments... arguments) { return launch_any<T, DW>(arguments...); }
+};
+
+}  // namespace
+}  // namespace convext::cuda
+
+namespace convext {
+CONVEXT_DEPTHWISE(cuda::bf16, bf16, any, cuda::General<cuda::bf16>)
+CONVEXT_DEPTHWISE(cuda::fp16, f16, any, cuda::General<cuda::fp16>)
+CONVEXT_DEPTHWISE(float, f32, any, cuda::General<float>)
+CONVEXT_DEPTHWISE(double, f64, any, cuda::General<double>)
+}  // namespace convext

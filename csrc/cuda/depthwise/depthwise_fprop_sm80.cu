@@ -1,0 +1,300 @@
+// Depthwise convolution, forward: y[n,p,q,k] = sum_{r,s} x[n,h,w,k/m] * w[k,r,s], m = K / C, then the epilogue.
+//
+// There is no matrix product in it: each channel is its own convolution, 2 R S FLOP for every element read and written
+// once. At 3x3 in bf16 that is 18 FLOP for 4 bytes, far below what the FMA units would take: memory decides.
+//
+// One kernel, depthwise<T, VEC, R, STRIDE, FORM>. A thread owns VEC neighbouring channels and a patch of outputs. Input
+// row by input row it loads the columns that its outputs see, once, into registers, and adds each row's share to the
+// accumulators of the output rows that the row belongs to. A block walks over a range of tiles:
+//
+//       input row h     | c0 c1 c2 c3 c4 c5 |      4 outputs, 3 taps, stride 1: 6 loads
+//       output rows       p (tap r = h - p), p + 1 (tap r - 1)
+//
+// window  NHWC, m = 1: a thread has 16 bytes of channels (8 bf16) and 2 x 4 outputs. Registers: 2*4*8 accumulators +
+//   6*4 columns + 3*8 weights = 112 at 3x3. The 16x16 tile of a block reads (18/16)^2 = 1.27 of its input: with the
+//   output 1.13 of the least traffic, less what the block's next tile finds in the cache. R = 0 stands for any filter,
+//   stride and dilation, at one output a thread.
+// planes  NCHW: VEC = 1, neighbouring threads along a row, 2 x 4 outputs each; small planes lie side by side in a tile.
+//   A load is 2 bytes a thread and 64 or more a warp; rows and taps overlap in the first-level cache: at 3x3 24 loads
+//   and 72 FMA for 8 outputs.
+// any     VEC = 1, R = 0, any memory order, multiplier, alignment, and float64.
+// Shared memory: the filters of the block's channels, R*S*64*4 B = 2.3 KiB at 3x3 (window); with statistics, after
+// that, 32*(2*64 + 1)*4 B = 16 KiB. Statistics are one row of partials a block.
+#include "depthwise.h"
+#include "cuda/tile/epilogue.h"
+#include "cuda/tile/statistics.h"
+
+namespace convext::cuda {
+namespace {
+
+template <class T_, int VEC_, int R_, int STRIDE_, Form FORM_>
+struct Window {
+  using T = T_;
+  using Acc = accumulate_t<T>;
+  static constexpr int VEC = VEC_, R = R_, STRIDE = STRIDE_;
+  static constexpr Form FORM = FORM_;
+  static constexpr int PATCH_P = R == 0 ? 1 : R <= 5 ? 2 : 1;
+  static constexpr int PATCH_Q = R == 0 ? 1 : 4;
+  static constexpr int COLS = (PATCH_Q - 1) * STRIDE + R;
+  static constexpr bool SHARED_FILTERS = FORM != Form::kAny;
+  // A run of outputs side by side in memory: channels of a pixel, or for NCHW pixels of a row.
+  static constexpr int RUN = FORM == Form::kNCHW ? PATCH_Q : VEC;
+
+  // Adds input row `columns` through filter row `weights` (R, channels of the block) to one row of outputs.
+  static CONVEXT_DEVICE void add_row(const Run<T, VEC> (&columns)[COLS], const Acc* weights, int pitch,
+                                     Acc (&acc)[PATCH_Q][VEC]) {
+    Acc tap[R][VEC];
+#pragma unroll
+    for (int s = 0; s < R; ++s) {
+#pragma unroll
+      for (int v = 0; v < VEC; ++v) tap[s][v] = weights[s * pitch + v];
+    }
+#pragma unroll
+    for (int col = 0; col < COLS; ++col) {
+#pragma unroll
+      for (int v = 0; v < VEC; ++v) {
+        const Acc value = to_accumulate(columns[col].v[v]);
+#pragma unroll
+        for (int q = 0; q < PATCH_Q; ++q) {
+          const int s = col - q * STRIDE;
+          if (s >= 0 && s < R) acc[q][v] += value * tap[s][v];
+        }
+      }
+    }
+  }
+};
+
+template <class T, int VEC, int R, int STRIDE, Form FORM>
+__global__ void __launch_bounds__(kDepthwiseThreads, 1)
+    depthwise(ConvProblem problem, DepthwiseTile tile, int64_t tiles_per_split, Strides xs, Strides ys,
+              const T* __restrict__ x, const T* __restrict__ w, T* __restrict__ y, Epilogue epilogue, bool vector_out,
+              PartialStats<accumulate_t<T>> stats) {
+  using W = Window<T, VEC, R, STRIDE, FORM>;
+  using Acc = accumulate_t<T>;
+  CONVEXT_SHARED_MEMORY(shared);
+  Acc* filters = reinterpret_cast<Acc*>(shared);  // (R*S, lanes*VEC)
+  const int32_t P = problem.p(), Q = problem.q(), K = problem.k;
+  const int32_t pitch = tile.lanes * VEC, taps = problem.r * problem.s;
+
+  // Channel tiles are the fastest index, so that neighbouring blocks read neighbouring bytes.
+  const int64_t split = blockIdx.x / tile.tiles_c;
+  const int32_t k_block = static_cast<int32_t>(blockIdx.x % tile.tiles_c) * pitch;
+
+  if constexpr (W::SHARED_FILTERS) {
+    for (int32_t i = threadIdx.x; i < taps * pitch; i += kDepthwiseThreads) {
+      const int32_t channel = i / taps, tap = i % taps;
+      const int32_t k = k_block + channel;
+      filters[tap * pitch + channel] = k < K ? to_accumulate(__ldg(w + int64_t{k} * taps + tap)) : Acc(0);
+    }
+    __syncthreads();  // orders the filters before every thread's reads below
+  }
+
+  const DepthwisePlace place(tile, lanes_innermost<FORM>(problem.y_layout));
+  const int32_t k = k_block + place.lane * VEC;
+  Welford<Acc, VEC> seen;
+  const int64_t first = split * tiles_per_split;
+  const int64_t last = first + tiles_per_split < tile.pixel_tiles() ? first + tiles_per_split : tile.pixel_tiles();
+#pragma unroll 1
+  for (int64_t index = first; index < last; ++index) {
+    const int32_t tile_w = static_cast<int32_t>(index % tile.tiles_w);
+    const int32_t tile_h = static_cast<int32_t>(index / tile.tiles_w % tile.tiles_h);
+    const int32_t q0 = (tile_w * tile.across_w + place.w) * W::PATCH_Q;
+    const int32_t p0 = (tile_h * tile.across_h + place.h) * W::PATCH_P;
+    const int32_t n = static_cast<int32_t>(index / tile.tiles_w / tile.tiles_h) * tile.across_n + place.n;
+    if (k >= K || q0 >= Q || p0 >= P || n >= problem.n) continue;
+
+    // With NCHW the distance of columns is known: 1.
+    const int64_t column_step = FORM == Form::kNCHW ? 1 : xs.w;
+    const T* image = x + n * xs.n + (VEC == 1 ? k / (K / problem.c) : k) * xs.c;
+    const int32_t h0 = problem.h_of(p0, 0), w0 = problem.w_of(q0, 0);
+    Acc acc[W::PATCH_P][W::PATCH_Q][VEC] = {};
+
+    if constexpr (R > 0) {
+      const Acc* my_filters = filters + place.lane * VEC;
+#pragma unroll
+      for (int row = 0; row < (W::PATCH_P - 1) * STRIDE + R; ++row) {
+        const int32_t h = h0 + row;
+        if (h < 0 || h >= problem.h) continue;
+        const T* line = image + h * xs.h;
+        Run<T, VEC> columns[W::COLS];
+#pragma unroll
+        for (int col = 0; col < W::COLS; ++col) {
+          const int32_t column = w0 + col;
+          columns[col] = column >= 0 && column < problem.w ? load_run<T, VEC>(line + column * column_step)
+                                                           : zero_run<T, VEC>();
+        }
+#pragma unroll
+        for (int p = 0; p < W::PATCH_P; ++p) {
+          const int r = row - p * STRIDE;
+          if (r >= 0 && r < R) W::add_row(columns, my_filters + r * R * pitch, pitch, acc[p]);
+        }
+      }
+    } else {
+      for (int32_t r = 0; r < problem.r; ++r) {
+        const int32_t h = h0 + r * problem.dil_h;
+        if (h < 0 || h >= problem.h) continue;
+        for (int32_t s = 0; s < problem.s; ++s) {
+          const int32_t column = w0 + s * problem.dil_w, tap = r * problem.s + s;
+          if (column < 0 || column >= problem.w) continue;
+          const Run<T, VEC> value = load_run<T, VEC>(image + h * xs.h + column * column_step);
+#pragma unroll
+          for (int v = 0; v < VEC; ++v) {
+            const Acc weight = W::SHARED_FILTERS ? filters[tap * pitch + place.lane * VEC + v]
+                                                 : to_accumulate(__ldg(w + int64_t{k} * taps + tap));
+            acc[0][0][v] += to_accumulate(value.v[v]) * weight;
+          }
+        }
+      }
+    }
+
+#pragma unroll
+    for (int p = 0; p < W::PATCH_P; ++p) {
+      if (p0 + p >= P) break;
+      const int64_t offset = n * ys.n + (p0 + p) * ys.h + k * ys.c;
+      if constexpr (FORM == Form::kNCHW) {
+        const Span span{k, 0, offset + q0, 1, Q - q0, vector_out};
+        Acc run[W::RUN];
+#pragma unroll
+        for (int q = 0; q < W::PATCH_Q; ++q) run[q] = acc[p][q][0];
+        apply_epilogue<T>(epilogue, run, span);
+        store_span(y, run, span);
+#pragma unroll
+        for (int q = 0; q < W::PATCH_Q; ++q) acc[p][q][0] = run[q];
+      } else {
+#pragma unroll
+        for (int q = 0; q < W::PATCH_Q; ++q) {
+          if (q0 + q >= Q) break;
+          const Span span{k, 1, offset + (q0 + q) * ys.w, 1, VEC, VEC > 1};
+          apply_epilogue<T>(epilogue, acc[p][q], span);
+          store_span(y, acc[p][q], span);
+        }
+      }
+      if (stats.moments) {
+#pragma unroll
+        for (int q = 0; q < W::PATCH_Q; ++q) {
+          if (q0 + q < Q) seen.template add_stored<T>(acc[p][q]);
+        }
+      }
+    }
+  }
+
+  if (stats.moments) {
+    Acc* scratch = filters + (W::SHARED_FILTERS ? taps * pitch : 0);
+    merge_block(seen, scratch, place.pixel, kDepthwiseThreads / tile.lanes, place.lane * VEC, pitch,
+                [&](int column, Acc count, Acc mean, Acc m2) {
+                  if (k_block + column < K) stats.store(split, k_block + column, count, mean, m2);
+                });
+  }
+}
+
+constexpr int64_t kFilterBudget = 24 * 1024;  // bytes of shared memory
+constexpr int64_t kTargetBlocks = 8 * kProcessors;
+
+template <class W>
+DepthwisePlan plan_of(const ConvProblem& p) {
+  constexpr int64_t kBytes = sizeof(typename W::T);
+  const int32_t halo_h = p.dil_h * (p.r - 1), halo_w = p.dil_w * (p.s - 1);
+  const bool channels_last = W::FORM == Form::kNHWC || (W::FORM == Form::kAny && p.y_layout == Layout::kNHWC);
+  int32_t lanes = channels_last ? channel_lanes(p, W::VEC * kBytes)
+                                : plane_lanes(p.k, int64_t{p.p()} * p.q() * kBytes);
+  while (W::SHARED_FILTERS && lanes > 1 && int64_t{p.r} * p.s * lanes * W::VEC * 4 > kFilterBudget) lanes /= 2;
+  const int32_t sector = channels_last ? 0 : 32 / kBytes;  // a tile's rows of a plane start and end within one
+  const DepthwiseTile tile =
+      choose_depthwise_tile(p.n, p.p(), p.q(), static_cast<int32_t>(ceil_div(p.k, W::VEC)), lanes, W::PATCH_P,
+                            W::PATCH_Q, halo_h, halo_w + sector);
+  return split_tiles(tile, kTargetBlocks, INT64_MAX, p.is_dilated());
+}
+
+template <class W>
+const char* launch_as(const ConvProblem& p, const LaunchArgs& args) {
+  using T = typename W::T;
+  using Acc = typename W::Acc;
+  const DepthwisePlan plan = plan_of<W>(p);
+  const DepthwiseTile& tile = plan.tile;
+  if (plan.blocks() > INT32_MAX) return "the grid would exceed 2^31 blocks";
+  const int32_t pitch = tile.lanes * W::VEC;
+  const int64_t filters = W::SHARED_FILTERS ? int64_t{p.r} * p.s * pitch : 0;
+  const int64_t merging = args.stats ? merge_scratch(kDepthwiseThreads / tile.lanes, pitch) : 0;
+  const bool vector_out = W::FORM == Form::kNCHW && p.q() % W::RUN == 0;
+  return launch_kernel(depthwise<T, W::VEC, W::R, W::STRIDE, W::FORM>, dim3(static_cast<unsigned>(plan.blocks())),
+                       dim3(kDepthwiseThreads), sizeof(Acc) * (filters + merging), args.stream, p, tile,
+                       plan.tiles_per_split,
+                       strides_of(p.x_layout, p.c, p.h, p.w), strides_of(p.y_layout, p.k, p.p(), p.q()),
+                       static_cast<const T*>(args.a), static_cast<const T*>(args.b), static_cast<T*>(args.out),
+                       args.epilogue, vector_out, PartialStats<Acc>(args.stats, plan.splits, p.k));
+}
+
+bool is_square(const ConvProblem& p) {
+  return p.r == p.s && (p.r == 3 || p.r == 5 || p.r == 7) && p.stride_h == p.stride_w && p.stride_h <= 2 &&
+         !p.is_dilated();
+}
+
+// Calls f(Window<...>{}) with the instance that serves the problem.
+template <class T, int VEC, Form FORM, class F>
+auto with_window(const ConvProblem& p, F&& f) {
+  if constexpr (FORM != Form::kAny) {
+    if (is_square(p) && p.stride_h == 1) {
+      if (p.r == 3) return f(Window<T, VEC, 3, 1, FORM>{});
+      if (p.r == 5) return f(Window<T, VEC, 5, 1, FORM>{});
+      return f(Window<T, VEC, 7, 1, FORM>{});
+    }
+    if (is_square(p)) {
+      if (p.r == 3) return f(Window<T, VEC, 3, 2, FORM>{});
+      if (p.r == 5) return f(Window<T, VEC, 5, 2, FORM>{});
+      return f(Window<T, VEC, 7, 2, FORM>{});
+    }
+  }
+  if constexpr (FORM != Form::kNCHW) return f(Window<T, VEC, 0, 1, FORM>{});
+  __builtin_unreachable();  // rejected
+}
+
+template <class T, int VEC, Form FORM>
+const char* launch(const ConvProblem& p, const LaunchArgs& args) {
+  return with_window<T, VEC, FORM>(p, [&](auto window) { return launch_as<decltype(window)>(p, args); });
+}
+template <class T, int VEC, Form FORM>
+int64_t stats_rows(const ConvProblem& p) {
+  return with_window<T, VEC, FORM>(p, [&](auto window) { return plan_of<decltype(window)>(p).splits; });
+}
+
+template <class T, int VEC, Form FORM>
+const char* reject(const ConvProblem& p) {
+  if (const char* why = reject_unless_depthwise(p)) return why;
+  if (FORM == Form::kNHWC) {
+    if (p.k != p.c) return "its channel multiplier is not 1";
+    if (p.x_layout != Layout::kNHWC || p.y_layout != Layout::kNHWC) return "it takes channels-last tensors alone";
+    if (p.c % VEC) return "the number of channels is not a multiple of 16 bytes";
+    if (int64_t{p.r} * p.s * VEC * 4 > kFilterBudget) return "the filter is too large for shared memory";
+  }
+  if (FORM == Form::kNCHW) {
+    if (p.x_layout != Layout::kNCHW || p.y_layout != Layout::kNCHW) return "it takes contiguous tensors alone";
+    if (!is_square(p)) return "the filter is not 3x3, 5x5 or 7x7 at stride 1 or 2 without dilation";
+  }
+  return nullptr;
+}
+
+template <class T, int VEC, Form FORM>
+constexpr Variant variant_of(const char* name) {
+  return {.name = name, .algorithm = Algorithm::depthwise, .device = Device::kCUDA, .pass = Pass::kFprop,
+          .dtype = DTypeOf<T>::value, .arithmetic = DTypeOf<T>::arithmetic, .isa = Isa::kSM80,
+          .layouts = FORM == Form::kNHWC ? Layouts::kNHWCOnly : Layouts::kAny, .reject = reject<T, VEC, FORM>,
+          .cost = FORM == Form::kAny ? any_depthwise_cost : depthwise_cost, .launch = launch<T, VEC, FORM>,
+          .stats_rows = stats_rows<T, VEC, FORM>};
+}
+
+}  // namespace
+}  // namespace convext::cuda
+
+namespace convext {
+#define CONVEXT_DEPTHWISE(T, dtype, form, VEC, FORM)              \
+  extern const Variant fprop_depthwise_##dtype##_##form##_sm80 =  \
+      cuda::variant_of<T, VEC, cuda::Form::FORM>("fprop_depthwise_" #dtype "_" #form "_sm80");
+#define CONVEXT_DEPTHWISE_FORMS(T, dtype)                              \
+  CONVEXT_DEPTHWISE(T, dtype, window, cuda::Vector<T>::kSize, kNHWC)   \
+  CONVEXT_DEPTHWISE(T, dtype, planes, 1, kNCHW)                        \
+  CONVEXT_DEPTHWISE(T, dtype, any, 1, kAny)
+CONVEXT_DEPTHWISE_FORMS(cuda::bf16, bf16)
+CONVEXT_DEPTHWISE_FORMS(cuda::fp16, f16)
+CONVEXT_DEPTHWISE_FORMS(float, f32)
+CONVEXT_DEPTHWISE(double, f64, any, 1, kAny)
+}  // namespace convext

@@ -1,0 +1,176 @@
+// The CUDA kernels as Python sees them: the list, the selection, and launches on raw addresses.
+//
+// No torch here, so the library loads and selects on a machine without a GPU and under any torch; what owns memory and
+// streams is convext/backends/native_cuda.py.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bindings_problem.h"
+#include "cuda/batch_norm/batch_norm.h"
+#include "cuda/runtime.h"
+#include "cuda/cost.h"
+
+namespace py = pybind11;
+
+namespace convext {
+namespace {
+
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+std::string describe(const ConvProblem& p) {
+  const std::array<int32_t, 14> values = {p.n,        p.c,     p.h,     p.w,     p.k,     p.r,     p.s, p.stride_h,
+                                          p.stride_w, p.pad_h, p.pad_w, p.dil_h, p.dil_w, p.groups};
+  const char* const names[] = {"n",        "c",     "h",     "w",     "k",     "r",     "s", "stride_h",
+                               "stride_w", "pad_h", "pad_w", "dil_h", "dil_w", "groups"};
+  std::string text;
+  for (size_t i = 0; i < values.size(); ++i) {
+    text += std::string(i ? " " : "") + names[i] + "=" + std::to_string(values[i]);
+  }
+  return text;
+}
+
+void launch(int index, const Fields& fields, int device, uintptr_t stream, uintptr_t a, uintptr_t b, uintptr_t out,
+            uintptr_t workspace, uintptr_t scale, uintptr_t shift, uintptr_t residual, int activation, uintptr_t w,
+            uintptr_t dx, uintptr_t stats) {
+  const Variant& variant = variant_at(index);
+  const ConvProblem problem = problem_of(fields);
+  if (const char* why = reject(variant, Device::kCUDA, variant.pass, problem)) {
+    throw std::invalid_argument(std::string("convext: ") + variant.name + " rejects the problem: " + why);
+  }
+  LaunchArgs args{};
+  args.a = pointer(a), args.b = pointer(b), args.out = pointer(out), args.workspace = pointer(workspace);
+  args.epilogue.scale = pointer(scale), args.epilogue.shift = pointer(shift);
+  args.epilogue.residual = pointer(residual);
+  args.epilogue.activation = static_cast<Activation>(activation);
+  args.stream = pointer(stream);
+  args.w = pointer(w), args.dx = pointer(dx), args.stats = pointer(stats);
+  const cuda::OnDevice on_device(device);
+  const char* error = on_device.error() ? on_device.error() : variant.launch(problem, args);
+  if (error) {
+    throw std::runtime_error(std::string("convext: ") + variant.name + " failed on " + describe(problem) + ": " +
+                             error);
+  }
+}
+
+// n c h w dtype layout of a dense activation tensor, and the addresses of mean, var, gamma, beta.
+using Shape = std::array<int64_t, 6>;
+using Channels = std::array<uintptr_t, 4>;
+
+cuda::NormShape shape_of(const Shape& s) {
+  const cuda::NormShape shape{s[0], s[1], s[2], s[3], static_cast<DType>(s[4]), static_cast<Layout>(s[5])};
+  if (const char* why = cuda::reject_norm(shape)) {
+    throw std::invalid_argument(std::string("convext: batch norm: ") + why);
+  }
+  return shape;
+}
+cuda::NormParameters parameters_of(const Channels& c, double eps) {
+  return {pointer(c[0]), pointer(c[1]), pointer(c[2]), pointer(c[3]), eps};
+}
+
+// Runs f() with the device current; raises RuntimeError with the pass and its shape.
+template <class F>
+void run_norm(const char* pass, const cuda::NormShape& s, int device, F&& f) {
+  const cuda::OnDevice on_device(device);
+  const char* error = on_device.error() ? on_device.error() : f();
+  if (!error) return;
+  throw std::runtime_error(std::string("convext: ") + pass + " failed on n=" + std::to_string(s.n) + " c=" +
+                           std::to_string(s.c) + " h=" + std::to_string(s.h) + " w=" + std::to_string(s.w) + ": " +
+                           error);
+}
+
+void batch_stats(const Shape& s, int device, uintptr_t stream, uintptr_t y, uintptr_t mean, uintptr_t var,
+                 uintptr_t workspace) {
+  const cuda::NormShape shape = shape_of(s);
+  run_norm("batch_stats", shape, device, [&] {
+    return cuda::launch_batch_stats(shape, pointer(y), pointer(mean), pointer(var), pointer(workspace),
+                                    pointer(stream));
+  });
+}
+
+void merge_stats(int64_t k, int64_t rows, int dtype, int device, uintptr_t stream, uintptr_t partial, uintptr_t mean,
+                 uintptr_t var) {
+  run_norm("merge_stats", {rows, k, 1, 1, static_cast<DType>(dtype), Layout::kNHWC}, device, [&] {
+    return cuda::launch_merge_stats(k, rows, static_cast<DType>(dtype), pointer(partial), pointer(mean), pointer(var),
+                                    pointer(stream));
+  });
+}
+
+void bn_act(const Shape& s, int device, uintptr_t stream, const Channels& channels, double eps, int activation,
+            uintptr_t y, uintptr_t residual, uintptr_t out) {
+  const cuda::NormShape shape = shape_of(s);
+  run_norm("bn_act", shape, device, [&] {
+    return cuda::launch_bn_act(shape, parameters_of(channels, eps), static_cast<Activation>(activation), pointer(y),
+                               pointer(residual), pointer(out), pointer(stream));
+  });
+}
+
+void bn_act_backward(const Shape& s, int device, uintptr_t stream, const Channels& channels, double eps, int activation,
+                     bool training, uintptr_t dout, uintptr_t y, uintptr_t residual, uintptr_t dy, uintptr_t dgamma,
+                     uintptr_t dbeta, uintptr_t dresidual, uintptr_t workspace) {
+  const cuda::NormShape shape = shape_of(s);
+  run_norm("bn_act_backward", shape, device, [&] {
+    return cuda::launch_bn_act_backward(shape, parameters_of(channels, eps), static_cast<Activation>(activation),
+                                        training, pointer(dout), pointer(y), pointer(residual), pointer(dy),
+                                        pointer(dgamma), pointer(dbeta), pointer(dresidual), pointer(workspace),
+                                        pointer(stream));
+  });
+}
+
+void fold(int64_t k, int dtype, int device, uintptr_t stream, const Channels& channels, double eps, uintptr_t bias,
+          uintptr_t scale, uintptr_t shift) {
+  run_norm("fold", {1, k, 1, 1, static_cast<DType>(dtype), Layout::kNHWC}, device, [&] {
+    return cuda::launch_fold(k, static_cast<DType>(dtype), parameters_of(channels, eps), pointer(bias), pointer(scale),
+                             pointer(shift), pointer(stream));
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_CUDA, m) {
+  m.doc() = "convext's CUDA kernels: list, selection, launches on raw addresses.";
+  m.def("variants", [] {
+    py::list all;
+    for (const Variant* v : variants()) all.append(facts(*v));
+    return all;
+  }, "Every CUDA kernel, as dicts, in the order of their indices.");
+  m.def("select", [](int pass, const Fields& fields) {
+    const ConvProblem problem = problem_of(fields);
+    const int index = select(Device::kCUDA, static_cast<Pass>(pass), problem);
+    return std::pair<int, double>(index, index < 0 ? 0.0 : variants()[index]->cost(*variants()[index], problem));
+  }, "(index of the kernel that serves the problem, its modelled cost), or (-1, 0).");
+  m.def("copy_cost", &cuda::copy_cost, "Modelled cost of a copy that changes the memory order of so many bytes.");
+  m.def("reject_reasons", [](int pass, const Fields& fields) {
+    return reject_reasons(Device::kCUDA, static_cast<Pass>(pass), problem_of(fields));
+  }, "(kernel, reason) for every kernel of the pass that does not take the problem.");
+  m.def("weight_order", &pack_format,
+        "\"krsc\" where the kernel reads (or, for wgrad, writes) weights in that order, None for KCRS.");
+  m.def("workspace", [](int index, const Fields& fields) {
+    const Variant& v = variant_at(index);
+    return v.workspace ? v.workspace(problem_of(fields), 1) : int64_t{0};
+  }, "Bytes of scratch memory that the launch needs.");
+  m.def("set_tf32", [](bool on) { settings().tf32 = on; }, py::arg("on"),
+        "Allows or forbids kernels that round float32 operands to tf32.");
+  m.def("launch", &launch, "Launches a kernel on device addresses; raises RuntimeError naming kernel and problem.");
+  m.def("norm_workspace", [](const Shape& s) { return cuda::norm_workspace(shape_of(s)); },
+        "Bytes of scratch memory for batch_stats and bn_act_backward.");
+  m.def("batch_stats", &batch_stats, "Launches the per-channel statistics of y.");
+  m.def("stats_rows", [](int index, const Fields& fields) {
+    const Variant& v = variant_at(index);
+    return v.stats_rows ? v.stats_rows(problem_of(fields)) : int64_t{0};
+  }, "Rows of partial statistics that the fprop kernel writes where asked to; 0 where it cannot.");
+  m.def("merge_stats", &merge_stats, "Launches mean and biased variance out of an fprop kernel's partial statistics.");
+  m.def("bn_act", &bn_act, "Launches normalisation, residual and activation.");
+  m.def("bn_act_backward", &bn_act_backward, "Launches the gradients of bn_act.");
+  m.def("fold", &fold, "Launches scale, shift = the epilogue of a bias and a batch norm in inference.");
+  m.def("activations", &activation_names,
+        "Names of the fused activations; the position is the number that launch takes.");
+}
+
+}  // namespace convext

@@ -1,0 +1,118 @@
+"""The folders of csrc/: who includes whom, without a circle or an arrow upwards, and who sees torch, Python, CUDA."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+
+# Folder -> the folders that its files may include, from the bottom up. Its own goes without saying.
+ARROWS = {
+    "core": [],
+    "cpu/simd": ["core"],
+    "cpu/kernels": ["core", "cpu/simd"],
+    **{f"cpu/kernels/{family}": ["core", "cpu/simd", "cpu/kernels"]
+       for family in ("depthwise", "elementwise", "gemm", "roofline")},
+    **{f"cpu/kernels/{family}": ["core", "cpu/simd", "cpu/kernels", "cpu/kernels/gemm"]
+       for family in ("direct", "pointwise", "stem", "winograd")},
+    "cpu/kernels/grouped": ["core", "cpu/simd", "cpu/kernels", "cpu/kernels/gemm", "cpu/kernels/stem"],
+    "cpu/runtime": ["core", "cpu/kernels/elementwise"],
+    "cuda": ["core"],
+    "cuda/ptx": ["core", "cuda"],
+    "cuda/tile": ["core", "cuda", "cuda/ptx"],
+    **{f"cuda/{family}": ["core", "cuda", "cuda/ptx", "cuda/tile"]
+       for family in ("batch_norm", "depthwise", "igemm", "simt")},
+    "torch": ["core", "cpu/kernels/elementwise", "cpu/runtime"],
+    "storage": [],
+    "python": ["core", "cpu/kernels/roofline", "cpu/runtime", "cuda", "cuda/batch_norm"],
+}  # fmt: skip
+
+# A pattern of headers from outside -> the only folders that may include them.
+OUTSIDE = {
+    r"(torch|ATen|c10)/": ["torch", "storage"],
+    r"(pybind11/|Python\.h)": ["python", "storage"],
+    r"cuda(_\w+)?\.h": ["cuda"],
+    r"immintrin\.h": ["cpu/simd"],
+}
+
+
+def sources(csrc: Path) -> dict[str, str]:
+    """Path from csrc/ -> text, without the tests, which may include everything."""
+    files = [file for file in csrc.rglob("*") if file.suffix in (".h", ".cpp", ".cu", ".inc")]
+    named = {file.relative_to(csrc).as_posix(): file.read_text() for file in files}
+    return {name: text for name, text in named.items() if not name.startswith("tests/")}
+
+
+def folder(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
+def includes(name: str, text: str) -> list[str]:
+    """The files of csrc/ that a file includes: plain names are of its own folder, the others start at csrc/."""
+    found = re.findall(r'^ *#include "([^"]+)"', text, re.M)
+    return [target if "/" in target else f"{folder(name)}/{target}" for target in found]
+
+
+def problems(csrc: Path) -> list[str]:
+    files = sources(csrc)
+    found = [f"{name} is in a folder without arrows" for name in files if folder(name) not in ARROWS]
+    for name, text in files.items():
+        for target in includes(name, text):
+            if target not in files:
+                found.append(f"{name} includes {target}, which is not there")
+            elif folder(target) != folder(name) and folder(target) not in ARROWS.get(folder(name), []):
+                found.append(f"{name} includes {target}")
+        for header in re.findall(r"^ *#include <([^>]+)>", text, re.M):
+            for pattern, allowed in OUTSIDE.items():
+                if re.match(pattern, header) and folder(name) not in allowed:
+                    found.append(f"{name} includes <{header}>")
+    return found + [f"{' -> '.join(circle)} is a circle" for circle in circles(files)]
+
+
+def circles(files: dict[str, str]) -> list[list[str]]:
+    """Rings of files that include each other."""
+    found, done = [], set()
+
+    def visit(name: str, path: list[str]) -> None:
+        if name in path:
+            found.append([*path[path.index(name):], name])
+        elif name not in done and name in files:
+            for target in includes(name, files[name]):
+                visit(target, [*path, name])
+            done.add(name)
+
+    for name in files:
+        visit(name, [])
+    return found
+
+
+def test_includes_point_one_way():
+    assert len(sources(CSRC)) > 100
+    assert problems(CSRC) == []
+
+
+def test_arrows_point_to_what_stands_above_in_the_table():
+    order = list(ARROWS)
+    for place, below in ARROWS.items():
+        assert all(order.index(target) < order.index(place) for target in below), place
+
+
+@pytest.mark.parametrize(("name", "line", "said"), [
+    ("core/a.h", '#include "cpu/simd/vec.h"', "core/a.h includes cpu/simd/vec.h"),
+    ("cpu/runtime/a.h", '#include "cpu/simd/vec.h"', "cpu/runtime/a.h includes cpu/simd/vec.h"),
+    ("cpu/kernels/gemm/a.h", '#include "cpu/kernels/direct/d.h"', "gemm/a.h includes cpu/kernels/direct/d.h"),
+    ("cpu/runtime/a.h", "#include <torch/csrc/stable/tensor.h>", "includes <torch/csrc/stable/tensor.h>"),
+    ("torch/a.h", "#include <pybind11/pybind11.h>", "includes <pybind11/pybind11.h>"),
+    ("core/a.h", '#include "gone.h"', "core/a.h includes core/gone.h, which is not there"),
+    ("core/b.h", '#include "b.h"', "core/b.h -> core/b.h is a circle"),
+    ("elsewhere/a.h", "", "elsewhere/a.h is in a folder without arrows"),
+])  # fmt: skip
+def test_what_points_another_way_is_found(tmp_path, name, line, said):
+    for file in ("cpu/simd/vec.h", "cpu/kernels/direct/d.h", name):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(line if file == name else "")
+    found = problems(tmp_path)
+    assert len(found) == 1 and said in found[0]
