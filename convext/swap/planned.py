@@ -293,7 +293,7 @@ class PlannedForward(InstanceMethod):
         self._captures[signature] = self._captures.get(signature, 0) + 1
         present = set(owner.modules())  # a plan keeps its modules: not those that the owner has no more
         for plans in self._plans.values():
-            plans[:] = [plan for plan in plans if isinstance(plan, Plan) and present.issuperset(plan.trace.leaves)]
+            plans[:] = [p for p in plans if isinstance(p, Refusal) or present.issuperset(p.trace.leaves)]
         plans = self._plans.setdefault(signature, [])
         plans.insert(0, made)
         del plans[_MOST_PLANS:]
