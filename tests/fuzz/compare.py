@@ -231,7 +231,7 @@ def close(plain, swapped, eps, terms, moved, what):
         a, b = _whole(values), _whole(others)
         if np.array_equal(a, b, equal_nan=True):
             continue
-        size = max(size_of(a), 1.0 if group == "buffer" else 0.0)
+        size = max(size_of(a), 1.0 if group in ("buffer", "output") else 0.0)  # what cancelled was of the inputs' size
         if (distance(a, b) <= fast * size).all():
             continue
         if moves is None:
