@@ -203,7 +203,9 @@ class Plan(_Guarded):
     def __init__(self, trace, signature):
         super().__init__(trace.facts)
         self.trace, self.signature = trace, signature
-        self.weights = layout.weights_to_ask([m for m in trace.leaves if calls.is_conv(m)])
+        nested = {trace.modules[node.target] for node in trace.planned}
+        inside = dict.fromkeys(part for m in trace.leaves for part in (m.modules() if m in nested else [m]))
+        self.weights = layout.weights_to_ask([m for m in inside if calls.is_conv(m)])
         self.variants, self.epoch = {}, backends.epoch
 
     def result_of(self, node):
