@@ -139,7 +139,10 @@ def _packed_weight(w: torch.Tensor, plan: _Plan) -> _PackedWeight:
     """Where the packings of w are kept. To be held until the call that uses its number has begun."""
     if plan.pack_format is None or w._is_view():  # a view is made for one call: its packing goes into scratch memory
         return _NOT_KEPT
-    storage = w.untyped_storage()
+    try:
+        storage = w.untyped_storage()
+    except NotImplementedError:  # a tensor of torch.func whose transform has ended
+        return _NOT_KEPT
     key = id(storage)
     entry = _packed.get(key)
     if entry is None or entry[0]() is not storage:

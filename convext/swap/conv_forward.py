@@ -24,15 +24,15 @@ class ConvForward(InstanceMethod):
 
     def __call__(self, input, weight, bias):
         conv = self.owner
-        if torch.compiler.is_exporting() or _is_tracing() is not None \
-                or type(conv)._conv_forward is not _TORCHS or F.conv2d is not _CONV2D:
-            return type(conv)._conv_forward(conv, input, weight, bias)
         if not torch.compiler.is_compiling():
             conv = self.called()
-            if function_mode_watches():
+            if _is_tracing() is not None or type(conv)._conv_forward is not _TORCHS or F.conv2d is not _CONV2D \
+                    or function_mode_watches():
                 return type(conv)._conv_forward(conv, input, weight, bias)
             if type(input) is torch.Tensor:
                 LAST_INPUTS[conv] = input.shape, input.stride(), input.dtype, input.device
+        elif torch.compiler._is_exporting_flag:  # is_exporting() is True under every torch.compile
+            return type(conv)._conv_forward(conv, input, weight, bias)
         if conv.padding_mode != "zeros":
             input = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
             return functional.conv2d(input, weight, bias, conv.stride, (0, 0), conv.dilation, conv.groups)

@@ -203,7 +203,9 @@ class Plan(_Guarded):
     def __init__(self, trace, signature):
         super().__init__(trace.facts)
         self.trace, self.signature = trace, signature
-        self.weights = layout.weights_to_ask([m for m in trace.leaves if calls.is_conv(m)])
+        nested = {trace.modules[node.target] for node in trace.planned}
+        inside = dict.fromkeys(part for m in trace.leaves for part in (m.modules() if m in nested else [m]))
+        self.weights = layout.weights_to_ask([m for m in inside if calls.is_conv(m)])
         self.variants, self.epoch = {}, backends.epoch
 
     def result_of(self, node):
@@ -293,7 +295,7 @@ class PlannedForward(InstanceMethod):
         self._captures[signature] = self._captures.get(signature, 0) + 1
         present = set(owner.modules())  # a plan keeps its modules: not those that the owner has no more
         for plans in self._plans.values():
-            plans[:] = [plan for plan in plans if isinstance(plan, Plan) and present.issuperset(plan.trace.leaves)]
+            plans[:] = [p for p in plans if isinstance(p, Refusal) or present.issuperset(p.trace.leaves)]
         plans = self._plans.setdefault(signature, [])
         plans.insert(0, made)
         del plans[_MOST_PLANS:]

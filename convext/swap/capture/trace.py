@@ -87,7 +87,20 @@ class TracedAttribute(_Traced, fx.proxy.Attribute):
     pass
 
 
+def _with_plain_lists(value):
+    """The same with plain lists in the place of those that stand for the user's, which torch.fx does not look into."""
+    if isinstance(value, list):
+        return [_with_plain_lists(item) for item in value]
+    if type(value) is tuple:
+        return tuple(_with_plain_lists(item) for item in value)
+    return {key: _with_plain_lists(item) for key, item in value.items()} if type(value) is dict else value
+
+
 class TracedValue(_Traced, fx.Proxy):
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return super().__torch_function__(function, types, _with_plain_lists(args), _with_plain_lists(kwargs))
+
     def __getattr__(self, name):
         if name not in METADATA_ATTRIBUTES and not callable(getattr(torch.Tensor, name, None)):
             self.tracer.guessed = self.tracer.guessed or name  # it may be None
