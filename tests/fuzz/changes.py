@@ -60,8 +60,7 @@ SETTINGS = [
     (nn.AdaptiveAvgPool2d, "output_size", (1, (1, 1), 2)),
     (nn.Flatten, "start_dim", (1, 2, 0)),
     (nn.LayerNorm, "eps", (1e-6, 0.5)),
-    (nn.GroupNorm, "num_groups", (1, 2, 4)),
-    (nn.GroupNorm, "eps", (1e-5, 0.5)),
+    (nn.InstanceNorm2d, "eps", (1e-5, 0.5)),
     (nn.Upsample, "mode", ("nearest", "bilinear")),
     (nn.Upsample, "scale_factor", (2.0, 3.0)),
     ((nn.MaxPool2d, nn.AvgPool2d), "kernel_size", (3, 2)),
@@ -1159,7 +1158,10 @@ def parametrization(s):
     name = s.pick(s.modules(nn.Conv2d, nn.Linear, nn.BatchNorm2d))
     if name is None:
         return None
-    if parametrize.is_parametrized(s.plain.get_submodule(name), "weight"):
+    plain, swapped = (m.get_submodule(name) for m in s.models())
+    if parametrize.is_parametrized(plain) and type(plain) is type(swapped):
+        return None    # deep copies share the class that parametrizing made, and the first removal takes it from both
+    if parametrize.is_parametrized(plain, "weight"):
         keep = s.flag()
         s.each(name, lambda m: parametrize.remove_parametrizations(m, "weight", leave_parametrized=keep) and None)
         return f"removed from {name}, parametrized kept: {keep}"

@@ -271,7 +271,7 @@ class Session:
         pixels = [t.numel() // max(1, t.shape[1] if t.dim() > 3 else 1) for t in call.tensors()]
         # A value passes through every layer forward and back, and the layers' errors add up as a random walk does.
         layers = sum(any(p is not None for p in m._parameters.values()) for m in self.plain.modules())
-        return max(1, *operands, *pixels) * max(1, layers)
+        return max([1, *operands, *pixels]) * max(1, layers)
 
     def compare(self, call, way=directly, way_name=""):
         """Runs both twins; returns True if the call returned, False if both raised."""
