@@ -24,10 +24,11 @@ class ConvForward(InstanceMethod):
 
     def __call__(self, input, weight, bias):
         conv = self.owner
+        if type(conv)._conv_forward is not _TORCHS or F.conv2d is not _CONV2D:
+            return type(conv)._conv_forward(conv, input, weight, bias)
         if not torch.compiler.is_compiling():
             conv = self.called()
-            if _is_tracing() is not None or type(conv)._conv_forward is not _TORCHS or F.conv2d is not _CONV2D \
-                    or function_mode_watches():
+            if _is_tracing() is not None or function_mode_watches():
                 return type(conv)._conv_forward(conv, input, weight, bias)
             if type(input) is torch.Tensor:
                 LAST_INPUTS[conv] = input.shape, input.stride(), input.dtype, input.device

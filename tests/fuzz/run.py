@@ -52,11 +52,12 @@ def run_batch(machine, number, settings_, progress):
     return None
 
 
-def run_for(machine, progress, seconds, minimum):
-    """Batches 0, 1, 2, ... until the time is over and at least `minimum` steps are done; raises what one found."""
+def run_for(machine, progress, seconds, minimum, most=10**6):
+    """Batches 0, 1, 2, ... below `most` until the time is over and at least `minimum` steps are done; raises what one
+    found."""
     start = time.monotonic()
     before, number = progress.steps, 0
-    while time.monotonic() - start < seconds or progress.steps - before < minimum:
+    while number < most and (time.monotonic() - start < seconds or progress.steps - before < minimum):
         found = run_batch(machine, number, options(shrink=False, examples=5), progress)
         if found:
             raise AssertionError(f"{found}\nbatch {number} of {time.monotonic() - start:.0f} s")
