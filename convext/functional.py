@@ -154,11 +154,14 @@ def _checked_conv2d(function: type[autograd.Conv2dFunction], x: torch.Tensor, w:
 
 def _record(function: type[autograd.Conv2dFunction], x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None,
             geom: Geom) -> torch.Tensor:
+    if x.dim() == 4 and (x.shape[0] == 0 or x.shape[1] == 0):
+        # Nothing to compute. Strides of an empty batch follow rules of ATen's own, and without channels y does not tell
+        # the backward how many filters there are.
+        checks.check_conv(x, w, bias, geom)
+        return torch.convolution(x, w, bias, *geom[:3], False, (0, 0), geom.groups)
     if _needs_function(x, w, bias):
         if ops.batches_the_older_way():  # the operator, which each slice gets, records for itself
             return torch.ops.convext.fprop(x, w, bias, *geom)
-        if x.dim() == 4 and x.shape[1] == 0:  # y has no channels then, and does not tell dw how many filters there are
-            return torch.convolution(x, w, bias, *geom[:3], False, (0, 0), geom.groups)
         y = function.apply(x, w, bias, geom)
         # Under vmap it is a view of what the operator returned, which autograd would not let anybody write into.
         return y.clone() if ops._functorch_active() else y

@@ -1,6 +1,7 @@
 """Fixtures that the suites share. The edge cases are in cases.py, the reference in reference.py."""
 
 import copy
+import os
 import zlib
 from contextlib import contextmanager
 
@@ -20,6 +21,16 @@ def pytest_collection_modifyitems(config, items):
     mine = [zlib.crc32(item.nodeid.encode()) % count == index - 1 for item in items]  # any order could have a period
     config.hook.pytest_deselected(items=[item for item, kept in zip(items, mine) if not kept])
     items[:] = [item for item, kept in zip(items, mine) if kept]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def elsewhere(tmp_path_factory):
+    """Python looks for packages where it is started, and there it would find the source tree, where nothing is built:
+    the processes that tests start import what the tests do."""
+    former = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+    yield
+    os.chdir(former)
 
 
 @pytest.fixture(autouse=True)

@@ -794,7 +794,7 @@ def isinstance_that_lies(value, kind, former=isinstance):
 
 @pytest.mark.parametrize("forward, held, change, factors", rows({
     "a flag of torch.backends": (lambda m, x: m.feats(x) * (2 if torch.backends.cudnn.benchmark else 1), None,
-        lambda m: changed(torch.backends.cudnn, "benchmark", True), (1, 2)),
+        lambda m: torch.backends.cudnn.flags(enabled=True, benchmark=True), (1, 2)),
     "isinstance itself": (lambda m, x: m.feats(x) * (2 if isinstance(m.bn, nn.ReLU) else 1), None,
         lambda m: changed(builtins, "isinstance", isinstance_that_lies), (1, 2)),
     "a class that can be called": (lambda m, x: m.feats(x) * (2 if callable(m.held) else 1), Open,
@@ -1074,3 +1074,22 @@ def test_a_report_names_three_dimensional_layers():
     model = convext.swap(nn.Sequential(nn.Conv3d(3, 8, 3), nn.ReLU(), nn.ConvTranspose3d(8, 3, 3)))
     report = convext.report(model)
     assert [row.module for row in report] == ["0", "2"] and "Conv3d is no 2-D convolution" in str(report)
+
+
+@pytest.mark.parametrize("layers", [
+    lambda: [nn.Conv2d(3, 8, 3, padding=1)],
+    lambda: [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()],
+    lambda: [nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8)],
+    lambda: [nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.Sequential(nn.Conv2d(8, 8, 1), nn.SiLU())],
+])
+@pytest.mark.parametrize("weights", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("images", [torch.contiguous_format, torch.channels_last])
+def test_empty_batches_have_the_strides_of_pytorch(layers, weights, images):
+    plain = nn.Sequential(*layers()).eval().to(memory_format=weights)
+    swapped = convext.swap(copy.deepcopy(plain))
+    empty = torch.empty(0, 3, 8, 8).to(memory_format=images)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            for x in (empty, torch.randn(2, 3, 8, 8), empty):
+                y, expected = swapped(x), plain(x)
+                assert y.stride() == expected.stride() and y.shape == expected.shape

@@ -33,9 +33,10 @@ class TestInTheInterpreter:
     @pytest.mark.parametrize("part", ["cases_float32", "cases_in_other_dtypes or empty_batch", "TestNetworks",
                                       "not cases and not empty_batch and not TestNetworks"])
     def test_passes(self, part):
-        arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton_interpreter.py", "-k", part]
+        program = ROOT / "tests/triton_interpreter.py"
+        arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", program, "-k", part]
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
         assert re.search(r"\d+ passed", done.stdout)
 

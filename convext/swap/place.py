@@ -114,7 +114,8 @@ def _direct(fused, batch_norm, activation, autocast):
             return y
         state.call = None
         y = fused(x, residual)
-        if type(w) in PLAIN and state.geom is not None and x.dim() == 4 and x.dtype in DTYPES and x.device == w.device \
+        if type(w) in PLAIN and state.geom is not None and x.dim() == 4 and x.shape[0] > 0 \
+                and x.dtype in DTYPES and x.device == w.device \
                 and x.device.type in backends.PRIORITY and x.dtype is ops.autocast_dtype(w) \
                 and bn_attributes["eps"] >= 0 and (no_batch_norm or bn_attributes["eps"] > 0):
             state.prepare(x, w, activation)
@@ -134,6 +135,7 @@ def _conv_act(conv, activation, apart, channels_last):
         settings = settings_of(attributes)
         geom = state.geom if settings == state.settings else state.refresh(settings)
         if w is None or geom is None or x.dim() != 4 or w.dim() != 4 or x.dtype not in DTYPES or x.device != w.device \
+                or x.shape[0] == 0 \
                 or not channels_last and (residual is not None and _in_another_format(residual, x, w, geom)
                                           or ends_elementwise and _one_pixel(x, w, geom)):
             return apart(x, residual)
@@ -167,6 +169,7 @@ def _conv_bn_act(conv, batch_norm, activation, apart, channels_last):
         geom = state.geom if settings == state.settings else state.refresh(settings)
         recorded = _grad_enabled() or bn_attributes["training"]  # then a batch norm is elementwise, too
         if w is None or geom is None or x.dim() != 4 or w.dim() != 4 or x.dtype not in DTYPES or x.device != w.device \
+                or x.shape[0] == 0 \
                 or gamma is None and beta is not None or (mean is None) is not (var is None) \
                 or bn_attributes["eps"] <= 0 \
                 or not channels_last and (residual is not None and _in_another_format(residual, x, w, geom)

@@ -72,7 +72,6 @@ def walk(value, name, tensors, facts):
     """Lists the tensors of a result, and its structure as facts."""
     if isinstance(value, torch.Tensor):
         order = value.is_contiguous(), value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
-        order = order if value.numel() else "empty"
         facts.append((name, type(value).__name__, str(value.dtype), tuple(value.shape), value.device.type,
                       ("requires_grad", value.requires_grad), ("inference", value.is_inference()),
                       ("contiguous, channels-last", order)))
