@@ -160,7 +160,7 @@ def _record(function: type[autograd.Conv2dFunction], x: torch.Tensor, w: torch.T
         checks.check_conv(x, w, bias, geom)
         return torch.convolution(x, w, bias, *geom[:3], False, (0, 0), geom.groups)
     if _needs_function(x, w, bias):
-        if ops.batches_the_older_way():  # the operator, which each slice gets, records for itself
+        if ops.batched_the_older_way(x, w, bias):  # the operator, which each slice gets, records for itself
             return torch.ops.convext.fprop(x, w, bias, *geom)
         y = function.apply(x, w, bias, geom)
         # Under vmap it is a view of what the operator returned, which autograd would not let anybody write into.
@@ -413,7 +413,7 @@ def _prepare_fused(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
         _check_tensors(input, weight, bias)
         for t in (residual, *batch_norm):
             checks.check_tensor("residual and the batch norm's parameters", t, optional=True)
-        if ops._functorch_active() or ops.batches_the_older_way() or autograd.carries_tangents() \
+        if ops._functorch_active() or ops.batched_the_older_way(*tensors) or autograd.carries_tangents() \
                 or _is_foreign(*tensors) or _jit_tracing():
             return None
     x, w, b = input, weight, bias

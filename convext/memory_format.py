@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
+
+_AS_IT_IS = contextlib.nullcontext()
 
 
 def suggests_channels_last(t: torch.Tensor) -> bool:
@@ -39,6 +42,12 @@ def laid_out(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
     if t.stride() == dense_strides(t.shape, channels_last):
         return t
     return torch.empty_like(t, memory_format=memory_format(channels_last)).copy_(t)
+
+
+def where_copied(t: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+    """The context in which a copy that stands in t's place is made: an inference tensor's is one, too, as autograd
+    would save any other for a backward that it refuses with t itself."""
+    return torch.inference_mode() if t.is_inference() and not torch.is_inference_mode_enabled() else _AS_IT_IS
 
 
 def weight_gradient_is_channels_last(w: torch.Tensor, channels_last: bool) -> bool:

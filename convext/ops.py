@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from . import backends, checks, reference
@@ -63,6 +64,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_active = torch._C._are_functorch_transforms_active
 _autocast_active = torch._C._is_any_autocast_enabled
 _key_included = torch._C._dispatch_tls_is_dispatch_key_included
+_is_batched_the_older_way = torch._C._functorch.is_legacy_batchedtensor
 _calls = backends.CALL_CACHE
 _NO_EPILOGUE = Epilogue()
 
@@ -85,6 +87,13 @@ def batches_the_older_way() -> bool:
     torch.autograd.functional's vectorize=True still run it. Its tensors do not look batched to Python, and none of
     torch.func's transforms is active."""
     return _key_included(_OLDER_VMAP)
+
+
+def batched_the_older_way(*tensors: torch.Tensor | None) -> bool:
+    """True where one of them, or maybe a tangent, is batched by that vmap. What a checkpoint computes again inside of
+    it is not, and must save for backward what it saved before."""
+    return _key_included(_OLDER_VMAP) and (
+        forward_ad._current_level >= 0 or any(t is not None and _is_batched_the_older_way(t) for t in tensors))
 
 
 def dispatcher_is_idle() -> bool:

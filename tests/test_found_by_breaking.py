@@ -1093,3 +1093,28 @@ def test_empty_batches_have_the_strides_of_pytorch(layers, weights, images):
             for x in (empty, torch.randn(2, 3, 8, 8), empty):
                 y, expected = swapped(x), plain(x)
                 assert y.stride() == expected.stride() and y.shape == expected.shape
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_inference_tensors_are_not_saved_for_backward_in_another_format(train):
+    """The copy would be an ordinary tensor, which autograd does not refuse."""
+    class Inference(nn.Conv2d):
+        forward = torch.inference_mode()(nn.Conv2d.forward)
+
+    part = net(lambda m, x: m.conv2(torch.relu(m.bn(m.conv(x)) * 1.0)))
+
+    def steps(model):
+        yield model.train(train)(X)
+    check(lambda: nn.Sequential(Inference(3, 3, 1), part()), steps, raises=RuntimeError, modes=(True,))
+    check(lambda: nn.Sequential(Inference(3, 3, 1), part()), steps, modes=(False,))
+
+
+def test_batched_gradients_of_a_checkpoint():
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)).double().eval()
+    results = []
+    for model in (plain, convext.swap(copy.deepcopy(plain))):
+        x = X.clone().requires_grad_()
+        y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+        given = torch.stack([torch.ones_like(y), torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)])
+        results.append(torch.autograd.grad(y, x, given, is_grads_batched=True)[0])
+    agree(results[1], results[0])

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from .. import backends, ops
-from ..memory_format import dense_strides, suggests_channels_last
+from ..memory_format import dense_strides, suggests_channels_last, where_copied
 from . import calls
 from .heads import Head
 from .pixelwise import Run
@@ -25,7 +25,7 @@ def wanted(tensors):
     empty one is contiguous whatever its strides are, which a user may look at."""
     forced = backends.forced()
     if forced is not None and forced != "native" or torch._C._are_functorch_transforms_active() \
-            or ops.batches_the_older_way():
+            or ops.batched_the_older_way(*tensors):
         return False
     for t in tensors:
         if t.dtype not in _DTYPES or backends.unavailable("native", t.device.type) is not None \
@@ -52,9 +52,12 @@ def weights_to_ask(convs):
 
 def contiguous_weights(asked):
     """True when no weight asks for a channels-last output."""
+    in_vmap = ops.batches_the_older_way()
     for parameters, dimension, stride in asked:
         weight = parameters.get("weight")
-        if weight is None or not weight.is_contiguous() or weight.stride(dimension) != stride:
+        if weight is None or in_vmap and ops.batched_the_older_way(weight):
+            return False
+        if not weight.is_contiguous() or weight.stride(dimension) != stride:
             return False
     return True
 
@@ -63,15 +66,20 @@ def contiguous(t):
     """t.contiguous() with a contiguous tensor's strides for extents of one, too: those are what an interpolation or a
     concatenation of it goes by."""
     if t.dim() == 4 and t.is_contiguous() and t.stride() != dense_strides(t.shape, False) and t.numel():
-        return t.clone(memory_format=torch.contiguous_format)
-    return t.contiguous()
+        with where_copied(t):
+            return t.clone(memory_format=torch.contiguous_format)
+    if t.is_contiguous():
+        return t
+    with where_copied(t):
+        return t.contiguous()
 
 
 def contiguous_unrecorded(t):
     """The same where nothing is recorded: a channels-last image on the CPU is copied by convext, several times as fast
     as by torch, whose copy reads one value from each of as many cache lines as there are channels."""
     if type(t) is not torch.Tensor or t.dim() != 4 or t.device.type != "cpu" or t.dtype not in _DTYPES \
-            or t.is_contiguous() or not t.is_contiguous(memory_format=torch.channels_last) or t.is_neg():
+            or t.is_contiguous() or not t.is_contiguous(memory_format=torch.channels_last) or t.is_neg() \
+            or t.is_inference() and not torch.is_inference_mode_enabled():
         return contiguous(t)
     return torch.ops.convext_cpu.to_nchw.default(t)
 

@@ -11,7 +11,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import autograd, backends, checks, functional, nn, ops
-from ..memory_format import dense_strides, suggests_channels_last
+from ..memory_format import dense_strides, suggests_channels_last, where_copied
 from ..problem import DTYPES, ConvProblem, Geom, Pass
 
 SETTINGS = "stride", "padding", "dilation", "groups", "padding_mode"
@@ -232,6 +232,7 @@ def _recorded(channels_last):
 def _in_format(x, channels_last):
     if not channels_last or x.is_contiguous(memory_format=torch.channels_last):
         return x
-    if autograd.needs_function(x) and not ops._functorch_active() and not ops.batches_the_older_way():
+    if autograd.needs_function(x) and not ops._functorch_active() and not ops.batched_the_older_way(x):
         return autograd.ChannelsLastFunction.apply(x)
-    return x.contiguous(memory_format=torch.channels_last)
+    with where_copied(x):
+        return x.contiguous(memory_format=torch.channels_last)

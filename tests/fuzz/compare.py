@@ -144,7 +144,7 @@ def backward(tensors, inputs, model, how, seed):
 
 def record(model, call, way):
     """Runs `way(model, args, kwargs)` under the call's contexts, and backward after it if the call wants it."""
-    target = model.get_submodule(call.target)
+    target = dict(model.named_modules(remove_duplicate=False))[call.target]  # whatever hides it in __dict__
     args, kwargs = call.fresh_arguments()
     inputs = [a for a in [*args, *kwargs.values()] if isinstance(a, torch.Tensor)]
     for p in model.parameters():
@@ -267,13 +267,22 @@ def move(model, call, eps, terms, seed):
             saved.append((t, t.detach().clone()))
             _write(t, (t.detach().double() * signs(t, generator).mul_(by).add_(1)).to(t.dtype))
     others = [(t, t.detach().clone()) for _, t in named_tensors(model) if not t.is_floating_point()]
-    numbers = [(m, {k: v for k, v in m.__dict__.items() if isinstance(v, (int, float))}) for m in model.modules()]
+    counted = numbers(model)
 
     def restore():
-        for module, attributes in numbers:   # a forward may count its calls
-            module.__dict__.update(attributes)
+        counted()
         for t, values in [*saved, *others]:
             _write(t, values)
+    return restore
+
+
+def numbers(model):
+    """What gives the modules' numbers the values that they have now: a forward may count its calls."""
+    kept = [(m, {k: v for k, v in m.__dict__.items() if isinstance(v, (int, float))}) for m in model.modules()]
+
+    def restore():
+        for module, attributes in kept:
+            module.__dict__.update(attributes)
     return restore
 
 
@@ -283,13 +292,14 @@ def signs(t, generator):
 
 
 def moving_results(eps, terms, seed):
-    """A hook for all modules that moves what they return."""
+    """A hook for all modules that moves what they return, and with it the gradients that come back: where those cancel
+    whatever the operands are, as a batch norm's do, only their own rounding is left."""
     by = 4 * eps * math.sqrt(terms)
     generator = torch.Generator("cpu").manual_seed(seed)
 
     def hook(module, args, out):
         if isinstance(out, torch.Tensor) and out.is_floating_point() and out.device.type == "cpu":
-            return out + out.detach() * signs(out, generator).mul_(by).to(out.dtype)
+            return out * signs(out, generator).mul_(by).add_(1).to(out.dtype)
         return None
     return nn.modules.module.register_module_forward_hook(hook)
 

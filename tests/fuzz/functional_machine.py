@@ -281,6 +281,13 @@ def step_conv_bn_relu(m):
     # A gradient that is zero but for rounding, as the bias's in front of a batch norm, is measured by its neighbours.
     largest = max(float(s) for s in scale[1:])
     bounds = [by * float(scale[0]) + 2 * moves[0], *(by * largest + 2 * b for b in moves[1:])]
+    if training and bias is not None:
+        # In training it is a sum of dy * gamma / sigma less its mean, over n pixels: each has that one mean's rounding.
+        pixels = convolved.numel() // k
+        sigma = (convolved.var((0, 2, 3), correction=0) + eps).sqrt()
+        largest_dy = dy.abs().amax().double() * (1 if gamma is None else gamma.double().abs()) / sigma
+        place = 1 + [id(t) for t in wanted].index(id(wide[2]))
+        bounds[place] = bounds[place] + by * math.sqrt(pixels) * largest_dy
     m.check(what, y, expected, bounds[0])
     if training:
         m.check(f"{what}, running mean", now_mean, wide_mean, by * (1 + convolved.abs().amax()))

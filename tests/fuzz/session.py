@@ -17,6 +17,7 @@ from compare import (
     move,
     moving_results,
     named_tensors,
+    numbers,
     record,
     size_of,
     state_of,
@@ -190,7 +191,7 @@ class Session:
 
     def align(self):
         """Gives the swapped twin the other's values, where the two have the right to differ: rounding that a cast to a
-        finer type would lay bare, or how far a forward came before it raised."""
+        finer type or calls in one would lay bare, or how far a forward came before it raised."""
         with torch.no_grad():
             for (_, p), (_, q) in zip(named_tensors(self.plain), named_tensors(self.swapped)):
                 if p.shape == q.shape and not torch.equal(p, q):
@@ -282,6 +283,7 @@ class Session:
             # What they make of padding depends on which of PyTorch's own ways is taken: none at all, or NaN.
             self.log[-1] += ": left out, as weights are not finite"
             return False
+        uncounted = numbers(self.plain)
         plain = record(self.plain, call, way)
         with self.twin_context():
             swapped = record(self.swapped, call, way)
@@ -289,7 +291,10 @@ class Session:
             # Who saves less for backward need not raise, but its gradients must be those of the values then saved.
             call = dataclasses.replace(call, names=(*call.names, "saved tensors"))
             buffers = plain.values["buffer"]
+            counted = numbers(self.plain)
+            uncounted()
             plain = self.unwritten(call, way)
+            counted()
             plain.values["buffer"] = buffers     # of one call, not two
         eps, terms = self.epsilon(call), self.terms(call)
         if eps == EPS[torch.bfloat16]:
@@ -314,6 +319,8 @@ class Session:
         if plain.error is not None:
             self.align()
             return False
+        if eps == EPS[torch.bfloat16]:
+            self.align()    # statistics that carry its rounding, to be compared with those of finer calls
         given = [t for t in call.tensors() if t.is_floating_point()]
         return any(not torch.isfinite(t).all() for t in given) or all(
             bool((p.abs() <= 1e6).all()) for p in plain.results if p.is_floating_point() and p.device.type == "cpu")
