@@ -266,3 +266,18 @@ def test_statistics_of_a_batch_norm_are_pytorchs(value, channels_last):
     mean, var = torch.ops.convext.batch_stats(x)
     torch.testing.assert_close(mean, x.mean((0, 2, 3)), equal_nan=True)
     torch.testing.assert_close(var, x.var((0, 2, 3), correction=0), equal_nan=True)
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6", "hardswish"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_derivatives_at_kinks_are_those_of_pytorch(activation, dtype):
+    """Where an activation has no derivative, its backward takes one side's."""
+    kinks = torch.tensor([-3.0, 0.0, 3.0, 6.0], dtype=dtype).repeat(32)
+    x, plain = (kinks.expand(16, 128).reshape(1, 16, 8, 16).clone().requires_grad_() for _ in range(2))
+    w = torch.ones(16, 1, 1, 1, dtype=dtype)
+    with convext.backend("native"):
+        y = convext.functional.conv_act(x, w, groups=16, activation=activation)
+        y.backward(torch.ones_like(y))
+    expected = getattr(F, activation)(plain)
+    expected.backward(torch.ones_like(expected))
+    assert torch.equal(y, expected) and torch.equal(x.grad, plain.grad)

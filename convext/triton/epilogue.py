@@ -41,7 +41,7 @@ def activation_derivative(z, ACTIVATION: tl.constexpr):
         sigmoid = 1.0 / (1.0 + tl.exp(-z))
         one = sigmoid * (1.0 + z * (1.0 - sigmoid))
     elif ACTIVATION == "hardswish":
-        one = tl.where(z < -3, 0.0, tl.where(z < 3, z / 3.0 + 0.5, one))
+        one = tl.where(z <= -3, 0.0, tl.where(z < 3, z / 3.0 + 0.5, one))
     elif ACTIVATION == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(z * 0.70710678118654752440))
         one = cdf + z * (0.39894228040143267794 * tl.exp(-0.5 * z * z))

@@ -72,7 +72,7 @@ struct hardswish {
     return z * gate / T(6);
   }
   CONVEXT_HD static T derivative(T z) {
-    return where(z < T(-3), T(0), where(z < T(3), z / T(3) + T(0.5), T(1)));
+    return where(z <= T(-3), T(0), where(z < T(3), z / T(3) + T(0.5), T(1)));
   }
 };
 
