@@ -20,7 +20,7 @@ def one_thread():
 
 def test_agrees_with_torch(capsys):
     """From fixed seeds: a slow machine does fewer batches."""
-    batches, steps = run_for(make_functional_machine(), PROGRESS, SECONDS, MINIMUM, most=20)
+    batches, steps = run_for(make_functional_machine(), PROGRESS, SECONDS, MINIMUM, most=60)
     with capsys.disabled():
         print(f" fuzz of the functions: {steps} steps, seeds 0 to {batches - 1}, no difference ", end="")
 
