@@ -14,65 +14,55 @@ from torch import fx
 _PLAIN = (int, str, bool, type(None))
 
 
-def generate(graph, units, layout, call_leaf, fused, attribute, contiguous):
+def generate(graph, calls, inside, leaf, attribute, must_be_contiguous, contiguous):
     """The compiled function of (owner, *tensors).
 
-    units: the chains, blocks and sequences, each called at its last node with its inputs; call_leaf(node) -> callable
-    of a call_module node; fused(unit) -> callable of its inputs; attribute(node) -> callable of (owner) for a get_attr
-    node; contiguous(tensor) -> the same, contiguous. `layout` is None outside the seam.
-    """
+    calls: {node: (inputs, function)} of what stands for several nodes, at the last one's place; inside: all of those
+    nodes; leaf(node) -> callable of a call_module node; attribute(node) -> callable of (owner) for a get_attr node;
+    contiguous(tensor) -> the same, contiguous, for the nodes of `must_be_contiguous`."""
     writer = _Writer()
-    last = {unit.last: (position, unit) for position, unit in enumerate(units)}
-    skipped = {node for unit in units for node in unit.nodes}
-    reads = _last_reads(graph, {unit.last: unit for unit in units}, skipped)
+    reads = _last_reads(graph, calls, inside)
     for node in graph.nodes:
-        if node.op == "placeholder":
-            writer.arguments.append(node.name)
         if node.op == "output":
             writer.lines.append(f"return {writer.text(node.args[0])}")
             break
-        if node in last:
-            position, unit = last[node]
-            value = f"{writer.name(f'fused_{position}', fused(unit))}({', '.join(n.name for n in unit.inputs)})"
-        elif node in skipped or node.op == "placeholder":
-            value = None
-        elif node.op == "call_module":
-            value = writer.call(writer.name(f"module_{node.target}", call_leaf(node)), node.args, node.kwargs)
-        elif node.op == "get_attr":
-            value = f"{writer.name(node.name + '_of', attribute(node))}(owner)"
-        elif node.op == "call_method":
-            value = writer.call(f"{writer.text(node.args[0])}.{node.target}", node.args[1:], node.kwargs)
-        elif node.target is getattr:
-            value = f"{writer.text(node.args[0])}.{node.args[1]}"
-        else:
-            value = writer.call(writer.name("f_" + getattr(node.target, "__name__", "call"), node.target),
-                                node.args, node.kwargs)
-        pinned = layout is not None and node in layout.pinned
-        if value is None and pinned:
-            value = node.name
+        value = None
+        if node.op == "placeholder":
+            writer.arguments.append(node.name)
+        elif node in calls:
+            inputs, function = calls[node]
+            value = f"{writer.name(f'fused_{node.name}', function)}({', '.join(n.name for n in inputs)})"
+        elif node not in inside:
+            value = _value(writer, node, leaf, attribute)
+        if node in must_be_contiguous:
+            value = f"{writer.name('contiguous', contiguous)}({value or node.name})"
         if value is not None:
-            done = reads.get(node, ())
-            line = f"{node.name} = {writer.name('contiguous', contiguous) + f'({value})' if pinned else value}"
-            writer.lines.append("; ".join([line, *(f"{name} = None" for name in done)]))
+            writer.lines.append("; ".join([f"{node.name} = {value}", *(f"{name} = None" for name in reads[node])]))
     return writer.compile()
 
 
-def _last_reads(graph, units, skipped):
+def _value(writer, node, leaf, attribute):
+    if node.op == "call_module":
+        return writer.call(writer.name(f"module_{node.target}", leaf(node)), node.args, node.kwargs)
+    if node.op == "get_attr":
+        return f"{writer.name(node.name + '_of', attribute(node))}(owner)"
+    if node.op == "call_method":
+        return writer.call(f"{writer.text(node.args[0])}.{node.target}", node.args[1:], node.kwargs)
+    if node.target is getattr:
+        return f"{writer.text(node.args[0])}.{node.args[1]}"
+    name = "f_" + getattr(node.target, "__name__", "call")
+    return writer.call(writer.name(name, node.target), node.args, node.kwargs)
+
+
+def _last_reads(graph, calls, inside):
     """{node: names of the values that nobody reads after it}"""
-    last = {}
+    last, dead = {}, {node: [] for node in graph.nodes}
     for node in graph.nodes:
-        if node in units:
-            inputs = units[node].inputs
-        elif node in skipped or node.op == "placeholder":
-            continue
-        else:
-            inputs = node.all_input_nodes
-        for value in inputs:
-            last[value] = node
-    dead = {}
+        if node.op != "placeholder" and (node in calls or node not in inside):
+            for value in calls[node][0] if node in calls else node.all_input_nodes:
+                last[value] = node
     for value, node in last.items():
-        if node.op != "output":
-            dead.setdefault(node, []).append(value.name)
+        dead[node].append(value.name)
     return dead
 
 
