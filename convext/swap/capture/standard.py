@@ -186,8 +186,8 @@ def note(module: nn.Module, facts) -> None:
     for name in module.__dict__:
         facts.class_item(kind, name)
     facts.contents(module.__dict__)
-    for value in module.__dict__.values():
-        if type(value) is list:  # a setting whose contents may change
+    for name, value in module.__dict__.items():
+        if type(value) is list and name[0] != "_":  # a setting whose contents may change, such as Permute's dims
             facts.elements(value)
     facts.kinds(module._parameters)
     facts.kinds(module._buffers)

@@ -7,7 +7,6 @@ from ... import ops
 from ...problem import DTYPES
 from ..layer_by_layer import layer_by_layer
 from ..schedule.sequence import inputs_of
-from ..units.containers import Excite
 from .program import Program, prepared
 
 
@@ -34,10 +33,15 @@ class CooperativeCall:
     def __init__(self, inputs, members, autocast):
         self.inputs, self.members, self.last, self.autocast = inputs, members, members[-1].last, autocast
         numbers = {node: number for number, node in enumerate(inputs)}
-        self.steps = []  # function and numbers of its inputs, for each member
+        self.steps = []  # of each member: function, numbers of its inputs and of those that none reads after it
         for member in members:
-            self.steps.append((member.function, [numbers[node] for node in member.inputs]))
+            self.steps.append((member.function, [numbers[node] for node in member.inputs], []))
             numbers[member.last] = len(numbers)
+        for number in numbers.values():
+            for _, read, done in reversed(self.steps):
+                if number in read:
+                    done.append(number)
+                    break
         self.prepared = self.refused = self.rest = None
 
     @property
@@ -71,14 +75,16 @@ class CooperativeCall:
         if self.refused is not None and self.rest is not None and not layer_by_layer.on:
             return self.rest(self.steps[0][0](*given))
         values = list(given)
-        for function, inputs in self.steps:
+        for function, inputs, done in self.steps:
             values.append(function(*[values[i] for i in inputs]))
+            for i in done:
+                values[i] = None
         return values[-1]
 
     def emit(self, program, values):
         """Adds the steps; returns the number of the result, or None where a step has no kernel yet."""
         numbers = list(values)
-        for member, (_, inputs) in zip(self.members, self.steps):
+        for member, (_, inputs, _) in zip(self.members, self.steps):
             number = member.emit(program, [numbers[i] for i in inputs])
             if number is None:
                 return None
@@ -91,11 +97,10 @@ class BlockCall(CooperativeCall):
 
     def __init__(self, block, members, autocast):
         super().__init__(inputs_of(block), members, autocast)
-        for excite, unit in zip(block, block[1:]):
-            if isinstance(excite.first, Excite):
-                unit.first.excite = excite.first.what
-        self.block = [(unit, inputs) for unit, (_, inputs) in zip(block, self.steps)
-                      if not isinstance(unit.first, Excite)]
+        for before, unit in zip(block, block[1:]):
+            unit.first.excite = before.first.excitation
+        self.block = [(unit, inputs) for unit, (_, inputs, _) in zip(block, self.steps)
+                      if unit.first.excitation is None]
 
     def emit(self, program, values):
         steps, residuals = [], []

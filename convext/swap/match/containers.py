@@ -8,7 +8,7 @@ with 1x1 convolutions.
 from .. import calls
 from ..capture.signature import ONE_TENSOR
 from ..units import Format, Unit
-from ..units.containers import GATES, Container, Excite, SqueezeExcite
+from ..units.containers import GATES, Container, SqueezeExcite
 from . import conv_bn_act
 from .graph import Graph
 
@@ -20,8 +20,7 @@ def match(graph, mode):
         forward = graph.container(node)
         if forward is not None and len(node.args) == 1:
             found = _squeeze_excite(forward.plan(forward.owner, ONE_TENSOR), mode)
-            module = graph.modules[node.target]
-            op = Container(module) if found is None else Excite(module, found)
+            op = Container(graph.modules[node.target], found)
             yield Unit(node.args[0], [op], [node], format=Format.AS_NODES)
 
 

@@ -10,8 +10,6 @@
 A schedule is a list of rows, a row a list of blocks, a block a list of units, each of one or more. What is in no row
 runs as the forward has it. Whether the kernels take a row is seen when it is prepared.
 """
-from ..units.containers import Excite
-
 
 def schedule(graph, layout, mode):
     """The rows of a graph's units."""
@@ -40,7 +38,7 @@ def _block_from(unit, by_source, layout, taken):
     block = [unit]
     while block[-1].in_strips and layout.is_free(block[-1].last):
         added = _only_reader(block[-1].last, by_source)
-        if added and isinstance(added[0].first, Excite):
+        if added and added[0].first.excitation is not None:
             added += _only_reader(added[0].last, by_source)
         if not added or not added[-1].in_strips or added[-1] in taken \
                 or any(added[-1].residual in member.nodes for member in block + added):

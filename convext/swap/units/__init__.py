@@ -19,11 +19,12 @@ class Op:
     module      the convolution whose row in the report tells of it, or None
     in_strips   it may be computed a strip of rows at a time, together with its neighbours
     has_call    it is worth a call by itself; else, alone, it is left to its module
+    excitation  of a call that is squeeze and excitation, what the convolution behind it may do for it, else None
     choice      the backend's choice of a kernel, where there is a choice, once it is prepared
     """
 
     places: tuple[tuple[dict[str, Any], str], ...] = ()
-    module = choice = None
+    module = excitation = choice = None
     in_strips, has_call = True, True
     activation, eps = "identity", 0.0
 

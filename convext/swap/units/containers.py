@@ -15,12 +15,13 @@ GATES = {"sigmoid": (nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid"), "hardsigm
 
 
 class Container(Op):
-    """The call of a container with one tensor."""
+    """The call of a container with one tensor. excitation: what it computes with, where it is squeeze and excitation,
+    or None."""
 
     in_strips = has_call = False
 
-    def __init__(self, module):
-        self.container, self.mode = module, None
+    def __init__(self, module, excitation=None):
+        self.container, self.excitation, self.mode = module, excitation, None
 
     def place(self, last, layout, mode):
         any_format = last in layout.any_format
@@ -60,11 +61,3 @@ class SqueezeExcite(NamedTuple):
     def codes(self):
         """As the compiled library numbers them: (activation, gate)."""
         return ACTIVATIONS[self.activation], list(GATES).index(self.gate)
-
-
-class Excite(Container):
-    """The call of a container that is squeeze and excitation."""
-
-    def __init__(self, module, what):
-        super().__init__(module)
-        self.what = what
