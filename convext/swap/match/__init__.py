@@ -1,23 +1,25 @@
 """Patterns: what of a captured forward runs as one.
 
-`PATTERNS` lists the modules of this folder that hold one each, in the order in which they take nodes: a node belongs to
+`PATTERNS` names the files of this folder that hold one each, in the order in which they take nodes: a node belongs to
 one unit. A pattern is a function
 
     match(graph, mode) -> the units that it finds, one by one
 
-of a `Graph` whose units are those of the patterns before it and its own so far. To add one, write it into a file of its
-own here and enter it into the list.
+of a `Graph` whose units are those of the patterns before it and its own so far. What runs as one runs at the place of
+its last node: `match` leaves out a unit between whose ends something else may write what it reads. To add a pattern,
+write it into a file of its own here and enter it into the list.
 """
-from . import channel_layers, containers, conv_bn_act, head, linear
+from importlib import import_module
+
 from .graph import Graph
 
-PATTERNS = [
-    conv_bn_act,
-    head,
-    channel_layers,
-    linear,
-    containers,
-]
+PATTERNS = [import_module(f"{__name__}.{name}") for name in (
+    "conv_bn_act",
+    "head",
+    "channel_layers",
+    "linear",
+    "containers",
+)]
 
 
 def match(trace, mode) -> Graph:
