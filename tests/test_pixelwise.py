@@ -1,5 +1,5 @@
-"""LayerNorm and linear layers over the channels of each pixel, run as steps of a sequence (convext/swap/pixelwise.py):
-what they compute, and that whatever changes is noticed."""
+"""LayerNorm and linear layers over the channels of each pixel, run as steps of a sequence
+(convext/swap/match/channel_layers.py): what they compute, and that whatever changes is noticed."""
 
 import copy
 

@@ -17,7 +17,6 @@ import torch
 
 from ..problem import ACTIVATIONS, ConvProblem, DType, Epilogue, Pass
 from . import native_cuda, native_sequence
-from .native_sequence import StepKind
 
 try:
     _C = importlib.import_module("convext._C")
@@ -319,7 +318,8 @@ class NativeBackend:
         steps = [step for block in blocks for step in block.steps]
         if any(step.problem.device == "cuda" for step in steps):
             return None
-        plans = [_plan(Pass.FPROP, step.problem) if step.kind is StepKind.CONVOLUTION else None for step in steps]
+        convolution = native_sequence.StepKind.CONVOLUTION
+        plans = [_plan(Pass.FPROP, step.problem) if step.kind is convolution else None for step in steps]
         chosen = [None if plan is None else kernels()[plan.variant] for plan in plans]
         if any(kernel is not None and kernel["dtype"] != step.problem.dtype or step.problem.y_layout != _NHWC
                for kernel, step in zip(chosen, steps)) or any(step.problem.x_layout != _NHWC for step in steps[1:]) \

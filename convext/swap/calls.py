@@ -79,10 +79,6 @@ def is_conv(module):
     return type(module) is _CONV_TYPE or type(module) is convext_nn.Conv2d
 
 
-def is_linear(module):
-    return type(module) is nn.Linear
-
-
 def is_batch_norm(module):
     return type(module) is nn.BatchNorm2d
 

@@ -18,7 +18,7 @@ _TO_NHWC, _TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 
 def match(graph, mode):
     for node in graph.nodes:
-        unit = _from(graph, node) if graph.is_free_of_units(node) else None
+        unit = _from(graph, node) if graph.is_untaken(node) else None
         if unit is not None:
             unit.format, unit.runs = Format.CHANNELS_LAST, mode.casts_nothing
             yield unit

@@ -21,7 +21,7 @@ def match(graph, mode):
             graph.reasons[conv] = "has hooks or a forward of its own"
         elif graph.module(node) is None:
             graph.reasons[conv] = "called with other arguments than one tensor"
-        elif graph.is_free_of_units(node):
+        elif graph.is_untaken(node):
             unit = _unit(graph, node, conv)
             if not unit.words:
                 graph.reasons[conv] = "nothing follows that can be fused"

@@ -31,7 +31,7 @@ class Graph:
         if unit.runs:
             self._taken.update(unit.all_nodes)
 
-    def is_free_of_units(self, node):
+    def is_untaken(self, node):
         return node not in self._taken
 
     def is_opaque(self, node):

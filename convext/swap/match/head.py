@@ -19,7 +19,7 @@ def match(graph, mode):
     if not mode.direct:
         return
     for node in graph.nodes:
-        unit = _from(graph, node) if graph.is_free_of_units(node) and not graph.is_opaque(node) else None
+        unit = _from(graph, node) if graph.is_untaken(node) and not graph.is_opaque(node) else None
         if unit is not None and (mode.casts_nothing or not any(isinstance(op, LayerNorm) for op in unit.ops)):
             yield unit
 

@@ -10,7 +10,7 @@ def match(graph, mode):
         return
     for node in graph.nodes:
         module = graph.module(node, nn.Linear)
-        if module is None or not graph.is_free_of_units(node):
+        if module is None or not graph.is_untaken(node):
             continue
         op, source, follower = Linear(module), node.args[0], graph.follower(node)
         unit = Unit(source, [op], [node], format=Format.AS_NODES)

@@ -14,7 +14,7 @@ runs as the forward has it. Whether the kernels take a row is seen when it is pr
 def schedule(graph, layout, mode):
     """The rows of a graph's units."""
     units = sorted((unit for unit in graph.units if unit.runs), key=lambda unit: graph.order[unit.nodes[0]])
-    units = [unit for unit in units if unit.first.place(unit.last, layout, mode)]
+    units = [unit for unit in units if unit.first.settle(unit.last, layout, mode)]
     return rows(graph, blocks(graph, units, layout), layout) if mode.direct else [[[unit]] for unit in units]
 
 

@@ -13,7 +13,8 @@ EMPTY: dict[str, Any] = {}
 
 
 class Op:
-    """One step of a unit: it owns what it computes with, and knows how to prepare it. Bound to modules, not to a call.
+    """One step of a unit: it owns what it computes with, and knows how to prepare it. Units and their ops are made anew
+    for each mode that a forward is compiled for.
 
     places      (dictionary, name) of each of its tensors, in the order in which the compiled library takes them
     module      the convolution whose row in the report tells of it, or None
@@ -32,7 +33,7 @@ class Op:
         """For the report: what of it is fused with the layer before. `adds`: it adds a residual."""
         return ["add"] if adds else []
 
-    def place(self, last: fx.Node, layout, mode) -> bool:
+    def settle(self, last: fx.Node, layout, mode) -> bool:
         """Called once the memory formats are known; `last` is the unit's. Returns whether the op may stand there."""
         return True
 

@@ -33,7 +33,7 @@ class _ChannelOp(Op):
         do not fit."""
         raise NotImplementedError
 
-    def place(self, last, layout, mode):
+    def settle(self, last, layout, mode):
         return not mode.direct or layout.is_free(last)
 
     def step(self, before, residual):
@@ -54,7 +54,7 @@ class Mean(_ChannelOp):
     places = (_NONE,) * 6
     in_strips = has_call = False
 
-    def place(self, last, layout, mode):
+    def settle(self, last, layout, mode):
         return True
 
     def filters(self, before, tensors):

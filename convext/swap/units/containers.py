@@ -23,7 +23,7 @@ class Container(Op):
     def __init__(self, module, excitation=None):
         self.container, self.excitation, self.mode = module, excitation, None
 
-    def place(self, last, layout, mode):
+    def settle(self, last, layout, mode):
         any_format = last in layout.any_format
         self.mode = mode._replace(in_seam=any_format)  # in which its own plan will run
         return not layout.in_seam or any_format or last in layout.channels_last

@@ -37,7 +37,7 @@ class Conv(Op):
         activation = [] if self.activation == "identity" else [self.activation]
         return ([] if self.batch_norm is None else ["bn"]) + super().words(adds) + activation
 
-    def place(self, last, layout, mode):
+    def settle(self, last, layout, mode):
         self.channels_last = layout.in_seam and layout.is_free(last)
         return True
 
