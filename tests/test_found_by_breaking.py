@@ -1093,3 +1093,17 @@ def test_empty_batches_have_the_strides_of_pytorch(layers, weights, images):
             for x in (empty, torch.randn(2, 3, 8, 8), empty):
                 y, expected = swapped(x), plain(x)
                 assert y.stride() == expected.stride() and y.shape == expected.shape
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("attribute", ["kernel_size", "in_channels", "out_channels"])
+def test_a_layer_without_an_attribute_that_its_forward_does_not_read(attribute, grad):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=8)).double().eval()
+    swapped = convext.swap(copy.deepcopy(plain))
+    for model in (plain, swapped):
+        for conv in (model[0], model[2]):
+            delattr(conv, attribute)
+    with torch.set_grad_enabled(grad):
+        # Sums of 3 and of 9 products.
+        torch.testing.assert_close(swapped(X), plain(X), rtol=1e-13, atol=1e-13)

@@ -47,8 +47,7 @@ def _squeeze_excite(plan, mode):
     if gate is None or gates[0].args[0] is not excite.last or set(graph.nodes) != known:
         return None
     convs = squeeze.first.module, excite.first.module
-    if any(c.kernel_size != (1, 1) or c.stride != (1, 1) or c.groups != 1 or c.padding not in ((0, 0), 0)
-           for c in convs):
+    if not squeeze.first.is_pointwise or not excite.first.is_pointwise or any(c.stride != (1, 1) for c in convs):
         return None
     return SqueezeExcite(*convs, squeeze.first.activation, gate)
 

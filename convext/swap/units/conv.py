@@ -30,8 +30,11 @@ class Conv(Op):
         self.module, self.batch_norm, self.activation = conv, batch_norm, activation
         self.channels_last = False  # whether the result is, whatever the input
         self.state = self.excite = None
-        pointwise = conv.kernel_size == (1, 1) and conv.padding in ((0, 0), 0) and conv.groups == 1
-        self.in_strips = pointwise or conv.groups == conv.in_channels > 1
+        # torch's forward reads neither kernel_size nor in_channels: they may be gone.
+        channels = getattr(conv, "in_channels", 0)
+        self.is_pointwise = getattr(conv, "kernel_size", None) == (1, 1) and conv.padding in ((0, 0), 0) \
+            and conv.groups == 1
+        self.in_strips = self.is_pointwise or conv.groups == channels > 1
 
     def words(self, adds):
         activation = [] if self.activation == "identity" else [self.activation]
