@@ -7,7 +7,7 @@
 
 A swap changes two things only. A layer whose type is exactly torch.nn.Conv2d gets a `_conv_forward` in its instance
 dictionary that calls convext's kernels: class, parameters, hooks and keys stay. A container gets a `forward` there that
-runs the same calls as its class's with each chain of convolution, batch norm, add and activation as one.
+runs the same calls as its class's with each convolution, batch norm, add and activation as one.
 """
 import sys
 import types

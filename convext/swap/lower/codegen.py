@@ -1,4 +1,4 @@
-"""Turns the graph of a container into one Python function, with a fused call in the place of each chain.
+"""Turns the graph of a container into one Python function, with one call in the place of each unit or row.
 
 The function reads as the forward would with everything looked up beforehand:
 
