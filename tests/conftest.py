@@ -132,25 +132,25 @@ def isa(request):
 
 @pytest.fixture
 def sequence_calls(monkeypatch):
-    """The numbers of steps of the calls that ran as one (convext/swap/sequences.py), in order."""
-    from convext.swap import sequences
+    """The numbers of steps of the calls that ran as one (convext/swap/lower/calls.py), in order."""
+    from convext.swap.lower import calls as cooperative
 
     calls = []
-    prepared = sequences._prepared
+    prepared = cooperative.prepared
 
-    def counting(builder, *args):
-        call = prepared(builder, *args)
+    def counting(program, *args):
+        call = prepared(program, *args)
         if call is None:
             return None
 
         def counted(x):
             y = call(x)
             if y is not None:
-                calls.append(len(builder.steps))
+                calls.append(len(program.ops))
             return y
         return counted
 
-    monkeypatch.setattr(sequences, "_prepared", counting)
+    monkeypatch.setattr(cooperative, "prepared", counting)
     return calls
 
 

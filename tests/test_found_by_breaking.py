@@ -1118,3 +1118,17 @@ def test_batched_gradients_of_a_checkpoint():
         given = torch.stack([torch.ones_like(y), torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)])
         results.append(torch.autograd.grad(y, x, given, is_grads_batched=True)[0])
     agree(results[1], results[0])
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("attribute", ["kernel_size", "in_channels", "out_channels"])
+def test_a_layer_without_an_attribute_that_its_forward_does_not_read(attribute, grad):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=8)).double().eval()
+    swapped = convext.swap(copy.deepcopy(plain))
+    for model in (plain, swapped):
+        for conv in (model[0], model[2]):
+            delattr(conv, attribute)
+    with torch.set_grad_enabled(grad):
+        # Sums of 3 and of 9 products.
+        torch.testing.assert_close(swapped(X), plain(X), rtol=1e-13, atol=1e-13)

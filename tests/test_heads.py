@@ -1,5 +1,5 @@
-"""Heads of classifiers as members of a sequence (convext/swap/heads.py): what they compute, and that whatever changes
-is noticed."""
+"""Heads of classifiers as members of a sequence (convext/swap/match/head.py): what they compute, and that whatever
+changes is noticed."""
 
 import copy
 

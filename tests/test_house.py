@@ -1,13 +1,16 @@
-"""The folders of csrc/: who includes whom, without a circle or an arrow upwards, and who sees torch, Python, CUDA."""
+"""The folders of csrc/ and of convext/swap/: who includes or imports whom, without a circle or an arrow upwards; and
+who sees torch, Python, CUDA."""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
+PACKAGE = CSRC.parent / "convext"
 
 # Folder -> the folders that its files may include, from the bottom up. Its own goes without saying.
 ARROWS = {
@@ -72,15 +75,15 @@ def problems(csrc: Path) -> list[str]:
     return found + [f"{' -> '.join(circle)} is a circle" for circle in circles(files)]
 
 
-def circles(files: dict[str, str]) -> list[list[str]]:
-    """Rings of files that include each other."""
+def circles(files: dict[str, str], targets=includes) -> list[list[str]]:
+    """Rings of files that include each other. targets(name, text): those that a file includes."""
     found, done = [], set()
 
     def visit(name: str, path: list[str]) -> None:
         if name in path:
             found.append([*path[path.index(name):], name])
         elif name not in done and name in files:
-            for target in includes(name, files[name]):
+            for target in targets(name, files[name]):
                 visit(target, [*path, name])
             done.add(name)
 
@@ -116,3 +119,85 @@ def test_what_points_another_way_is_found(tmp_path, name, line, said):
         (tmp_path / file).write_text(line if file == name else "")
     found = problems(tmp_path)
     assert len(found) == 1 and said in found[0]
+
+
+# ---- convext/swap/ ---------------------------------------------------------------------------------------------------
+
+# From the bottom up: a module, or a folder of modules, imports of the swap what stands before it, and its own folder.
+SWAP = ["refusal", "method", "modes", "layer_by_layer", "conv_forward", "calls", "capture", "units", "match",
+        "schedule", "lower", "plan", "planned", "eligible", "swapping", "report", "verify", "__init__"]  # fmt: skip
+# Who of the rest of the package may import the swap, and is not imported by it.
+ABOVE_THE_SWAP = {"__init__", "__main__", "cli", "bench", "demo"}
+
+
+def modules_of(package: Path) -> dict[str, str]:
+    """Path from the package, without .py -> text."""
+    return {path.relative_to(package).with_suffix("").as_posix(): path.read_text() for path in package.rglob("*.py")}
+
+
+def imports(name: str, text: str, modules: dict[str, str]) -> list[str]:
+    """The modules of the package that one of them imports, wherever in it."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("convext")):
+            base = name.split("/")[:-node.level] if node.level else []
+            path = [*base, *(node.module or "").removeprefix("convext").split(".")]
+            for alias in node.names:
+                parts = ["/".join(filter(None, [*path, *more])) for more in ([alias.name], [alias.name, "__init__"], [],
+                                                                            ["__init__"])]
+                found.append(next((part for part in parts if part in modules), parts[0]))
+    return found
+
+
+def layer(module: str) -> tuple[str, str]:
+    """(the part of the package, the part of that): ("swap", "match") of "swap/match/head"."""
+    return (*module.split("/"), "")[:2]
+
+
+def swap_problems(package: Path) -> list[str]:
+    modules, found = modules_of(package), []
+    for name, text in modules.items():
+        top, own = layer(name)
+        if top == "swap" and own not in SWAP:
+            found.append(f"{name} is in no layer")
+            continue
+        for target in imports(name, text, modules):
+            other, below = layer(target)
+            if top == "swap" == other:
+                upwards = below not in SWAP[:SWAP.index(own)] and below != own
+            else:
+                upwards = other == "swap" and top not in ABOVE_THE_SWAP or top == "swap" and other in ABOVE_THE_SWAP
+            if upwards:
+                found.append(f"{name} imports {target}")
+    swap = {name: text for name, text in modules.items() if name.startswith("swap/")}
+    rings = circles(swap, lambda name, text: imports(name, text, modules))
+    return found + [f"{' -> '.join(ring)} is a circle" for ring in rings]
+
+
+def test_the_swap_imports_one_way():
+    modules = modules_of(PACKAGE)
+    arrows = {(layer(name)[1], layer(target)[1]) for name, text in modules.items() if name.startswith("swap/")
+              for target in imports(name, text, modules) if target.startswith("swap/")}
+    assert {("planned", "plan"), ("plan", "lower"), ("lower", "schedule"), ("match", "units"), ("units", "capture"),
+            ("match", "match"), ("__init__", "report")} <= arrows
+    assert swap_problems(PACKAGE) == []
+
+
+@pytest.mark.parametrize(("name", "line", "said"), [
+    ("swap/capture/a", "from ..planned import PlannedForward", "swap/capture/a imports swap/planned"),
+    ("swap/capture/a", "def f():\n    from ..planned import PlannedForward", "swap/capture/a imports swap/planned"),
+    ("swap/match/a", "from ..lower import calls", "swap/match/a imports swap/lower/calls"),
+    ("swap/match/a", "from ..lower import lower", "swap/match/a imports swap/lower/__init__"),
+    ("swap/report", "from . import swap", "swap/report imports swap/__init__"),
+    ("swap/plan", "from ..cli import app", "swap/plan imports cli"),
+    ("swap/elsewhere", "", "swap/elsewhere is in no layer"),
+    ("nn", "from .swap.plan import Plan", "nn imports swap/plan"),
+    ("nn", "from convext.swap import report", "nn imports swap/report"),
+    ("swap/units/b", "from . import b", "swap/units/b -> swap/units/b is a circle"),
+])  # fmt: skip
+def test_an_import_that_points_another_way_is_found(tmp_path, name, line, said):
+    for file in ("cli", "swap/__init__", "swap/planned", "swap/plan", "swap/report", "swap/lower/__init__",
+                 "swap/lower/calls", name):
+        (tmp_path / f"{file}.py").parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{file}.py").write_text(line if file == name else "")
+    assert swap_problems(tmp_path) == [said]

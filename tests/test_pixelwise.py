@@ -1,5 +1,5 @@
-"""LayerNorm and linear layers over the channels of each pixel, run as steps of a sequence (convext/swap/pixelwise.py):
-what they compute, and that whatever changes is noticed."""
+"""LayerNorm and linear layers over the channels of each pixel, run as steps of a sequence
+(convext/swap/match/channel_layers.py): what they compute, and that whatever changes is noticed."""
 
 import copy
 
@@ -224,12 +224,15 @@ def test_a_change_of_the_model_is_noticed(change, swapped_and_changed):
             _close(swapped(x), model, x)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @torch.no_grad()
-def test_an_order_of_dimensions_changed_in_place_is_noticed():
+def test_an_order_of_dimensions_changed_in_place_is_noticed(memory_format, sequence_calls):
     block = _settled(CNBlock(24, 1.0, 0.0))
-    swapped, x = convext.swap(copy.deepcopy(block)), torch.randn(2, 24, 24, 24)
+    swapped = convext.swap(copy.deepcopy(block))
+    x = torch.randn(2, 24, 24, 24).to(memory_format=memory_format)
     for _ in range(3):
         swapped(x)
+    assert bool(sequence_calls) == (memory_format is torch.channels_last)  # one call then, in which no module runs
     for changed in (block, swapped):
         changed.block[6].dims[:] = [0, 3, 2, 1]
     for _ in range(3):

@@ -11,10 +11,11 @@ from torch import nn
 from torch.utils import checkpoint
 
 import convext
-from convext.swap import chains, layout
 from convext.swap.capture import signature
 from convext.swap.capture.trace import Trace
+from convext.swap.match.graph import Graph
 from convext.swap.planned import PlannedForward
+from convext.swap.schedule import layout
 
 pytestmark = pytest.mark.smoke
 GLOBAL = []
@@ -392,7 +393,7 @@ class Block(nn.Module):
 
 def inner_variants(model):
     return [v for m in model.modules() if isinstance(m.__dict__.get("forward"), PlannedForward)
-            for plans in m.__dict__["forward"]._plans.values() for plan in plans for v in plan.variants.values()]
+            for plans in m.__dict__["forward"]._plans.values() for plan in plans for v in plan.by_mode.values()]
 
 
 @native
@@ -533,9 +534,9 @@ def test_a_backbone_that_returns_features_by_name_is_looked_through():
         found = swapped(x)
         assert_same_results(found, expected)
     assert found["out"].data_ptr() != found["aux"].data_ptr()
-    [(variant, _)] = swapped.__dict__["forward"].present_variants()
+    [compiled] = swapped.__dict__["forward"].present_plans()
     # Between the image and the results no value is copied to another order of memory.
-    pinned = {node.name for node in variant.layout.pinned}
+    pinned = {node.name for node in compiled.layout.must_be_contiguous}
     assert pinned == {"interpolate", "aux_classifier"}
     # Called by itself, it does what it did.
     assert_same_results(swapped.backbone(x), plain.backbone(x))
@@ -628,7 +629,7 @@ def test_what_a_result_may_share_memory_with():
 
     trace = Trace(Network(), ((signature.TENSOR,) * 2, ()))
     found = {node.name: {alias.name for alias in aliases - {node}}
-             for node, aliases in chains.aliases_of(trace.graph, trace.modules).items() if node.op != "output"}
+             for node, aliases in Graph(trace).aliases.items() if node.op != "output"}
     x, y = (node.name for node in trace.graph.nodes if node.op == "placeholder")
     assert found == {x: set(), y: set(), "conv": set(), "iadd": {"conv"}, "mul_": {"conv", "iadd"},
                      "add": {"conv", "iadd", "mul_", x, y}, "interpolate": set(), "block": {y},

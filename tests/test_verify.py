@@ -275,7 +275,7 @@ def swapped_wrong(monkeypatch):
         def wrong(model):
             plant(model)
             return swap(model)
-        monkeypatch.setattr(__import__("sys").modules["convext.swap"], "swap", wrong)
+        monkeypatch.setattr(__import__("sys").modules["convext.swap.swapping"], "swap", wrong)
     return use
 
 

@@ -21,7 +21,7 @@ and, where it has something to say, these:
     takes_float_weights(problem) -> bool
         whether that call takes float32 weights for a problem in half precision
     prepared_sequence(blocks) -> native_sequence.Prepared|None
-        fprops in a row as one call: swap/sequences.py
+        fprops in a row as one call: swap/lower/program.py
     slower(pass_, problem) -> str|None    what was measured to be faster; only an automatic choice listens
     reject_batch_norm(y) -> str|None      why it cannot run the last three on tensors like y
     depthwise_backward(problem, dy, x, w, channels_last=False) -> dx, dw

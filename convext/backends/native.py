@@ -318,7 +318,8 @@ class NativeBackend:
         steps = [step for block in blocks for step in block.steps]
         if any(step.problem.device == "cuda" for step in steps):
             return None
-        plans = [None if step.layer else _plan(Pass.FPROP, step.problem) for step in steps]
+        convolution = native_sequence.StepKind.CONVOLUTION
+        plans = [_plan(Pass.FPROP, step.problem) if step.kind is convolution else None for step in steps]
         chosen = [None if plan is None else kernels()[plan.variant] for plan in plans]
         if any(kernel is not None and kernel["dtype"] != step.problem.dtype or step.problem.y_layout != _NHWC
                for kernel, step in zip(chosen, steps)) or any(step.problem.x_layout != _NHWC for step in steps[1:]) \

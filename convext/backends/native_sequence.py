@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,23 +12,32 @@ import torch
 from ..problem import ACTIVATIONS, ConvProblem
 
 
-class Step(NamedTuple):
-    """One convolution of a sequence, a LayerNorm over the channels of each pixel, or the mean over the pixels.
+class StepKind(enum.Enum):
+    """What a step computes: StepKind of csrc/cpu/runtime/sequence_program.h."""
 
-    problem, activation: what it computes. residual: the value that it adds (see `Block`), or None.
-    present: which of its tensors are there: weight, bias, mean, var, gamma, beta and, where it scales its input by
-        squeeze and excitation first, weight and bias of each of that one's convolutions.
-    excite: (activation, number of the gate) of that squeeze and excitation, or None.
-    layer: None of a convolution. "layer norm", whose problem is that of a 1x1 convolution and whose tensors are gamma
-        and beta; "mean", whose problem is that of a depthwise convolution as large as the image.
+    CONVOLUTION = "convolution"
+    LAYER_NORM = "layer norm"
+    MEAN = "mean"
+
+
+class Step(NamedTuple):
+    """One step of a sequence.
+
+    problem, activation: what it computes. A LayerNorm over the channels of each pixel has the problem of a 1x1
+        convolution, the mean over the pixels that of a depthwise one as large as the image.
+    residual: the value that it adds (see `Block`), or None.
+    present: which of its tensors are there: weight, bias, mean, var, gamma, beta (of a LayerNorm the last two alone)
+        and, where it scales its input by squeeze and excitation first, weight and bias of each of that one's
+        convolutions.
+    excite: (numbers of the activation and of the gate) of that squeeze and excitation, or None.
     """
 
     problem: ConvProblem
     activation: str
     residual: int | None
     present: tuple[bool, ...]
-    excite: tuple[str, int] | None
-    layer: str | None = None
+    kind: StepKind = StepKind.CONVOLUTION
+    excite: tuple[int, int] | None = None
 
 
 class Block(NamedTuple):
@@ -107,18 +117,22 @@ def places(compiled, tensors: list[torch.Tensor]):
 
 def fill(program, blocks, plans) -> None:
     """Adds the blocks to an empty program (csrc/cpu/runtime/sequence_program.h, which says in what order the op takes
-    their tensors). `plans`: the call of each step's kernel, None of a layer that is no convolution."""
+    their tensors). `plans`: the call of each step's kernel, None of a step that is no convolution."""
     plans = iter(plans)
     for block in blocks:
         program.begin_block(block.source)
         for step, plan in zip(block.steps, plans):
-            if step.layer == "layer norm":
-                *_, gamma, beta = step.present
-                program.add_layer_norm(gamma, beta)
-            elif step.layer == "mean":
-                program.add_mean()
-            else:
-                excite = None if step.excite is None else (ACTIVATIONS[step.excite[0]], step.excite[1])
-                program.add_convolution(
-                    plan.variant, plan.geom, ACTIVATIONS[step.activation], packs=plan.pack_format is not None,
-                    residual=step.residual, present=step.present[1:], excite=excite)
+            _ADD[step.kind](program, step, plan)
+
+
+def _add_convolution(program, step, plan):
+    program.add_convolution(
+        plan.variant, plan.geom, ACTIVATIONS[step.activation], packs=plan.pack_format is not None,
+        residual=step.residual, present=step.present[1:], excite=step.excite)
+
+
+_ADD = {
+    StepKind.CONVOLUTION: _add_convolution,
+    StepKind.LAYER_NORM: lambda program, step, plan: program.add_layer_norm(*step.present[4:]),
+    StepKind.MEAN: lambda program, step, plan: program.add_mean(),
+}

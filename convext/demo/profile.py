@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from ..swap.sequences import layer_by_layer
+from ..swap import layer_by_layer
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # on a machine without a GPU the profiler complains that there is none
 

@@ -1,11 +1,13 @@
 """What is known of torch's functions, methods and modules: one table for each question that a plan asks."""
-import functools
 import inspect
 import operator
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+
+from .. import nn as convext_nn
+from .conv_forward import ConvForward
 
 _CONV_TYPE = nn.Conv2d
 
@@ -58,40 +60,23 @@ def module_returns_tensor(module):
     """True of a layer that returns one tensor for one."""
     if is_layer_norm_2d(module) or permutation_of(module) is not None or is_known_dropout(module):
         return True
-    return (is_torch_module(module) or type(module) is convext_conv()) and not isinstance(module, _NOT_ONE_TENSOR) \
+    return (is_torch_module(module) or type(module) is convext_nn.Conv2d) and not isinstance(module, _NOT_ONE_TENSOR) \
         and not getattr(module, "return_indices", False)
-
-
-@functools.cache
-def convext_conv():
-    from .. import nn as convext_nn
-    return convext_nn.Conv2d
 
 
 def last_input(module):
     """Shape, strides, dtype and device of the last input of a convext.nn.Conv2d called by itself, or None."""
-    from .. import nn as convext_nn
     return convext_nn.LAST_INPUTS.get(module)
 
 
 def is_swapped(module):
     """True of a convolution that convext computes when it is called by itself."""
-    return isinstance(module.__dict__.get("_conv_forward"), conv_forward()) or type(module) is convext_conv()
-
-
-@functools.cache
-def conv_forward():
-    from .conv_forward import ConvForward
-    return ConvForward
+    return isinstance(module.__dict__.get("_conv_forward"), ConvForward) or type(module) is convext_nn.Conv2d
 
 
 def is_conv(module):
     """A convolution that the swap stands for: exactly torch's class, or already ours."""
-    return type(module) is _CONV_TYPE or type(module) is convext_conv()
-
-
-def is_linear(module):
-    return type(module) is nn.Linear
+    return type(module) is _CONV_TYPE or type(module) is convext_nn.Conv2d
 
 
 def is_batch_norm(module):

@@ -94,3 +94,14 @@ class InstanceMethod:
         twin = type(self).__new__(type(self))
         twin._attach(owner)
         return twin
+
+
+class ForwardMethod(InstanceMethod):
+    """The forward of a container that has plans, as what lies below planned.py sees it.
+
+    plan(owner, signature)        the plan for such calls, or None
+    result_in_any_format(count)   what a call with so many tensors returns where it takes channels-last ones: "free" or
+                                  "channels-last" (schedule/layout.py), else None
+    in_any_format(*tensors)       that call
+    whole(mode)                   what runs all of it as a member of a sequence, or None
+    """

@@ -10,6 +10,7 @@ from .. import backends, functional
 from ..problem import DTYPES, ConvProblem, Pass
 from ..tables import render
 from . import calls
+from .eligible import left_alone, why_unplanned
 from .planned import PlannedForward
 
 
@@ -108,10 +109,16 @@ def report(model: nn.Module) -> Report:
 
 @dataclasses.dataclass
 class _Place:
-    chain: object = None
-    state: object = None
+    """Where a convolution stands: its op, what runs with it in one call, and why nothing more does."""
+
+    op: object = None
+    fused: str = ""
     reason: str = ""
-    run: object = None  # what follows over the channels of each pixel (pixelwise.py)
+
+    @property
+    def last(self):
+        """Its last input there, or None."""
+        return self.op.state.last if self.op is not None else None
 
 
 def _places(model):
@@ -119,24 +126,24 @@ def _places(model):
     places = {}
     for module in model.modules():
         forward = module.__dict__.get("forward")
-        if isinstance(forward, PlannedForward):
-            for variant, modules in forward.present_variants():
-                runs = {run.source: run for run in variant.runs}
-                for chain in variant.chains:
-                    fused, run = variant.fused[chain.conv], runs.get(chain.last)
-                    reason = "" if run is not None else variant.alone.get(chain.conv, "")
-                    place = _Place(chain, fused.state, reason, run)
-                    known = places.get(modules[chain.conv])
-                    ran = fused.state.last is not None
-                    if known is None or known.state is None or known.state.last is None and ran:
-                        places[modules[chain.conv]] = place
-                for key, reason in variant.alone.items():
-                    places.setdefault(modules[key], _Place(reason=reason))
+        for compiled in forward.present_plans() if isinstance(forward, PlannedForward) else ():
+            followers = {unit.source: unit for unit in compiled.units if unit.is_image and unit.first.module is None}
+            for unit in compiled.units:
+                op, conv = unit.first, unit.first.module
+                if conv is None:
+                    continue
+                follower = followers.get(unit.last)
+                behind = follower.words if follower is not None else []
+                place = _Place(op, " + ".join(unit.words + behind), "" if behind else compiled.reasons.get(conv, ""))
+                known = places.get(conv)
+                if known is None or known.op is None or known.last is None and place.last is not None:
+                    places[conv] = place
+            for conv, reason in compiled.reasons.items():
+                places.setdefault(conv, _Place(reason=reason))
     return places
 
 
 def _row(model, name, module, place):
-    from . import left_alone
     row = Row(name, describe(module), _class_name(module))
     if left_alone(module) is not None:
         row.reason = left_alone(module)
@@ -145,13 +152,12 @@ def _row(model, name, module, place):
     elif place is None:
         row.reason = _why_no_plan(model, name)
     else:
-        row.fused = " + ".join([*(place.chain.parts if place.chain else []), *(place.run.parts if place.run else [])])
-        row.reason = place.reason
+        row.fused, row.reason = place.fused, place.reason
     if calls.is_swapped(module):
-        state = place.state if place is not None else None
-        last = state.last if state is not None and state.last is not None else calls.last_input(module)
+        last = place and place.last or calls.last_input(module)
         if last is not None:
-            row.backend, row.variant, passed_over = _serving(module, last, state is not None and state.channels_last)
+            channels_last = place is not None and place.op is not None and place.op.channels_last
+            row.backend, row.variant, passed_over = _serving(module, last, channels_last)
             row.reason = "; ".join(filter(None, [row.reason, passed_over]))
     return row
 
@@ -183,7 +189,6 @@ def describe(module):
 
 def _why_no_plan(model, name):
     """Why no plan reaches a convolution: the nearest container with something to say."""
-    from . import why_unplanned
     parts = name.split(".") if name else []
     for end in range(len(parts) - 1, -1, -1):
         path = ".".join(parts[:end])

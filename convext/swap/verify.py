@@ -55,6 +55,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..tables import render
+from . import swapping
 
 # Winograd's forms, which trade multiplications for additions, err up to three times as much as a chain of sums; the
 # difference of two results has sqrt(2) times the error of one; and the largest of a tensor's errors is up to twice as
@@ -170,12 +171,11 @@ def verify(model: nn.Module, sample: torch.Tensor | tuple[Any, ...] | list[Any] 
         >>> bool(found), found.stale, found.rows[0].kind, found.rows[0].name
         (True, [], 'output', '[0]')
     """
-    from . import revert, swap
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     args, kwargs = _arguments(sample)
     with torch.inference_mode(False), _random_states():
-        unswapped, fresh = revert(_copied(model)), swap(revert(_copied(model)))
+        unswapped, fresh = swapping.revert(_copied(model)), swapping.swap(swapping.revert(_copied(model)))
         plain = _Model(unswapped, args, kwargs, seed)
         try:
             expected = plain.values()

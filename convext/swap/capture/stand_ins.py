@@ -24,6 +24,7 @@ import types
 import torch
 from torch import fx, nn
 
+from ..method import ForwardMethod
 from ..refusal import Untraceable
 from .facts import ABSENT, PLAIN
 from .pure import BUILTINS, is_library, is_stdlib, why_impure
@@ -502,8 +503,7 @@ class Recorder:
 
     def _own(self, attributes, name, own, kind, stand_in):
         """What an object's dictionary says of a name."""
-        from ..planned import PlannedForward
-        if isinstance(own, PlannedForward):
+        if isinstance(own, ForwardMethod):
             self.facts.item(attributes, name, own)
             return self.bound(self.facts.class_item(kind, "forward"), name, None, stand_in)
         if isinstance(own, torch.Tensor):

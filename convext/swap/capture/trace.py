@@ -17,9 +17,11 @@ import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
-from .. import standard
+from ..calls import METADATA_ATTRIBUTES, METADATA_METHODS, module_returns_tensor, returns_tensor
+from ..method import ForwardMethod
 from ..refusal import Untraceable, noticed
 from . import signature as signatures
+from . import standard
 from .audit import Audit, is_user, paused
 from .facts import ABSENT, PLAIN, Facts
 from .stand_ins import ClassStandIn, Dict, Globals, List, ModuleStandIn, Recorder, Set, StandIn
@@ -245,8 +247,8 @@ class _Tracer(fx.proxy.TracerBase):
             raise Untraceable("its forward calls itself")
         if module not in self.trace.descendants:
             raise Untraceable(f"its forward calls a {type(module).__name__} that is not among its submodules")
-        if inlined(module) and (own is None or is_planned(own)) and module not in self.inside and calls_forward \
-                and not self._listens(module):
+        if inlined(module) and (own is None or isinstance(own, ForwardMethod)) and module not in self.inside \
+                and calls_forward and not self._listens(module):
             self.trace.inline(module)
             self.inside.append(module)
             try:
@@ -290,12 +292,6 @@ class _Tracer(fx.proxy.TracerBase):
             kind = tuple if type(value) is tuple else list
             return (kind, len(value), signatures.TENSOR) if all(map(self.is_tensor, value)) else None
         return signatures.kind(value)
-
-
-def is_planned(forward):
-    """True of a forward that the swap put into an instance."""
-    from ..planned import PlannedForward
-    return isinstance(forward, PlannedForward)
 
 
 class Trace:
@@ -375,9 +371,9 @@ class Trace:
         effect = None
         if listens["_forward_hooks"] or listens["_forward_pre_hooks"]:
             effect = "has hooks"
-        elif not calls_forward or own is not ABSENT and not is_planned(own):
+        elif not calls_forward or own is not ABSENT and not isinstance(own, ForwardMethod):
             effect = "is called in a way of its own"
-        if effect is None and is_planned(own):
+        if effect is None and isinstance(own, ForwardMethod):
             plan = None if signature is None else own.plan(module, signature)
             if plan is None:
                 return False, "runs as it is written"
@@ -391,12 +387,12 @@ class Trace:
             standard.note(module, facts)
             if any(listens.values()):
                 self.opaque.add(self.key(module))
-            return _returns_tensor(module), None
+            return module_returns_tensor(module), None
         self.opaque.add(self.key(module))
         if effect is None and standard.is_of_a_library(module, facts):
-            return _returns_tensor(module), None
+            return module_returns_tensor(module), None
         if effect is not None or signature is None or kind.__module__.startswith("convext."):
-            return effect is None and _returns_tensor(module), effect or "runs as it is written"
+            return effect is None and module_returns_tensor(module), effect or "runs as it is written"
         try:
             inside = Trace(module, signature)  # only to see whether it does anything but compute
         except Untraceable as refusal:
@@ -494,13 +490,5 @@ def _is_of_metadata(node):
     return getattr(node.target, "__module__", "") == "_operator" or node.target is unpacked
 
 
-def _returns_tensor(module):
-    from .. import calls
-    return calls.module_returns_tensor(module)
-
-
 def _one_line(error):
     return str(error).strip().split("\n")[0][:120]
-
-
-from ..calls import METADATA_ATTRIBUTES, METADATA_METHODS, returns_tensor  # noqa: E402

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .capture.facts import ABSENT, PLAIN
-from .conv_forward import ConvForward
-from .refusal import ForNow
+from ..conv_forward import ConvForward
+from ..refusal import ForNow
+from .facts import ABSENT, PLAIN
 
 _LIBRARIES = ("torch", "torchvision", "timm", "convext")
 _CODE = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__", "forward", "_conv_forward",
@@ -186,6 +186,9 @@ def note(module: nn.Module, facts) -> None:
     for name in module.__dict__:
         facts.class_item(kind, name)
     facts.contents(module.__dict__)
+    for name, value in module.__dict__.items():
+        if type(value) is list and name[0] != "_":  # a setting whose contents may change, such as Permute's dims
+            facts.elements(value)
     facts.kinds(module._parameters)
     facts.kinds(module._buffers)
     for base, (parameters, buffers) in _TENSORS.items():

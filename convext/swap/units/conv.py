@@ -1,8 +1,9 @@
-"""The call that stands in a plan for one chain: reads the modules' present state, then runs fused, or apart.
+"""A convolution with the batch norm, the sum and the activation behind it: its call, and its step in a sequence.
 
-Parameters, buffers and settings are looked up at every call, in the modules' own dictionaries, so that replacing or
-changing them after the swap has the effect that it had before. `fused` is what a plan calls for each layer: where no
-gradient is wanted it goes straight to the operator, and everything it does counts.
+The call reads the modules' present state, then runs fused, or falls back on the modules. Parameters, buffers and
+settings are looked up at every call, in the modules' own dictionaries, so that replacing or changing them after the
+swap has the effect that it had before. Where no gradient is wanted it goes straight to the operator, and everything it
+does counts.
 """
 import contextlib
 from operator import itemgetter
@@ -10,14 +11,71 @@ from operator import itemgetter
 import torch
 from torch.autograd import forward_ad
 
-from .. import autograd, backends, checks, functional, nn, ops
-from ..memory_format import dense_strides, suggests_channels_last, where_copied
-from ..problem import DTYPES, ConvProblem, Geom, Pass
+from ... import autograd, backends, checks, functional, nn, ops
+from ...backends.native_sequence import Step
+from ...memory_format import dense_strides, suggests_channels_last, where_copied
+from ...problem import DTYPES, ConvProblem, Geom, Pass
+from ..capture.signature import TENSOR_TYPES as PLAIN
+from . import EMPTY, Op
 
-SETTINGS = "stride", "padding", "dilation", "groups", "padding_mode"
-settings_of = itemgetter(*SETTINGS)
+settings_of = itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
 _grad_enabled = torch.is_grad_enabled
-PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+
+
+class Conv(Op):
+    """conv, and what is fused with it: a batch norm or None, an activation. `excite`: the squeeze and excitation of its
+    input, where it is computed together with that."""
+
+    def __init__(self, conv, batch_norm=None, activation="identity"):
+        self.module, self.batch_norm, self.activation = conv, batch_norm, activation
+        self.channels_last = False  # whether the result is, whatever the input
+        self.state = self.excite = None
+        # torch's forward reads neither kernel_size nor in_channels: they may be gone.
+        channels = getattr(conv, "in_channels", 0)
+        self.is_pointwise = getattr(conv, "kernel_size", None) == (1, 1) and conv.padding in ((0, 0), 0) \
+            and conv.groups == 1
+        self.in_strips = self.is_pointwise or conv.groups == channels > 1
+
+    def words(self, adds):
+        activation = [] if self.activation == "identity" else [self.activation]
+        return ([] if self.batch_norm is None else ["bn"]) + super().words(adds) + activation
+
+    def settle(self, last, layout, mode):
+        self.channels_last = layout.in_seam and layout.is_free(last)
+        return True
+
+    def bind(self, fallback, mode):
+        bn = self.batch_norm
+        self.state = _Convolution(self.module, self.channels_last)
+        fused = (_conv_act if bn is None else _conv_bn_act)(self, fallback)
+        return _direct(self, fused, mode.autocast) if mode.direct and (bn is None or not bn.training) else fused
+
+    @property
+    def places(self):
+        weights, bn = self.module._parameters, self.batch_norm
+        affine, statistics = (EMPTY, EMPTY) if bn is None else (bn._parameters, bn._buffers)
+        return ((weights, "weight"), (weights, "bias"), (statistics, "running_mean"), (statistics, "running_var"),
+                (affine, "weight"), (affine, "bias"), *(self.excite.places if self.excite else ()))
+
+    @property
+    def choice(self):
+        return self.state.choice
+
+    @property
+    def eps(self):
+        return 0.0 if self.batch_norm is None else self.batch_norm.__dict__["eps"]
+
+    def step(self, before, residual):
+        """Its own call has seen the problem."""
+        if self.state.call is None:
+            return None
+        tensors = self.tensors()
+        if self.batch_norm is not None and tensors[2] is None:  # the batch's own statistics are wanted
+            return None
+        if any(not t.is_contiguous() for t in tensors[6:] if t is not None):
+            return None
+        return Step(self.state.choice.problem, self.activation, residual, tuple(t is not None for t in tensors),
+                    excite=self.excite and self.excite.codes)
 
 
 class _Convolution:
@@ -61,36 +119,13 @@ class _Convolution:
         self.call = choice.prepared_fprop(activation, rounds_weights=w.dtype is not x.dtype)
 
 
-def bind(conv, batch_norm, activation, apart, channels_last, direct):
-    """function(x, residual=None) of one chain. `apart(x, residual)` runs its modules one by one; `channels_last` asks
-    for a channels-last result whatever x is. `direct`: for calls without gradients, modes or transforms, as
-    `runs_direct` says."""
-    if batch_norm is None:
-        fused = _conv_act(conv, activation, apart, channels_last)
-    else:
-        fused = _conv_bn_act(conv, batch_norm, activation, apart, channels_last)
-    if direct and (batch_norm is None or not batch_norm.training):
-        return _direct(fused, batch_norm, activation, None if direct is True else direct)
-    return fused
-
-
-def runs_direct():
-    """True where nothing stands between a call and its kernel, autocast's dtype where that on the CPU alone does."""
-    if _grad_enabled() or forward_ad._current_level >= 0 or not ops.idle_but_for_autocast():
-        return False
-    if not ops._autocast_active():
-        return True
-    return torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda") \
-        and torch.get_autocast_dtype("cpu")
-
-
-def _direct(fused, batch_norm, activation, autocast):
+def _direct(op, fused, autocast):
     """`fused`, which a call like the one before passes by. `autocast`: what tensors on the CPU are cast to."""
-    state = fused.state
+    state, batch_norm, activation = op.state, op.batch_norm, op.activation
     attributes, parameters = state.attributes, state.parameters
     no_batch_norm = batch_norm is None
     if no_batch_norm:
-        bn_attributes, affine, statistics = {"eps": 0.0}, {}, {}
+        bn_attributes, affine, statistics = {"eps": 0.0}, EMPTY, EMPTY
     else:
         bn_attributes, affine, statistics = batch_norm.__dict__, batch_norm._parameters, batch_norm._buffers
 
@@ -122,12 +157,12 @@ def _direct(fused, batch_norm, activation, autocast):
             state.dtypes = given
         return y
 
-    direct.state = state
     return direct
 
 
-def _conv_act(conv, activation, apart, channels_last):
-    state, ends_elementwise = _Convolution(conv, channels_last), activation != "identity"
+def _conv_act(op, fallback):
+    state, activation, channels_last = op.state, op.activation, op.channels_last
+    ends_elementwise = activation != "identity"
     attributes, parameters = state.attributes, state.parameters
 
     def fused(x, residual=None):
@@ -138,7 +173,7 @@ def _conv_act(conv, activation, apart, channels_last):
                 or x.shape[0] == 0 \
                 or not channels_last and (residual is not None and _in_another_format(residual, x, w, geom)
                                           or ends_elementwise and _one_pixel(x, w, geom)):
-            return apart(x, residual)
+            return fallback(x, residual)
         state.last = x.shape, x.stride(), x.dtype, x.device
         if (_grad_enabled() and (w.requires_grad or x.requires_grad or bias is not None and bias.requires_grad
                                  or residual is not None and residual.requires_grad)) \
@@ -150,14 +185,14 @@ def _conv_act(conv, activation, apart, channels_last):
         try:
             return ops.fprop_bn_act(x, w, bias, None, None, None, None, None, geom, 0.0, activation, channels_last)
         except checks.InvalidArgument:  # which the layers refuse in their own words, or take
-            return apart(x, residual)
+            return fallback(x, residual)
 
-    fused.state = state
     return fused
 
 
-def _conv_bn_act(conv, batch_norm, activation, apart, channels_last):
-    state, ends_elementwise = _Convolution(conv, channels_last), activation != "identity"
+def _conv_bn_act(op, fallback):
+    state, conv, batch_norm, channels_last = op.state, op.module, op.batch_norm, op.channels_last
+    activation, ends_elementwise = op.activation, op.activation != "identity"
     attributes, parameters = state.attributes, state.parameters
     bn_attributes, affine, statistics = batch_norm.__dict__, batch_norm._parameters, batch_norm._buffers
 
@@ -174,7 +209,7 @@ def _conv_bn_act(conv, batch_norm, activation, apart, channels_last):
                 or bn_attributes["eps"] <= 0 \
                 or not channels_last and (residual is not None and _in_another_format(residual, x, w, geom)
                                           or (ends_elementwise or recorded) and _one_pixel(x, w, geom)):
-            return apart(x, residual)
+            return fallback(x, residual)
         state.last = x.shape, x.stride(), x.dtype, x.device
         if bn_attributes["training"] or mean is None or forward_ad._current_level >= 0 or (_grad_enabled() and (
                 w.requires_grad or x.requires_grad or gamma is not None and gamma.requires_grad
@@ -183,14 +218,13 @@ def _conv_bn_act(conv, batch_norm, activation, apart, channels_last):
             with _recorded(channels_last):
                 return nn.conv_bn_act(conv, batch_norm, _in_format(x, channels_last), activation, residual)
         if residual is not None and not _fits(residual, x, w, geom):
-            return apart(x, residual)
+            return fallback(x, residual)
         try:
             return ops.fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom, bn_attributes["eps"],
                                     activation, channels_last)
         except checks.InvalidArgument:
-            return apart(x, residual)
+            return fallback(x, residual)
 
-    fused.state = state
     return fused
 
 

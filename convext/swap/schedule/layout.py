@@ -5,17 +5,15 @@ when a contiguous input would have made it contiguous, and every reader does the
 may be in either format; any other is made contiguous where it is computed, once, before anybody can alias it.
 
 A third kind is *channels-last* whatever the input was, in the forward as it is written: what comes out of a permutation
-from NHWC (pixelwise.py), and what convolutions make of it. It is so here, too.
+from NHWC (match/channel_layers.py), and what convolutions make of it. It is so here, too.
 """
-
 import torch
 from torch import fx
 
-from .. import backends, ops
-from ..memory_format import dense_strides, suggests_channels_last, where_copied
-from . import calls
-from .heads import Head
-from .pixelwise import Run
+from ... import backends, ops
+from ...memory_format import dense_strides, suggests_channels_last, where_copied
+from .. import calls
+from ..units import Format
 
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
@@ -85,69 +83,70 @@ def contiguous_unrecorded(t):
 
 
 class Layout:
-    """Which nodes are of which kind. `units`: chains, runs and heads; `result_of(node)`: what a leaf container returns
-    for free arguments, "free" or "channels-last", or None where it minds their format or hides that of its result.
+    """Which nodes of a graph with units are of which kind.
 
-    free           may be channels-last
-    channels_last  are
-    pinned         nodes to make contiguous where they are computed
-    any_format     leaf containers that are called with free arguments
-    accepts        no argument of the container is pinned
-    returns        "free" or "channels-last" where its result is one tensor of that kind, else None"""
+    in_seam              False: every value has the format that the user's own calls would give it; all sets are empty
+    free                 may be channels-last
+    channels_last        are
+    must_be_contiguous   made so where they are computed
+    any_format           calls of containers with free arguments
+    accepts              no argument of the container must be contiguous
+    returns              "free" or "channels-last" where its result is one tensor of that kind, else None"""
 
-    def __init__(self, graph, modules, units, aliases, opaque, result_of):
-        self.modules, self.opaque, self.result_of = modules, opaque, result_of
-        self.last = {unit.last: unit for unit in units}
-        self.inside = {node for unit in units for node in unit.nodes} - set(self.last)
-        self.free, self.channels_last, self.pinned, self.plain, self.any_format = set(), set(), set(), set(), set()
-        output = None
-        for node in graph.nodes:
-            if node.op == "output":
-                output = node
-            elif node not in self.inside:
-                self._visit(node)
-        result = output.args[0]
-        returns_free = isinstance(result, fx.Node) and result in self.free
-        if not returns_free:
-            self.pinned |= self.free.intersection(output.all_input_nodes)
-        self._pin_aliases(aliases)
-        self.returns = None
+    def __init__(self, graph, mode):
+        self.in_seam, self.accepts, self.returns = mode.in_seam, False, None
+        self.free, self.channels_last, self.any_format = set(), set(), set()
+        self.must_be_contiguous, self._plain = set(), set()
+        if self.in_seam:
+            self._visit_all(graph)
+
+    def is_free(self, node):
+        """True of a value that may be channels-last."""
+        return not self.in_seam or node in self.channels_last \
+            or node in self.free and node not in self.must_be_contiguous
+
+    def _visit_all(self, graph):
+        units = {unit.last: unit for unit in graph.units if unit.format is not Format.AS_NODES}
+        inside = {node for unit in units.values() for node in unit.all_nodes} - set(units)
+        *nodes, output = graph.nodes
+        for node in nodes:
+            if node not in inside:
+                self._visit(graph, node, units.get(node))
+        result, returns = graph.result, None
         if isinstance(result, fx.Node):
-            self.returns = "channels-last" if result in self.channels_last else \
-                "free" if returns_free and result not in self.pinned else None
-        del self.result_of, self.modules   # the plan, which holds this
-        self.accepts = not any(node.op == "placeholder" for node in self.pinned)
+            returns = "channels-last" if result in self.channels_last else "free" if result in self.free else None
+        if returns != "free":
+            self.must_be_contiguous |= self.free.intersection(output.all_input_nodes)
+        self._must_be_contiguous_as_aliases(graph.aliases)
+        self.returns = None if returns == "free" and result in self.must_be_contiguous else returns
+        self.accepts = not any(node.op == "placeholder" for node in self.must_be_contiguous)
 
-    def _visit(self, node):
+    def _visit(self, graph, node, unit):
         if node.op == "placeholder":
             self.free.add(node)
             return
-        if node.op == "get_attr":
-            self.plain.add(node)
+        if node.op == "get_attr" or unit is None and self._is_metadata(node):
+            self._plain.add(node)
             return
-        unit = self.last.get(node)
-        if isinstance(unit, Head):
-            return  # the same from either format, and no image
+        if unit is not None and not unit.is_image:
+            return  # the same from either format
         inputs = node.all_input_nodes if unit is None else unit.inputs
-        if unit is None and self._is_metadata(node, inputs):
-            self.plain.add(node)
-            return
-        kind = self._kind(node, unit, inputs)
+        kind = self._kind(graph, node, unit, inputs)
         if kind is None:
-            self.pinned |= self.free.intersection(inputs)
+            self.must_be_contiguous |= self.free.intersection(inputs)
         else:
             (self.free if kind == "free" else self.channels_last).add(node)
 
-    def _kind(self, node, unit, inputs):
+    def _kind(self, graph, node, unit, inputs):
         """"free", "channels-last", or None."""
-        if isinstance(unit, Run):
+        if unit is not None and unit.format is Format.CHANNELS_LAST:
             if not unit.comes_second or unit.residual in self.channels_last:
                 return "channels-last"
             return "free" if unit.residual in self.free else None
-        tensors = [i for i in inputs if i not in self.plain]
-        nested = None
-        if unit is None and node.op == "call_module" and node.target not in self.opaque:
-            nested = self.result_of(node)
+        tensors = [i for i in inputs if i not in self._plain]
+        # What a container returns for free arguments; None where it minds their format or hides that of its result.
+        called = graph.container(node) if unit is None else None
+        nested = None if called is None else called.result_in_any_format(len(node.args))
         if tensors and all(i in self.channels_last for i in tensors):
             return "channels-last" if unit is not None or nested is not None else None
         if not tensors or not all(i in self.free for i in tensors):
@@ -155,28 +154,24 @@ class Layout:
         if nested is not None:
             self.any_format.add(node)
             return nested
-        return "free" if unit is not None or self._reads_any_strides(node) else None
+        reads_any = unit is not None or not graph.is_opaque(node) and calls.reads_any_strides(node, graph.modules)
+        return "free" if reads_any else None
 
-    def _is_metadata(self, node, inputs):
+    def _is_metadata(self, node):
         """Sizes and numbers made of them."""
-        if inputs and all(i in self.plain and i.op != "get_attr" for i in inputs):
+        inputs = node.all_input_nodes
+        if inputs and all(i in self._plain and i.op != "get_attr" for i in inputs):
             return node.op == "call_function" and getattr(node.target, "__module__", "") in ("_operator", "builtins")
         if self.free.isdisjoint(inputs) and self.channels_last.isdisjoint(inputs):
             return False
         return node.op == "call_method" and node.target in calls.METADATA_METHODS or \
             node.op == "call_function" and node.target is getattr and node.args[1] in calls.METADATA_ATTRIBUTES
 
-    def _reads_any_strides(self, node):
-        if node.op == "call_module":
-            if node.target in self.opaque:
-                return False
-            return calls.reads_any_strides(node, self.modules)
-        return calls.reads_any_strides(node, self.modules)
-
-    def _pin_aliases(self, aliases):
+    def _must_be_contiguous_as_aliases(self, aliases):
         grown = True
         while grown:
-            more = {alias for node in self.free if not self.pinned.isdisjoint(aliases[node]) or node in self.pinned
+            pinned = self.must_be_contiguous
+            more = {alias for node in self.free if node in pinned or not pinned.isdisjoint(aliases[node])
                     for alias in aliases[node] if alias in self.free}
-            grown = not more <= self.pinned
-            self.pinned |= more
+            grown = not more <= pinned
+            pinned |= more

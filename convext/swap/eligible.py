@@ -1,0 +1,45 @@
+"""Why a layer or a container is left as it is."""
+import torch
+from torch import nn
+
+from .. import nn as convext_nn
+from .conv_forward import ConvForward
+from .method import ForwardMethod
+
+
+def left_alone(module):
+    """Why a convolution is not exchanged, or None."""
+    kind, own = type(module), module.__dict__.get("_conv_forward")
+    if own is not None and not isinstance(own, ConvForward):
+        return "it has a _conv_forward of its own in the instance"
+    if kind in (nn.Conv2d, convext_nn.Conv2d):
+        if isinstance(getattr(module, "weight", None), nn.parameter.UninitializedTensorMixin):
+            return "its weight is not initialised yet"
+        return None
+    if not isinstance(module, nn.Conv2d):
+        return f"{kind.__name__} is no 2-D convolution"
+    if nn.utils.parametrize.is_parametrized(module):
+        return "its weight is parametrized"
+    if isinstance(module, nn.LazyConv2d):
+        return "it is lazy: swap again after the first call"
+    return f"{kind.__module__}.{kind.__name__} is a subclass of torch.nn.Conv2d"
+
+
+def why_unplanned(module):
+    """Why a container gets no planned forward, or None."""
+    kind = type(module)
+    if not module._modules:
+        return "it has no submodules"
+    if "forward" in module.__dict__ and not isinstance(module.__dict__["forward"], ForwardMethod):
+        return "it has a forward of its own in the instance"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is a TorchScript module"
+    if isinstance(module, torch.fx.GraphModule):
+        return "it is a torch.fx.GraphModule, which writes its own forward"
+    if kind.__module__.partition(".")[0] in ("torch", "convext") and kind is not nn.Sequential:
+        return f"{kind.__name__} is a class of {kind.__module__.partition('.')[0]}"
+    if getattr(kind.forward, "__name__", "") == "_forward_unimplemented":
+        return "its class has no forward"
+    if not any(isinstance(m, nn.Conv2d) for m in module.modules()):
+        return "it has no convolution"
+    return None

@@ -1,0 +1,169 @@
+"""What a plan calls in the place of units: one by itself, or several cooperatively."""
+import operator
+
+import torch
+
+from ... import ops
+from ...problem import DTYPES
+from ..layer_by_layer import layer_by_layer
+from ..schedule.sequence import inputs_of
+from .program import Program, prepared
+
+
+class UnitCall:
+    """A unit by itself: function(x[, residual]). As a member of a cooperative call it adds its steps to the program."""
+
+    def __init__(self, unit, graph, mode):
+        self.unit, self.inputs, self.last = unit, unit.inputs, unit.last
+        modules = fallback(unit, graph)
+        self.function = unit.first.bind(modules, mode) if len(unit.ops) == 1 else modules
+        self.runs_modules = self.function is modules
+
+    def emit(self, program, values):
+        return self.unit.first.emit(self.unit, program, values)
+
+
+class CooperativeCall:
+    """function(*inputs) of members in order: prepared as one call of the compiled library where they can be, else one
+    by one. `autocast`: the dtype that the first input is cast to, or None.
+
+    Where the kernels refuse, it is tried without the first member: that is often the network's first layer, whose input
+    is the caller's, in whatever layout."""
+
+    def __init__(self, inputs, members, autocast):
+        self.inputs, self.members, self.last, self.autocast = inputs, members, members[-1].last, autocast
+        numbers = {node: number for number, node in enumerate(inputs)}
+        self.steps = []  # of each member: function, numbers of its inputs and of those that none reads after it
+        for member in members:
+            self.steps.append((member.function, [numbers[node] for node in member.inputs], []))
+            numbers[member.last] = len(numbers)
+        for number in numbers.values():
+            for _, read, done in reversed(self.steps):
+                if number in read:
+                    done.append(number)
+                    break
+        self.prepared = self.refused = self.rest = None
+
+    @property
+    def function(self):
+        return self
+
+    def __call__(self, x, *others):
+        if self.autocast is not None and x.dtype is not self.autocast:
+            x = ops.autocast_cast(x, "cpu", self.autocast)
+        if layer_by_layer.on:
+            return self.fallback(x, *others)
+        if self.prepared is not None and not others:
+            y = self.prepared(x)
+            if y is not None:
+                return y
+            self.prepared = None
+        y = self.fallback(x, *others)
+        signature = x.shape, x.stride(), x.dtype, x.device
+        if not others and signature != self.refused:
+            self.prepared = self._prepare(x, signature)
+            self.refused = None if self.prepared is not None else signature
+        return y
+
+    def _prepare(self, x, signature):
+        program = Program(x)
+        if x.dtype not in DTYPES or self.emit(program, [0]) is None:
+            return None
+        return prepared(program, signature)
+
+    def fallback(self, *given):
+        if self.refused is not None and self.rest is not None and not layer_by_layer.on:
+            return self.rest(self.steps[0][0](*given))
+        values = list(given)
+        for function, inputs, done in self.steps:
+            values.append(function(*[values[i] for i in inputs]))
+            for i in done:
+                values[i] = None
+        return values[-1]
+
+    def emit(self, program, values):
+        """Adds the steps; returns the number of the result, or None where a step has no kernel yet."""
+        numbers = list(values)
+        for member, (_, inputs, _) in zip(self.members, self.steps):
+            number = member.emit(program, [numbers[i] for i in inputs])
+            if number is None:
+                return None
+            numbers.append(number)
+        return numbers[-1]
+
+
+class BlockCall(CooperativeCall):
+    """The units of one block, with squeeze and excitation as part of the convolution behind it."""
+
+    def __init__(self, block, members, autocast):
+        super().__init__(inputs_of(block), members, autocast)
+        for before, unit in zip(block, block[1:]):
+            unit.first.excite = before.first.excitation
+        self.block = [(unit, inputs) for unit, (_, inputs, _) in zip(block, self.steps)
+                      if unit.first.excitation is None]
+
+    def emit(self, program, values):
+        steps, residuals = [], []
+        for unit, inputs in self.block:
+            steps += unit.ops
+            residuals += [None] * (len(unit.ops) - 1) + [None if unit.residual is None else values[inputs[1]]]
+        return program.add_block(steps, values[0], residuals)
+
+
+def block_call(block, graph, mode):
+    """The call of a block: the unit's, where there is one and it has a kernel of its own or cannot run in strips."""
+    members = [UnitCall(unit, graph, mode) for unit in block]
+    if len(block) == 1 and not (members[0].runs_modules and block[0].in_strips):
+        return members[0]
+    return BlockCall(block, members, mode.autocast)
+
+
+class RowCall(CooperativeCall):
+    """The blocks of one row."""
+
+    def __init__(self, source, members, autocast):
+        super().__init__([source], members, autocast)
+        first, *rest = members
+        if len(rest) > 1 and all(source not in member.inputs for member in rest):
+            self.rest = RowCall(first.last, rest, autocast)
+
+
+def fallback(unit, graph):
+    """function(x, residual) that runs the nodes of a unit one by one, each as the forward wrote it."""
+    readers = _readers(unit, graph.parameters)
+
+    def step(node, previous):
+        function, args, kwargs = node.target, node.args, node.kwargs
+        if node.op == "call_module":
+            function = graph.modules[node.target]
+        elif node.op == "call_method":
+            def function(value, *others, **named):
+                return operator.methodcaller(node.target, *others, **named)(value)
+
+        def run(value, residual):
+            given = [value if a is previous else residual if a is unit.residual else a for a in args]
+            if readers:
+                given = [readers[a]() if isinstance(a, torch.fx.Node) else a for a in given]
+            return function(*given, **kwargs)
+        return run
+
+    steps = [step(node, before) for node, before in zip(unit.nodes, [unit.source, *unit.nodes])]
+
+    def run_all(x, residual=None):
+        for run in steps:
+            x = run(x, residual)
+        return x
+
+    return run_all
+
+
+def _readers(unit, parameters):
+    """node -> function of nothing, of each of a unit's `parameters`."""
+    readers = {}
+    for node in unit.parameters:
+        if node.op == "get_attr":
+            name = node.target.partition(".")[2]
+            readers[node] = lambda name=name: parameters[name]
+        else:
+            readers[node] = lambda read=readers[node.args[0]]: read().reshape(1, -1, 1, 1)
+    return readers

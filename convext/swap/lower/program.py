@@ -1,0 +1,112 @@
+"""What runs together becomes the program of one call of the compiled library."""
+from collections import Counter
+
+import torch
+
+from ...backends.native_sequence import Block
+from ...memory_format import suggests_channels_last
+from ...problem import DTYPES, ConvProblem, Layout
+from ..units import EMPTY
+from ..units.channels import POINTWISE
+
+
+class Program:
+    """The blocks of a sequence whose input is x, while it is put together. Values are numbered: 0 is x, i the output of
+    block i - 1."""
+
+    def __init__(self, x):
+        self.x, self.blocks, self.ops = x, [], []
+        self.flat = False  # whether the result is (N, C), not an image
+
+    def add_block(self, ops, source, residuals):
+        """Adds a block and returns the number of its value; None where a step has no kernel yet."""
+        before, steps = self.problem(source), []
+        for op, residual in zip(ops, residuals):
+            step = op.step(before, residual)
+            if step is None:
+                return None
+            steps.append(step)
+            before = step.problem
+        self.ops += ops
+        self.blocks.append(Block(source, tuple(steps)))
+        return len(self.blocks)
+
+    def add_unit(self, unit, values):
+        """Adds the steps of a unit, as one block where they can run in strips. values: the numbers of its inputs."""
+        value, residuals = values[0], [None] * (len(unit.ops) - 1) + [values[1] if len(values) > 1 else None]
+        self.flat = self.flat or not unit.is_image
+        if unit.in_strips:
+            return self.add_block(unit.ops, value, residuals)
+        for op, residual in zip(unit.ops, residuals):
+            value = value if value is None else self.add_block([op], value, [residual])
+        return value
+
+    def problem(self, value):
+        """A problem whose output is like a value, or None."""
+        if value > 0:
+            return self.blocks[value - 1].steps[-1].problem
+        x = self.x
+        if x.dim() != 4:
+            return None
+        layout = Layout(suggests_channels_last(x))
+        return ConvProblem(*x.shape, x.shape[1], *POINTWISE, DTYPES[x.dtype], layout, layout, x.device.type)
+
+
+def prepared(program, signature):
+    """call(x) -> y for calls of a signature, or None where the kernels cannot run it; it returns None where something
+    is not as it was."""
+    ops, x = program.ops, program.x
+    choices = [op.choice for op in ops if op.choice is not None]
+    backend = choices[0].backend if choices else None
+    if not hasattr(backend, "prepared_sequence") or any(choice.backend is not backend for choice in choices) \
+            or not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
+        return None
+    sequence = backend.prepared_sequence(program.blocks)
+    if sequence is None:
+        return None
+    present = [step.present for block in program.blocks for step in block.steps]
+    expected = [(op, op.facts(op.tensors()), there) for op, there in zip(ops, present)]
+    counters = {id(choice.counter): choice.counter for choice in choices}  # one for each kernel
+    times = Counter(id(choice.counter) for choice in choices)
+    counts = [(counter, times[key]) for key, counter in counters.items()]
+    run, flat, guards, handed = sequence.run, program.flat, None, None
+
+    def look_up():
+        """The tensors and eps of every op, handed over, or None where something is not as it was."""
+        tensors = []
+        for op, facts, there in expected:
+            given = op.tensors()
+            if facts is None or tuple(t is not None for t in given) != there or op.facts(given) != facts:
+                return None
+            tensors.append(given)
+        return sequence.keep(tensors, [op.eps for op in ops], flat)
+
+    def again(x):
+        nonlocal guards, handed
+        if (x.shape, x.stride(), x.dtype, x.device) != signature:
+            return None
+        if guards is None or not guards.holds():
+            handed = look_up()
+            if handed is None:
+                return None
+            guards = _guards(sequence.guards(), ops)
+        for counter, calls in counts:
+            counter[0] += calls
+        try:
+            return run(x, handed)
+        except RuntimeError:  # a weight of another shape through `.data`, which no dictionary shows
+            return None
+
+    return again
+
+
+def _guards(guards, ops):
+    """Notes which tensors the ops have. Everything else that `look_up` looks at is among the facts of the plan that
+    holds the sequence."""
+    for op in ops:
+        for values, name in op.places:
+            if name in values:
+                guards.item(values, name, values[name])
+            elif values is not EMPTY:
+                guards.absent(values, name)
+    return guards

@@ -1,0 +1,32 @@
+"""Patterns: what of a captured forward runs as one.
+
+`PATTERNS` names the files of this folder that hold one each, in the order in which they take nodes: a node belongs to
+one unit. A pattern is a function
+
+    match(graph, mode) -> the units that it finds, one by one
+
+of a `Graph` whose units are those of the patterns before it and its own so far. What runs as one runs at the place of
+its last node: `match` leaves out a unit between whose ends something else may write what it reads. To add a pattern,
+write it into a file of its own here and enter it into the list.
+"""
+from importlib import import_module
+
+from .graph import Graph
+
+PATTERNS = [import_module(f"{__name__}.{name}") for name in (
+    "conv_bn_act",
+    "head",
+    "channel_layers",
+    "linear",
+    "containers",
+)]
+
+
+def match(trace, mode) -> Graph:
+    """The graph of a trace with the units that run in calls of a mode."""
+    graph = Graph(trace)
+    for pattern in PATTERNS:
+        for unit in pattern.match(graph, mode):
+            if not graph.crosses_a_write(unit.nodes, unit.inputs):
+                graph.take(unit)
+    return graph

@@ -1,0 +1,121 @@
+"""Layers over the channels of each pixel, as ConvNeXt (Liu et al., 2022) has them behind its depthwise convolutions:
+
+    y = permute(y, NHWC)   linear and LayerNorm layers, activations   y = permute(y, NCHW)
+    [y = scale * y]   [y = y + residual]
+
+Over a channels-last image a permutation is a view, and so the layers are steps of a sequence like any convolution's. A
+LayerNorm2d, which permutes by itself, is a unit of one layer.
+"""
+import torch
+from torch import fx, nn
+
+from .. import calls
+from ..units import Format, Unit
+from ..units.channels import LayerNorm, Linear
+
+_TO_NHWC, _TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
+
+
+def match(graph, mode):
+    for node in graph.nodes:
+        unit = _from(graph, node) if graph.is_untaken(node) else None
+        if unit is not None:
+            unit.format, unit.runs = Format.CHANNELS_LAST, mode.casts_nothing
+            yield unit
+
+
+def _from(graph, node):
+    """The unit that begins with a node, or None."""
+    module = graph.module(node)
+    if module is not None and calls.is_layer_norm_2d(module):
+        return Unit(node.args[0], [LayerNorm(module)], [node])
+    if _permutation(graph, node) != _TO_NHWC:
+        return None
+    unit = Unit(node.args[0], [], [node])
+    if not _inside(graph, unit):
+        return None
+    _outside(graph, unit)
+    return unit
+
+
+def _inside(graph, unit):
+    """Follows a unit while its values are in the order NHWC; False where it does not come back."""
+    while (node := graph.follower(unit.last)) is not None:
+        first = _reads_alone(node, unit.last)
+        if first and unit.ops and _permutation(graph, node) == _TO_NCHW:
+            unit.nodes.append(node)
+            return True
+        if not (first and (takes_layer(graph, unit, node) or graph.passes_through(node))
+                or _takes_scale(graph, unit, node, ((-1,),))):
+            return False
+        unit.nodes.append(node)
+    return False
+
+
+def _outside(graph, unit):
+    """What follows in the order NCHW: a scale by channels, and a sum."""
+    while ends_in_linear(unit.ops) and (node := graph.follower(unit.last)) is not None:
+        first = bool(node.args) and node.args[0] is unit.last
+        if (pair := calls.summands(node)) and (first or not calls.writes_first_argument(node, graph.modules)):
+            unit.residual, unit.comes_second = pair[1] if first else pair[0], not first
+            unit.nodes.append(node)
+            return
+        if not (_reads_alone(node, unit.last) and graph.passes_through(node)
+                or _takes_scale(graph, unit, node, ((-1, 1, 1), (1, -1, 1, 1)))):
+            return
+        unit.nodes.append(node)
+
+
+def _reads_alone(node, value):
+    return node.args[:1] == (value,) and node.all_input_nodes == [value]
+
+
+def takes_layer(graph, unit, node):
+    """True of a LayerNorm or linear layer, and of an activation behind the latter, that reads the unit's last node
+    alone; adds it to the ops."""
+    module = graph.module(node, nn.LayerNorm, nn.Linear)
+    if module is not None:
+        unit.ops.append(Linear(module) if type(module) is nn.Linear else LayerNorm(module))
+        return True
+    if ends_in_linear(unit.ops) and (name := graph.activation(node)):
+        unit.ops[-1].activation = name
+        return True
+    return False
+
+
+def ends_in_linear(ops):
+    """True where the last op is a linear layer that nothing but a scale follows so far."""
+    return bool(ops) and isinstance(ops[-1], Linear) and ops[-1].activation == "identity"
+
+
+def _takes_scale(graph, unit, node, shapes):
+    """True of a node that multiplies the unit's last by a parameter of the container, of one of the shapes, where -1
+    stands for the channels; notes it as the scale of the last op."""
+    if not ends_in_linear(unit.ops) or unit.ops[-1].scale or not calls.is_product(node) \
+            or len(node.args) != 2 or unit.last not in node.args:
+        return False
+    factor, between = next((a for a in node.args if a is not unit.last), None), []
+    if isinstance(factor, fx.Node) and factor.op == "call_method" and factor.target in ("reshape", "view") \
+            and len(factor.users) == 1 and (1, -1, 1, 1) in shapes \
+            and factor.args[1:] in ((1, -1, 1, 1), ((1, -1, 1, 1),), ([1, -1, 1, 1],)):
+        between, factor, shapes = [factor], factor.args[0], ((-1,),)
+    if not isinstance(factor, fx.Node) or factor.op != "get_attr" or len(factor.users) != 1:
+        return False
+    key, _, name = factor.target.partition(".")
+    if key != "0" or "." in name:
+        return False
+    unit.ops[-1].scale_by(graph.parameters, name, shapes)
+    unit.parameters += [factor, *between]
+    return True
+
+
+def _permutation(graph, node):
+    """The order in which a node permutes its first argument's dimensions, or None."""
+    if node.op == "call_module":
+        module = graph.module(node)
+        return None if module is None else calls.permutation_of(module)
+    if node.kwargs or not node.args or not (node.op == "call_method" and node.target == "permute"
+                                            or node.op == "call_function" and node.target is torch.permute):
+        return None
+    dims = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (list, tuple)) else node.args[1:]
+    return tuple(dims) if all(type(d) is int for d in dims) else None

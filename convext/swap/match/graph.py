@@ -1,0 +1,106 @@
+"""A captured forward as patterns look at it."""
+import functools
+import operator
+from collections import Counter
+
+from torch import fx
+
+from .. import calls
+
+
+class Graph:
+    """The graph of a trace, and what patterns have found in it.
+
+    nodes      in order; modules: those that they call, by their keys; parameters: the container's own, by name
+    units      what is found; reasons: {convolution: why nothing is fused with it}, for the report
+    result     what the forward returns
+    """
+
+    def __init__(self, trace):
+        self.graph, self.modules, self.parameters = trace.graph, trace.modules, trace.parameters
+        self.nodes, self.order = list(trace.graph.nodes), {node: i for i, node in enumerate(trace.graph.nodes)}
+        self.units, self.reasons = [], {}
+        self._trace, self._opaque, self._taken = trace, trace.opaque, set()
+
+    @property
+    def result(self):
+        return self.nodes[-1].args[0]
+
+    def take(self, unit):
+        self.units.append(unit)
+        if unit.runs:
+            self._taken.update(unit.all_nodes)
+
+    def is_untaken(self, node):
+        return node not in self._taken
+
+    def is_opaque(self, node):
+        """True of the call of a module that must be called as it is."""
+        return node.op == "call_module" and node.target in self._opaque
+
+    def module(self, node, *kinds):
+        """The module that a node calls with one argument, if it may be looked into and is exactly of one of the kinds,
+        else None."""
+        if node.op != "call_module" or len(node.args) != 1 or node.kwargs or node.target in self._opaque \
+                or not isinstance(node.args[0], fx.Node):
+            return None
+        module = self.modules[node.target]
+        return module if not kinds or type(module) in kinds else None
+
+    def follower(self, node):
+        """The only reader of a node, where it may belong to a unit, else None."""
+        users = node.users
+        reader = next(iter(users)) if len(users) == 1 else None
+        if reader is None or reader in self._taken or reader.op == "output" or self.is_opaque(reader):
+            return None
+        return reader
+
+    def container(self, node):
+        """The planned forward of the container that a node calls with tensors alone, or None."""
+        if node not in self._trace.planned or node.kwargs or not node.args \
+                or any(not isinstance(a, fx.Node) for a in node.args):
+            return None
+        return self.modules[node.target].__dict__["forward"]
+
+    def attribute(self, node):
+        """function(owner) that reads the tensor of a get_attr node."""
+        key, _, name = node.target.partition(".")
+        if key == "at":
+            values, name = self._trace.places[int(name)]
+            return lambda owner: (owner.__dict__ if values is None else values)[name]
+        module = self.modules[key]
+        return operator.attrgetter(name) if module is None else lambda owner: getattr(module, name)
+
+    def activation(self, node):
+        return calls.activation(node, self.modules)
+
+    def passes_through(self, node):
+        return calls.passes_through(node, self.modules)
+
+    @functools.cached_property
+    def uses(self):
+        """Key of a module -> how often it is called, two for each of its parameters that is read outside its call."""
+        times = Counter(node.target for node in self.nodes if node.op == "call_module")
+        for node in self.nodes:
+            if node.op == "get_attr":
+                times[node.target.partition(".")[0]] += 2
+        return times
+
+    @functools.cached_property
+    def aliases(self):
+        """For each node, the nodes whose memory its value may share."""
+        aliases = {}
+        for node in self.nodes:
+            aliases[node] = {node}
+            if node.op != "placeholder":
+                for source in calls.shared_arguments(node, self.modules):
+                    aliases[node] |= aliases[source]
+        return aliases
+
+    def crosses_a_write(self, nodes, inputs):
+        """True where a node between the ends of `nodes`, which run at the last one's place, may write an input."""
+        reads = set().union(*(self.aliases[node] for node in inputs))
+        members = set(nodes)
+        return any(self.aliases[target] & reads or any(alias.op == "get_attr" for alias in self.aliases[target])
+                   for node in self.nodes[self.order[nodes[0]] + 1:self.order[nodes[-1]]] if node not in members
+                   for target in calls.written(node, self.modules))  # a tensor that a module holds may share its memory

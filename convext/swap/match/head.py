@@ -1,0 +1,54 @@
+"""The head of a classifier, as nearly every network for images ends:
+
+    z = mean of x over its pixels   [z = layer_norm_2d(z)]   z = flatten(z)
+    LayerNorm and linear layers, activations, dropout that does nothing in evaluation
+
+The mean is a kernel of its own (csrc's mean.h), an image of one pixel the same memory flattened, and a linear layer a
+1x1 convolution, whose kernel reads the weights once, by all threads. So the head is the last member of a sequence.
+"""
+import torch
+from torch import nn
+
+from .. import calls
+from ..units import Format, Unit
+from ..units.channels import LayerNorm, Mean
+from .channel_layers import ends_in_linear, takes_layer
+
+
+def match(graph, mode):
+    if not mode.direct:
+        return
+    for node in graph.nodes:
+        unit = _from(graph, node) if graph.is_untaken(node) and not graph.is_opaque(node) else None
+        if unit is not None and (mode.casts_nothing or not any(isinstance(op, LayerNorm) for op in unit.ops)):
+            yield unit
+
+
+def _from(graph, node):
+    """The head that begins with a node, or None."""
+    flat = calls.mean_over_pixels(node, graph.modules)
+    if flat is None:
+        return None
+    unit = Unit(node.args[0], [Mean()], [node], format=Format.NO_IMAGE)
+    while (node := graph.follower(unit.last)) is not None:
+        if node.args[:1] != (unit.last,) or node.all_input_nodes != [unit.last]:
+            break
+        module = graph.module(node)
+        if not flat and _flattens(graph, node):
+            flat = True
+        elif not flat and module is not None and calls.is_layer_norm_2d(module):
+            unit.ops.append(LayerNorm(module))
+        elif not (flat and takes_layer(graph, unit, node) or graph.passes_through(node)):
+            break
+        unit.nodes.append(node)
+    return unit if flat and ends_in_linear(unit.ops) else None
+
+
+def _flattens(graph, node):
+    """True where a node makes (N, C) of (N, C, 1, 1)."""
+    if node.op == "call_module":
+        module = graph.module(node, nn.Flatten)
+        return module is not None and (module.start_dim, module.end_dim) == (1, -1)
+    if (node.op, node.target) in (("call_function", torch.flatten), ("call_method", "flatten")):
+        return calls.argument(node, 1, "start_dim", 0) == 1 and calls.argument(node, 2, "end_dim", -1) == -1
+    return False

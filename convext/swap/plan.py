@@ -1,0 +1,52 @@
+"""What one state of a container's modules compiles to, and whether it still holds."""
+from .. import backends
+from ..backends import native
+from . import calls
+from .capture.trace import Trace
+from .lower import Compiled, lower
+from .match import match
+from .refusal import Untraceable
+from .schedule.layout import Layout, weights_to_ask
+from .schedule.sequence import schedule
+
+
+class _Guarded:
+    """What stands as long as the facts do that it rests on."""
+
+    def __init__(self, facts):
+        self.guards = facts.fill(native.new_guards())
+
+    def holds(self, owner) -> bool:
+        return self.guards.holds(owner)
+
+
+class Refusal(_Guarded):
+    """Why there is no plan."""
+
+    def __init__(self, reason: Untraceable):
+        super().__init__(reason.facts)
+        self.reason = str(reason)
+
+
+class Plan(_Guarded):
+    """A captured forward, compiled for each mode in which it is called."""
+
+    def __init__(self, owner, signature):
+        self.trace, self.signature = Trace(owner, signature), signature
+        super().__init__(self.trace.facts)
+        self.facts = self.trace.facts
+        nested = {self.trace.modules[node.target] for node in self.trace.planned}
+        inside = dict.fromkeys(part for m in self.trace.leaves for part in (m.modules() if m in nested else [m]))
+        self.weights = weights_to_ask([m for m in inside if calls.is_conv(m)])
+        self.by_mode, self._epoch = {}, backends.epoch
+
+    def compiled(self, mode) -> Compiled:
+        if self._epoch is not backends.epoch:     # prepared calls hold the backends' choices
+            self.by_mode.clear()
+            self._epoch = backends.epoch
+        compiled = self.by_mode.get(mode)
+        if compiled is None:
+            graph = match(self.trace, mode)
+            layout = Layout(graph, mode)
+            compiled = self.by_mode[mode] = lower(graph, schedule(graph, layout, mode), layout, mode)
+        return compiled

@@ -1,0 +1,93 @@
+"""swap and revert: what stands in the place of a model's methods, and back."""
+from torch import nn
+
+from .. import nn as convext_nn
+from .calls import is_swapped
+from .capture import signature as signatures
+from .conv_forward import ConvForward
+from .eligible import left_alone, why_unplanned
+from .planned import PlannedForward
+
+
+def swap(model: nn.Module) -> nn.Module:
+    """Exchanges the convolutions of a model for convext's, in place.
+
+    Args:
+        model: any torch.nn.Module, in training or evaluation, on any device.
+
+    Returns: the model.
+
+    The model keeps its class and those of its layers, module names, state-dict keys and Parameter objects, so
+    checkpoints load both ways and optimizers built before keep working. Layers that are no plain torch.nn.Conv2d
+    (subclasses, parametrized, lazy, quantized ones) stay as they are; `report` says why. Chains of convolution, batch
+    norm, residual add and activation run as one call wherever a container's forward calls them so; where one of them
+    has hooks, is called twice or was replaced, that place runs its modules one by one, decided at every call. A swap of
+    a swapped model changes nothing but what was added since.
+
+    `copy.copy` and torch.nn.DataParallel share a module's dictionary between objects and must not be used on a swapped
+    model; use copy.deepcopy and DistributedDataParallel. torch.jit.script wants a reverted model.
+
+    Raises TypeError if `model` is not an nn.Module. Whatever it raises, the model is as it was.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+        >>> keys = list(model.state_dict())
+        >>> convext.swap(model) is model, type(model[0]) is torch.nn.Conv2d, list(model.state_dict()) == keys
+        (True, True, True)
+    """
+    _check(model)
+    convs = [m for m in model.modules() if type(m) is nn.Conv2d and left_alone(m) is None and not is_swapped(m)]
+    before = {}
+    try:
+        for module in model.modules():
+            forward = module.__dict__.get("forward")
+            if isinstance(forward, PlannedForward):
+                forward.forget_refusals()
+            elif why_unplanned(module) is None:
+                before[module] = module.__dict__
+                module.__dict__["forward"] = PlannedForward(module)
+        for conv in convs:
+            conv.__dict__["_conv_forward"] = ConvForward(conv)
+        for module in before:
+            module.__dict__["forward"].plan(module, signatures.default(module))
+    except BaseException:
+        for conv in convs:
+            conv.__dict__.pop("_conv_forward", None)
+        for attributes in before.values():
+            attributes.pop("forward", None)
+        raise
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Undoes `swap`, in place: torch's convolutions and the classes' own forwards.
+
+    Every convext.nn.Conv2d becomes a torch.nn.Conv2d, whoever made it; a forward that the user put into an instance
+    stays.
+
+    Args:
+        model: swapped or not; one that is not is left as it is, its layers of convext.nn.Conv2d apart.
+
+    Returns: the model.
+
+    Raises TypeError if `model` is not an nn.Module.
+
+    Example:
+        >>> model = convext.revert(torch.nn.Sequential(convext.nn.Conv2d(3, 8, 3), torch.nn.ReLU()))
+        >>> type(model[0]) is torch.nn.Conv2d
+        True
+    """
+    _check(model)
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), PlannedForward):
+            del module.__dict__["forward"]
+        if isinstance(module.__dict__.get("_conv_forward"), ConvForward):
+            del module.__dict__["_conv_forward"]
+        if type(module) is convext_nn.Conv2d:
+            module.__class__ = nn.Conv2d
+    return model
+
+
+def _check(model):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")

@@ -1,0 +1,135 @@
+"""Layers over the channels of each pixel, and the mean over the pixels: steps of sequences, and linear layers in
+training.
+
+Over a channels-last image a linear layer is a 1x1 convolution, and a LayerNorm a kernel of its own (csrc's
+layer_norm.h), as is the mean (mean.h). With gradients a linear layer and the activation after it are one call, a 1x1
+convolution:
+
+    z = x @ w.T + bias   [y = activation(z)]
+
+The last dimension of x is channels and all others are pixels, so that x as it lies is a channels-last image of one row.
+The kernels of convolutions then compute the product and both its gradients, and the activation's gradient and the
+bias's come out of one pass.
+"""
+import torch
+
+from ... import autograd, backends, functional, ops
+from ...backends.native_sequence import Step, StepKind
+from ...problem import ConvProblem, Layout, Pass
+from . import EMPTY, Op
+
+POINTWISE = 1, 1, 1, 1, 0, 0, 1, 1, 1  # filter, stride, padding, dilation, groups
+_DTYPES = torch.float32, torch.float64, torch.bfloat16
+_NORM_DTYPES = torch.float32, torch.float64  # of the LayerNorm's kernel
+_LEAST_ROWS = 64  # of x: with fewer, packing the weights costs as much as multiplying by them
+_NONE = (EMPTY, "")
+
+
+class _ChannelOp(Op):
+    kind, dtypes = StepKind.CONVOLUTION, _DTYPES
+
+    def filters(self, before, tensors):
+        """How many there are, and their extents, strides and groups as ConvProblem takes them; None where the tensors
+        do not fit."""
+        raise NotImplementedError
+
+    def settle(self, last, layout, mode):
+        return not mode.direct or layout.is_free(last)
+
+    def step(self, before, residual):
+        tensors = self.tensors()
+        if before is None or before.dtype.torch not in self.dtypes or self.facts(tensors) is None \
+                or (filters := self.filters(before, tensors)) is None:
+            return None
+        problem = ConvProblem(*before.y_shape, *filters, before.dtype, before.y_layout, Layout.NHWC, before.device)
+        if self.kind is StepKind.CONVOLUTION:
+            self.choice = backends.select(Pass.FPROP, problem, alone=False)
+        return Step(problem, self.activation, residual, tuple(t is not None for t in tensors), self.kind)
+
+
+class Mean(_ChannelOp):
+    """The mean over all pixels."""
+
+    kind = StepKind.MEAN
+    places = (_NONE,) * 6
+    in_strips = has_call = False
+
+    def settle(self, last, layout, mode):
+        return True
+
+    def filters(self, before, tensors):
+        return before.k, *before.y_shape[2:], 1, 1, 0, 0, 1, 1, before.k
+
+
+class LayerNorm(_ChannelOp):
+    """A LayerNorm over the channels."""
+
+    kind, dtypes = StepKind.LAYER_NORM, _NORM_DTYPES
+    has_call = False
+
+    def __init__(self, module):
+        self.norm = module
+        self.places = (*(_NONE,) * 4, (module._parameters, "weight"), (module._parameters, "bias"))
+
+    @property
+    def eps(self):
+        return self.norm.__dict__["eps"]
+
+    def words(self, adds):
+        return ["layer norm", *super().words(adds)]
+
+    def filters(self, before, tensors):
+        return (before.k, *POINTWISE) if tuple(self.norm.normalized_shape) == (before.k,) else None
+
+
+class Linear(_ChannelOp):
+    """A linear layer, and the activation after it. `scale`: the name of one of the container's `parameters`, by which
+    the output is multiplied; `scale_shapes`: those that it may have, where -1 stands for the channels."""
+
+    def __init__(self, module):
+        self.linear, self.scale, self.scale_shapes = module, None, ()
+        self.places = (*((module._parameters, name) for name in ("weight", "bias")), *(_NONE,) * 4)
+
+    def scale_by(self, parameters, name, shapes):
+        self.scale, self.scale_shapes = name, shapes
+        self.places = (*self.places[:4], (parameters, name), _NONE)
+
+    def words(self, adds):
+        activation = [] if self.activation == "identity" else [self.activation]
+        return ["linear", *activation, *(["scale"] if self.scale else []), *super().words(adds)]
+
+    def filters(self, before, tensors):
+        weight, scale = tensors[0], tensors[4]
+        if weight is None or weight.dim() != 2 or weight.shape[1] != before.k:
+            return None
+        shapes = [tuple(weight.shape[0] if extent == -1 else extent for extent in s) for s in self.scale_shapes]
+        if self.scale and (scale is None or not scale.is_contiguous() or tuple(scale.shape) not in shapes):
+            return None
+        return weight.shape[0], *POINTWISE
+
+    def bind(self, fallback, mode):
+        if mode.direct:
+            return fallback
+        parameters, activation = self.linear._parameters, self.activation
+
+        def fused(x):
+            w, bias = parameters.get("weight"), parameters.get("bias")
+            if w is None or not _takes(x, w, bias):
+                return fallback(x)
+            rows = x.numel() // x.shape[-1]
+            image = x.view(1, 1, rows, x.shape[-1]).permute(0, 3, 1, 2)
+            y = functional.conv_act(image, w.view(*w.shape, 1, 1), bias, activation=activation)
+            return y.permute(0, 2, 3, 1).view(*x.shape[:-1], w.shape[0])
+
+        return fused
+
+
+def _takes(x, w, bias):
+    """True where a recorded call on x runs faster as a convolution, and means the same."""
+    if not autograd.needs_function(x, w, bias) or not ops.all_plain(x, w, bias) or autograd.carries_tangents():
+        return False
+    return all(t is None or t.dtype is torch.float32 and t.device.type == "cpu" for t in (x, w, bias)) \
+        and x.dim() > 1 and x.is_contiguous() and w.is_contiguous() and x.shape[-1] == w.shape[1] \
+        and x.numel() >= _LEAST_ROWS * max(1, x.shape[-1]) and min(w.shape) > 1 \
+        and (bias is None or bias.shape == w.shape[:1]) \
+        and backends.forced() in (None, "native") and backends.unavailable("native", "cpu") is None

@@ -1,0 +1,63 @@
+"""The call of a container that has a plan of its own: it may join a sequence, and squeeze and excitation a
+convolution."""
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...problem import ACTIVATIONS
+from ..method import ForwardMethod
+from . import Op
+
+# Name of the gate -> what computes it; csrc/cpu/kernels/elementwise/squeeze_excite.h numbers them in this order.
+GATES = {"sigmoid": (nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid"), "hardsigmoid": (nn.Hardsigmoid, F.hardsigmoid)}
+
+
+class Container(Op):
+    """The call of a container with one tensor. excitation: what it computes with, where it is squeeze and excitation,
+    or None."""
+
+    in_strips = has_call = False
+
+    def __init__(self, module, excitation=None):
+        self.container, self.excitation, self.mode = module, excitation, None
+
+    def settle(self, last, layout, mode):
+        any_format = last in layout.any_format
+        self.mode = mode._replace(in_seam=any_format)  # in which its own plan will run
+        return not layout.in_seam or any_format or last in layout.channels_last
+
+    def bind(self, fallback, mode):
+        return self.container.__dict__["forward"].in_any_format if self.mode.in_seam else self.container
+
+    def whole(self):
+        """What runs all of it as a member of a sequence, now, or None."""
+        forward = self.container.__dict__.get("forward")
+        return forward.whole(self.mode) if isinstance(forward, ForwardMethod) else None
+
+    def joins(self):
+        """One that is no sequence itself now would keep those around it from being one."""
+        return self.whole() is not None
+
+    def emit(self, unit, program, values):
+        whole = self.whole()
+        return None if whole is None else whole.emit(program, values)
+
+
+class SqueezeExcite(NamedTuple):
+    """What a squeeze and excitation computes with."""
+
+    squeeze: nn.Module
+    excite: nn.Module
+    activation: str
+    gate: str
+
+    @property
+    def places(self):
+        return tuple((conv._parameters, name) for conv in self[:2] for name in ("weight", "bias"))
+
+    @property
+    def codes(self):
+        """As the compiled library numbers them: (activation, gate)."""
+        return ACTIVATIONS[self.activation], list(GATES).index(self.gate)
