@@ -115,9 +115,9 @@ class GemmShape(NamedTuple):
     k: int
 
 
-@dataclasses.dataclass(slots=True)
-class Epilogue:
-    """What happens to an output element of fprop on its way to memory. Every part may be absent.
+class Epilogue(NamedTuple):
+    """What happens to an output element of fprop on its way to memory, from `functional` down to the kernel one value:
+    the operators' schemas alone spell it out, in this order. Every part may be absent.
 
     out = activation((y + bias - mean) / sqrt(var + eps) * gamma + beta + residual)
 
@@ -133,6 +133,11 @@ class Epilogue:
     residual: torch.Tensor | None = None
     eps: float = 1e-5
     activation: str = "identity"
+
+    @property
+    def norm(self) -> tuple[torch.Tensor | None, ...]:
+        """mean, var, gamma, beta."""
+        return self[1:5]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import backends
+from .backends import native
 
 _Weights = TypeVar("_Weights", bound=nn.Module | torch.Tensor)
 
@@ -52,4 +52,4 @@ def _forget(t: torch.Tensor) -> None:
         for name in t.__tensor_flatten__()[0]:
             _forget(getattr(t, name))
     elif t.layout is torch.strided:
-        backends.get("native").forget_packed(t)
+        native.forget_packed(t)

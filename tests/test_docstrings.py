@@ -159,7 +159,7 @@ def test_the_examples_are_found():
 
 
 def settings() -> tuple[object, ...]:
-    return (convext.output_pool.limit(), convext.backends.forced(), convext.backends.get("native").accuracy(),
+    return (convext.output_pool.limit(), convext.backends.forced(), convext.backends.native.accuracy(),
             convext.layer_by_layer.on)
 
 

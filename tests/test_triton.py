@@ -110,7 +110,7 @@ class TestWhoServes:
         monkeypatch.setattr(convext.backends, "_unavailable", dict.fromkeys(
             (name, "cuda") for name in ("native", "triton", "aten")))
         monkeypatch.setattr(convext.backends, "_choices", {})
-        monkeypatch.setattr(convext.backends.get("native"), "reject", lambda pass_, problem: reason)
+        monkeypatch.setattr(convext.backends.get("native", "cuda"), "reject", lambda pass_, problem: reason)
         problem = ConvProblem(1, 1 << 17, 4, 4, 1 << 17, 3, 3, 1, 1, 1, 1, 1, 1, 1 << 16, device="cuda")
         for pass_ in Pass:
             choice = convext.backends.select(pass_, problem)
@@ -306,11 +306,11 @@ class TestCompilerSeesThrough:
             ops, geom, depthwise = self.ops, ([2, 2], [1, 1], [1, 1], 1), ([2, 2], [1, 1], [1, 1], 64)
             if ops is torch.ops.convext:
                 y = ops.fprop(x, w, None, *geom)
-                z = ops.fprop_bn_act(x, dw, *[None] * 6, *depthwise, 0.0, "relu")
+                z = ops.conv_bn_act(x, dw, *[None] * 6, 0.0, "relu", *depthwise)
                 gradients = ops.dgrad(z, dw, [56, 56], *depthwise), ops.wgrad(z, x, [3, 3], *depthwise)
             else:
-                y = ops.fprop(x, w, *[None] * 6, *geom, 0.0, "relu")
-                z = ops.fprop(x, dw, *[None] * 6, *depthwise, 0.0, "relu")
+                y = ops.fprop(x, w, *[None] * 6, 0.0, "relu", *geom)
+                z = ops.fprop(x, dw, *[None] * 6, 0.0, "relu", *depthwise)
                 gradients = ops.depthwise_backward(z, x, dw, *depthwise)
             mean, var = ops.batch_stats(y)
             out = ops.bn_act(y, mean, var, None, None, None, 1e-5, "silu")
@@ -412,7 +412,7 @@ class TestCompilerSeesThrough:
 
     def test_boxes_stay_closed_where_sizes_are_symbolic(self):
         ((graph, _),), _ = self.compiled(convext.nn.ConvBNReLU(32, 64, 3).eval(), (4, 32, 28, 28), dynamic=True)
-        assert boxes(graph) == ["convext.fprop_bn_act.default"]
+        assert boxes(graph) == ["convext.conv_bn_act.default"]
 
     def test_boxes_stay_closed_for_an_empty_batch_and_for_export(self):
         block = self.Block(torch.ops.convext)

@@ -1,8 +1,8 @@
-"""The native backend: convext's own compiled kernels.
+"""The native backend of CPU tensors: the hand-written kernels of ``convext/_C`` (C++ with AVX-512, AVX2 and portable
+forms, picked at run time). native_cuda.py is that of CUDA tensors.
 
-On the CPU they are in ``convext/_C`` (C++ with AVX-512, AVX2 and portable forms, picked at run time). Which kernel
-serves a problem is decided in C++ (``csrc/core/select.cpp``); this file turns tensors and problems into calls, and
-keeps packed weights between calls. What concerns CUDA tensors is in ``native_cuda.py``.
+Which kernel serves a problem is decided in C++ (``csrc/core/select.cpp``); this file turns tensors and problems into
+calls, and keeps packed weights between calls.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 from ..problem import ACTIVATIONS, ConvProblem, DType, Epilogue, Pass
 from . import native_cuda, native_sequence
+from .base import Backend
 
 try:
     _C = importlib.import_module("convext._C")
@@ -39,7 +40,8 @@ def _use_storage() -> str | None:
     return None
 
 
-_why_no_output_pool = "the compiled library did not load" if _C is None else _use_storage()
+# Why results come from torch's allocator and not from the pool, or None where they come from the pool.
+why_no_output_pool = "the compiled library did not load" if _C is None else _use_storage()
 
 _NHWC = 1
 _CPU = 0
@@ -188,17 +190,38 @@ def new_guards():
     return _C.Guards()
 
 
-class NativeBackend:
-    """Hand-written kernels: those of ``convext/_C`` on CPU tensors, those of ``convext/_CUDA`` on CUDA tensors."""
+def accuracy() -> int:
+    """The accuracy setting, a position in convext.accuracy's names; 0 without the compiled library."""
+    return 0 if _C is None else _C.accuracy()
 
+
+def set_accuracy(accuracy: int) -> None:
+    """Sets it; without the compiled library there are no algorithms to choose among."""
+    if _C is not None:
+        _C.set_accuracy(accuracy)
+        forget_plans()
+
+
+def output_pool_limit() -> int:
+    """Bytes of dropped results that the library may keep; 0 without it."""
+    return 0 if _C is None else _C.output_pool_limit()
+
+
+def set_output_pool_limit(size: int) -> None:
+    """Sets it; without the compiled library there is no pool."""
+    if _C is not None:
+        _C.set_output_pool_limit(size)
+
+
+def output_pool_kept() -> int:
+    """Bytes that the library keeps now."""
+    return 0 if _C is None else _C.output_pool_kept()
+
+
+class NativeCpu(Backend):
     name = "native"
 
     def unavailable(self, device_type: str) -> str | None:
-        """Why the backend cannot serve a device type, with the remedy, or None."""
-        if device_type == "cuda":
-            return native_cuda.unavailable()
-        if device_type != "cpu":
-            return f"there are no compiled kernels for {device_type} tensors in this build"
         if _C is None:
             missing = isinstance(_import_error, ModuleNotFoundError)
             why = "was not built" if missing else f"did not load ({_import_error})"
@@ -206,28 +229,15 @@ class NativeBackend:
         return None
 
     def reject(self, pass_: Pass, problem: ConvProblem) -> str | None:
-        """Why no kernel takes the problem, in words, or None."""
-        why = self.unavailable(problem.device)
-        if why is not None:
-            return why
-        if min(problem.c, problem.k, problem.r, problem.s) == 0:
-            return "it has no channels or no filter taps"
-        if problem.device == "cuda":
-            return native_cuda.reject(pass_, problem)
-        if max(problem.extents()) >= 2**31:
-            return "an extent exceeds 32 bits"
-        if _plan(pass_, problem) is not None:
-            return None
-        reasons = _C.reject_reasons(_CPU, int(pass_), _fields(problem))
-        return native_cuda.in_words(reasons)
+        why = native_cuda.beyond_all_kernels(problem)
+        if why is None and _plan(pass_, problem) is None:
+            why = native_cuda.in_words(_C.reject_reasons(_CPU, int(pass_), _fields(problem)))
+        return why
 
     def slower(self, pass_: Pass, problem: ConvProblem) -> str | None:
-        """Why ATen is expected to be faster for a problem that a kernel here takes, in words, or None.
-
-        Each rule stands for a class of problems that was measured to lose.
-        """
+        """Each rule stands for a class of problems that was measured to lose to ATen."""
         p = problem
-        if p.device != "cpu" or p.is_depthwise:
+        if p.is_depthwise:
             return None
         kernel = kernels()[_plan(pass_, p).variant]
         if p.dtype is DType.BFLOAT16 and _has_bf16_dot():
@@ -244,64 +254,22 @@ class NativeBackend:
             return "so few multiplications cost less than the call"
         return None
 
-    def forget_packed(self, t: torch.Tensor) -> None:
-        """Whatever is kept of weights in the tensor's memory is packed anew at its next use. CUDA keeps nothing."""
-        forget_packed(t)
-
-    def accuracy(self) -> int:
-        """The accuracy setting, a position in convext.accuracy's names; 0 without the compiled library."""
-        return 0 if _C is None else _C.accuracy()
-
-    def set_accuracy(self, accuracy: int) -> None:
-        """Sets it; without the compiled library there are no algorithms to choose among."""
-        if _C is not None:
-            _C.set_accuracy(accuracy)
-            forget_plans()
-
-    def output_pool_limit(self) -> int:
-        """Bytes of dropped results that the CPU library may keep; 0 without it."""
-        return 0 if _C is None else _C.output_pool_limit()
-
-    def set_output_pool_limit(self, size: int) -> None:
-        """Sets it; without the compiled library there is no pool."""
-        if _C is not None:
-            _C.set_output_pool_limit(size)
-
-    def why_no_output_pool(self) -> str | None:
-        """Why results come from torch's allocator and not from the pool, or None where they come from the pool."""
-        return _why_no_output_pool
-
-    def output_pool_kept(self) -> int:
-        """Bytes that the CPU library keeps now."""
-        return 0 if _C is None else _C.output_pool_kept()
-
     def variant(self, pass_: Pass, problem: ConvProblem) -> str:
-        """Name of the kernel that serves the problem."""
-        if problem.device == "cuda":
-            return native_cuda.variant(pass_, problem)
         return _plan(pass_, problem).name
 
     def fprop(self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
-        if problem.device == "cuda":
-            return native_cuda.fprop(problem, x, w, epilogue)
         plan = _plan(Pass.FPROP, problem)
-        e, packed = epilogue, _packed_weight(w, plan)
+        packed = _packed_weight(w, plan)
         return torch.ops.convext_cpu.fprop.default(
-            plan.variant, x, w, packed.number, _version(w), e.bias, e.mean, e.var, e.gamma, e.beta,
-            e.residual, plan.geom, e.eps, ACTIVATIONS[e.activation], problem.y_layout == _NHWC,
+            plan.variant, x, w, packed.number, _version(w), *epilogue[:6], plan.geom, epilogue.eps,
+            ACTIVATIONS[epilogue.activation], problem.y_layout == _NHWC,
         )  # fmt: skip
 
     def takes_float_weights(self, problem: ConvProblem) -> bool:
-        """On the CPU weights are rounded as they are packed, once, and not at every call."""
-        return problem.device == "cpu"
-
-    def fprop_batch_stats(self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None):
-        """(y, mean, var) where a kernel has the statistics of y before y leaves it, or None: CUDA."""
-        return native_cuda.fprop_batch_stats(problem, x, w, bias) if problem.device == "cuda" else None
+        """They are rounded as they are packed, once, and not at every call."""
+        return True
 
     def prepared_fprop(self, problem: ConvProblem, activation: str):
-        if problem.device == "cuda":
-            return native_cuda.prepared_fprop(problem, activation)
         plan = _plan(Pass.FPROP, problem)
         op, code = torch.ops.convext_cpu.fprop.default._op, ACTIVATIONS[activation]
         variant, geom = plan.variant, plan.geom
@@ -316,8 +284,6 @@ class NativeBackend:
 
     def prepared_sequence(self, blocks):
         steps = [step for block in blocks for step in block.steps]
-        if any(step.problem.device == "cuda" for step in steps):
-            return None
         plans = [None if step.layer else _plan(Pass.FPROP, step.problem) for step in steps]
         chosen = [None if plan is None else kernels()[plan.variant] for plan in plans]
         if any(kernel is not None and kernel["dtype"] != step.problem.dtype or step.problem.y_layout != _NHWC
@@ -365,8 +331,6 @@ class NativeBackend:
         return native_sequence.Prepared(keep, run, new_guards)
 
     def dgrad(self, problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        if problem.device == "cuda":
-            return native_cuda.dgrad(problem, dy, w)
         plan = _plan(Pass.DGRAD, problem)
         packed = _packed_weight(w, plan)
         return torch.ops.convext_cpu.dgrad.default(
@@ -376,48 +340,27 @@ class NativeBackend:
 
     def wgrad(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor,
               channels_last: bool = False) -> torch.Tensor:
-        if problem.device == "cuda":
-            return native_cuda.wgrad(problem, dy, x, channels_last)
         plan = _plan(Pass.WGRAD, problem)
         return torch.ops.convext_cpu.wgrad.default(plan.variant, dy, x, problem.r, problem.s, plan.geom, channels_last)
 
-    def depthwise_backward(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor,
-                           channels_last: bool = False):
-        """dgrad(dy, w) and wgrad(dy, x) of a depthwise problem; on CUDA in one pass over both where a kernel does."""
-        if problem.device == "cuda" and native_cuda.backward_in_one_pass(problem):
-            return native_cuda.backward(problem, dy, x, w, channels_last)
-        return self.dgrad(problem, dy, w), self.wgrad(problem, dy, x, channels_last)
-
     def batch_stats(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if y.is_cuda:
-            return native_cuda.batch_stats(y)
         return torch.ops.convext_cpu.batch_stats.default(y)
 
-    def bn_act(self, y, mean, var, gamma, beta, residual, eps: float, activation: str) -> torch.Tensor:
-        if y.is_cuda:
-            return native_cuda.bn_act(y, mean, var, gamma, beta, residual, eps, activation)
-        return torch.ops.convext_cpu.bn_act.default(
-            y, mean, var, gamma, beta, residual, eps, ACTIVATIONS[activation])
+    def bn_act(self, y: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
+        return torch.ops.convext_cpu.bn_act.default(y, *epilogue[1:7], ACTIVATIONS[epilogue.activation])
 
-    def bn_act_backward(self, dout, y, mean, var, gamma, beta, residual, eps: float, activation: str, training: bool):
-        if y.is_cuda:
-            return native_cuda.bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training)
+    def bn_act_backward(self, dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, training: bool
+                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         return torch.ops.convext_cpu.bn_act_backward.default(
-            dout, y, mean, var, gamma, beta, residual, eps, ACTIVATIONS[activation], training)
+            dout, y, *epilogue[1:7], ACTIVATIONS[epilogue.activation], training)
 
     def act_backward(self, dout: torch.Tensor, z: torch.Tensor, activation: str):
-        """dz = dout * activation'(z) and its sum by channel, in z's dtype, or None where no pass does both: CUDA."""
-        if z.is_cuda:
-            return None
         dz, _, sums, _ = torch.ops.convext_cpu.bn_act_backward.default(
             dout, z, None, None, None, None, None, 0.0, ACTIVATIONS[activation], False)
         return dz, sums.to(z.dtype)
 
     def reject_batch_norm(self, y: torch.Tensor) -> str | None:
-        """Why the batch-norm passes cannot take a tensor like y, in words, or None."""
-        if y.is_cuda:
-            return native_cuda.reject_batch_norm(y)
         return None if y.dim() == 4 else f"y has {y.dim()} dimensions, not 4"
 
 
-BACKEND = NativeBackend()
+BACKEND = NativeCpu()

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from .. import autograd, backends, checks, functional, nn, ops
 from ..memory_format import dense_strides, suggests_channels_last
-from ..problem import DTYPES, ConvProblem, Geom, Pass
+from ..problem import DTYPES, ConvProblem, Epilogue, Geom, Pass
 
 SETTINGS = "stride", "padding", "dilation", "groups", "padding_mode"
 settings_of = itemgetter(*SETTINGS)
@@ -148,7 +148,7 @@ def _conv_act(conv, activation, apart, channels_last):
                     _in_format(x, channels_last), w, bias, stride=geom.stride, padding=geom.padding,
                     dilation=geom.dilation, groups=geom.groups, activation=activation, residual=residual)
         try:
-            return ops.fprop_bn_act(x, w, bias, None, None, None, None, None, geom, 0.0, activation, channels_last)
+            return ops.conv_bn_act(x, w, Epilogue(bias, activation=activation), geom, channels_last)
         except checks.InvalidArgument:  # which the layers refuse in their own words, or take
             return apart(x, residual)
 
@@ -185,8 +185,8 @@ def _conv_bn_act(conv, batch_norm, activation, apart, channels_last):
         if residual is not None and not _fits(residual, x, w, geom):
             return apart(x, residual)
         try:
-            return ops.fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom, bn_attributes["eps"],
-                                    activation, channels_last)
+            epilogue = Epilogue(bias, mean, var, gamma, beta, residual, bn_attributes["eps"], activation)
+            return ops.conv_bn_act(x, w, epilogue, geom, channels_last)
         except checks.InvalidArgument:
             return apart(x, residual)
 
