@@ -24,7 +24,7 @@ from torch.autograd import Function, forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from . import ops, reference
-from .activation import BACKWARD, FORWARD
+from .activation import BACKWARD, FORWARD, TABLE
 from .memory_format import suggests_channels_last, weight_gradient_is_channels_last
 from .problem import Epilogue, Geom, accumulate_dtype
 
@@ -389,15 +389,12 @@ class ConvBNActFunction(_Function):
 class ConvActFunction(_Function):
     """out = activation(x * w + bias + residual), for a convolution without a batch norm. Forward mode raises
     NotImplementedError. `apply(x, w, bias, residual, geom, activation)` returns (out, z): z is what the activation saw,
-    or `out` again where that tells its derivative as well; it is not differentiable."""
+    or `out` again where its derivative follows from that; it is not differentiable."""
 
     generate_vmap_rule = True
-    # derivative(z) = derivative(activation(z)), and PyTorch keeps the output as well: who writes into it is refused.
-    _BY_OUTPUT = frozenset(("identity", "relu"))
-
     @staticmethod
     def forward(x, w, bias, residual, geom, activation):
-        if activation in ConvActFunction._BY_OUTPUT:
+        if TABLE[activation].by_output:  # PyTorch keeps the output as well: who writes into it is refused
             return ops.conv_bn_act(x, w, Epilogue(bias, residual=residual, activation=activation), geom), None
         z = ops.conv_bn_act(x, w, Epilogue(bias, residual=residual), geom)
         return FORWARD[activation](z), z
@@ -501,7 +498,7 @@ def _geom(stride, padding, dilation, groups) -> Geom:
 
 
 def _differentiable_fprop(x, w, bias, stride, padding, dilation, groups, channels_last=False):
-    if x.dim() == 4 and x.shape[1] == 0:  # y has no channels then, and does not tell dw how many filters there are
+    if x.dim() == 4 and x.shape[1] == 0:  # y has no channels then, and does not say how many filters there are
         return torch.convolution(x, w, bias, stride, padding, dilation, False, (0, 0), groups)
     return _apply_at_this_level(Conv2dFunction, x, w, bias, _geom(stride, padding, dilation, groups), channels_last)
 

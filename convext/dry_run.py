@@ -1,4 +1,4 @@
-"""Who would serve each layer of a network on a device that need not be here: asked of the selection alone."""
+"""Who would serve each layer of a network on a device that need not be here: by the selection alone."""
 
 from __future__ import annotations
 

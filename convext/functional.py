@@ -155,8 +155,8 @@ def _checked_conv2d(function: type[autograd.Conv2dFunction], x: torch.Tensor, w:
 def _record(function: type[autograd.Conv2dFunction], x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None,
             geom: Geom) -> torch.Tensor:
     if x.dim() == 4 and (x.shape[0] == 0 or x.shape[1] == 0):
-        # Nothing to compute. Strides of an empty batch follow rules of ATen's own, and without channels y does not tell
-        # the backward how many filters there are.
+        # Nothing to compute. Strides of an empty batch follow rules of ATen's own, and without channels y does not
+        # say how many filters there are.
         checks.check_conv(x, w, bias, geom)
         return torch.convolution(x, w, bias, *geom[:3], False, (0, 0), geom.groups)
     if _needs_function(x, w, bias):
@@ -245,7 +245,7 @@ def depthwise_conv2d(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
 
 def dilated_conv2d(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, stride: Size = 1,
                    padding: Size | str = 0, dilation: Size = 2) -> torch.Tensor:
-    """Dilated (atrous) convolution: `conv2d` with groups = 1 and a dilation of 2 unless told.
+    """Dilated (atrous) convolution: `conv2d` with groups = 1 and a dilation of 2 by default.
 
     Args:
         dilation: distance between the taps of the filter in pixels, an int or (height, width); default 2.

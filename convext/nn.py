@@ -68,7 +68,7 @@ class DepthwiseConv2d(Conv2d):
 
 
 class DilatedConv2d(Conv2d):
-    """Conv2d with groups = 1 and a dilation of 2 unless told.
+    """Conv2d with groups = 1 and a dilation of 2 by default.
 
     Args:
         in_channels, out_channels: C and K.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..activation import BACKWARD, FORWARD_
+from ..activation import BACKWARD, TABLE
 from ..memory_format import laid_out, memory_format, suggests_channels_last
 from ..problem import ConvProblem, Epilogue, accumulate_dtype
 from .base import Backend
@@ -66,12 +66,12 @@ class AtenBackend(Backend):
             y = _normalised(y, epilogue._replace(mean=epilogue.mean.to(acc), var=epilogue.var.to(acc)))
         if epilogue.residual is not None:
             y.add_(epilogue.residual)
-        return FORWARD_[epilogue.activation](y)
+        return TABLE[epilogue.activation].overwrite(y)
 
     def dgrad(self, problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         # Of x, ATen reads only the sizes and the format.
         x = torch.empty(problem.x_shape, dtype=dy.dtype, device=dy.device,
-                        memory_format=memory_format(problem.x_layout))
+                        memory_format=memory_format(bool(problem.x_layout)))
         dx = _convolution_backward(problem, dy, x, w, 0)
         return laid_out(dx, bool(problem.x_layout))
 
@@ -88,7 +88,7 @@ class AtenBackend(Backend):
         out = _normalised(y, epilogue)
         if epilogue.residual is not None:
             out.add_(epilogue.residual)
-        return FORWARD_[epilogue.activation](out)
+        return TABLE[epilogue.activation].overwrite(out)
 
     def bn_act_backward(self, dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, training: bool
                         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -32,7 +32,7 @@ class Backend:
 
     def slower(self, pass_: Pass, problem: ConvProblem) -> str | None:
         """Why another was measured to be faster where this one can serve, in words, or None. Only an automatic choice
-        asks."""
+        reads it."""
         return None
 
     def variant(self, pass_: Pass, problem: ConvProblem) -> str:

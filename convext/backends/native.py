@@ -11,7 +11,8 @@ import functools
 import importlib
 import operator
 import weakref
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,10 +20,10 @@ from ..problem import ACTIVATIONS, ConvProblem, DType, Epilogue, Pass
 from . import native_cuda, native_sequence
 from .base import Backend
 
+_C: Any = None
 try:
     _C = importlib.import_module("convext._C")
 except ImportError as error:  # not built, or built for another Python
-    _C = None
     _import_error = error
 
 
@@ -33,7 +34,7 @@ def _use_storage() -> str | None:
     if built != running:
         return f"convext was built with torch {built} and runs with {running}"
     try:
-        from .. import _storage
+        _storage = importlib.import_module("convext._storage")
     except ImportError as error:
         return f"convext/_storage did not load ({error})"
     _C.use_storage(_storage.make_resizable())
@@ -64,7 +65,7 @@ _FEW_FLOPS = 1.2e5
 
 
 @functools.cache
-def kernels() -> list[dict]:
+def kernels() -> list[dict[str, Any]]:
     """What every CPU kernel says about itself, in the order of their indices."""
     return _C.variants()
 
@@ -92,7 +93,7 @@ def _plan(pass_: Pass, problem: ConvProblem) -> _Plan | None:
     return _Plan(index, kernels()[index]["name"], geom, pack_format)
 
 
-def _rejects_block(block) -> bool:
+def _rejects_block(block: native_sequence.Block) -> bool:
     return _C.reject_block([_fields(step.problem) for step in block.steps],
                            [step.excite is not None for step in block.steps]) is not None
 
@@ -109,7 +110,7 @@ def forget_plans() -> None:
 # (packed_weight.h); what belongs to a storage goes with it. The weak reference is to the storage, because torch
 # refuses to exchange or convert tensors with weak references (torch.utils.swap_tensors), and because what was packed
 # belongs to the memory: another tensor at an address of before lies in another storage.
-_packed: dict[int, tuple[weakref.ref, dict[int, _PackedWeight]]] = {}
+_packed: dict[int, tuple[weakref.ref[Any], dict[int, _PackedWeight]]] = {}
 _storages_gone = [0]  # how many that had packed weights
 # Tensors that share a storage: as many may have packed weights, and as many that begin at one address, so that tensors
 # that come and go over memory that stays leave no more behind.
@@ -120,14 +121,15 @@ class _PackedWeight(NamedTuple):
     """What is kept of one tensor. owner: _C.PackedWeight. address: where the tensor was first seen."""
 
     number: int
-    owner: object
+    owner: Any
     address: int
 
 
 _NOT_KEPT = _PackedWeight(0, None, 0)
 
 
-def _storage_gone(key: int, reference: weakref.ref, packed=_packed, gone=_storages_gone) -> None:
+def _storage_gone(key: int, reference: weakref.ref[Any], packed: dict[int, Any] = _packed,
+                  gone: list[int] = _storages_gone) -> None:
     entry = packed.get(key)
     if entry is None or entry[0] is not reference:
         return
@@ -181,11 +183,11 @@ def _version(w: torch.Tensor | None) -> int:
 
 
 def has_guards() -> bool:
-    """Whether the library is built, without which nothing tells that a plan still stands."""
+    """Whether the library is built, without which nothing says that a plan still holds."""
     return _C is not None
 
 
-def new_guards():
+def new_guards() -> Any:
     """Empty guards (csrc/python/guards.h)."""
     return _C.Guards()
 
@@ -239,7 +241,9 @@ class NativeCpu(Backend):
         p = problem
         if p.is_depthwise:
             return None
-        kernel = kernels()[_plan(pass_, p).variant]
+        plan = _plan(pass_, p)
+        assert plan is not None
+        kernel = kernels()[plan.variant]
         if p.dtype is DType.BFLOAT16 and _has_bf16_dot():
             plain = kernel["dtype"] != p.dtype and kernel["algorithm"] != "winograd"
             if plain and (p.npq > _BF16_PIXELS or pass_ is Pass.WGRAD):
@@ -255,10 +259,13 @@ class NativeCpu(Backend):
         return None
 
     def variant(self, pass_: Pass, problem: ConvProblem) -> str:
-        return _plan(pass_, problem).name
+        plan = _plan(pass_, problem)
+        assert plan is not None
+        return plan.name
 
     def fprop(self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
         plan = _plan(Pass.FPROP, problem)
+        assert plan is not None
         packed = _packed_weight(w, plan)
         return torch.ops.convext_cpu.fprop.default(
             plan.variant, x, w, packed.number, _version(w), *epilogue[:6], plan.geom, epilogue.eps,
@@ -269,20 +276,23 @@ class NativeCpu(Backend):
         """They are rounded as they are packed, once, and not at every call."""
         return True
 
-    def prepared_fprop(self, problem: ConvProblem, activation: str):
+    def prepared_fprop(self, problem: ConvProblem, activation: str) -> Callable[..., torch.Tensor]:
         plan = _plan(Pass.FPROP, problem)
+        assert plan is not None
         op, code = torch.ops.convext_cpu.fprop.default._op, ACTIVATIONS[activation]
         variant, geom = plan.variant, plan.geom
         nhwc = problem.y_layout == _NHWC
 
-        def call(x, w, bias, mean, var, gamma, beta, residual, eps):
+        def call(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, mean: torch.Tensor | None,
+                 var: torch.Tensor | None, gamma: torch.Tensor | None, beta: torch.Tensor | None,
+                 residual: torch.Tensor | None, eps: float) -> torch.Tensor:
             packed = _packed_weight(w, plan)
             return op(variant, x, w, packed.number, _version(w), bias, mean, var, gamma, beta, residual, geom, eps,
                       code, nhwc)
 
         return call
 
-    def prepared_sequence(self, blocks):
+    def prepared_sequence(self, blocks: list[native_sequence.Block]) -> native_sequence.Prepared | None:
         steps = [step for block in blocks for step in block.steps]
         plans = [None if step.layer else _plan(Pass.FPROP, step.problem) for step in steps]
         chosen = [None if plan is None else kernels()[plan.variant] for plan in plans]
@@ -295,15 +305,17 @@ class NativeCpu(Backend):
         native_sequence.fill(program, blocks, plans)
         op = ops.run_sequence.default._op
 
-        def keep(tensors, eps, flat):
-            packs = [(step[0], plan) for plan, step in zip(plans, tensors) if plan is not None and plan.pack_format]
+        def keep(tensors: Sequence[Sequence[torch.Tensor | None]], eps: list[float],
+                 flat: bool) -> native_sequence.CachedTensors:
+            packs = [(w, plan) for plan, (w, *_) in zip(plans, tensors)
+                     if w is not None and plan is not None and plan.pack_format]
             operands = [t for step in tensors for t in step if t is not None]
 
-            def hand_over():
+            def hand_over() -> native_sequence.Handed:
                 gone = _storages_gone[0]
                 packed = [_packed_weight(w, plan) for w, plan in packs]
 
-                def packed_are_kept():
+                def packed_are_kept() -> bool:
                     """Looks only after a storage has gone: where a tensor lies at an address of before, its packed
                     weights may have been those of a storage that is no more."""
                     nonlocal gone
@@ -322,9 +334,9 @@ class NativeCpu(Backend):
             weights = [step[0] for step in tensors]
             tracked = all(w is not None and not w.is_inference() for w in weights)
             version = operator.attrgetter("_version") if tracked else _version
-            return native_sequence.Kept(operands, weights, version, hand_over)
+            return native_sequence.CachedTensors(operands, weights, version, hand_over)
 
-        def run(x, kept):
+        def run(x: torch.Tensor, kept: native_sequence.CachedTensors) -> torch.Tensor:
             handed = kept.current()
             return op(handed.number, x, [*map(kept.version, kept.weights)])
 
@@ -332,6 +344,7 @@ class NativeCpu(Backend):
 
     def dgrad(self, problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         plan = _plan(Pass.DGRAD, problem)
+        assert plan is not None
         packed = _packed_weight(w, plan)
         return torch.ops.convext_cpu.dgrad.default(
             plan.variant, dy, w, packed.number, _version(w), problem.h, problem.w, plan.geom,
@@ -341,6 +354,7 @@ class NativeCpu(Backend):
     def wgrad(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor,
               channels_last: bool = False) -> torch.Tensor:
         plan = _plan(Pass.WGRAD, problem)
+        assert plan is not None
         return torch.ops.convext_cpu.wgrad.default(plan.variant, dy, x, problem.r, problem.s, plan.geom, channels_last)
 
     def batch_stats(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -354,7 +368,8 @@ class NativeCpu(Backend):
         return torch.ops.convext_cpu.bn_act_backward.default(
             dout, y, *epilogue[1:7], ACTIVATIONS[epilogue.activation], training)
 
-    def act_backward(self, dout: torch.Tensor, z: torch.Tensor, activation: str):
+    def act_backward(self, dout: torch.Tensor, z: torch.Tensor,
+                     activation: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         dz, _, sums, _ = torch.ops.convext_cpu.bn_act_backward.default(
             dout, z, None, None, None, None, None, 0.0, ACTIVATIONS[activation], False)
         return dz, sums.to(z.dtype)

@@ -20,10 +20,10 @@ from ..memory_format import laid_out
 from ..problem import ACTIVATIONS, ConvProblem, DType, Epilogue, Layout, Pass, accumulate_dtype, tf32_is_allowed
 from .base import Backend
 
+_CUDA: Any = None
 try:
     _CUDA = importlib.import_module("convext._CUDA")
 except ImportError as error:  # not built, or built for another Python
-    _CUDA = None
     _import_error = error
 
 _FORMATS = {Layout.NCHW: torch.contiguous_format, Layout.NHWC: torch.channels_last}
@@ -73,13 +73,12 @@ def _plan_for(pass_: Pass, problem: ConvProblem, tf32: bool) -> _Plan | None:
 
 
 def _plan_or_none(pass_: Pass, problem: ConvProblem) -> _Plan | None:
-    tf32 = problem.dtype is not DType.FLOAT32 or tf32_is_allowed()
-    return _plan_for(pass_, problem, tf32)
+    return _plan_for(pass_, problem, problem.dtype is not DType.FLOAT32 or tf32_is_allowed())
 
 
 def _plan(pass_: Pass, problem: ConvProblem) -> _Plan:
     """Of a problem that is not rejected."""
-    plan = _plan_or_none(pass_, problem)
+    plan = _plan_for(pass_, problem, problem.dtype is not DType.FLOAT32 or tf32_is_allowed())
     assert plan is not None
     return plan
 

@@ -35,8 +35,8 @@ def _installed_version() -> tuple[int, int] | None:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-        major, minor = re.match(r"(\d+)\.(\d+)", version).groups()
-        return int(major), int(minor)
+        major, minor = map(int, re.findall(r"\d+", version)[:2])
+        return major, minor
     return OLDEST  # built from source: taken at its word
 
 
