@@ -17,10 +17,10 @@ from torch.utils.checkpoint import (
 )
 
 import convext
+from convext.activation import TABLE
 from convext.problem import ACTIVATIONS
 
-MODULES = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "hardswish": nn.Hardswish, "gelu": nn.GELU,
-           "identity": nn.Identity}
+MODULES = {name: next(iter(entry.modules)) for name, entry in TABLE.items()}
 
 
 def conv(c, k, **arguments):

@@ -97,7 +97,7 @@ def test_the_defaults_are_the_functions_own():
 @pytest.mark.parametrize("name", PUBLIC)
 def test_what_it_raises_is_said(name):
     assert re.search(r"\bRaises? ", PUBLIC[name].__doc__) and "rror" in PUBLIC[name].__doc__ or \
-        re.search(r"Raises as `Conv2d`|Raises where `convext\.conv_bn_relu` does", PUBLIC[name].__doc__)
+        re.search(r"Raises as `Conv2d`|Raises where `convext\.conv_bn_act` does", PUBLIC[name].__doc__)
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -4,7 +4,7 @@
 // The program (cpu/runtime/sequence_program.h), the tensors and packed weights that it numbers and eps, one for each
 // step, are handed over once, and cached under a number: to pass hundreds of tensors took longer than some layers do.
 // Cached are addresses and extents, not the tensors, which torch could not exchange then (torch.utils.swap_tensors);
-// that they are still those of the tensors, the caller looks before each call (native_sequence.py). A call brings the input
+// the caller checks before each call that they still are the tensors' (native_sequence.py). A call brings the input
 // and the version counters of the weights. The values in tensors are read anew in each call; what follows from extents
 // alone (cpu/runtime/sequence.h) is cached, and worked out again where the input's extents or order, the threads or the
 // instruction set differ.
