@@ -297,13 +297,6 @@ def _cast(grad, like_dtype):
     return None if grad is None or like_dtype is None else grad.to(like_dtype)
 
 
-def _without_bias(epilogue: Epilogue, dtype: torch.dtype) -> Epilogue:
-    """What is left of an epilogue once a convolution of that dtype has added the bias: its statistics as kernels take
-    them."""
-    acc = accumulate_dtype(dtype)
-    return epilogue._replace(bias=None, mean=epilogue.mean.to(acc), var=epilogue.var.to(acc))  # type: ignore[union-attr]
-
-
 def _refuse_forward_mode(name: str):
     raise NotImplementedError(f"{name} has no forward-mode derivative: call convext.conv_bn_act, which takes a path "
                               "that has one when a tensor carries a tangent")
@@ -324,15 +317,16 @@ class ConvBNActFunction(_Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, w, *arguments):
-        epilogue, (geom, update) = Epilogue(*arguments[:8]), arguments[8:]
-        if epilogue.mean is None:
-            found = ops.conv_bn_act_train(x, w, epilogue, geom)
+    def forward(x, w, bias, mean, var, gamma, beta, residual, eps, activation, geom, update):
+        if mean is None:
+            found = ops.conv_bn_act_train(
+                x, w, Epilogue(bias, None, None, gamma, beta, residual, eps, activation), geom)
             if update is not None:
                 update(*found[1:])
             return found
-        y = ops.fprop(x, w, epilogue.bias, geom)
-        return ops.bn_act(y, _without_bias(epilogue, y.dtype)), y
+        y = ops.fprop(x, w, bias, geom)
+        acc = accumulate_dtype(y.dtype)
+        return ops.bn_act(y, Epilogue(None, mean.to(acc), var.to(acc), gamma, beta, residual, eps, activation)), y
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -355,20 +349,20 @@ class ConvBNActFunction(_Function):
     def backward(ctx, dout, *_):
         if dout is None:
             return (None,) * 12
-        x, w, *tensors, y = ctx.saved_tensors
-        epilogue = Epilogue._make((*tensors, ctx.eps, ctx.activation))
+        x, w, bias, mean, var, gamma, beta, residual, y = ctx.saved_tensors
         x_needed, w_needed, bias_needed, _, _, gamma_needed, beta_needed, residual_needed = ctx.needs_input_grad[:8]
         if torch.is_grad_enabled():
-            y = _fprop(x, w, epilogue.bias, ctx.geom)
+            y = _fprop(x, w, bias, ctx.geom)
             if ctx.training:
                 mean, var = reference.batch_stats(y)
-                epilogue = epilogue._replace(mean=mean, var=var)
             bn_act_backward = reference.bn_act_backward
         else:
-            epilogue = _without_bias(epilogue, y.dtype)
+            acc = accumulate_dtype(y.dtype)
+            mean, var = mean.to(acc), var.to(acc)
             bn_act_backward = ops.bn_act_backward
+        epilogue = Epilogue(None, mean, var, gamma, beta, residual, ctx.eps, ctx.activation)
         dy, dgamma, dbeta, dresidual = bn_act_backward(dout, y, epilogue, ctx.training)
-        if epilogue.residual is None:  # not saved: the activation is the identity
+        if residual is None:  # not saved: the activation is the identity
             dresidual = dout
         return (
             *_dgrad_and_wgrad(ctx, dy, x, w, x_needed, w_needed),
@@ -395,7 +389,7 @@ class ConvActFunction(_Function):
     @staticmethod
     def forward(x, w, bias, residual, geom, activation):
         if TABLE[activation].by_output:  # PyTorch keeps the output as well: who writes into it is refused
-            return ops.conv_bn_act(x, w, Epilogue(bias, residual=residual, activation=activation), geom), None
+            return ops.conv_bn_act(x, w, Epilogue(bias, None, None, None, None, residual, 0.0, activation), geom), None
         z = ops.conv_bn_act(x, w, Epilogue(bias, residual=residual), geom)
         return FORWARD[activation](z), z
 

@@ -286,21 +286,21 @@ def conv_act(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     if has_torch_function(tensors):
         return handle_torch_function(conv_act, tensors, input, weight, bias, stride=stride, padding=padding,
                                      dilation=dilation, groups=groups, activation=activation, residual=residual)
+    epilogue = Epilogue(bias, None, None, None, None, residual, 0.0, activation)
     if _is_simple(*tensors) and (geom := _plain_geom(stride, padding, dilation, groups)) is not None:
-        out = ops.conv_bn_act_again(input, weight, Epilogue(bias, residual=residual, activation=activation), geom)
+        out = ops.conv_bn_act_again(input, weight, epilogue, geom)
         if out is not None:
             return out
     checks.check_activation(activation)
     try:
-        fused = _prepare_fused(input, weight, Epilogue(bias, residual=residual, activation=activation), stride, padding,
-                               dilation, groups)
+        fused = _prepare_fused(input, weight, epilogue, stride, padding, dilation, groups)
     except checks.InvalidArgument:  # conv2d raises, or takes it as PyTorch does
         fused = None
     if fused is None:
         y = conv2d(input, weight, bias, stride, padding, dilation, groups)
         return FORWARD[activation](y if residual is None else y + residual)
     x, w, epilogue, geom = fused
-    if torch.compiler.is_compiling() or not _needs_function(x, w, *epilogue[:6]):
+    if torch.compiler.is_compiling() or not _needs_function(x, w, epilogue.bias, epilogue.residual):
         out = ops.conv_bn_act(x, w, epilogue, geom)
     else:
         out = autograd.conv_act(x, w, epilogue, geom)
@@ -381,7 +381,7 @@ def conv_bn_act(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
                 count = y.shape[0] * y.shape[2] * y.shape[3]
                 _update_running(running_mean, running_var, mean, var, momentum, count)  # type: ignore[arg-type]
 
-        epilogue = epilogue._replace(mean=None, var=None)
+        epilogue = Epilogue(epilogue.bias, None, None, bn_weight, bn_bias, epilogue.residual, eps, activation)
         if needs_function:
             out, *_ = autograd.conv_bn_act(x, w, epilogue, geom, update=update)
         else:
@@ -415,11 +415,13 @@ def _prepare_fused(input: torch.Tensor, weight: torch.Tensor, epilogue: Epilogue
     other dtypes, empty tensors, a residual that must broadcast or promote, subclasses, transforms."""
     residual = epilogue.residual
     if not torch.compiler.is_compiling():
-        _check_tensors(input, weight, epilogue.bias)
-        for t in (residual, *epilogue.norm):
-            checks.check_tensor("residual and the batch norm's parameters", t, optional=True)
+        plain = _PLAIN.issuperset(map(type, (input, weight, *epilogue[:6]))) and input is not None
+        if not plain or weight is None:
+            _check_tensors(input, weight, epilogue.bias)
+            for t in epilogue[1:6]:
+                checks.check_tensor("residual and the batch norm's parameters", t, optional=True)
         if ops._functorch_active() or ops.batches_the_older_way() or autograd.carries_tangents() \
-                or _is_foreign(input, weight, *epilogue[:6]) or _jit_tracing():
+                or not plain and _is_foreign(input, weight, *epilogue[:6]) or _jit_tracing():
             return None
     x, w, b = input, weight, epilogue.bias
     if x.dtype not in DTYPES or w.dtype not in DTYPES or x.layout is not _strided or w.layout is not _strided:
@@ -438,7 +440,9 @@ def _prepare_fused(input: torch.Tensor, weight: torch.Tensor, epilogue: Epilogue
             return None
     if 0 in x.shape or 0 in w.shape:
         return None
-    return x, w, epilogue._replace(bias=b, residual=residual), geom
+    if b is not epilogue.bias or residual is not epilogue.residual:
+        epilogue = epilogue._replace(bias=b, residual=residual)
+    return x, w, epilogue, geom
 
 
 def _check_batch_norm(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue, geom: Geom, training: bool) -> None:

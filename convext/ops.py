@@ -267,7 +267,8 @@ def _run_conv_bn_act_train(x, w, epilogue, geom):
     check_of_the_batch(epilogue)
     y, mean, var = _run_fprop_batch_stats(x, w, epilogue.bias, geom)
     checks.check_batch_norm(y.dtype, y.shape[1], *epilogue.norm)
-    return _run_bn_act(y, epilogue._replace(bias=None, mean=mean, var=var)), y, mean, var
+    _, _, _, gamma, beta, residual, eps, activation = epilogue
+    return _run_bn_act(y, Epilogue(None, mean, var, gamma, beta, residual, eps, activation)), y, mean, var
 
 
 def check_of_the_batch(epilogue: Epilogue) -> None:
@@ -383,7 +384,7 @@ def _(dy, x, kernel_size, stride, padding, dilation, groups, channels_last=None)
 
 def take_apart(arguments):
     """epilogue, geom and what follows of an operator's arguments behind x and w."""
-    return Epilogue(*arguments[:8]), _geom(*arguments[8:12]), arguments[12:]
+    return Epilogue._make(arguments[:8]), _geom(*arguments[8:12]), arguments[12:]
 
 
 @_impl("conv_bn_act")

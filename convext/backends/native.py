@@ -267,9 +267,10 @@ class NativeCpu(Backend):
         plan = _plan(Pass.FPROP, problem)
         assert plan is not None
         packed = _packed_weight(w, plan)
+        bias, mean, var, gamma, beta, residual, eps, activation = epilogue
         return torch.ops.convext_cpu.fprop.default(
-            plan.variant, x, w, packed.number, _version(w), *epilogue[:6], plan.geom, epilogue.eps,
-            ACTIVATIONS[epilogue.activation], problem.y_layout == _NHWC,
+            plan.variant, x, w, packed.number, _version(w), bias, mean, var, gamma, beta, residual, plan.geom, eps,
+            ACTIVATIONS[activation], problem.y_layout == _NHWC,
         )  # fmt: skip
 
     def takes_float_weights(self, problem: ConvProblem) -> bool:
@@ -361,12 +362,15 @@ class NativeCpu(Backend):
         return torch.ops.convext_cpu.batch_stats.default(y)
 
     def bn_act(self, y: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
-        return torch.ops.convext_cpu.bn_act.default(y, *epilogue[1:7], ACTIVATIONS[epilogue.activation])
+        _, mean, var, gamma, beta, residual, eps, activation = epilogue
+        return torch.ops.convext_cpu.bn_act.default(
+            y, mean, var, gamma, beta, residual, eps, ACTIVATIONS[activation])
 
     def bn_act_backward(self, dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, training: bool
                         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        _, mean, var, gamma, beta, residual, eps, activation = epilogue
         return torch.ops.convext_cpu.bn_act_backward.default(
-            dout, y, *epilogue[1:7], ACTIVATIONS[epilogue.activation], training)
+            dout, y, mean, var, gamma, beta, residual, eps, ACTIVATIONS[activation], training)
 
     def act_backward(self, dout: torch.Tensor, z: torch.Tensor,
                      activation: str) -> tuple[torch.Tensor, torch.Tensor] | None:
