@@ -336,7 +336,7 @@ class TestOperators:
 
         case = BY_NAME["strided"]
         o, geom = case.operands(), Geom(*case.geom)
-        y = ops.fprop(o.x, o.w, o.bias, *[None] * 5, *geom, 0.0, "identity")
+        y = ops.fprop(o.x, o.w, o.bias, *[None] * 5, 0.0, "identity", *geom)
         assert torch.equal(y, convext.ops.fprop(o.x, o.w, o.bias, geom))
         assert torch.equal(ops.dgrad(o.dy, o.w, case.x[2:], *geom), convext.ops.dgrad(o.dy, o.w, case.x[2:], geom))
         assert torch.equal(ops.wgrad(o.dy, o.x, case.w[2:], *geom), convext.ops.wgrad(o.dy, o.x, case.w[2:], geom))
