@@ -24,7 +24,7 @@ from . import (
 )
 from .accuracy import accuracy
 from .backends import backend
-from .functional import conv2d, conv_act, conv_bn_relu, depthwise_conv2d, dilated_conv2d
+from .functional import conv2d, conv_act, conv_bn_act, conv_bn_relu, depthwise_conv2d, dilated_conv2d
 from .output_pool import output_pool
 from .refresh import refresh
 
@@ -34,7 +34,7 @@ from .swap import layer_by_layer, report, revert, swap, verify
 __version__ = "0.1.0"
 
 __all__ = [
-    "accuracy", "autograd", "backend", "backends", "conv2d", "conv_act", "conv_bn_relu", "depthwise_conv2d",
-    "dilated_conv2d", "functional", "layer_by_layer", "nn", "ops", "output_pool", "problem",
+    "accuracy", "autograd", "backend", "backends", "conv2d", "conv_act", "conv_bn_act", "conv_bn_relu",
+    "depthwise_conv2d", "dilated_conv2d", "functional", "layer_by_layer", "nn", "ops", "output_pool", "problem",
     "refresh", "report", "revert", "swap", "verify",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import backends
+from .backends import native
 
 NAMES = ("fast", "strict", "direct")  # in the order of Accuracy, csrc/core/select.h
 
@@ -48,7 +49,6 @@ class accuracy:
 
 
 def _set(name: str) -> str:
-    native = backends.get("native")
     former = NAMES[native.accuracy()]
     native.set_accuracy(NAMES.index(name))
     backends.forget()

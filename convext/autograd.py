@@ -24,9 +24,9 @@ from torch.autograd import Function, forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from . import ops, reference
-from .activation import BACKWARD, FORWARD
+from .activation import BACKWARD, FORWARD, TABLE
 from .memory_format import suggests_channels_last, weight_gradient_is_channels_last
-from .problem import Geom, accumulate_dtype
+from .problem import Epilogue, Geom, accumulate_dtype
 
 
 class _Level(threading.local):
@@ -298,38 +298,39 @@ def _cast(grad, like_dtype):
 
 
 def _refuse_forward_mode(name: str):
-    raise NotImplementedError(f"{name} has no forward-mode derivative: call convext.conv_bn_relu, which takes a path "
+    raise NotImplementedError(f"{name} has no forward-mode derivative: call convext.conv_bn_act, which takes a path "
                               "that has one when a tensor carries a tangent")
 
 
-class ConvBNReLUFunction(_Function):
+class ConvBNActFunction(_Function):
     """out = activation(batch_norm(x * w + bias) + residual). Forward mode raises NotImplementedError.
 
-    `apply(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation, update=None)` with mean and var (K), the
+    `apply(x, w, *epilogue, geom, update)` with the fields of a `convext.problem.Epilogue`: mean and var are the
     statistics to normalise by, or None for the batch's own. Returns (out, y) or, in the second form, (out, y, mean,
     var): y is the convolution's output and var is biased. Only `out` is differentiable.
 
-    `update(y, mean, var)` is called, in the second form, when all is computed and before anything is saved: what is
-    saved may go to a hook that raises, as that of torch.utils.checkpoint does when it has recomputed enough, and by
-    then F.batch_norm has updated its running statistics.
+    `update(y, mean, var)`, or None, is called, in the second form, when all is computed and before anything is saved:
+    what is saved may go to a hook that raises, as that of torch.utils.checkpoint does when it has recomputed enough,
+    and by then F.batch_norm has updated its running statistics.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation, update=None):
+    def forward(x, w, bias, mean, var, gamma, beta, residual, eps, activation, geom, update):
         if mean is None:
-            found = ops.fprop_bn_act_train(x, w, bias, gamma, beta, residual, geom, eps, activation)
+            found = ops.conv_bn_act_train(
+                x, w, Epilogue(bias, None, None, gamma, beta, residual, eps, activation), geom)
             if update is not None:
                 update(*found[1:])
             return found
         y = ops.fprop(x, w, bias, geom)
         acc = accumulate_dtype(y.dtype)
-        return ops.bn_act(y, mean.to(acc), var.to(acc), gamma, beta, residual, eps, activation), y
+        return ops.bn_act(y, Epilogue(None, mean.to(acc), var.to(acc), gamma, beta, residual, eps, activation)), y
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, w, bias, mean, var, gamma, beta, residual, ctx.geom, ctx.eps, ctx.activation = inputs[:11]
+        x, w, bias, mean, var, gamma, beta, residual, ctx.eps, ctx.activation, ctx.geom, _ = inputs
         y = output[1]
         ctx.training = mean is None
         ctx.mark_non_differentiable(*output[1:])
@@ -359,8 +360,8 @@ class ConvBNReLUFunction(_Function):
             acc = accumulate_dtype(y.dtype)
             mean, var = mean.to(acc), var.to(acc)
             bn_act_backward = ops.bn_act_backward
-        dy, dgamma, dbeta, dresidual = bn_act_backward(dout, y, mean, var, gamma, beta, residual, ctx.eps,
-                                                       ctx.activation, ctx.training)
+        epilogue = Epilogue(None, mean, var, gamma, beta, residual, ctx.eps, ctx.activation)
+        dy, dgamma, dbeta, dresidual = bn_act_backward(dout, y, epilogue, ctx.training)
         if residual is None:  # not saved: the activation is the identity
             dresidual = dout
         return (
@@ -376,24 +377,20 @@ class ConvBNReLUFunction(_Function):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        _refuse_forward_mode("ConvBNReLUFunction")
+        _refuse_forward_mode("ConvBNActFunction")
 
 
 class ConvActFunction(_Function):
     """out = activation(x * w + bias + residual), for a convolution without a batch norm. Forward mode raises
     NotImplementedError. `apply(x, w, bias, residual, geom, activation)` returns (out, z): z is what the activation saw,
-    or `out` again where that tells its derivative as well; it is not differentiable."""
+    or `out` again where its derivative follows from that; it is not differentiable."""
 
     generate_vmap_rule = True
-    # derivative(z) = derivative(activation(z)), and PyTorch keeps the output as well: who writes into it is refused.
-    _BY_OUTPUT = frozenset(("identity", "relu"))
-
     @staticmethod
     def forward(x, w, bias, residual, geom, activation):
-        none = None, None, None, None
-        if activation in ConvActFunction._BY_OUTPUT:
-            return ops.fprop_bn_act(x, w, bias, *none, residual, geom, 0.0, activation), None
-        z = ops.fprop_bn_act(x, w, bias, *none, residual, geom, 0.0, "identity")
+        if TABLE[activation].by_output:  # PyTorch keeps the output as well: who writes into it is refused
+            return ops.conv_bn_act(x, w, Epilogue(bias, None, None, None, None, residual, 0.0, activation), geom), None
+        z = ops.conv_bn_act(x, w, Epilogue(bias, residual=residual), geom)
         return FORWARD[activation](z), z
 
     @staticmethod
@@ -495,7 +492,7 @@ def _geom(stride, padding, dilation, groups) -> Geom:
 
 
 def _differentiable_fprop(x, w, bias, stride, padding, dilation, groups, channels_last=False):
-    if x.dim() == 4 and x.shape[1] == 0:  # y has no channels then, and does not tell dw how many filters there are
+    if x.dim() == 4 and x.shape[1] == 0:  # y has no channels then, and does not say how many filters there are
         return torch.convolution(x, w, bias, stride, padding, dilation, False, (0, 0), groups)
     return _apply_at_this_level(Conv2dFunction, x, w, bias, _geom(stride, padding, dilation, groups), channels_last)
 
@@ -510,52 +507,51 @@ def _differentiable_wgrad(dy, x, kernel_size, stride, padding, dilation, groups,
     return _apply_at_this_level(WgradFunction, dy, x, torch.Size(kernel_size), geom, channels_last)
 
 
-def _differentiable_fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, stride, padding, dilation, groups, eps,
-                                 activation, channels_last=False):
-    geom = _geom(stride, padding, dilation, groups)
-    if mean is None:
-        return conv_act(x, w, bias, residual, geom, activation, _apply_at_this_level)
-    return conv_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation, _apply_at_this_level)[0]
+def _differentiable_conv_bn_act(x, w, *arguments):
+    epilogue, geom, _ = ops.take_apart(arguments)
+    if epilogue.mean is None:
+        return conv_act(x, w, epilogue, geom, _apply_at_this_level)
+    return conv_bn_act(x, w, epilogue, geom, _apply_at_this_level)[0]
 
 
-def _differentiable_fprop_bn_act_train(x, w, bias, gamma, beta, residual, stride, padding, dilation, groups, eps,
-                                       activation):
-    geom = _geom(stride, padding, dilation, groups)
-    return conv_bn_act(x, w, bias, None, None, gamma, beta, residual, geom, eps, activation, _apply_at_this_level)
+def _differentiable_conv_bn_act_train(x, w, *arguments):
+    epilogue, geom, _ = ops.take_apart(arguments)
+    ops.check_of_the_batch(epilogue)
+    return conv_bn_act(x, w, epilogue, geom, _apply_at_this_level)
 
 
 def _apply(function, *args):
     return function.apply(*args)
 
 
-def conv_act(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, geom: Geom,
-             activation: str, apply: Callable[..., Any] = _apply) -> torch.Tensor:
-    """ConvActFunction, or in forward mode what it stands for."""
+def conv_act(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue, geom: Geom,
+             apply: Callable[..., Any] = _apply) -> torch.Tensor:
+    """ConvActFunction of an epilogue without a batch norm, or in forward mode what it stands for."""
+    bias, residual, activation = epilogue.bias, epilogue.residual, epilogue.activation
     if carries_tangents():
         return reference.act(apply(Conv2dFunction, x, w, bias, geom), residual, activation)
     return apply(ConvActFunction, x, w, bias, residual, geom, activation)[0]
 
 
-def conv_bn_act(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, mean: torch.Tensor | None,
-                var: torch.Tensor | None, gamma: torch.Tensor | None, beta: torch.Tensor | None,
-                residual: torch.Tensor | None, geom: Geom, eps: float, activation: str,
-                apply: Callable[..., Any] = _apply,
+def conv_bn_act(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue, geom: Geom, apply: Callable[..., Any] = _apply,
                 update: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
                 ) -> tuple[torch.Tensor, ...]:
-    """ConvBNReLUFunction, or in forward mode, without `update`, what it stands for."""
+    """ConvBNActFunction, or in forward mode, without `update`, what it stands for."""
     if not carries_tangents():
-        return apply(ConvBNReLUFunction, x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation, update)
-    y = apply(Conv2dFunction, x, w, bias, geom)
-    stats = reference.batch_stats(y) if mean is None else (mean, var)
-    out = reference.bn_act(y, *stats, gamma, beta, residual, eps, activation)  # type: ignore[arg-type]
-    return (out, y, *stats) if mean is None else (out, y)  # type: ignore[return-value]
+        return apply(ConvBNActFunction, x, w, *epilogue, geom, update)
+    y = apply(Conv2dFunction, x, w, epilogue.bias, geom)
+    stats = () if epilogue.mean is not None else reference.batch_stats(y)
+    if stats:
+        epilogue = epilogue._replace(mean=stats[0], var=stats[1])
+    return reference.bn_act(y, epilogue), y, *stats
 
 
 _register("fprop", _differentiable_fprop, 3)
 _register("dgrad", _differentiable_dgrad, 2)
 _register("wgrad", _differentiable_wgrad, 2)
-_register("fprop_bn_act", _differentiable_fprop_bn_act, 8)
-_register("fprop_bn_act_train", _differentiable_fprop_bn_act_train, 6)
+_register("conv_bn_act", _differentiable_conv_bn_act, 8)
+_register("conv_bn_act_train", _differentiable_conv_bn_act_train, 8)
 _register("batch_stats", reference.batch_stats, 1)
-_register("bn_act", reference.bn_act, 6)
-_register("bn_act_backward", reference.bn_act_backward, 7)
+_register("bn_act", lambda y, *norm: reference.bn_act(y, Epilogue(None, *norm)), 6)
+_register("bn_act_backward", lambda dout, y, *norm: reference.bn_act_backward(
+    dout, y, Epilogue(None, *norm[:7]), norm[7]), 7)

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
 from . import backends, checks, ops
-from .problem import ConvProblem, Geom, Pass
+from .problem import ConvProblem, Epilogue, Geom, Pass
 
 _KNOWN = frozenset((torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor))
 
@@ -41,28 +41,28 @@ def _triton():
 # Each takes an operator's arguments and returns its results, or None for a call that stays a box.
 
 
-def _fprop(x, w, bias, stride, padding, dilation, groups, channels_last=False):
-    return _fprop_bn_act(x, w, bias, None, None, None, None, None, stride, padding, dilation, groups, 0.0, "identity",
-                         channels_last)
+def _fprop(x, w, bias, stride, padding, dilation, groups, *channels_last):
+    return _conv_bn_act(x, w, *Epilogue(bias), stride, padding, dilation, groups, *channels_last)
 
 
-def _fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, stride, padding, dilation, groups, eps, activation,
-                  channels_last=False):
-    geom = Geom(tuple(stride), tuple(padding), tuple(dilation), groups)
-    checks.check_activation(activation)
-    checks.check_conv(x, w, bias, geom)
-    checks.check_batch_norm(x.dtype, w.shape[0], mean, var, gamma, beta)
-    if not _serves(Pass.FPROP, ConvProblem.of_fprop(x, w, geom, channels_last)):
+def _conv_bn_act(x, w, *arguments):
+    epilogue, geom, channels_last = ops.take_apart(arguments)
+    checks.check_activation(epilogue.activation)
+    checks.check_conv(x, w, epilogue.bias, geom)
+    checks.check_batch_norm(x.dtype, w.shape[0], *epilogue.norm)
+    if not _serves(Pass.FPROP, ConvProblem.of_fprop(x, w, geom, *channels_last)):
         return None
-    return _triton().fprop(x, w, bias, mean, var, gamma, beta, residual, *geom, eps, activation, channels_last)
+    return _triton().fprop(x, w, *epilogue, *geom, *channels_last)
 
 
-def _fprop_bn_act_train(x, w, bias, gamma, beta, residual, stride, padding, dilation, groups, eps, activation):
-    y = _fprop(x, w, bias, stride, padding, dilation, groups)
+def _conv_bn_act_train(x, w, *arguments):
+    epilogue, geom, _ = ops.take_apart(arguments)
+    ops.check_of_the_batch(epilogue)
+    y = _fprop(x, w, epilogue.bias, *geom)
     if y is None:
         return None
     mean, var = _triton().batch_stats(y)
-    return _triton().bn_act(y, mean, var, gamma, beta, residual, eps, activation), y, mean, var
+    return _triton().bn_act(y, mean, var, *epilogue[3:]), y, mean, var
 
 
 def _dgrad(dy, w, input_size, stride, padding, dilation, groups, channels_last=None):
@@ -93,7 +93,7 @@ def _bn_act_backward(dout, y, *others):
     return _triton().bn_act_backward(dout, y, *others) if _serves_batch_norm(y) else None
 
 
-_PARTS = {"fprop": _fprop, "fprop_bn_act": _fprop_bn_act, "fprop_bn_act_train": _fprop_bn_act_train, "dgrad": _dgrad,
+_PARTS = {"fprop": _fprop, "conv_bn_act": _conv_bn_act, "conv_bn_act_train": _conv_bn_act_train, "dgrad": _dgrad,
           "wgrad": _wgrad, "batch_stats": _batch_stats, "bn_act": _bn_act, "bn_act_backward": _bn_act_backward}
 
 

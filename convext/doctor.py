@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 
 from . import __version__, backends
+from .backends import native
 from .bench.machine import commit, cpu_name, version
 
 PACKAGES = ("torchvision", "triton", "numpy", "onnxruntime", "openvino")
@@ -45,7 +46,7 @@ def _build() -> list[str]:
     info = dict(library.build_info())
     cuda = info.pop("cuda", "CUDA library: unknown")
     built = ", ".join(f"{key} {value}" for key, value in info.items())
-    why_not = backends.get("native").why_no_output_pool()
+    why_not = native.why_no_output_pool
     pool = "on" if why_not is None else f"off, {why_not}; fix: reinstall convext beside this torch"
     return [f"built with: {built}", cuda, f"pool of results: {pool}"]
 

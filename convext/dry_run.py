@@ -1,4 +1,4 @@
-"""Who would serve each layer of a network on a device that need not be here: asked of the selection alone."""
+"""Who would serve each layer of a network on a device that need not be here: by the selection alone."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def kernel(problem: ConvProblem, pass_: Pass) -> tuple[str | None, str]:
     from .backends import native_cuda
 
     if problem.device == "cuda":
-        reason = native_cuda.not_built() or native_cuda.reject(pass_, problem)
-        return (native_cuda.variant(pass_, problem), "") if reason is None else (None, reason)
+        reason = native_cuda.not_built() or native_cuda.BACKEND.reject(pass_, problem)
+        return (native_cuda.BACKEND.variant(pass_, problem), "") if reason is None else (None, reason)
     try:
         from . import _C  # type: ignore[attr-defined]
     except ImportError as error:

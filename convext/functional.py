@@ -12,10 +12,10 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from . import autograd, checks, ops
 from .activation import FORWARD
-from .problem import DTYPES, Geom
+from .problem import DTYPES, Epilogue, Geom
 
 Size = int | Sequence[int]  # one for both, or (height, width)
-_Fused = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, Geom]
+_Fused = tuple[torch.Tensor, torch.Tensor, Epilogue, Geom]
 
 _PLAIN = ops._PLAIN
 _strided = torch.strided
@@ -155,8 +155,8 @@ def _checked_conv2d(function: type[autograd.Conv2dFunction], x: torch.Tensor, w:
 def _record(function: type[autograd.Conv2dFunction], x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None,
             geom: Geom) -> torch.Tensor:
     if x.dim() == 4 and (x.shape[0] == 0 or x.shape[1] == 0):
-        # Nothing to compute. Strides of an empty batch follow rules of ATen's own, and without channels y does not tell
-        # the backward how many filters there are.
+        # Nothing to compute. Strides of an empty batch follow rules of ATen's own, and without channels y does not
+        # say how many filters there are.
         checks.check_conv(x, w, bias, geom)
         return torch.convolution(x, w, bias, *geom[:3], False, (0, 0), geom.groups)
     if _needs_function(x, w, bias):
@@ -245,7 +245,7 @@ def depthwise_conv2d(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
 
 def dilated_conv2d(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, stride: Size = 1,
                    padding: Size | str = 0, dilation: Size = 2) -> torch.Tensor:
-    """Dilated (atrous) convolution: `conv2d` with groups = 1 and a dilation of 2 unless told.
+    """Dilated (atrous) convolution: `conv2d` with groups = 1 and a dilation of 2 by default.
 
     Args:
         dilation: distance between the taps of the filter in pixels, an int or (height, width); default 2.
@@ -266,11 +266,11 @@ def dilated_conv2d(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 def conv_act(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, stride: Size = 1,
              padding: Size | str = 0, dilation: Size = 1, groups: int = 1, activation: str = "relu",
              residual: torch.Tensor | None = None) -> torch.Tensor:
-    """activation(conv2d(input, weight, bias) + residual) in one call: `conv_bn_relu` without a batch norm.
+    """activation(conv2d(input, weight, bias) + residual) in one call: `conv_bn_act` without a batch norm.
 
     Args:
         input, weight, bias, stride, padding, dilation, groups: as in `conv2d`.
-        activation, residual: as in `conv_bn_relu`.
+        activation, residual: as in `conv_bn_act`.
 
     Returns: (N, K, P, Q), or (K, P, Q) for one image; else as `conv2d`.
 
@@ -286,33 +286,35 @@ def conv_act(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     if has_torch_function(tensors):
         return handle_torch_function(conv_act, tensors, input, weight, bias, stride=stride, padding=padding,
                                      dilation=dilation, groups=groups, activation=activation, residual=residual)
+    epilogue = Epilogue(bias, None, None, None, None, residual, 0.0, activation)
     if _is_simple(*tensors) and (geom := _plain_geom(stride, padding, dilation, groups)) is not None:
-        out = ops.fprop_bn_act_again(input, weight, bias, None, None, None, None, residual, geom, 0.0, activation)
+        out = ops.conv_bn_act_again(input, weight, epilogue, geom)
         if out is not None:
             return out
     checks.check_activation(activation)
     try:
-        fused = _prepare_fused(*tensors, (), stride, padding, dilation, groups)
+        fused = _prepare_fused(input, weight, epilogue, stride, padding, dilation, groups)
     except checks.InvalidArgument:  # conv2d raises, or takes it as PyTorch does
         fused = None
     if fused is None:
         y = conv2d(input, weight, bias, stride, padding, dilation, groups)
         return FORWARD[activation](y if residual is None else y + residual)
-    x, w, b, r, geom = fused
-    if torch.compiler.is_compiling() or not _needs_function(x, w, b, r):
-        out = ops.fprop_bn_act(x, w, b, None, None, None, None, r, geom, 0.0, activation)
+    x, w, epilogue, geom = fused
+    if torch.compiler.is_compiling() or not _needs_function(x, w, epilogue.bias, epilogue.residual):
+        out = ops.conv_bn_act(x, w, epilogue, geom)
     else:
-        out = autograd.conv_act(x, w, b, r, geom, activation)
+        out = autograd.conv_act(x, w, epilogue, geom)
     return out.squeeze(0) if input.dim() == 3 else out
 
 
-def conv_bn_relu(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-                 running_mean: torch.Tensor | None, running_var: torch.Tensor | None, bn_weight: torch.Tensor | None,
-                 bn_bias: torch.Tensor | None, *, stride: Size = 1, padding: Size | str = 0, dilation: Size = 1,
-                 groups: int = 1, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
-                 activation: str = "relu", residual: torch.Tensor | None = None,
-                 num_batches_tracked: torch.Tensor | None = None) -> torch.Tensor:
-    """activation(batch_norm(conv2d(input, weight, bias)) + residual) in one call.
+def conv_bn_act(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+                running_mean: torch.Tensor | None, running_var: torch.Tensor | None, bn_weight: torch.Tensor | None,
+                bn_bias: torch.Tensor | None, *, stride: Size = 1, padding: Size | str = 0, dilation: Size = 1,
+                groups: int = 1, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+                activation: str = "relu", residual: torch.Tensor | None = None,
+                num_batches_tracked: torch.Tensor | None = None) -> torch.Tensor:
+    """activation(batch_norm(conv2d(input, weight, bias)) + residual) in one call. `conv_bn_relu` is the same function:
+    its activation is ReLU unless another is named.
 
     Args:
         input, weight, bias, stride, padding, dilation, groups: as in `conv2d`.
@@ -336,40 +338,41 @@ def conv_bn_relu(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     Example:
         >>> x, w, gamma, beta = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3), torch.ones(4), torch.zeros(4)
         >>> mean, var = torch.zeros(4), torch.ones(4)
-        >>> y = convext.conv_bn_relu(x, w, None, mean, var, gamma, beta, padding=1, training=True)
+        >>> y = convext.conv_bn_act(x, w, None, mean, var, gamma, beta, padding=1, training=True)
         >>> y.shape, bool(mean.any())
         (torch.Size([2, 4, 8, 8]), True)
     """
     tensors = input, weight, bias, running_mean, running_var, bn_weight, bn_bias, residual
     if has_torch_function(tensors):
         return handle_torch_function(
-            conv_bn_relu, tensors, *tensors[:7], stride=stride, padding=padding, dilation=dilation, groups=groups,
+            conv_bn_act, tensors, *tensors[:7], stride=stride, padding=padding, dilation=dilation, groups=groups,
             training=training, momentum=momentum, eps=eps, activation=activation, residual=residual,
             num_batches_tracked=num_batches_tracked)
     if not isinstance(momentum, (int, float)):
         raise TypeError(f"momentum: expected a float, got {momentum!r}; convext.nn.ConvBNReLU takes None")
-    batch_norm = running_mean, running_var, bn_weight, bn_bias
+    epilogue = Epilogue(bias, running_mean, running_var, bn_weight, bn_bias, residual, eps, activation)
     if not training and running_mean is not None and _is_simple(*tensors) \
             and (geom := _plain_geom(stride, padding, dilation, groups)) is not None:
-        out = ops.fprop_bn_act_again(input, weight, bias, *batch_norm, residual, geom, eps, activation)
+        out = ops.conv_bn_act_again(input, weight, epilogue, geom)
         if out is not None:
             return out
     checks.check_activation(activation)
     try:
-        fused = _prepare_fused(input, weight, bias, residual, batch_norm, stride, padding, dilation, groups)
+        fused = _prepare_fused(input, weight, epilogue, stride, padding, dilation, groups)
     except checks.InvalidArgument:  # conv2d raises, or takes it as PyTorch does
         fused = None
     if fused is None:
-        return _unfused(input, weight, bias, *batch_norm, stride, padding, dilation, groups, training, momentum, eps,
-                        activation, residual, num_batches_tracked)
-    x, w, b, r, geom = fused
-    _check_batch_norm(x, w, geom, *batch_norm, training)
-    needs_function = not torch.compiler.is_compiling() and _needs_function(x, w, b, bn_weight, bn_bias, r)
+        return _unfused(input, weight, epilogue, stride, padding, dilation, groups, training, momentum,
+                        num_batches_tracked)
+    x, w, epilogue, geom = fused
+    _check_batch_norm(x, w, epilogue, geom, training)
+    needs_function = not torch.compiler.is_compiling() and _needs_function(
+        x, w, epilogue.bias, bn_weight, bn_bias, epilogue.residual)
     if not training:
         if needs_function:
-            out = autograd.conv_bn_act(x, w, b, *batch_norm, r, geom, eps, activation)[0]
+            out = autograd.conv_bn_act(x, w, epilogue, geom)[0]
         else:
-            out = ops.fprop_bn_act(x, w, b, *batch_norm, r, geom, eps, activation)
+            out = ops.conv_bn_act(x, w, epilogue, geom)
     else:
         def update(y: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> None:
             if num_batches_tracked is not None:
@@ -378,13 +381,16 @@ def conv_bn_relu(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
                 count = y.shape[0] * y.shape[2] * y.shape[3]
                 _update_running(running_mean, running_var, mean, var, momentum, count)  # type: ignore[arg-type]
 
+        epilogue = Epilogue(epilogue.bias, None, None, bn_weight, bn_bias, epilogue.residual, eps, activation)
         if needs_function:
-            out, *_ = autograd.conv_bn_act(x, w, b, None, None, bn_weight, bn_bias, r, geom, eps, activation,
-                                           update=update)
+            out, *_ = autograd.conv_bn_act(x, w, epilogue, geom, update=update)
         else:
-            out, *statistics = ops.fprop_bn_act_train(x, w, b, bn_weight, bn_bias, r, geom, eps, activation)
+            out, *statistics = ops.conv_bn_act_train(x, w, epilogue, geom)
             update(*statistics)
     return out.squeeze(0) if input.dim() == 3 else out
+
+
+conv_bn_relu = conv_bn_act
 
 
 def _plain_geom(stride: Size, padding: Size | str, dilation: Size, groups: int) -> Geom | None:
@@ -403,20 +409,22 @@ def _is_simple(*tensors: torch.Tensor | None) -> bool:
     return ops.all_plain(*tensors) and not autograd.needs_function(*tensors)
 
 
-def _prepare_fused(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None,
-                   batch_norm: tuple[torch.Tensor | None, ...], stride: Size, padding: Size | str, dilation: Size,
-                   groups: int) -> _Fused | None:
-    """(x, w, bias, residual, geom) for the fused operators, batched and cast, or None where the parts run one by one:
+def _prepare_fused(input: torch.Tensor, weight: torch.Tensor, epilogue: Epilogue, stride: Size, padding: Size | str,
+                   dilation: Size, groups: int) -> _Fused | None:
+    """(x, w, epilogue, geom) for the fused operators, batched and cast, or None where the parts run one by one:
     other dtypes, empty tensors, a residual that must broadcast or promote, subclasses, transforms."""
-    tensors = input, weight, bias, residual, *batch_norm
+    residual = epilogue.residual
     if not torch.compiler.is_compiling():
-        _check_tensors(input, weight, bias)
-        for t in (residual, *batch_norm):
-            checks.check_tensor("residual and the batch norm's parameters", t, optional=True)
+        plain = _PLAIN.issuperset(map(type, (input, weight, *epilogue[:6]))) and input is not None
+        if not plain or weight is None:
+            _check_tensors(input, weight, epilogue.bias)
+            for t in epilogue[1:6]:
+                checks.check_tensor("residual and the batch norm's parameters", t, optional=True)
+        tensors = input, weight, *epilogue[:6]
         if ops._functorch_active() or ops.batched_the_older_way(*tensors) or autograd.carries_tangents() \
-                or _is_foreign(*tensors) or _jit_tracing():
+                or not plain and _is_foreign(*tensors) or _jit_tracing():
             return None
-    x, w, b = input, weight, bias
+    x, w, b = input, weight, epilogue.bias
     if x.dtype not in DTYPES or w.dtype not in DTYPES or x.layout is not _strided or w.layout is not _strided:
         return None
     if ops._autocast_active():
@@ -433,16 +441,16 @@ def _prepare_fused(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
             return None
     if 0 in x.shape or 0 in w.shape:
         return None
-    return x, w, b, residual, geom
+    if b is not epilogue.bias or residual is not epilogue.residual:
+        epilogue = epilogue._replace(bias=b, residual=residual)
+    return x, w, epilogue, geom
 
 
-def _check_batch_norm(x: torch.Tensor, w: torch.Tensor, geom: Geom, mean: torch.Tensor | None,
-                      var: torch.Tensor | None, gamma: torch.Tensor | None, beta: torch.Tensor | None,
-                      training: bool) -> None:
+def _check_batch_norm(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue, geom: Geom, training: bool) -> None:
     if training:
         checks.check_more_than_one_value((x.shape[0], w.shape[0], *geom.output_size(x.shape[2:], w.shape[2:])))
-    checks.check_batch_norm(x.dtype, w.shape[0], mean, var, gamma, beta)
-    if mean is None and not training:
+    checks.check_batch_norm(x.dtype, w.shape[0], *epilogue.norm)
+    if epilogue.mean is None and not training:
         raise RuntimeError("running_mean must be defined in evaluation mode: it is None, expected "
                            f"{w.shape[0]} elements, or training=True to normalise by the batch")
 
@@ -458,11 +466,10 @@ def _update_running(running_mean: torch.Tensor, running_var: torch.Tensor, mean:
     running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
 
 
-def _unfused(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, running_mean: torch.Tensor | None,
-             running_var: torch.Tensor | None, bn_weight: torch.Tensor | None, bn_bias: torch.Tensor | None,
-             stride: Size, padding: Size | str, dilation: Size, groups: int, training: bool, momentum: float,
-             eps: float, activation: str, residual: torch.Tensor | None,
+def _unfused(input: torch.Tensor, weight: torch.Tensor, epilogue: Epilogue, stride: Size, padding: Size | str,
+             dilation: Size, groups: int, training: bool, momentum: float,
              num_batches_tracked: torch.Tensor | None) -> torch.Tensor:
+    bias, mean, var, gamma, beta, residual, eps, activation = epilogue
     y = conv2d(input, weight, bias, stride, padding, dilation, groups)
     if residual is not None and not _jit_tracing():  # before anything is updated
         checks.check_residual(residual, y.shape)
@@ -470,6 +477,6 @@ def _unfused(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     y = y.unsqueeze(0) if unbatched else y
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-    y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+    y = F.batch_norm(y, mean, var, gamma, beta, training, momentum, eps)
     y = y.squeeze(0) if unbatched else y
     return FORWARD[activation](y if residual is None else y + residual)

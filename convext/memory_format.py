@@ -11,9 +11,9 @@ _AS_IT_IS = contextlib.nullcontext()
 
 
 def suggests_channels_last(t: torch.Tensor) -> bool:
-    """What `at::Tensor::suggest_memory_format` answers: True when the strides grow in the order C, W, H, N.
+    """What `at::Tensor::suggest_memory_format` returns: True when the strides grow in the order C, W, H, N.
 
-    Where the strides fit both formats (one channel, or one pixel) the answer is False, as in ATen.
+    Where the strides fit both formats (one channel, or one pixel) it is False, as in ATen.
     """
     sizes, strides = t.shape, t.stride()
     if len(sizes) != 4 or strides[1] == 0:

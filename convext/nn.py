@@ -68,7 +68,7 @@ class DepthwiseConv2d(Conv2d):
 
 
 class DilatedConv2d(Conv2d):
-    """Conv2d with groups = 1 and a dilation of 2 unless told.
+    """Conv2d with groups = 1 and a dilation of 2 by default.
 
     Args:
         in_channels, out_channels: C and K.
@@ -95,7 +95,7 @@ class ConvBNReLU(torch.nn.Module):
     """activation(batch_norm(conv(x)) + residual) as one layer.
 
     Holds a `conv` (convext.nn.Conv2d) and a `bn` (torch.nn.BatchNorm2d), so that its state dict reads like that of the
-    two layers, and runs them as one `convext.conv_bn_relu`.
+    two layers, and runs them as one `convext.conv_bn_act`.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as in torch.nn.Conv2d. Zero padding.
@@ -108,7 +108,7 @@ class ConvBNReLU(torch.nn.Module):
     broadcasts to the output's, is added before the activation.
 
     Raises ValueError for an unknown activation, and where torch.nn.Conv2d and torch.nn.BatchNorm2d do. `forward` raises
-    where `convext.conv_bn_relu` does.
+    where `convext.conv_bn_act` does.
 
     Example:
         >>> layer = convext.nn.ConvBNReLU(8, 8, 3, padding=1, activation="hardswish")
@@ -148,10 +148,10 @@ def conv_bn_act(conv: torch.nn.Conv2d, bn: torch.nn.BatchNorm2d, x: torch.Tensor
     Args:
         conv, bn: the layers; their own settings count, `bn.training` among them.
         x: (N, C, H, W) or (C, H, W).
-        activation: as in `convext.conv_bn_relu`.
+        activation: as in `convext.conv_bn_act`.
         residual: added before the activation, of a size that broadcasts to the output's; or None, the default.
 
-    Returns: (N, K, P, Q), or (K, P, Q) for one image. Raises where `convext.conv_bn_relu` does.
+    Returns: (N, K, P, Q), or (K, P, Q) for one image. Raises where `convext.conv_bn_act` does.
 
     Example:
         >>> conv, bn = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)
@@ -168,7 +168,7 @@ def conv_bn_act(conv: torch.nn.Conv2d, bn: torch.nn.BatchNorm2d, x: torch.Tensor
     padding = conv.padding
     if conv.padding_mode != "zeros":
         x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), (0, 0)
-    return functional.conv_bn_relu(
+    return functional.conv_bn_act(
         x, conv.weight, conv.bias, bn.running_mean if update else None, bn.running_var if update else None, bn.weight,
         bn.bias, stride=conv.stride, padding=padding, dilation=conv.dilation, groups=conv.groups, training=training,
         momentum=momentum, eps=bn.eps, activation=activation, residual=residual, num_batches_tracked=count)

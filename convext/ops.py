@@ -2,14 +2,17 @@
 vmap rules and FLOP formulas. Gradients are in autograd.py, which registers them here.
 
     fprop(x, w, bias?, *geom) -> y            dgrad(dy, w, input_size, *geom) -> dx
-    wgrad(dy, x, kernel_size, *geom) -> dw    fprop_bn_act(...) -> out, everything in the epilogue
-    fprop_bn_act_train(...) -> out, y, mean, var
-    batch_stats(y) -> mean, var               bn_act(y, mean, var, ...) -> out
-    bn_act_backward(dout, y, mean, var, ...) -> dy, dgamma, dbeta, dresidual
+    wgrad(dy, x, kernel_size, *geom) -> dw    conv_bn_act(x, w, *epilogue, *geom) -> out
+    conv_bn_act_train(x, w, *epilogue, *geom) -> out, y, mean, var
+    batch_stats(y) -> mean, var               bn_act(y, *norm) -> out
+    bn_act_backward(dout, y, *norm, training) -> dy, dgamma, dbeta, dresidual
 
-with geom = stride, padding, dilation, groups. Activations are (N, C, H, W) of any strides. `channels_last=True` forces
-that format of a forward pass's output; False leaves it to the rule of ATen, which asks x and w. ATen's gradients have
-the format of the output, whatever that of dy: dgrad and wgrad are told it, and with None guess it from what they see.
+with geom = stride, padding, dilation, groups, epilogue the fields of a `problem.Epilogue` and norm those behind its
+bias. In training an epilogue has no mean and var: they are those of the batch.
+
+Activations are (N, C, H, W) of any strides. `channels_last=True` forces that format of a forward pass's output; False
+leaves it to the rule of ATen, which looks at x and w. ATen's gradients have the format of the output, whatever that of
+dy: dgrad and wgrad take it as an argument, and with None guess it from what they see.
 
 The functions of the same names in this module are what convext itself calls: they go straight to the backend where the
 dispatcher has nothing to add, and through the operator where it has.
@@ -32,19 +35,18 @@ from .problem import ConvProblem, Epilogue, Geom, Pass, accumulate_dtype
 LIBRARY = torch.library.Library("convext", "DEF")
 
 _GEOM = "int[2] stride, int[2] padding, int[2] dilation, SymInt groups"
+_AFFINE = "Tensor? gamma, Tensor? beta, Tensor? residual, float eps, str activation"
+_EPILOGUE = f"Tensor? bias, Tensor? mean, Tensor? var, {_AFFINE}"
 _SCHEMAS = (
     f"fprop(Tensor x, Tensor w, Tensor? bias, {_GEOM}, bool channels_last=False) -> Tensor",
     f"dgrad(Tensor dy, Tensor w, SymInt[2] input_size, {_GEOM}, bool? channels_last=None) -> Tensor",
     f"wgrad(Tensor dy, Tensor x, SymInt[2] kernel_size, {_GEOM}, bool? channels_last=None) -> Tensor",
-    "fprop_bn_act(Tensor x, Tensor w, Tensor? bias, Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, "
-    f"Tensor? residual, {_GEOM}, float eps, str activation, bool channels_last=False) -> Tensor",
-    "fprop_bn_act_train(Tensor x, Tensor w, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor? residual, "
-    f"{_GEOM}, float eps, str activation) -> (Tensor out, Tensor y, Tensor mean, Tensor var)",
+    f"conv_bn_act(Tensor x, Tensor w, {_EPILOGUE}, {_GEOM}, bool channels_last=False) -> Tensor",
+    f"conv_bn_act_train(Tensor x, Tensor w, {_EPILOGUE}, {_GEOM}) -> (Tensor out, Tensor y, Tensor mean, Tensor var)",
     "batch_stats(Tensor y) -> (Tensor mean, Tensor var)",
-    "bn_act(Tensor y, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, Tensor? residual, float eps, "
-    "str activation) -> Tensor",
-    "bn_act_backward(Tensor dout, Tensor y, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, Tensor? residual, "
-    "float eps, str activation, bool training) -> (Tensor dy, Tensor dgamma, Tensor dbeta, Tensor dresidual)",
+    f"bn_act(Tensor y, Tensor mean, Tensor var, {_AFFINE}) -> Tensor",
+    f"bn_act_backward(Tensor dout, Tensor y, Tensor mean, Tensor var, {_AFFINE}, bool training) "
+    "-> (Tensor dy, Tensor dgamma, Tensor dbeta, Tensor dresidual)",
 )
 for _schema in _SCHEMAS:
     LIBRARY.define(_schema)
@@ -52,7 +54,7 @@ for _schema in _SCHEMAS:
 NAMES = tuple(schema.split("(")[0] for schema in _SCHEMAS)
 OPS = torch.ops.convext
 _fprop, _dgrad, _wgrad = OPS.fprop.default, OPS.dgrad.default, OPS.wgrad.default
-_fprop_bn_act, _fprop_bn_act_train = OPS.fprop_bn_act.default, OPS.fprop_bn_act_train.default
+_conv_bn_act, _conv_bn_act_train = OPS.conv_bn_act.default, OPS.conv_bn_act_train.default
 _batch_stats, _bn_act, _bn_act_backward = OPS.batch_stats.default, OPS.bn_act.default, OPS.bn_act_backward.default
 
 # ---- straight to the backend -----------------------------------------------------------------------------------------
@@ -142,11 +144,10 @@ def _run_fprop(x, w, bias, geom, channels_last):
 def _run_fprop_batch_stats(x, w, bias, geom):
     """fprop, and batch_stats of what it returns."""
     choice = _fprop_choice(x, w, bias, geom, False)
-    if hasattr(choice.backend, "fprop_batch_stats"):
-        found = choice.backend.fprop_batch_stats(choice.problem, x, w, bias)
-        if found is not None:
-            backends.counter(choice.backend.name, "batch_stats", choice.variant)[0] += 1
-            return found
+    found = choice.backend.fprop_batch_stats(choice.problem, x, w, bias)
+    if found is not None:
+        backends.counter(choice.backend.name, "batch_stats", choice.variant)[0] += 1
+        return found
     y = choice.run(choice.problem, x, w, _NO_EPILOGUE if bias is None else Epilogue(bias))
     return y, *_run_batch_stats(y)
 
@@ -155,34 +156,33 @@ def _signature(t):
     return None if t is None else (t.shape, t.dtype, t.device)
 
 
-def _fprop_bn_act_key(x, w, bias, mean, var, gamma, beta, residual, geom, activation, channels_last):
+def _conv_bn_act_key(x, w, epilogue, geom, channels_last):
+    bias, mean, var, gamma, beta, residual, _, activation = epilogue
     return (x.shape, x.stride(), x.dtype, x.device, w.shape, w.stride(), w.dtype, w.device,
             _signature(bias), _signature(mean), _signature(var), _signature(gamma), _signature(beta),
             _signature(residual), geom, activation, channels_last)
 
 
-def _run_fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation, channels_last):
-    key = _fprop_bn_act_key(x, w, bias, mean, var, gamma, beta, residual, geom, activation, channels_last)
+def _run_conv_bn_act(x, w, epilogue, geom, channels_last):
+    key = _conv_bn_act_key(x, w, epilogue, geom, channels_last)
     choice = _calls.get(key)
     if choice is None:
-        checks.check_activation(activation)
-        choice = _choose_fprop(x, w, bias, geom, channels_last)
-        checks.check_batch_norm(x.dtype, w.shape[0], mean, var, gamma, beta)
-        _check_residual(residual, choice.problem.y_shape, x.dtype)
+        checks.check_activation(epilogue.activation)
+        choice = _choose_fprop(x, w, epilogue.bias, geom, channels_last)
+        checks.check_batch_norm(x.dtype, w.shape[0], *epilogue.norm)
+        _check_residual(epilogue.residual, choice.problem.y_shape, x.dtype)
         _remember(key, choice)
     choice.counter[0] += 1
-    return choice.run(choice.problem, x, w, Epilogue(bias, mean, var, gamma, beta, residual, eps, activation))
+    return choice.run(choice.problem, x, w, epilogue)
 
 
-def fprop_bn_act_again(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, mean: torch.Tensor | None,
-                       var: torch.Tensor | None, gamma: torch.Tensor | None, beta: torch.Tensor | None,
-                       residual: torch.Tensor | None, geom: Geom, eps: float, activation: str) -> torch.Tensor | None:
-    """fprop_bn_act of plain tensors where such a call went well before, or None: it needs no checks then."""
-    choice = _calls.get(_fprop_bn_act_key(x, w, bias, mean, var, gamma, beta, residual, geom, activation, False))
+def conv_bn_act_again(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue, geom: Geom) -> torch.Tensor | None:
+    """conv_bn_act of plain tensors where such a call went well before, or None: it needs no checks then."""
+    choice = _calls.get(_conv_bn_act_key(x, w, epilogue, geom, False))
     if choice is None:
         return None
     choice.counter[0] += 1
-    return choice.run(choice.problem, x, w, Epilogue(bias, mean, var, gamma, beta, residual, eps, activation))
+    return choice.run(choice.problem, x, w, epilogue)
 
 
 def _check_residual(residual, y_shape, dtype) -> None:
@@ -228,7 +228,7 @@ def _run_dgrad_and_wgrad(dy, x, w, geom, dx_channels_last, dw_channels_last):
     if geom.groups == x.shape[1] > 1:
         problem = ConvProblem.of_dgrad(dy, w, input_size, geom, dx_channels_last)
         choice = backends.select(Pass.DGRAD, problem)
-        if problem.is_depthwise and hasattr(choice.backend, "depthwise_backward"):
+        if problem.is_depthwise:
             other = backends.select(Pass.WGRAD, problem)
             if other.backend is choice.backend:
                 choice.counter[0] += 1
@@ -262,22 +262,28 @@ def _run_batch_stats(y):
     return _counted(backends.select_batch_norm(y), "batch_stats")(y)
 
 
-def _run_bn_act(y, mean, var, gamma, beta, residual, eps, activation):
-    checks.check_activation(activation)
-    _check_residual(residual, y.shape, y.dtype)
-    run = _counted(backends.select_batch_norm(y), "bn_act")
-    return run(y, mean, var, gamma, beta, residual, eps, activation)
+def _run_bn_act(y, epilogue):
+    checks.check_activation(epilogue.activation)
+    _check_residual(epilogue.residual, y.shape, y.dtype)
+    return _counted(backends.select_batch_norm(y), "bn_act")(y, epilogue)
 
 
-def _run_bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training):
-    run = _counted(backends.select_batch_norm(y), "bn_act_backward")
-    return run(dout, y, mean, var, gamma, beta, residual, eps, activation, training)
+def _run_bn_act_backward(dout, y, epilogue, training):
+    return _counted(backends.select_batch_norm(y), "bn_act_backward")(dout, y, epilogue, training)
 
 
-def _run_fprop_bn_act_train(x, w, bias, gamma, beta, residual, geom, eps, activation):
-    y, mean, var = _run_fprop_batch_stats(x, w, bias, geom)
-    checks.check_batch_norm(y.dtype, y.shape[1], None, None, gamma, beta)
-    return _run_bn_act(y, mean, var, gamma, beta, residual, eps, activation), y, mean, var
+def _run_conv_bn_act_train(x, w, epilogue, geom):
+    check_of_the_batch(epilogue)
+    y, mean, var = _run_fprop_batch_stats(x, w, epilogue.bias, geom)
+    checks.check_batch_norm(y.dtype, y.shape[1], *epilogue.norm)
+    _, _, _, gamma, beta, residual, eps, activation = epilogue
+    return _run_bn_act(y, Epilogue(None, mean, var, gamma, beta, residual, eps, activation)), y, mean, var
+
+
+def check_of_the_batch(epilogue: Epilogue) -> None:
+    """ValueError unless the epilogue leaves the statistics to the batch."""
+    if epilogue.mean is not None or epilogue.var is not None:
+        raise ValueError("mean and var: expected None where the batch's own are taken, got a Tensor")
 
 
 def fprop(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, geom: Geom,
@@ -312,38 +318,35 @@ def dgrad_and_wgrad(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, geom: Ge
     return _dgrad(dy, w, x.shape[2:], *geom, dx_channels_last), _wgrad(dy, x, w.shape[2:], *geom, dw_channels_last)
 
 
-def fprop_bn_act(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, mean: torch.Tensor | None,
-                 var: torch.Tensor | None, gamma: torch.Tensor | None, beta: torch.Tensor | None,
-                 residual: torch.Tensor | None, geom: Geom, eps: float, activation: str,
-                 channels_last: bool = False) -> torch.Tensor:
+def conv_bn_act(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue, geom: Geom,
+                channels_last: bool = False) -> torch.Tensor:
     """fprop with bias, batch norm by given statistics, residual and activation in its epilogue."""
-    if all_plain(x, w, bias, mean, var, gamma, beta, residual):
-        return _run_fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom, eps, activation, channels_last)
-    return _fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, *geom, eps, activation, channels_last)
+    if all_plain(x, w, *epilogue[:6]):
+        return _run_conv_bn_act(x, w, epilogue, geom, channels_last)
+    return _conv_bn_act(x, w, *epilogue, *geom, channels_last)
 
 
-def fprop_bn_act_train(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, gamma: torch.Tensor | None,
-                       beta: torch.Tensor | None, residual: torch.Tensor | None, geom: Geom, eps: float,
-                       activation: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def conv_bn_act_train(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue,
+                      geom: Geom) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """out, y, mean, var of fprop and a batch norm by the batch's own statistics, residual and activation."""
-    if all_plain(x, w, bias, gamma, beta, residual):
-        return _run_fprop_bn_act_train(x, w, bias, gamma, beta, residual, geom, eps, activation)
-    return _fprop_bn_act_train(x, w, bias, gamma, beta, residual, *geom, eps, activation)
+    if all_plain(x, w, *epilogue[:6]):
+        return _run_conv_bn_act_train(x, w, epilogue, geom)
+    return _conv_bn_act_train(x, w, *epilogue, *geom)
 
 
-def bn_act(y: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, gamma: torch.Tensor | None,
-           beta: torch.Tensor | None, residual: torch.Tensor | None, eps: float, activation: str) -> torch.Tensor:
-    if all_plain(y, mean, var, gamma, beta, residual):
-        return _run_bn_act(y, mean, var, gamma, beta, residual, eps, activation)
-    return _bn_act(y, mean, var, gamma, beta, residual, eps, activation)
+def bn_act(y: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
+    """The epilogue, which has a mean and no bias, of y."""
+    if all_plain(y, *epilogue[:6]):
+        return _run_bn_act(y, epilogue)
+    return _bn_act(y, *epilogue[1:])
 
 
-def bn_act_backward(dout: torch.Tensor, y: torch.Tensor, mean: torch.Tensor, var: torch.Tensor,
-                    gamma: torch.Tensor | None, beta: torch.Tensor | None, residual: torch.Tensor | None, eps: float,
-                    activation: str, training: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    if all_plain(dout, y, mean, var, gamma, beta, residual):
-        return _run_bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training)
-    return _bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training)
+def bn_act_backward(dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue,
+                    training: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dy, dgamma, dbeta, dresidual of bn_act. `training`: mean and var are y's own."""
+    if all_plain(dout, y, *epilogue[:6]):
+        return _run_bn_act_backward(dout, y, epilogue, training)
+    return _bn_act_backward(dout, y, *epilogue[1:], training)
 
 
 def act_backward(dout: torch.Tensor, z: torch.Tensor,
@@ -352,7 +355,8 @@ def act_backward(dout: torch.Tensor, z: torch.Tensor,
     differentiable."""
     if all_plain(dout, z):
         backend = backends.select_batch_norm(z)
-        if hasattr(backend, "act_backward") and (found := backend.act_backward(dout, z, activation)) is not None:
+        found = backend.act_backward(dout, z, activation)
+        if found is not None:
             backends.counter(backend.name, "act_backward", f"{backend.name}_act_backward")[0] += 1
             return found
     return BACKWARD[activation](dout, z), None
@@ -387,22 +391,35 @@ def _(dy, x, kernel_size, stride, padding, dilation, groups, channels_last=None)
     return _run_wgrad(dy, x, tuple(kernel_size), _geom(stride, padding, dilation, groups), channels_last)
 
 
-@_impl("fprop_bn_act")
-def _(x, w, bias, mean, var, gamma, beta, residual, stride, padding, dilation, groups, eps, activation,
-      channels_last=False):
-    return _run_fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, _geom(stride, padding, dilation, groups),
-                             eps, activation, channels_last)
+def take_apart(arguments):
+    """epilogue, geom and what follows of an operator's arguments behind x and w."""
+    return Epilogue._make(arguments[:8]), _geom(*arguments[8:12]), arguments[12:]
 
 
-@_impl("fprop_bn_act_train")
-def _(x, w, bias, gamma, beta, residual, stride, padding, dilation, groups, eps, activation):
-    return _run_fprop_bn_act_train(x, w, bias, gamma, beta, residual, _geom(stride, padding, dilation, groups), eps,
-                                   activation)
+@_impl("conv_bn_act")
+def _(x, w, *arguments):
+    epilogue, geom, channels_last = take_apart(arguments)
+    return _run_conv_bn_act(x, w, epilogue, geom, *(channels_last or (False,)))
+
+
+@_impl("conv_bn_act_train")
+def _(x, w, *arguments):
+    epilogue, geom, _ = take_apart(arguments)
+    return _run_conv_bn_act_train(x, w, epilogue, geom)
+
+
+@_impl("bn_act")
+def _(y, *norm):
+    return _run_bn_act(y, Epilogue(None, *norm))
+
+
+@_impl("bn_act_backward")
+def _(dout, y, *norm_and_training):
+    *norm, training = norm_and_training
+    return _run_bn_act_backward(dout, y, Epilogue(None, *norm), training)
 
 
 _impl("batch_stats")(_run_batch_stats)
-_impl("bn_act")(_run_bn_act)
-_impl("bn_act_backward")(_run_bn_act_backward)
 
 # ---- fake kernels: shapes, dtypes and strides without data -----------------------------------------------------------
 
@@ -437,22 +454,24 @@ def _(dy, x, kernel_size, stride, padding, dilation, groups, channels_last=None)
     return _empty(dy, w_shape, guess_dw_format(x, w_shape) if channels_last is None else channels_last)
 
 
-@_fake("fprop_bn_act")
-def _(x, w, bias, mean, var, gamma, beta, residual, stride, padding, dilation, groups, eps, activation,
-      channels_last=False):
-    checks.check_activation(activation)
-    checks.check_batch_norm(x.dtype, w.shape[0], mean, var, gamma, beta)
-    return _fprop(x, w, bias, stride, padding, dilation, groups, channels_last)
+@_fake("conv_bn_act")
+def _(x, w, *arguments):
+    epilogue, geom, channels_last = take_apart(arguments)
+    checks.check_activation(epilogue.activation)
+    checks.check_batch_norm(x.dtype, w.shape[0], *epilogue.norm)
+    return _fprop(x, w, epilogue.bias, *geom, *channels_last)
 
 
 def _fake_stats(y):
     return tuple(torch.empty(y.shape[1], dtype=accumulate_dtype(y.dtype), device=y.device) for _ in range(2))
 
 
-@_fake("fprop_bn_act_train")
-def _(x, w, bias, gamma, beta, residual, stride, padding, dilation, groups, eps, activation):
-    checks.check_activation(activation)
-    y = _fprop(x, w, bias, stride, padding, dilation, groups)
+@_fake("conv_bn_act_train")
+def _(x, w, *arguments):
+    epilogue, geom, _ = take_apart(arguments)
+    checks.check_activation(epilogue.activation)
+    check_of_the_batch(epilogue)
+    y = _fprop(x, w, epilogue.bias, *geom)
     return _empty_dense(y), y, *_fake_stats(y)
 
 
@@ -464,7 +483,7 @@ _fake("batch_stats")(_fake_stats)
 
 
 @_fake("bn_act")
-def _(y, mean, var, gamma, beta, residual, eps, activation):
+def _(y, *norm):
     return _empty_dense(y)
 
 
@@ -509,8 +528,8 @@ def _register_autocast(name: str, op, cast_positions: tuple[int, ...]) -> None:
 _register_autocast("fprop", _fprop, (0, 1, 2))
 _register_autocast("dgrad", _dgrad, (0, 1))
 _register_autocast("wgrad", _wgrad, (0, 1))
-_register_autocast("fprop_bn_act", _fprop_bn_act, (0, 1, 2, 7))  # the batch norm's parameters stay as they are
-_register_autocast("fprop_bn_act_train", _fprop_bn_act_train, (0, 1, 2, 5))
+_register_autocast("conv_bn_act", _conv_bn_act, (0, 1, 2, 7))  # the batch norm's parameters stay as they are
+_register_autocast("conv_bn_act_train", _conv_bn_act_train, (0, 1, 2, 7))
 
 # ---- vmap: one more batch dimension goes into N, or into the groups --------------------------------------------------
 
@@ -597,35 +616,32 @@ def _fronts(info, in_dims, *tensors):
     return tuple(t if t is None else _front(t, dim, info.batch_size) for t, dim in zip(tensors, in_dims))
 
 
-def _vmap_conv(info, in_dims, x, w, bias, *geom):
-    y, dim = _vmap_fprop(info, in_dims, x, w, bias, *geom)
-    return y.movedim(dim, 0)
-
-
-@_vmap("fprop_bn_act")
-def _(info, in_dims, x, w, bias, mean, var, gamma, beta, residual, stride, padding, dilation, groups, eps, activation,
-      channels_last=False):
+def _vmap_parts(info, in_dims, x, w, arguments, *channels_last):
+    """y of the convolution, and the epilogue that is left, the vmapped dimension of both in front."""
+    epilogue, geom, _ = take_apart(arguments)
     if all(dim is None for dim in in_dims[:3]):
-        y = _fprop(x, w, bias, stride, padding, dilation, groups, channels_last)
+        y = _fprop(x, w, epilogue.bias, *geom, *channels_last)
         y = y.expand(info.batch_size, *y.shape)
     else:
-        y = _vmap_conv(info, in_dims, x, w, bias, stride, padding, dilation, groups, channels_last)
-    mean, var, gamma, beta, residual = _fronts(info, in_dims[3:8], mean, var, gamma, beta, residual)
-    if mean is None:
-        return reference.act(y, residual, activation), 0
-    return reference.bn_act(y, mean, var, gamma, beta, residual, eps, activation), 0
+        y, dim = _vmap_fprop(info, in_dims, x, w, epilogue.bias, *geom, *channels_last)
+        y = y.movedim(dim, 0)
+    return y, Epilogue(None, *_fronts(info, in_dims[3:8], *epilogue[1:6]), *epilogue[6:])
 
 
-@_vmap("fprop_bn_act_train")
-def _(info, in_dims, x, w, bias, gamma, beta, residual, stride, padding, dilation, groups, eps, activation):
-    if all(dim is None for dim in in_dims[:3]):
-        y = _fprop(x, w, bias, stride, padding, dilation, groups)
-        y = y.expand(info.batch_size, *y.shape)
-    else:
-        y = _vmap_conv(info, in_dims, x, w, bias, stride, padding, dilation, groups)
+@_vmap("conv_bn_act")
+def _(info, in_dims, x, w, *arguments):
+    y, epilogue = _vmap_parts(info, in_dims, x, w, arguments, *arguments[12:])
+    if epilogue.mean is None:
+        return reference.act(y, epilogue.residual, epilogue.activation), 0
+    return reference.bn_act(y, epilogue), 0
+
+
+@_vmap("conv_bn_act_train")
+def _(info, in_dims, x, w, *arguments):
+    y, epilogue = _vmap_parts(info, in_dims, x, w, arguments)
+    check_of_the_batch(epilogue)
     mean, var = reference.batch_stats(y)
-    gamma, beta, residual = _fronts(info, in_dims[3:6], gamma, beta, residual)
-    return (reference.bn_act(y, mean, var, gamma, beta, residual, eps, activation), y, mean, var), (0, 0, 0, 0)
+    return (reference.bn_act(y, epilogue._replace(mean=mean, var=var)), y, mean, var), (0, 0, 0, 0)
 
 
 @_vmap("batch_stats")
@@ -635,23 +651,25 @@ def _(info, in_dims, y):
 
 @_vmap("bn_act")
 def _(info, in_dims, *args):
-    return reference.bn_act(*_fronts(info, in_dims, *args[:6]), *args[6:]), 0
+    y, *norm = _fronts(info, in_dims, *args[:6])
+    return reference.bn_act(y, Epilogue(None, *norm, *args[6:])), 0
 
 
 @_vmap("bn_act_backward")
 def _(info, in_dims, *args):
-    return reference.bn_act_backward(*_fronts(info, in_dims, *args[:7]), *args[7:]), (0, 0, 0, 0)
+    dout, y, *norm = _fronts(info, in_dims, *args[:7])
+    return reference.bn_act_backward(dout, y, Epilogue(None, *norm, *args[7:9]), args[9]), (0, 0, 0, 0)
 
 
 # ---- FLOPs, as torch.utils.flop_counter counts a convolution's -------------------------------------------------------
 
 
-@register_flop_formula([OPS.fprop, OPS.fprop_bn_act])
+@register_flop_formula([OPS.fprop, OPS.conv_bn_act])
 def _(x_shape, w_shape, *args, out_shape, **kwargs) -> int:
     return conv_flop_count(list(x_shape), list(w_shape), list(out_shape))
 
 
-@register_flop_formula(OPS.fprop_bn_act_train)
+@register_flop_formula(OPS.conv_bn_act_train)
 def _(x_shape, w_shape, *args, out_shape, **kwargs) -> int:
     return conv_flop_count(list(x_shape), list(w_shape), list(out_shape[0]))
 

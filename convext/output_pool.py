@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import backends
+from .backends import native
 
 
 class output_pool:
@@ -44,13 +44,13 @@ class output_pool:
             raise ValueError(f"output_pool: bytes must be at least 0 and less than 2**63, got {bytes}")
         self.bytes = bytes
         self._former = self.limit()
-        backends.get("native").set_output_pool_limit(bytes)
+        native.set_output_pool_limit(bytes)
 
     def __enter__(self) -> output_pool:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        backends.get("native").set_output_pool_limit(self._former)
+        native.set_output_pool_limit(self._former)
 
     def __repr__(self) -> str:
         return f"convext.output_pool({self.bytes})"
@@ -58,11 +58,11 @@ class output_pool:
     @staticmethod
     def limit() -> int:
         """Bytes that may be kept; 0 where the pool is off."""
-        limit: int = backends.get("native").output_pool_limit()
+        limit: int = native.output_pool_limit()
         return limit
 
     @staticmethod
     def kept() -> int:
         """Bytes that are kept now."""
-        kept: int = backends.get("native").output_pool_kept()
+        kept: int = native.output_pool_kept()
         return kept

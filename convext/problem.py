@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import activation
 from .memory_format import suggests_channels_last
 
 
@@ -44,7 +45,7 @@ class DType(enum.IntEnum):
 DTYPES = {dtype.torch: dtype for dtype in DType}
 
 # The numbering of `Activation` in epilogue.h.
-ACTIVATIONS = {"identity": 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4, "gelu": 5}
+ACTIVATIONS = {name: number for number, name in enumerate(activation.TABLE)}
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -56,7 +57,7 @@ def tf32_is_allowed() -> bool:
     """Whether a convolution on CUDA may round its float32 operands to tf32: where PyTorch would let cuDNN do so, by
     torch.backends.cudnn.conv.fp32_precision, which torch.backends.cudnn.allow_tf32 sets too. Its default is on.
 
-    That second one is not asked: it raises an error where convolutions and recurrent networks are set apart.
+    That second one is not read: it raises an error where convolutions and recurrent networks are set differently.
     """
     precision: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]  # set as it is imported
     return precision == "tf32"
@@ -115,9 +116,9 @@ class GemmShape(NamedTuple):
     k: int
 
 
-@dataclasses.dataclass(slots=True)
-class Epilogue:
-    """What happens to an output element of fprop on its way to memory. Every part may be absent.
+class Epilogue(NamedTuple):
+    """What happens to an output element of fprop on its way to memory, from `functional` down to the kernel one value:
+    the operators' schemas alone spell it out, in this order. Every part may be absent.
 
     out = activation((y + bias - mean) / sqrt(var + eps) * gamma + beta + residual)
 
@@ -133,6 +134,11 @@ class Epilogue:
     residual: torch.Tensor | None = None
     eps: float = 1e-5
     activation: str = "identity"
+
+    @property
+    def norm(self) -> tuple[torch.Tensor | None, ...]:
+        """mean, var, gamma, beta."""
+        return self[1:5]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -181,7 +187,7 @@ class ConvProblem:
     @classmethod
     def of_dgrad(cls, dy: torch.Tensor, w: torch.Tensor, input_size: Sequence[int], geom: Geom,
                  channels_last: bool | None = None) -> ConvProblem:
-        """The problem of dx = dgrad(dy, w). dx is channels-last as told, and with None when dy or w suggests it."""
+        """The problem of dx = dgrad(dy, w). dx is channels-last as given, and with None when dy or w suggests it."""
         dy_nhwc = suggests_channels_last(dy)
         dx_nhwc = dy_nhwc or suggests_channels_last(w) if channels_last is None else channels_last
         x_shape = (dy.shape[0], w.shape[1] * geom.groups, *input_size)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import backends
+from .backends import native
 
 _Weights = TypeVar("_Weights", bound=nn.Module | torch.Tensor)
 
@@ -17,7 +17,7 @@ def refresh(model: _Weights) -> _Weights:
     """Has the weights of a model packed anew at their next use.
 
     Kernels on the CPU read weights in an order of their own, which is kept from call to call. That weights have changed
-    is noticed by itself, at once where torch or the whole filter tells, but where single elements are written behind
+    is noticed by itself, at once where torch or the whole filter shows it, but where single elements are written behind
     torch's back (through `weight.data`, a NumPy array, shared memory) only after up to as many calls as a filter has
     lines of 64 bytes. After such a change, this makes the next call see it. It costs what packing costs, once. On CUDA
     nothing is kept, and nothing is to be done.
@@ -52,4 +52,4 @@ def _forget(t: torch.Tensor) -> None:
         for name in t.__tensor_flatten__()[0]:
             _forget(getattr(t, name))
     elif t.layout is torch.strided:
-        backends.get("native").forget_packed(t)
+        native.forget_packed(t)

@@ -15,9 +15,12 @@ import os
 import pytest
 import torch
 
+from convext.backends import PRIORITY
+
 GPU = os.environ.get("CONVEXT_TEST_GPU") or ("cuda" if torch.cuda.is_available() else None)
 
-ON_CPU = ["aten", "native"]
+# Triton on the CPU is its interpreter, which tests/triton_interpreter.py runs.
+ON_CPU = sorted(set(PRIORITY["cpu"]) - {"triton"})
 
 
 def on_gpu(*names):

@@ -167,17 +167,17 @@ def test_functions_stand_in_the_graph_under_their_names():
         convext.conv2d(x, W, groups=2): "Conv2dFunctionBackward",
         convext.depthwise_conv2d(x, rand(4, 1, 3, 3)): "DepthwiseConv2dFunctionBackward",
         convext.dilated_conv2d(x, rand(4, 4, 2, 2)): "DilatedConv2dFunctionBackward",
-        fused(x, W, B, None, None, None, "relu", True): "ConvBNReLUFunctionBackward",
+        fused(x, W, B, None, None, None, "relu", True): "ConvBNActFunctionBackward",
     }
     for y, name in names.items():
         assert y.grad_fn.name() == name
-    for name in ("Conv2dFunction", "DepthwiseConv2dFunction", "DilatedConv2dFunction", "ConvBNReLUFunction"):
+    for name in ("Conv2dFunction", "DepthwiseConv2dFunction", "DilatedConv2dFunction", "ConvBNActFunction"):
         assert issubclass(getattr(convext.autograd, name), torch.autograd.Function)
 
 
 def test_an_output_of_the_fused_function_beside_the_first_is_not_differentiable():
     x = X.clone().requires_grad_()
-    out, y, mean, var = autograd.ConvBNReLUFunction.apply(x, W, B, None, None, None, None, None, GEOM, 1e-5, "relu")
+    out, y, mean, var = autograd.ConvBNActFunction.apply(x, W, B, *[None] * 5, 1e-5, "relu", GEOM, None)
     assert out.requires_grad and not (y.requires_grad or mean.requires_grad or var.requires_grad)
     close(mean, F.conv2d(X, W, B, *GEOM).mean((0, 2, 3)))
 
@@ -188,8 +188,8 @@ def test_an_output_of_the_fused_function_beside_the_first_is_not_differentiable(
 def test_fused_functions_refuse_forward_mode_by_name():
     with forward_ad.dual_level():
         x = forward_ad.make_dual(X, X)
-        with pytest.raises(NotImplementedError, match="ConvBNReLUFunction has no forward-mode"):
-            autograd.ConvBNReLUFunction.apply(x, W, B, MEAN, VAR, None, None, None, GEOM, 1e-5, "relu")
+        with pytest.raises(NotImplementedError, match="ConvBNActFunction has no forward-mode"):
+            autograd.ConvBNActFunction.apply(x, W, B, MEAN, VAR, None, None, None, 1e-5, "relu", GEOM, None)
         with pytest.raises(NotImplementedError, match="ConvActFunction has no forward-mode"):
             autograd.ConvActFunction.apply(x, W, B, None, GEOM, "relu")
 
@@ -260,8 +260,8 @@ def test_vmap_over_any_operand(dims, groups, ours):
 
 def _fused_ops(x, w, training):
     if training:
-        return OPS.fprop_bn_act_train(x, w, B, GAMMA, BETA, RESIDUAL, *GEOM, 1e-5, "silu")[0].sin().sum()
-    return OPS.fprop_bn_act(x, w, B, MEAN, VAR, GAMMA, BETA, RESIDUAL, *GEOM, 1e-5, "silu").sin().sum()
+        return OPS.conv_bn_act_train(x, w, B, None, None, GAMMA, BETA, RESIDUAL, 1e-5, "silu", *GEOM)[0].sin().sum()
+    return OPS.conv_bn_act(x, w, B, MEAN, VAR, GAMMA, BETA, RESIDUAL, 1e-5, "silu", *GEOM).sin().sum()
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

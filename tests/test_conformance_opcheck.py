@@ -8,8 +8,7 @@ from places import BACKENDS, backends, on_gpu
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import convext
-
-ACTIVATIONS = ["identity", "relu", "relu6", "silu", "hardswish", "gelu"]
+from convext.problem import ACTIVATIONS
 
 
 def flat(case):
@@ -36,17 +35,17 @@ def wgrad(case, o):
     yield (o.dy, o.x, case.w[2:], *flat(case))
 
 
-def fprop_bn_act(case, o):
+def conv_bn_act(case, o):
     mean, var, gamma, beta = per_channel(case, 4)
-    yield (o.x, o.w, o.bias, mean, var, gamma, beta, torch.randn_like(o.dy), *flat(case), 1e-5, "silu")
-    yield (o.x, o.w, None, mean, var, None, None, None, *flat(case), 1e-3, "identity", True)
-    yield (o.x, o.w, o.bias, None, None, None, None, None, *flat(case), 1e-5, "gelu")
+    yield (o.x, o.w, o.bias, mean, var, gamma, beta, torch.randn_like(o.dy), 1e-5, "silu", *flat(case))
+    yield (o.x, o.w, None, mean, var, None, None, None, 1e-3, "identity", *flat(case), True)
+    yield (o.x, o.w, o.bias, None, None, None, None, None, 1e-5, "gelu", *flat(case))
 
 
-def fprop_bn_act_train(case, o):
+def conv_bn_act_train(case, o):
     gamma, beta = per_channel(case, 2)
-    yield (o.x, o.w, o.bias, gamma, beta, torch.randn_like(o.dy), *flat(case), 1e-5, "hardswish")
-    yield (o.x, o.w, None, None, None, None, *flat(case), 1e-5, "silu")
+    yield (o.x, o.w, o.bias, None, None, gamma, beta, torch.randn_like(o.dy), 1e-5, "hardswish", *flat(case))
+    yield (o.x, o.w, *[None] * 6, 1e-5, "silu", *flat(case))
 
 
 def batch_stats(case, o):
@@ -70,7 +69,7 @@ def bn_act_backward(case, o):
 
 # Arguments for each operator, from a case and its operands. A new operator needs an entry: `test_every_operator...`.
 SAMPLES = {
-    f.__name__: f for f in (fprop, dgrad, wgrad, fprop_bn_act, fprop_bn_act_train, batch_stats, bn_act, bn_act_backward)
+    f.__name__: f for f in (fprop, dgrad, wgrad, conv_bn_act, conv_bn_act_train, batch_stats, bn_act, bn_act_backward)
 }
 # opcheck traces with symbolic sizes, seconds a call: two cases that differ in groups and in memory format.
 CASES = [BY_NAME["groups_with_multiplier"], BY_NAME["channels_last_everything"]]

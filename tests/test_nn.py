@@ -265,7 +265,7 @@ def test_exports_as_one_operator_a_layer(strict):
     network, x = Network().double().eval(), rand(2, 4, 6, 6)
     program = torch.export.export(network, (x,), strict=strict)
     targets = [str(node.target) for node in program.graph.nodes if "convext" in str(node.target)]
-    assert targets == ["convext.fprop.default", "convext.fprop.default", "convext.fprop_bn_act.default"]
+    assert targets == ["convext.fprop.default", "convext.fprop.default", "convext.conv_bn_act.default"]
     close(program.module()(x), network(x))
     close(program.run_decompositions().module()(x), network(x))
 
@@ -316,8 +316,8 @@ OPERATORS = {
     "fprop": (X, W, B, *GEOM),
     "dgrad": (Y, W, (5, 6), *GEOM),
     "wgrad": (Y, X, (3, 3), *GEOM),
-    "fprop_bn_act": (X, W, B, P, P, P, P, Y, *GEOM, 1e-5, "relu"),
-    "fprop_bn_act_train": (X, W, B, P, P, Y, *GEOM, 1e-5, "relu"),
+    "conv_bn_act": (X, W, B, P, P, P, P, Y, 1e-5, "relu", *GEOM),
+    "conv_bn_act_train": (X, W, B, None, None, P, P, Y, 1e-5, "relu", *GEOM),
     "batch_stats": (Y,),
     "bn_act": (Y, P, P, P, P, Y, 1e-5, "relu"),
     "bn_act_backward": (Y, Y, P, P, P, P, Y, 1e-5, "relu", True),

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import importlib
 import io
 import multiprocessing
 import subprocess
@@ -13,14 +12,15 @@ import torch
 
 import convext
 from convext import backends
+from convext.backends import native
 from convext.output_pool import output_pool
 from setup import CSRC, compiler
 
 pytestmark = [
     pytest.mark.skipif(backends.unavailable("native", "cpu") is not None, reason="the pool is the compiled library's"),
     pytest.mark.skipif(torch.__version__ < (2, 11), reason="torch 2.10 cannot wrap memory that is given back later"),
-    pytest.mark.skipif(backends.get("native").why_no_output_pool() is not None,
-                       reason="the pool is off: " + str(backends.get("native").why_no_output_pool())),
+    pytest.mark.skipif(native.why_no_output_pool is not None,
+                       reason="the pool is off: " + str(native.why_no_output_pool)),
 ]
 
 MIB = 1 << 20
@@ -209,7 +209,6 @@ def test_gradients_are_as_resizable_as_results():
 
 def test_another_release_of_torch_gets_no_pool(monkeypatch):
     """Storages may look otherwise there than csrc/storage/storage.cpp was compiled for."""
-    native = importlib.import_module("convext.backends.native")
     monkeypatch.setattr(native.torch, "__version__", "2.99.0")
     assert "runs with 2.99.0" in native._use_storage()
     native._C.use_storage(0)

@@ -21,7 +21,7 @@ def test_public_names_are_there():
         assert callable(getattr(convext, name)), name
     for name in ("Conv2d", "DepthwiseConv2d", "DilatedConv2d", "ConvBNReLU"):
         assert issubclass(getattr(convext.nn, name), nn.Module)
-    for name in ("Conv2dFunction", "DepthwiseConv2dFunction", "DilatedConv2dFunction", "ConvBNReLUFunction"):
+    for name in ("Conv2dFunction", "DepthwiseConv2dFunction", "DilatedConv2dFunction", "ConvBNActFunction"):
         assert issubclass(getattr(convext.autograd, name), torch.autograd.Function)
     assert issubclass(convext.nn.Conv2d, nn.Conv2d)
 

@@ -404,9 +404,9 @@ def test_values_between_layers_are_channels_last_and_the_users_are_not():
     expected = model(x)
     convext.swap(model)
     inside = []
-    right = convext.ops.fprop_bn_act
+    right = convext.ops.conv_bn_act
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convext.ops, "fprop_bn_act", lambda x, *a: inside.append((x.stride(1), a[-1])) or right(x, *a))
+        patch.setattr(convext.ops, "conv_bn_act", lambda x, *a: inside.append((x.stride(1), a[-1])) or right(x, *a))
         found = model(x)
     assert found.is_contiguous() and found.stride() == expected.stride()
     assert inside == [(64, True), (1, True), (1, True)]

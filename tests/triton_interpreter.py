@@ -114,8 +114,10 @@ class TestFusedEpilogue:
         mean, var, gamma, beta = channels(case.w[0], dtype)
         y = Nest(case).fprop(o.x, o.w, o.bias)
         residual = torch.linspace(-2, 2, y.numel(), dtype=torch.float64).view(y.shape).to(dtype)
-        out = convext.ops.fprop_bn_act(o.x, o.w, o.bias, mean, var, gamma, beta, residual, geom, 1e-3, activation)
-        expected = ATEN.bn_act(y, *map(double, (mean, var, gamma, beta, residual)), 1e-3, activation)
+        out = convext.ops.conv_bn_act(
+            o.x, o.w, Epilogue(o.bias, mean, var, gamma, beta, residual, 1e-3, activation), geom)
+        expected = ATEN.bn_act(
+            y, Epilogue(None, *map(double, (mean, var, gamma, beta, residual)), 1e-3, activation))
         self.close(out, expected, y, case)
         assert len(served()) == 1, "one kernel for all of it"
 
@@ -123,11 +125,10 @@ class TestFusedEpilogue:
         case = BY_NAME[name]
         o = case.operands(dtype)
         bias = channels(case.w[0], dtype)[0].to(dtype)
-        nothing = None, None, None, None, None
-        out = convext.ops.fprop_bn_act(o.x, o.w, bias, *nothing, Geom(*case.geom), 0.0, activation)
+        out = convext.ops.conv_bn_act(o.x, o.w, Epilogue(bias, activation=activation), Geom(*case.geom))
         y = Nest(case).fprop(o.x, o.w, bias)
-        self.close(out, ATEN.bn_act(y, y.new_zeros(y.shape[1]), y.new_ones(y.shape[1]), None, None, None, 0.0,
-                                    activation), y, case)
+        nothing = Epilogue(None, y.new_zeros(y.shape[1]), y.new_ones(y.shape[1]), eps=0.0, activation=activation)
+        self.close(out, ATEN.bn_act(y, nothing), y, case)
 
     @staticmethod
     def close(out, expected, y, case):
@@ -174,10 +175,11 @@ class TestBatchNorm:
             parameters = channels(shape[1], torch.float64)
             if training:
                 parameters = (*ATEN.batch_stats(y), *parameters[2:])
-            out = convext.ops.bn_act(y, *parameters, z, 1e-5, activation)
-            torch.testing.assert_close(out, ATEN.bn_act(y, *parameters, z, 1e-5, activation), rtol=1e-12, atol=1e-12)
-            got = convext.ops.bn_act_backward(dout, y, *parameters, z, 1e-5, activation, training)
-            want = ATEN.bn_act_backward(dout, y, *parameters, z, 1e-5, activation, training)
+            epilogue = Epilogue(None, *parameters, z, 1e-5, activation)
+            out = convext.ops.bn_act(y, epilogue)
+            torch.testing.assert_close(out, ATEN.bn_act(y, epilogue), rtol=1e-12, atol=1e-12)
+            got = convext.ops.bn_act_backward(dout, y, epilogue, training)
+            want = ATEN.bn_act_backward(dout, y, epilogue, training)
             for a, b in zip(got, want, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
@@ -185,8 +187,8 @@ class TestBatchNorm:
         y = torch.randn(2, 4, 6, 10)[..., :7]
         mean, var = convext.ops.OPS.batch_stats(y)
         torch.testing.assert_close(mean, y.mean((0, 2, 3)))
-        torch.testing.assert_close(convext.ops.bn_act(y, mean, var, None, None, y, 1e-5, "relu"),
-                                   ATEN.bn_act(y, mean, var, None, None, y, 1e-5, "relu"))
+        epilogue = Epilogue(None, mean, var, residual=y, activation="relu")
+        torch.testing.assert_close(convext.ops.bn_act(y, epilogue), ATEN.bn_act(y, epilogue))
 
 
 @pytest.mark.parametrize("name", ["depthwise", "depthwise_strided", "depthwise_dilated_strided",
@@ -225,7 +227,7 @@ def test_nan_passes_through(activation):
     x = torch.zeros(1, 16, 3, 3)
     x[0, 0, 1, 1] = torch.nan
     w = torch.ones(16, 16, 1, 1)
-    out = convext.ops.fprop_bn_act(x, w, *[None] * 6, Geom(), 0.0, activation)
+    out = convext.ops.conv_bn_act(x, w, Epilogue(activation=activation), Geom())
     assert torch.equal(out.isnan(), x[:, :1].isnan().expand_as(out))
 
 
@@ -266,7 +268,7 @@ class TestDeterminism:
         y = Nest(case).expected(o)["fprop"]
         z = (y.value - mean[:, None, None]) / (var[:, None, None] + 1e-3).sqrt() * gamma[:, None, None]
         z = z + beta[:, None, None].double() + o.dy
-        out = convext.ops.fprop_bn_act(o.x, o.w, o.bias, mean, var, gamma, beta, o.dy, geom, 1e-3, "relu")
+        out = convext.ops.conv_bn_act(o.x, o.w, Epilogue(o.bias, mean, var, gamma, beta, o.dy, 1e-3, "relu"), geom)
         slope = (gamma / (var + 1e-3).sqrt()).abs().max()
         allowed = y.tolerance(torch.float32) * slope + 8 * unit_roundoff(torch.float32) * (z.abs() + y.value.abs() + 4)
         assert ((out - z.relu()).abs() <= allowed).all()
@@ -314,7 +316,7 @@ class TestOperators:
         o = case.operands()
         geom = case.geom
         mean, var, gamma, beta = channels(case.w[0], torch.float32)
-        yield ops.fprop, (o.x, o.w, None, mean, var, gamma, beta, torch.ones(case.y), *geom, 1e-5, "silu")
+        yield ops.fprop, (o.x, o.w, None, mean, var, gamma, beta, torch.ones(case.y), 1e-5, "silu", *geom)
         yield ops.dgrad, (o.dy, o.w, case.x[2:], *geom)
         yield ops.wgrad, (o.dy, o.x, case.w[2:], *geom)
         case = BY_NAME["channels_last_depthwise"]
@@ -334,7 +336,7 @@ class TestOperators:
 
         case = BY_NAME["strided"]
         o, geom = case.operands(), Geom(*case.geom)
-        y = ops.fprop(o.x, o.w, o.bias, *[None] * 5, *geom, 0.0, "identity")
+        y = ops.fprop(o.x, o.w, o.bias, *[None] * 5, 0.0, "identity", *geom)
         assert torch.equal(y, convext.ops.fprop(o.x, o.w, o.bias, geom))
         assert torch.equal(ops.dgrad(o.dy, o.w, case.x[2:], *geom), convext.ops.dgrad(o.dy, o.w, case.x[2:], geom))
         assert torch.equal(ops.wgrad(o.dy, o.x, case.w[2:], *geom), convext.ops.wgrad(o.dy, o.x, case.w[2:], geom))

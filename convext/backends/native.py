@@ -1,8 +1,8 @@
-"""The native backend: convext's own compiled kernels.
+"""The native backend of CPU tensors: the hand-written kernels of ``convext/_C`` (C++ with AVX-512, AVX2 and portable
+forms, picked at run time). native_cuda.py is that of CUDA tensors.
 
-On the CPU they are in ``convext/_C`` (C++ with AVX-512, AVX2 and portable forms, picked at run time). Which kernel
-serves a problem is decided in C++ (``csrc/core/select.cpp``); this file turns tensors and problems into calls, and
-keeps packed weights between calls. What concerns CUDA tensors is in ``native_cuda.py``.
+Which kernel serves a problem is decided in C++ (``csrc/core/select.cpp``); this file turns tensors and problems into
+calls, and keeps packed weights between calls.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ import functools
 import importlib
 import operator
 import weakref
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from ..problem import ACTIVATIONS, ConvProblem, DType, Epilogue, Pass
 from . import native_cuda, native_sequence
+from .base import Backend
 
+_C: Any = None
 try:
     _C = importlib.import_module("convext._C")
 except ImportError as error:  # not built, or built for another Python
-    _C = None
     _import_error = error
 
 
@@ -32,14 +34,15 @@ def _use_storage() -> str | None:
     if built != running:
         return f"convext was built with torch {built} and runs with {running}"
     try:
-        from .. import _storage
+        _storage = importlib.import_module("convext._storage")
     except ImportError as error:
         return f"convext/_storage did not load ({error})"
     _C.use_storage(_storage.make_resizable())
     return None
 
 
-_why_no_output_pool = "the compiled library did not load" if _C is None else _use_storage()
+# Why results come from torch's allocator and not from the pool, or None where they come from the pool.
+why_no_output_pool = "the compiled library did not load" if _C is None else _use_storage()
 
 _NHWC = 1
 _CPU = 0
@@ -62,7 +65,7 @@ _FEW_FLOPS = 1.2e5
 
 
 @functools.cache
-def kernels() -> list[dict]:
+def kernels() -> list[dict[str, Any]]:
     """What every CPU kernel says about itself, in the order of their indices."""
     return _C.variants()
 
@@ -90,7 +93,7 @@ def _plan(pass_: Pass, problem: ConvProblem) -> _Plan | None:
     return _Plan(index, kernels()[index]["name"], geom, pack_format)
 
 
-def _rejects_block(block) -> bool:
+def _rejects_block(block: native_sequence.Block) -> bool:
     return _C.reject_block([_fields(step.problem) for step in block.steps],
                            [step.excite is not None for step in block.steps]) is not None
 
@@ -107,7 +110,7 @@ def forget_plans() -> None:
 # (packed_weight.h); what belongs to a storage goes with it. The weak reference is to the storage, because torch
 # refuses to exchange or convert tensors with weak references (torch.utils.swap_tensors), and because what was packed
 # belongs to the memory: another tensor at an address of before lies in another storage.
-_packed: dict[int, tuple[weakref.ref, dict[int, _PackedWeight]]] = {}
+_packed: dict[int, tuple[weakref.ref[Any], dict[int, _PackedWeight]]] = {}
 _storages_gone = [0]  # how many that had packed weights
 # Tensors that share a storage: as many may have packed weights, and as many that begin at one address, so that tensors
 # that come and go over memory that stays leave no more behind.
@@ -118,14 +121,15 @@ class _PackedWeight(NamedTuple):
     """What is kept of one tensor. owner: _C.PackedWeight. address: where the tensor was first seen."""
 
     number: int
-    owner: object
+    owner: Any
     address: int
 
 
 _NOT_KEPT = _PackedWeight(0, None, 0)
 
 
-def _storage_gone(key: int, reference: weakref.ref, packed=_packed, gone=_storages_gone) -> None:
+def _storage_gone(key: int, reference: weakref.ref[Any], packed: dict[int, Any] = _packed,
+                  gone: list[int] = _storages_gone) -> None:
     entry = packed.get(key)
     if entry is None or entry[0] is not reference:
         return
@@ -179,26 +183,47 @@ def _version(w: torch.Tensor | None) -> int:
 
 
 def has_guards() -> bool:
-    """Whether the library is built, without which nothing tells that a plan still stands."""
+    """Whether the library is built, without which nothing says that a plan still holds."""
     return _C is not None
 
 
-def new_guards():
+def new_guards() -> Any:
     """Empty guards (csrc/python/guards.h)."""
     return _C.Guards()
 
 
-class NativeBackend:
-    """Hand-written kernels: those of ``convext/_C`` on CPU tensors, those of ``convext/_CUDA`` on CUDA tensors."""
+def accuracy() -> int:
+    """The accuracy setting, a position in convext.accuracy's names; 0 without the compiled library."""
+    return 0 if _C is None else _C.accuracy()
 
+
+def set_accuracy(accuracy: int) -> None:
+    """Sets it; without the compiled library there are no algorithms to choose among."""
+    if _C is not None:
+        _C.set_accuracy(accuracy)
+        forget_plans()
+
+
+def output_pool_limit() -> int:
+    """Bytes of dropped results that the library may keep; 0 without it."""
+    return 0 if _C is None else _C.output_pool_limit()
+
+
+def set_output_pool_limit(size: int) -> None:
+    """Sets it; without the compiled library there is no pool."""
+    if _C is not None:
+        _C.set_output_pool_limit(size)
+
+
+def output_pool_kept() -> int:
+    """Bytes that the library keeps now."""
+    return 0 if _C is None else _C.output_pool_kept()
+
+
+class NativeCpu(Backend):
     name = "native"
 
     def unavailable(self, device_type: str) -> str | None:
-        """Why the backend cannot serve a device type, with the remedy, or None."""
-        if device_type == "cuda":
-            return native_cuda.unavailable()
-        if device_type != "cpu":
-            return f"there are no compiled kernels for {device_type} tensors in this build"
         if _C is None:
             missing = isinstance(_import_error, ModuleNotFoundError)
             why = "was not built" if missing else f"did not load ({_import_error})"
@@ -206,30 +231,19 @@ class NativeBackend:
         return None
 
     def reject(self, pass_: Pass, problem: ConvProblem) -> str | None:
-        """Why no kernel takes the problem, in words, or None."""
-        why = self.unavailable(problem.device)
-        if why is not None:
-            return why
-        if min(problem.c, problem.k, problem.r, problem.s) == 0:
-            return "it has no channels or no filter taps"
-        if problem.device == "cuda":
-            return native_cuda.reject(pass_, problem)
-        if max(problem.extents()) >= 2**31:
-            return "an extent exceeds 32 bits"
-        if _plan(pass_, problem) is not None:
-            return None
-        reasons = _C.reject_reasons(_CPU, int(pass_), _fields(problem))
-        return native_cuda.in_words(reasons)
+        why = native_cuda.beyond_all_kernels(problem)
+        if why is None and _plan(pass_, problem) is None:
+            why = native_cuda.in_words(_C.reject_reasons(_CPU, int(pass_), _fields(problem)))
+        return why
 
     def slower(self, pass_: Pass, problem: ConvProblem) -> str | None:
-        """Why ATen is expected to be faster for a problem that a kernel here takes, in words, or None.
-
-        Each rule stands for a class of problems that was measured to lose.
-        """
+        """Each rule stands for a class of problems that was measured to lose to ATen."""
         p = problem
-        if p.device != "cpu" or p.is_depthwise:
+        if p.is_depthwise:
             return None
-        kernel = kernels()[_plan(pass_, p).variant]
+        plan = _plan(pass_, p)
+        assert plan is not None
+        kernel = kernels()[plan.variant]
         if p.dtype is DType.BFLOAT16 and _has_bf16_dot():
             plain = kernel["dtype"] != p.dtype and kernel["algorithm"] != "winograd"
             if plain and (p.npq > _BF16_PIXELS or pass_ is Pass.WGRAD):
@@ -244,80 +258,43 @@ class NativeBackend:
             return "so few multiplications cost less than the call"
         return None
 
-    def forget_packed(self, t: torch.Tensor) -> None:
-        """Whatever is kept of weights in the tensor's memory is packed anew at its next use. CUDA keeps nothing."""
-        forget_packed(t)
-
-    def accuracy(self) -> int:
-        """The accuracy setting, a position in convext.accuracy's names; 0 without the compiled library."""
-        return 0 if _C is None else _C.accuracy()
-
-    def set_accuracy(self, accuracy: int) -> None:
-        """Sets it; without the compiled library there are no algorithms to choose among."""
-        if _C is not None:
-            _C.set_accuracy(accuracy)
-            forget_plans()
-
-    def output_pool_limit(self) -> int:
-        """Bytes of dropped results that the CPU library may keep; 0 without it."""
-        return 0 if _C is None else _C.output_pool_limit()
-
-    def set_output_pool_limit(self, size: int) -> None:
-        """Sets it; without the compiled library there is no pool."""
-        if _C is not None:
-            _C.set_output_pool_limit(size)
-
-    def why_no_output_pool(self) -> str | None:
-        """Why results come from torch's allocator and not from the pool, or None where they come from the pool."""
-        return _why_no_output_pool
-
-    def output_pool_kept(self) -> int:
-        """Bytes that the CPU library keeps now."""
-        return 0 if _C is None else _C.output_pool_kept()
-
     def variant(self, pass_: Pass, problem: ConvProblem) -> str:
-        """Name of the kernel that serves the problem."""
-        if problem.device == "cuda":
-            return native_cuda.variant(pass_, problem)
-        return _plan(pass_, problem).name
+        plan = _plan(pass_, problem)
+        assert plan is not None
+        return plan.name
 
     def fprop(self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
-        if problem.device == "cuda":
-            return native_cuda.fprop(problem, x, w, epilogue)
         plan = _plan(Pass.FPROP, problem)
-        e, packed = epilogue, _packed_weight(w, plan)
+        assert plan is not None
+        packed = _packed_weight(w, plan)
+        bias, mean, var, gamma, beta, residual, eps, activation = epilogue
         return torch.ops.convext_cpu.fprop.default(
-            plan.variant, x, w, packed.number, _version(w), e.bias, e.mean, e.var, e.gamma, e.beta,
-            e.residual, plan.geom, e.eps, ACTIVATIONS[e.activation], problem.y_layout == _NHWC,
+            plan.variant, x, w, packed.number, _version(w), bias, mean, var, gamma, beta, residual, plan.geom, eps,
+            ACTIVATIONS[activation], problem.y_layout == _NHWC,
         )  # fmt: skip
 
     def takes_float_weights(self, problem: ConvProblem) -> bool:
-        """On the CPU weights are rounded as they are packed, once, and not at every call."""
-        return problem.device == "cpu"
+        """They are rounded as they are packed, once, and not at every call."""
+        return True
 
-    def fprop_batch_stats(self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None):
-        """(y, mean, var) where a kernel has the statistics of y before y leaves it, or None: CUDA."""
-        return native_cuda.fprop_batch_stats(problem, x, w, bias) if problem.device == "cuda" else None
-
-    def prepared_fprop(self, problem: ConvProblem, activation: str):
-        if problem.device == "cuda":
-            return native_cuda.prepared_fprop(problem, activation)
+    def prepared_fprop(self, problem: ConvProblem, activation: str) -> Callable[..., torch.Tensor]:
         plan = _plan(Pass.FPROP, problem)
+        assert plan is not None
         op, code = torch.ops.convext_cpu.fprop.default._op, ACTIVATIONS[activation]
         variant, geom = plan.variant, plan.geom
         nhwc = problem.y_layout == _NHWC
 
-        def call(x, w, bias, mean, var, gamma, beta, residual, eps):
+        def call(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, mean: torch.Tensor | None,
+                 var: torch.Tensor | None, gamma: torch.Tensor | None, beta: torch.Tensor | None,
+                 residual: torch.Tensor | None, eps: float) -> torch.Tensor:
             packed = _packed_weight(w, plan)
             return op(variant, x, w, packed.number, _version(w), bias, mean, var, gamma, beta, residual, geom, eps,
                       code, nhwc)
 
         return call
 
-    def prepared_sequence(self, blocks):
+    def prepared_sequence(self, blocks: list[native_sequence.Block]) -> native_sequence.Prepared | None:
         steps = [step for block in blocks for step in block.steps]
-        if any(step.problem.device == "cuda" for step in steps):
-            return None
         convolution = native_sequence.StepKind.CONVOLUTION
         plans = [_plan(Pass.FPROP, step.problem) if step.kind is convolution else None for step in steps]
         chosen = [None if plan is None else kernels()[plan.variant] for plan in plans]
@@ -330,15 +307,17 @@ class NativeBackend:
         native_sequence.fill(program, blocks, plans)
         op = ops.run_sequence.default._op
 
-        def keep(tensors, eps, flat):
-            packs = [(step[0], plan) for plan, step in zip(plans, tensors) if plan is not None and plan.pack_format]
+        def keep(tensors: Sequence[Sequence[torch.Tensor | None]], eps: list[float],
+                 flat: bool) -> native_sequence.CachedTensors:
+            packs = [(w, plan) for plan, (w, *_) in zip(plans, tensors)
+                     if w is not None and plan is not None and plan.pack_format]
             operands = [t for step in tensors for t in step if t is not None]
 
-            def hand_over():
+            def hand_over() -> native_sequence.Handed:
                 gone = _storages_gone[0]
                 packed = [_packed_weight(w, plan) for w, plan in packs]
 
-                def packed_are_kept():
+                def packed_are_kept() -> bool:
                     """Looks only after a storage has gone: where a tensor lies at an address of before, its packed
                     weights may have been those of a storage that is no more."""
                     nonlocal gone
@@ -357,18 +336,17 @@ class NativeBackend:
             weights = [step[0] for step in tensors]
             tracked = all(w is not None and not w.is_inference() for w in weights)
             version = operator.attrgetter("_version") if tracked else _version
-            return native_sequence.Kept(operands, weights, version, hand_over)
+            return native_sequence.CachedTensors(operands, weights, version, hand_over)
 
-        def run(x, kept):
+        def run(x: torch.Tensor, kept: native_sequence.CachedTensors) -> torch.Tensor:
             handed = kept.current()
             return op(handed.number, x, [*map(kept.version, kept.weights)])
 
         return native_sequence.Prepared(keep, run, new_guards)
 
     def dgrad(self, problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        if problem.device == "cuda":
-            return native_cuda.dgrad(problem, dy, w)
         plan = _plan(Pass.DGRAD, problem)
+        assert plan is not None
         packed = _packed_weight(w, plan)
         return torch.ops.convext_cpu.dgrad.default(
             plan.variant, dy, w, packed.number, _version(w), problem.h, problem.w, plan.geom,
@@ -377,48 +355,32 @@ class NativeBackend:
 
     def wgrad(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor,
               channels_last: bool = False) -> torch.Tensor:
-        if problem.device == "cuda":
-            return native_cuda.wgrad(problem, dy, x, channels_last)
         plan = _plan(Pass.WGRAD, problem)
+        assert plan is not None
         return torch.ops.convext_cpu.wgrad.default(plan.variant, dy, x, problem.r, problem.s, plan.geom, channels_last)
 
-    def depthwise_backward(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor,
-                           channels_last: bool = False):
-        """dgrad(dy, w) and wgrad(dy, x) of a depthwise problem; on CUDA in one pass over both where a kernel does."""
-        if problem.device == "cuda" and native_cuda.backward_in_one_pass(problem):
-            return native_cuda.backward(problem, dy, x, w, channels_last)
-        return self.dgrad(problem, dy, w), self.wgrad(problem, dy, x, channels_last)
-
     def batch_stats(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if y.is_cuda:
-            return native_cuda.batch_stats(y)
         return torch.ops.convext_cpu.batch_stats.default(y)
 
-    def bn_act(self, y, mean, var, gamma, beta, residual, eps: float, activation: str) -> torch.Tensor:
-        if y.is_cuda:
-            return native_cuda.bn_act(y, mean, var, gamma, beta, residual, eps, activation)
+    def bn_act(self, y: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
+        _, mean, var, gamma, beta, residual, eps, activation = epilogue
         return torch.ops.convext_cpu.bn_act.default(
             y, mean, var, gamma, beta, residual, eps, ACTIVATIONS[activation])
 
-    def bn_act_backward(self, dout, y, mean, var, gamma, beta, residual, eps: float, activation: str, training: bool):
-        if y.is_cuda:
-            return native_cuda.bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training)
+    def bn_act_backward(self, dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, training: bool
+                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        _, mean, var, gamma, beta, residual, eps, activation = epilogue
         return torch.ops.convext_cpu.bn_act_backward.default(
             dout, y, mean, var, gamma, beta, residual, eps, ACTIVATIONS[activation], training)
 
-    def act_backward(self, dout: torch.Tensor, z: torch.Tensor, activation: str):
-        """dz = dout * activation'(z) and its sum by channel, in z's dtype, or None where no pass does both: CUDA."""
-        if z.is_cuda:
-            return None
+    def act_backward(self, dout: torch.Tensor, z: torch.Tensor,
+                     activation: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         dz, _, sums, _ = torch.ops.convext_cpu.bn_act_backward.default(
             dout, z, None, None, None, None, None, 0.0, ACTIVATIONS[activation], False)
         return dz, sums.to(z.dtype)
 
     def reject_batch_norm(self, y: torch.Tensor) -> str | None:
-        """Why the batch-norm passes cannot take a tensor like y, in words, or None."""
-        if y.is_cuda:
-            return native_cuda.reject_batch_norm(y)
         return None if y.dim() == 4 else f"y has {y.dim()} dimensions, not 4"
 
 
-BACKEND = NativeBackend()
+BACKEND = NativeCpu()

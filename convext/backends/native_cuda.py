@@ -1,4 +1,4 @@
-"""The CUDA half of the native backend: hand-written kernels of ``convext/_CUDA``, on CUDA tensors.
+"""The native backend of CUDA tensors: the hand-written kernels of ``convext/_CUDA``.
 
 The library knows no torch: it gets addresses, the device and the stream. This file owns what has to do with memory: it
 brings tensors into the order a kernel reads, allocates results and scratch memory from torch's caching allocator (so
@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ..memory_format import laid_out
 from ..problem import ACTIVATIONS, ConvProblem, DType, Epilogue, Layout, Pass, accumulate_dtype, tf32_is_allowed
+from .base import Backend
 
+_CUDA: Any = None
 try:
     _CUDA = importlib.import_module("convext._CUDA")
 except ImportError as error:  # not built, or built for another Python
-    _CUDA = None
     _import_error = error
 
 _FORMATS = {Layout.NCHW: torch.contiguous_format, Layout.NHWC: torch.channels_last}
@@ -39,7 +40,7 @@ class _Plan(NamedTuple):
     y_layout: Layout
     krsc: bool  # weights lie in channels-last order
     workspace: int  # bytes
-    facts: dict  # what the kernel says about itself
+    facts: dict[str, Any]  # what the kernel says about itself
     writes_dx: bool  # the wgrad kernel can write dx in the same pass
     stats_rows: int  # of partial batch statistics that the fprop kernel can write
 
@@ -71,9 +72,15 @@ def _plan_for(pass_: Pass, problem: ConvProblem, tf32: bool) -> _Plan | None:
                  _CUDA.workspace(index, fields), known, known["writes_dx"], _CUDA.stats_rows(index, fields))
 
 
-def _plan(pass_: Pass, problem: ConvProblem) -> _Plan | None:
-    tf32 = problem.dtype is not DType.FLOAT32 or tf32_is_allowed()
-    return _plan_for(pass_, problem, tf32)
+def _plan_or_none(pass_: Pass, problem: ConvProblem) -> _Plan | None:
+    return _plan_for(pass_, problem, problem.dtype is not DType.FLOAT32 or tf32_is_allowed())
+
+
+def _plan(pass_: Pass, problem: ConvProblem) -> _Plan:
+    """Of a problem that is not rejected."""
+    plan = _plan_for(pass_, problem, problem.dtype is not DType.FLOAT32 or tf32_is_allowed())
+    assert plan is not None
+    return plan
 
 
 def forget_plans() -> None:
@@ -109,8 +116,9 @@ def _where(t: torch.Tensor) -> tuple[int, int]:
     return index, torch._C._cuda_getCurrentRawStream(index)
 
 
-def _launch(plan: _Plan, a, b, out, scale=None, shift=None, residual=None, activation="identity", w=None, dx=None,
-            stats=None):
+def _launch(plan: _Plan, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, scale: torch.Tensor | None = None,
+            shift: torch.Tensor | None = None, residual: torch.Tensor | None = None, activation: str = "identity",
+            w: torch.Tensor | None = None, dx: torch.Tensor | None = None, stats: torch.Tensor | None = None) -> None:
     workspace = _scratch(out, plan.workspace)
     _CUDA.launch(plan.variant, plan.fields, *_where(out), _address(a), _address(b), _address(out), _address(workspace),
                  _address(scale), _address(shift), _address(residual), ACTIVATIONS[activation], _address(w),
@@ -133,7 +141,7 @@ def _folded(epilogue: Epilogue, k: int, like: torch.Tensor) -> tuple[torch.Tenso
     bias = _channels(epilogue.bias, dtype)
     if epilogue.mean is None:
         return None, bias
-    norm = [_channels(t, dtype) for t in (epilogue.mean, epilogue.var, epilogue.gamma, epilogue.beta)]
+    norm = [_channels(t, dtype) for t in epilogue.norm]
     scale, shift = torch.empty(2, k, dtype=dtype, device=like.device)
     _CUDA.fold(k, _number(dtype), *_where(like), [_address(t) for t in norm], epilogue.eps, _address(bias),
                _address(scale), _address(shift))
@@ -151,19 +159,6 @@ def not_built() -> str | None:
     return f"convext/_CUDA did not load ({_import_error}): {remedy}"
 
 
-def unavailable() -> str | None:
-    """Why there are no CUDA kernels on this machine and what to do about it, or None."""
-    reason = not_built()
-    if reason is not None:
-        return reason
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    major, minor = torch.cuda.get_device_capability()
-    if major < 8:
-        return f"the kernels need compute capability 8.0, the device has {major}.{minor}"
-    return None
-
-
 def in_words(reasons: list[tuple[str, str]]) -> str:
     """(kernel, reason) pairs as one line: each reason once, with its kernels. Those of other dtypes are left out."""
     kernels: dict[str, list[str]] = {}
@@ -171,94 +166,21 @@ def in_words(reasons: list[tuple[str, str]]) -> str:
         kernels.setdefault(reason, []).append(name)
     if kernels.pop("it computes in another dtype", None) and not kernels:
         return "no kernel is compiled for its dtype"
-    told = [f"{reason} ({', '.join(names)})" for reason, names in kernels.items()]
-    return "; ".join(told) or "no kernel is compiled for it"
+    said = [f"{reason} ({', '.join(names)})" for reason, names in kernels.items()]
+    return "; ".join(said) or "no kernel is compiled for it"
 
 
-def reject(pass_: Pass, problem: ConvProblem) -> str | None:
-    """Why no kernel takes the problem, in words, or None."""
-    if max(problem.extents()) >= 2**31:
-        return "an extent exceeds 32 bits"
-    if _plan(pass_, problem) is not None:
-        return None
-    reasons = _CUDA.reject_reasons(int(pass_), _fields(problem, Layout.NHWC, Layout.NHWC))
-    return in_words(reasons)
-
-
-def variant(pass_: Pass, problem: ConvProblem) -> str:
-    """Name of the kernel that serves the problem."""
-    return _plan(pass_, problem).name
-
-
-def fprop(problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
-    plan = _plan(Pass.FPROP, problem)
-    y = _empty(x, problem.y_shape, plan.y_layout)
-    scale, shift = _folded(epilogue, problem.k, x)
-    residual = None if epilogue.residual is None else _dense(epilogue.residual, plan.y_layout)
-    _launch(plan, _dense(x, plan.x_layout), _weights(w, plan), y, scale, shift, residual, epilogue.activation)
-    return y.contiguous(memory_format=_FORMATS[problem.y_layout])
-
-
-def fprop_batch_stats(problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None):
-    """(y, mean, var) of y = x * w + bias, the statistics out of the kernel's registers; None where it has none."""
-    plan = _plan(Pass.FPROP, problem)
-    if not plan.stats_rows:
-        return None
-    y = _empty(x, problem.y_shape, plan.y_layout)
-    acc = accumulate_dtype(x.dtype)
-    stats = torch.empty(plan.stats_rows * (2 * problem.k + 1), dtype=acc, device=x.device)
-    mean, var = (torch.empty(problem.k, dtype=acc, device=x.device) for _ in range(2))
-    _launch(plan, _dense(x, plan.x_layout), _weights(w, plan), y, shift=_channels(bias, acc), stats=stats)
-    _CUDA.merge_stats(problem.k, plan.stats_rows, _number(acc), *_where(y), _address(stats), _address(mean),
-                      _address(var))
-    return y.contiguous(memory_format=_FORMATS[problem.y_layout]), mean, var
-
-
-def prepared_fprop(problem: ConvProblem, activation: str):
-    """fprop as a function of its tensors alone."""
-
-    def call(x, w, bias, mean, var, gamma, beta, residual, eps):
-        return fprop(problem, x, w, Epilogue(bias, mean, var, gamma, beta, residual, eps, activation))
-
-    return call
-
-
-def dgrad(problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    plan = _plan(Pass.DGRAD, problem)
-    dx = _empty(dy, problem.x_shape, plan.x_layout)
-    _launch(plan, _dense(dy, plan.y_layout), _weights(w, plan), dx)
-    return dx.contiguous(memory_format=_FORMATS[problem.x_layout])
+def beyond_all_kernels(problem: ConvProblem) -> str | None:
+    """Why no compiled kernel, here or on the CPU, takes a problem of such extents, in words, or None."""
+    if min(problem.c, problem.k, problem.r, problem.s) == 0:
+        return "it has no channels or no filter taps"
+    return "an extent exceeds 32 bits" if max(problem.extents()) >= 2**31 else None
 
 
 def _empty_dw(problem: ConvProblem, plan: _Plan, x: torch.Tensor, channels_last: bool) -> torch.Tensor:
     """Memory for dw in the order that the kernel writes, with the strides asked for where both mean the same order."""
     either = problem.is_pointwise or problem.c_per_group == 1
     return _empty(x, problem.w_shape, Layout(channels_last if either else plan.krsc))
-
-
-def wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, channels_last: bool = False) -> torch.Tensor:
-    plan = _plan(Pass.WGRAD, problem)
-    dw = _empty_dw(problem, plan, x, channels_last)
-    _launch(plan, _dense(dy, plan.y_layout), _dense(x, plan.x_layout), dw)
-    return laid_out(dw, channels_last)
-
-
-def backward_in_one_pass(problem: ConvProblem) -> bool:
-    """Whether `backward` reads x and dy once for both gradients: depthwise, channels-last."""
-    plan = _plan(Pass.WGRAD, problem)
-    return plan is not None and plan.writes_dx
-
-
-def backward(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, channels_last: bool = False):
-    """(dx, dw) in one pass over x and dy, where `backward_in_one_pass` says so."""
-    plan = _plan(Pass.WGRAD, problem)
-    dx = _empty(x, problem.x_shape, plan.x_layout)
-    dw = _empty_dw(problem, plan, x, channels_last)
-    _launch(plan, _dense(dy, plan.y_layout), _dense(x, plan.x_layout), dw, w=_weights(w, plan), dx=dx)
-    return dx.contiguous(memory_format=_FORMATS[problem.x_layout]), laid_out(dw, channels_last)
-
-
-# ---- batch norm
 
 
 def _norm_layout(y: torch.Tensor) -> Layout:
@@ -270,54 +192,123 @@ def _norm_shape(y: torch.Tensor, layout: Layout) -> list[int]:
     return [*y.shape, _number(y.dtype), int(layout)]
 
 
-def _norm_parameters(y, mean, var, gamma, beta) -> tuple[list[torch.Tensor | None], list[int]]:
-    tensors = [_channels(t, accumulate_dtype(y.dtype)) for t in (mean, var, gamma, beta)]
+def _norm_parameters(y: torch.Tensor, epilogue: Epilogue) -> tuple[list[torch.Tensor | None], list[int]]:
+    tensors = [_channels(t, accumulate_dtype(y.dtype)) for t in epilogue.norm]
     return tensors, [_address(t) for t in tensors]
 
 
-def batch_stats(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    layout = _norm_layout(y)
-    y = _dense(y, layout)
-    shape = _norm_shape(y, layout)
-    mean, var = (torch.empty(y.shape[1], dtype=accumulate_dtype(y.dtype), device=y.device) for _ in range(2))
-    workspace = _scratch(y, _CUDA.norm_workspace(shape))
-    _CUDA.batch_stats(shape, *_where(y), _address(y), _address(mean), _address(var), _address(workspace))
-    return mean, var
+class NativeCuda(Backend):
+    name = "native"
+
+    def unavailable(self, device_type: str) -> str | None:
+        reason = not_built()
+        if reason is not None:
+            return reason
+        if not torch.cuda.is_available():
+            return "torch sees no CUDA device"
+        major, minor = torch.cuda.get_device_capability()
+        if major < 8:
+            return f"the kernels need compute capability 8.0, the device has {major}.{minor}"
+        return None
+
+    def reject(self, pass_: Pass, problem: ConvProblem) -> str | None:
+        why = beyond_all_kernels(problem)
+        if why is None and _plan_or_none(pass_, problem) is None:
+            why = in_words(_CUDA.reject_reasons(int(pass_), _fields(problem, Layout.NHWC, Layout.NHWC)))
+        return why
+
+    def variant(self, pass_: Pass, problem: ConvProblem) -> str:
+        return _plan(pass_, problem).name
+
+    def fprop(self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
+        plan = _plan(Pass.FPROP, problem)
+        y = _empty(x, problem.y_shape, plan.y_layout)
+        scale, shift = _folded(epilogue, problem.k, x)
+        residual = None if epilogue.residual is None else _dense(epilogue.residual, plan.y_layout)
+        _launch(plan, _dense(x, plan.x_layout), _weights(w, plan), y, scale, shift, residual, epilogue.activation)
+        return y.contiguous(memory_format=_FORMATS[problem.y_layout])
+
+    def fprop_batch_stats(self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor,
+                          bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """The statistics come out of the kernel's registers."""
+        plan = _plan(Pass.FPROP, problem)
+        if not plan.stats_rows:
+            return None
+        y = _empty(x, problem.y_shape, plan.y_layout)
+        acc = accumulate_dtype(x.dtype)
+        stats = torch.empty(plan.stats_rows * (2 * problem.k + 1), dtype=acc, device=x.device)
+        mean, var = (torch.empty(problem.k, dtype=acc, device=x.device) for _ in range(2))
+        _launch(plan, _dense(x, plan.x_layout), _weights(w, plan), y, shift=_channels(bias, acc), stats=stats)
+        _CUDA.merge_stats(problem.k, plan.stats_rows, _number(acc), *_where(y), _address(stats), _address(mean),
+                          _address(var))
+        return y.contiguous(memory_format=_FORMATS[problem.y_layout]), mean, var
+
+    def dgrad(self, problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        plan = _plan(Pass.DGRAD, problem)
+        dx = _empty(dy, problem.x_shape, plan.x_layout)
+        _launch(plan, _dense(dy, plan.y_layout), _weights(w, plan), dx)
+        return dx.contiguous(memory_format=_FORMATS[problem.x_layout])
+
+    def wgrad(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor,
+              channels_last: bool = False) -> torch.Tensor:
+        plan = _plan(Pass.WGRAD, problem)
+        dw = _empty_dw(problem, plan, x, channels_last)
+        _launch(plan, _dense(dy, plan.y_layout), _dense(x, plan.x_layout), dw)
+        return laid_out(dw, channels_last)
+
+    def depthwise_backward(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor,
+                           channels_last: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        plan = _plan(Pass.WGRAD, problem)
+        if not plan.writes_dx:
+            return super().depthwise_backward(problem, dy, x, w, channels_last)
+        dx = _empty(x, problem.x_shape, plan.x_layout)
+        dw = _empty_dw(problem, plan, x, channels_last)
+        _launch(plan, _dense(dy, plan.y_layout), _dense(x, plan.x_layout), dw, w=_weights(w, plan), dx=dx)
+        return dx.contiguous(memory_format=_FORMATS[problem.x_layout]), laid_out(dw, channels_last)
+
+    def batch_stats(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        layout = _norm_layout(y)
+        y = _dense(y, layout)
+        shape = _norm_shape(y, layout)
+        mean, var = (torch.empty(y.shape[1], dtype=accumulate_dtype(y.dtype), device=y.device) for _ in range(2))
+        workspace = _scratch(y, _CUDA.norm_workspace(shape))
+        _CUDA.batch_stats(shape, *_where(y), _address(y), _address(mean), _address(var), _address(workspace))
+        return mean, var
+
+    def bn_act(self, y: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
+        layout = _norm_layout(y)
+        y = _dense(y, layout)
+        residual = None if epilogue.residual is None else _dense(epilogue.residual, layout)
+        out = _empty(y, tuple(y.shape), layout)
+        kept, parameters = _norm_parameters(y, epilogue)
+        _CUDA.bn_act(_norm_shape(y, layout), *_where(y), parameters, epilogue.eps, ACTIVATIONS[epilogue.activation],
+                     _address(y), _address(residual), _address(out))
+        return out
+
+    def bn_act_backward(self, dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, training: bool
+                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        layout = _norm_layout(y)
+        y, dout = _dense(y, layout), _dense(dout, layout)
+        residual = None if epilogue.residual is None else _dense(epilogue.residual, layout)
+        shape = _norm_shape(y, layout)
+        dy = _empty(y, tuple(y.shape), layout)
+        dresidual = y.new_empty(0) if residual is None else _empty(y, tuple(y.shape), layout)
+        dgamma, dbeta = (torch.empty(y.shape[1], dtype=accumulate_dtype(y.dtype), device=y.device) for _ in range(2))
+        kept, parameters = _norm_parameters(y, epilogue)
+        workspace = _scratch(y, _CUDA.norm_workspace(shape))
+        _CUDA.bn_act_backward(shape, *_where(y), parameters, epilogue.eps, ACTIVATIONS[epilogue.activation], training,
+                              _address(dout), _address(y), _address(residual), _address(dy), _address(dgamma),
+                              _address(dbeta), _address(dresidual) if residual is not None else 0, _address(workspace))
+        return dy, dgamma, dbeta, dresidual
+
+    def reject_batch_norm(self, y: torch.Tensor) -> str | None:
+        if y.dim() != 4:
+            return f"y has {y.dim()} dimensions, not 4"
+        if y.numel() == 0:
+            return "there is nothing to normalise"
+        if y.numel() // y.shape[1] >= 2**31:
+            return "there are more than 2^31 pixels"
+        return None
 
 
-def bn_act(y, mean, var, gamma, beta, residual, eps: float, activation: str) -> torch.Tensor:
-    layout = _norm_layout(y)
-    y = _dense(y, layout)
-    residual = None if residual is None else _dense(residual, layout)
-    out = _empty(y, tuple(y.shape), layout)
-    kept, parameters = _norm_parameters(y, mean, var, gamma, beta)
-    _CUDA.bn_act(_norm_shape(y, layout), *_where(y), parameters, eps, ACTIVATIONS[activation], _address(y),
-                 _address(residual), _address(out))
-    return out
-
-
-def bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps: float, activation: str, training: bool):
-    layout = _norm_layout(y)
-    y, dout = _dense(y, layout), _dense(dout, layout)
-    residual = None if residual is None else _dense(residual, layout)
-    shape = _norm_shape(y, layout)
-    dy = _empty(y, tuple(y.shape), layout)
-    dresidual = y.new_empty(0) if residual is None else _empty(y, tuple(y.shape), layout)
-    dgamma, dbeta = (torch.empty(y.shape[1], dtype=accumulate_dtype(y.dtype), device=y.device) for _ in range(2))
-    kept, parameters = _norm_parameters(y, mean, var, gamma, beta)
-    workspace = _scratch(y, _CUDA.norm_workspace(shape))
-    _CUDA.bn_act_backward(shape, *_where(y), parameters, eps, ACTIVATIONS[activation], training, _address(dout),
-                          _address(y), _address(residual), _address(dy), _address(dgamma), _address(dbeta),
-                          _address(dresidual) if residual is not None else 0, _address(workspace))
-    return dy, dgamma, dbeta, dresidual
-
-
-def reject_batch_norm(y: torch.Tensor) -> str | None:
-    """Why the batch-norm kernels cannot take a tensor like y, in words, or None."""
-    if y.dim() != 4:
-        return f"y has {y.dim()} dimensions, not 4"
-    if y.numel() == 0:
-        return "there is nothing to normalise"
-    if y.numel() // y.shape[1] >= 2**31:
-        return "there are more than 2^31 pixels"
-    return None
+BACKEND = NativeCuda()

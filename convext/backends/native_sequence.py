@@ -1,11 +1,11 @@
-"""The program of a sequence: how the compiled library is told what several convolutions in one call are."""
+"""The program of a sequence: what several convolutions in one call are, for the compiled library."""
 
 from __future__ import annotations
 
 import enum
 import weakref
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -51,18 +51,18 @@ class Block(NamedTuple):
 class Prepared(NamedTuple):
     """A sequence whose kernels are chosen.
 
-    keep(tensors by step, eps by step, flat) -> Kept   to be done anew where one of the tensors is another object;
-                                                       flat: y is (N, C), whose one pixel it is
-    run(x, Kept) -> y
-    guards() -> Guards                                 empty ones (csrc/python/guards.h)
+    keep(tensors by step, eps by step, flat) -> CachedTensors, to be done anew where one of the tensors is another
+        object. flat: y is (N, C), whose one pixel it is
+    run(x, CachedTensors) -> y
+    guards() -> Guards, empty ones (csrc/python/guards.h)
     """
 
-    keep: Callable
-    run: Callable
-    guards: Callable
+    keep: Callable[[Sequence[Sequence[torch.Tensor | None]], list[float], bool], CachedTensors]
+    run: Callable[[torch.Tensor, CachedTensors], torch.Tensor]
+    guards: Callable[[], Any]
 
 
-class Kept:
+class CachedTensors:
     """The tensors of a sequence, and what the compiled library holds of them, which it lets go of with this object.
 
     tensors: all of them. weights: each step's, or None. version(weight): its version counter.
@@ -72,8 +72,8 @@ class Kept:
     (torch.utils.swap_tensors). So each call looks whether all of them lie where they did.
     """
 
-    def __init__(self, tensors: list[torch.Tensor], weights: list[torch.Tensor | None], version: Callable,
-                 hand_over: Callable):
+    def __init__(self, tensors: list[torch.Tensor], weights: list[torch.Tensor | None],
+                 version: Callable[[torch.Tensor | None], int], hand_over: Callable[[], Handed]):
         self.tensors, self.weights, self.version = tensors, weights, version
         self._hand_over = hand_over
         self._handed = hand_over()
@@ -90,7 +90,7 @@ class Handed:
     """What the library holds of a sequence's tensors. number: its name for that. places: where they lie.
     packed_are_kept(): whether the packed weights are still those of the tensors' storages."""
 
-    def __init__(self, number: int, places, packed_are_kept: Callable[[], bool]):
+    def __init__(self, number: int, places: Any, packed_are_kept: Callable[[], bool]):
         self.number, self.places, self.packed_are_kept = number, places, packed_are_kept
         weakref.finalize(self, torch.ops.convext_cpu.drop_sequence.default, number).atexit = False
 
@@ -102,20 +102,20 @@ class _PlacesInPython:
         self._places = self._of(tensors)
 
     @staticmethod
-    def _of(tensors):
+    def _of(tensors: list[torch.Tensor]) -> list[tuple[object, ...]]:
         return [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in tensors]
 
     def still(self, tensors: list[torch.Tensor]) -> bool:
         return self._of(tensors) == self._places
 
 
-def places(compiled, tensors: list[torch.Tensor]):
+def places(compiled: Any, tensors: list[torch.Tensor]) -> Any:
     """Where the tensors lie: an object whose `still(tensors)` says whether they lie there still."""
     exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     return _PlacesInPython(tensors) if exchange is None else compiled.Places(exchange, tensors)
 
 
-def fill(program, blocks, plans) -> None:
+def fill(program: Any, blocks: list[Block], plans: Iterable[Any]) -> None:
     """Adds the blocks to an empty program (csrc/cpu/runtime/sequence_program.h, which says in what order the op takes
     their tensors). `plans`: the call of each step's kernel, None of a step that is no convolution."""
     plans = iter(plans)

@@ -10,11 +10,17 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..memory_format import laid_out, memory_format, suggests_channels_last
 from ..problem import ConvProblem, Epilogue, Layout, Pass, accumulate_dtype
+from .base import Backend
+
+if TYPE_CHECKING:
+    from ..triton.launch import Launch
 
 OLDEST = (3, 6)  # what PyTorch 2.10, the oldest supported, ships
 _INSTEAD = "ATen serves {device} instead"
@@ -29,12 +35,12 @@ def _installed_version() -> tuple[int, int] | None:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-        major, minor = re.match(r"(\d+)\.(\d+)", version).groups()
-        return int(major), int(minor)
+        major, minor = map(int, re.findall(r"\d+", version)[:2])
+        return major, minor
     return OLDEST  # built from source: taken at its word
 
 
-class TritonBackend:
+class TritonBackend(Backend):
     name = "triton"
 
     def unavailable(self, device_type: str) -> str | None:
@@ -66,7 +72,7 @@ class TritonBackend:
             return "more tiles than the 2^31 - 1 that one launch holds"
         return None
 
-    def reject_batch_norm(self, y) -> str | None:
+    def reject_batch_norm(self, y: torch.Tensor) -> str | None:
         if y.dim() != 4:
             return f"the tensor has {y.dim()} dimensions, not 4"
         return None
@@ -78,19 +84,19 @@ class TritonBackend:
 
     # Allocation: what the operators in convext/triton/ops.py promise as well.
 
-    def empty_y(self, problem: ConvProblem, like):
+    def empty_y(self, problem: ConvProblem, like: torch.Tensor) -> torch.Tensor:
         return _empty(like, problem.y_shape, problem.y_layout == Layout.NHWC)
 
-    def empty_x(self, problem: ConvProblem, like):
+    def empty_x(self, problem: ConvProblem, like: torch.Tensor) -> torch.Tensor:
         return _empty(like, problem.x_shape, problem.x_layout == Layout.NHWC)
 
-    def empty_like(self, y):
+    def empty_like(self, y: torch.Tensor) -> torch.Tensor:
         return _empty(y, y.shape, suggests_channels_last(y))
 
-    def empty_statistics(self, y):
+    def empty_statistics(self, y: torch.Tensor) -> torch.Tensor:
         return y.new_empty(y.shape[1], dtype=accumulate_dtype(y.dtype))
 
-    def fprop(self, problem: ConvProblem, x, w, epilogue: Epilogue):
+    def fprop(self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
         from ..triton import depthwise, direct
 
         y = self.empty_y(problem, x)
@@ -100,7 +106,7 @@ class TritonBackend:
             _run(direct.fprop(problem, x, w, epilogue, y))
         return y
 
-    def dgrad(self, problem: ConvProblem, dy, w):
+    def dgrad(self, problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         from ..triton import depthwise, direct
 
         dx = self.empty_x(problem, dy)
@@ -110,7 +116,8 @@ class TritonBackend:
             _run(direct.dgrad(problem, dy, w, dx))
         return dx
 
-    def wgrad(self, problem: ConvProblem, dy, x, channels_last=False):
+    def wgrad(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor,
+              channels_last: bool = False) -> torch.Tensor:
         from ..triton import depthwise, wgrad
 
         dw = x.new_empty(problem.w_shape)
@@ -120,15 +127,15 @@ class TritonBackend:
             _run(wgrad.wgrad(problem, dy, x, dw))
         return laid_out(dw, channels_last)
 
-    def depthwise_backward(self, problem: ConvProblem, dy, x, w, channels_last=False):
-        """dgrad(dy, w) and wgrad(dy, x) of a depthwise problem in one pass over dy and x."""
+    def depthwise_backward(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor,
+                           channels_last: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         from ..triton import depthwise
 
         dx, dw = self.empty_x(problem, dy), x.new_empty(problem.w_shape)
         _run(depthwise.backward(problem, dy, x, w, dx, dw))
         return dx, laid_out(dw, channels_last)
 
-    def batch_stats(self, y):
+    def batch_stats(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         from ..triton import batch_norm
 
         mean, var = self.empty_statistics(y), self.empty_statistics(y)
@@ -137,33 +144,34 @@ class TritonBackend:
         _run(batch_norm.batch_stats(y, mean, var))
         return mean, var
 
-    def bn_act(self, y, mean, var, gamma, beta, residual, eps, activation):
+    def bn_act(self, y: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
         from ..triton import batch_norm
 
         out = self.empty_like(y)
         if y.numel():
-            batch_norm.bn_act(y, mean, var, gamma, beta, residual, eps, activation, out).run()
+            batch_norm.bn_act(y, *epilogue[1:], out).run()
         return out
 
-    def bn_act_backward(self, dout, y, mean, var, gamma, beta, residual, eps, activation, training):
+    def bn_act_backward(self, dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, training: bool
+                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         from ..triton import batch_norm
 
         dy = self.empty_like(y)
-        dz = None if residual is None else self.empty_like(y)
+        dz = None if epilogue.residual is None else self.empty_like(y)
         dgamma, dbeta = self.empty_statistics(y), self.empty_statistics(y)
         if y.numel():
-            _run(batch_norm.bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training,
-                                            dy, dgamma, dbeta, dz))
+            _run(batch_norm.bn_act_backward(dout, y, *epilogue[1:], training, dy, dgamma, dbeta, dz))
         else:
-            dgamma.zero_(), dbeta.zero_()
+            dgamma.zero_()
+            dbeta.zero_()
         return dy, dgamma, dbeta, y.new_empty(0) if dz is None else dz
 
 
-def _empty(like, shape, channels_last: bool):
+def _empty(like: torch.Tensor, shape: Sequence[int], channels_last: bool) -> torch.Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(channels_last))
 
 
-def _run(launches) -> None:
+def _run(launches: Iterable[Launch]) -> None:
     for launch in launches:
         launch.run()
 

@@ -88,7 +88,7 @@ def contenders(problem: ConvProblem, pass_: Pass) -> tuple[list[str], dict[str, 
     """Backends that serve the pass, ATen first, and why the others do not; on the CPU, Triton is for checking only."""
     names, off = ["aten"], {}
     for name in ("native",) if problem.device == "cpu" else ("native", "triton"):
-        reason = backends.unavailable(name, problem.device) or backends.get(name).reject(pass_, problem)
+        reason = backends.unavailable(name, problem.device) or backends.get(name, problem.device).reject(pass_, problem)
         if reason is None:
             names.append(name)
         else:
@@ -156,7 +156,7 @@ def _operands(problem: ConvProblem, pass_: Pass) -> tuple[torch.Tensor, torch.Te
 def _call(name: str, pass_: Pass, problem: ConvProblem, operands: tuple, fused: bool = False) -> Callable[[], object]:
     if name == "aten" and problem.device != "cpu":
         return _aten_call(pass_, problem, operands, fused)
-    run = getattr(backends.get(name), pass_.name.lower())
+    run = getattr(backends.get(name, problem.device), pass_.name.lower())
     if pass_ != Pass.FPROP:
         return lambda: run(problem, *operands)
     epilogue = Epilogue(**_batch_norm(problem), activation=FUSED) if fused else Epilogue()

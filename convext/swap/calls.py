@@ -7,16 +7,16 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .. import nn as convext_nn
+from ..activation import TABLE as ACTIVATIONS
 from .conv_forward import ConvForward
 
 _CONV_TYPE = nn.Conv2d
 
-# name in the epilogue -> what computes it
-_ACTIVATION_MODULES = {nn.Identity: "identity", nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu",
-                       nn.Hardswish: "hardswish", nn.GELU: "gelu", nn.Hardtanh: "relu6"}
-_ACTIVATION_FUNCTIONS = {F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu6: "relu6",
-                         F.silu: "silu", F.hardswish: "hardswish", F.gelu: "gelu"}
-_ACTIVATION_METHODS = {"relu": "relu", "relu_": "relu"}
+# what computes an activation -> its name in the epilogue, and the attributes for which a module is it
+_ACTIVATION_MODULES = {module: (name, attributes) for name, entry in ACTIVATIONS.items()
+                       for module, attributes in entry.modules.items()}
+_ACTIVATION_FUNCTIONS = {function: name for name, entry in ACTIVATIONS.items() for function in entry.functions}
+_ACTIVATION_METHODS = {method: name for name, entry in ACTIVATIONS.items() for method in entry.methods}
 _ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add}
 _ADD_METHODS = {"add", "add_", "__add__", "__iadd__"}
 _PRODUCT_METHODS = {"mul", "__mul__"}
@@ -25,14 +25,12 @@ _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 
 # Same values whatever the strides of the input, and a contiguous result from contiguous inputs; none of them returns
 # a view that user code could write through.
-_ELEMENTWISE_MODULES = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU, nn.Hardtanh, nn.Sigmoid, nn.Hardsigmoid,
-                        nn.Tanh, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.Mish, nn.Softplus, nn.Identity, nn.PReLU,
-                        nn.LogSigmoid, nn.Softsign)
+_ELEMENTWISE_MODULES = (*_ACTIVATION_MODULES, nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.CELU,
+                        nn.SELU, nn.Mish, nn.Softplus, nn.PReLU, nn.LogSigmoid, nn.Softsign)
 _SPATIAL_MODULES = (nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
                     nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d)
-_ELEMENTWISE_FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_, F.relu6, F.silu, F.hardswish, F.gelu, F.hardtanh,
-                          F.sigmoid, torch.sigmoid, F.hardsigmoid, torch.tanh, F.tanh, F.leaky_relu, F.elu, F.mish,
-                          F.softplus}
+_ELEMENTWISE_FUNCTIONS = {*_ACTIVATION_FUNCTIONS, F.hardtanh, F.sigmoid, torch.sigmoid, F.hardsigmoid, torch.tanh,
+                          F.tanh, F.leaky_relu, F.elu, F.mish, F.softplus}
 _ARITHMETIC = {operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul, operator.truediv,
                operator.itruediv, operator.neg, torch.add, torch.sub, torch.mul, torch.div}
 _POOLING = {F.max_pool2d, torch.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
@@ -98,10 +96,8 @@ def activation(node, modules):
     """The epilogue's name of the activation that a node applies to its first argument, or None."""
     if node.op == "call_module":
         module = modules[node.target]
-        name = _ACTIVATION_MODULES.get(type(module))
-        if type(module) is nn.GELU and module.approximate != "none":
-            return None
-        if isinstance(module, nn.Hardtanh) and (module.min_val, module.max_val) != (0, 6):
+        name, attributes = _ACTIVATION_MODULES.get(type(module), (None, {}))
+        if any(getattr(module, attribute) != value for attribute, value in attributes.items()):
             return None
         return name if len(node.args) == 1 and not node.kwargs else None
     if node.op == "call_method":

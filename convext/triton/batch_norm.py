@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from . import reduction
-from .epilogue import activation_derivative, activation_forward
+from .epilogue import activation
 from .launch import Launch, accumulate, index_type, power_of_2_at_least
 
 # Elements of a tile: 16 a thread of 4 warps for each of the tensors in flight.
@@ -132,7 +132,7 @@ def bn_act_kernel(y_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_ptr, o
     if residual_ptr is not None:
         residual = residual_ptr + tile_at(n, m, c, z_stride_n, z_stride_m, z_stride_c, INDEX)
     z, xhat, slope = normalise(y, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual, c, C, ok, EPS, ACC)
-    out = activation_forward(z, ACTIVATION)
+    out, _ = activation(z, ACTIVATION)
     at = out_ptr + tile_at(n, m, c, out_stride_n, out_stride_m, out_stride_c, INDEX)
     tl.store(at, out.to(out_ptr.dtype.element_ty), ok)
 
@@ -152,7 +152,8 @@ def bn_act_backward_sums_kernel(dout_ptr, y_ptr, mean_ptr, var_ptr, gamma_ptr, b
         residual = residual_ptr + tile_at(n, m, c, z_stride_n, z_stride_m, z_stride_c, INDEX)
     z, xhat, slope = normalise(y, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual, c, C, ok, EPS, ACC)
     # `where`, for beyond the tile's edge z is beta alone, and zero times its derivative need not be zero.
-    dz = tl.where(ok, dout * activation_derivative(z, ACTIVATION), 0.0)
+    _, derivative = activation(z, ACTIVATION)
+    dz = tl.where(ok, dout * derivative, 0.0)
     slots = N * tl.cdiv(M, BLOCK_M)
     at = slab_ptr + slot * C + c
     tl.store(at, tl.sum(tl.where(ok, dz * xhat, 0.0), axis=0), c < C)
@@ -175,7 +176,8 @@ def bn_act_backward_kernel(dout_ptr, y_ptr, mean_ptr, var_ptr, gamma_ptr, beta_p
         residual = residual_ptr + tile_at(n, m, c, z_stride_n, z_stride_m, z_stride_c, INDEX)
     z, xhat, slope = normalise(y, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual, c, C, ok, EPS, ACC)
     # `where`, for beyond the tile's edge z is beta alone, and zero times its derivative need not be zero.
-    dz = tl.where(ok, dout * activation_derivative(z, ACTIVATION), 0.0)
+    _, derivative = activation(z, ACTIVATION)
+    dz = tl.where(ok, dout * derivative, 0.0)
     if dz_ptr is not None:
         at = dz_ptr + tile_at(n, m, c, dz_stride_n, dz_stride_m, dz_stride_c, INDEX)
         tl.store(at, dz.to(dz_ptr.dtype.element_ty), ok)

@@ -2,52 +2,41 @@
 
     out = activation(gamma * (acc + bias - mean) / sqrt(var + eps) + beta + residual)        every part may be absent
 
-The activations and their derivatives are those of csrc/core/epilogue.h, in its order; a test holds the two together.
-Each is written with `where`, so that a NaN passes through as it does in PyTorch.
+The activations and their derivatives are those of csrc/core/epilogue.h, by name. Each is written with `where`, so that
+a NaN passes through as it does in PyTorch.
 """
 
 import triton
 import triton.language as tl
 
-ACTIVATIONS = ("identity", "relu", "relu6", "silu", "hardswish", "gelu")
-
 
 @triton.jit
-def activation_forward(z, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "relu":
-        z = tl.where(z < 0, 0.0, z)
-    elif ACTIVATION == "relu6":
-        z = tl.where(z < 0, 0.0, tl.where(z > 6, 6.0, z))
-    elif ACTIVATION == "silu":
-        z = z / (1.0 + tl.exp(-z))
-    elif ACTIVATION == "hardswish":
-        gate = tl.where(z + 3.0 < 0, 0.0, tl.where(z + 3.0 > 6, 6.0, z + 3.0))
-        z = z * gate / 6.0
-    elif ACTIVATION == "gelu":
-        z = 0.5 * z * (1.0 + tl.erf(z * 0.70710678118654752440))
-    else:
-        tl.static_assert(ACTIVATION == "identity", "unknown activation")
-    return z
-
-
-@triton.jit
-def activation_derivative(z, ACTIVATION: tl.constexpr):
+def activation(z, ACTIVATION: tl.constexpr):
+    """The activation's value and its derivative at z. The compiler drops whichever its caller does not use."""
     one = tl.full(z.shape, 1.0, z.dtype)
     if ACTIVATION == "relu":
-        one = tl.where(z <= 0, 0.0, one)
+        value = tl.where(z < 0, 0.0, z)
+        derivative = tl.where(z <= 0, 0.0, one)
     elif ACTIVATION == "relu6":
-        one = tl.where((z <= 0) | (z >= 6), 0.0, one)
+        value = tl.where(z < 0, 0.0, tl.where(z > 6, 6.0, z))
+        derivative = tl.where((z <= 0) | (z >= 6), 0.0, one)
     elif ACTIVATION == "silu":
         sigmoid = 1.0 / (1.0 + tl.exp(-z))
-        one = sigmoid * (1.0 + z * (1.0 - sigmoid))
+        value = z / (1.0 + tl.exp(-z))
+        derivative = sigmoid * (1.0 + z * (1.0 - sigmoid))
     elif ACTIVATION == "hardswish":
-        one = tl.where(z <= -3, 0.0, tl.where(z < 3, z / 3.0 + 0.5, one))
+        gate = tl.where(z + 3.0 < 0, 0.0, tl.where(z + 3.0 > 6, 6.0, z + 3.0))
+        value = z * gate / 6.0
+        derivative = tl.where(z <= -3, 0.0, tl.where(z < 3, z / 3.0 + 0.5, one))
     elif ACTIVATION == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(z * 0.70710678118654752440))
-        one = cdf + z * (0.39894228040143267794 * tl.exp(-0.5 * z * z))
+        value = 0.5 * z * (1.0 + tl.erf(z * 0.70710678118654752440))
+        derivative = cdf + z * (0.39894228040143267794 * tl.exp(-0.5 * z * z))
     else:
         tl.static_assert(ACTIVATION == "identity", "unknown activation")
-    return one
+        value = z
+        derivative = one
+    return value, derivative
 
 
 @triton.jit
@@ -83,6 +72,6 @@ def finish_tile(acc, n, p, q, pixel_ok, channel, channel_ok,
     if residual_ptr is not None:
         z = residual_ptr + (n * z_stride_n + p * z_stride_p + q * z_stride_q)[:, None] + (channel * z_stride_k)[None, :]
         out += tl.load(z, ok, 0).to(ACC)
-    out = activation_forward(out, ACTIVATION)
+    out, _ = activation(out, ACTIVATION)
     y = y_ptr + (n * y_stride_n + p * y_stride_p + q * y_stride_q)[:, None] + (channel * y_stride_k)[None, :]
     tl.store(y, out.to(y_ptr.dtype.element_ty), ok)

@@ -114,7 +114,7 @@ def _capture_mode_exchange(target: str):
 
 
 def was_measured(tuner, arguments: dict[str, Any]) -> bool:
-    """Whether the tuner has its answer for such arguments, by the key that triton.autotune makes of them."""
+    """Whether the tuner has a result for such arguments, by the key that triton.autotune makes of them."""
     named = [arguments[name] for name in tuner.keys if name in arguments]
     dtypes = [str(arguments[n].dtype) for n in tuner.arg_names if hasattr(arguments.get(n), "dtype")]
     return (*named, *dtypes) in tuner.cache

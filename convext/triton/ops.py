@@ -58,10 +58,9 @@ def _wgrad_problem(dy, x, kernel_size, *geom) -> ConvProblem:
     return ConvProblem.of_wgrad(_concrete(dy), _concrete(x), tuple(map(int, kernel_size)), _geom(*geom))
 
 
-def _fake_fprop(x, w, bias, mean, var, gamma, beta, residual, stride, padding, dilation, groups, eps, activation,
-                channels_last=False):
-    problem = _fprop_problem(x, w, stride, padding, dilation, groups, channels_last=channels_last)
-    return BACKEND.empty_y(problem, x)
+def _fake_fprop(x, w, *arguments):
+    *geom, channels_last = (*arguments[8:], False)[:5]
+    return BACKEND.empty_y(_fprop_problem(x, w, *geom, channels_last=channels_last), x)
 
 
 def _fake_dgrad(dy, w, input_size, stride, padding, dilation, groups, channels_last=None):
@@ -88,8 +87,8 @@ def _fake_bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activa
 
 @_operator(_fake_fprop)
 def fprop(x: Tensor, w: Tensor, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None,
-          beta: Tensor | None, residual: Tensor | None, stride: Sequence[int], padding: Sequence[int],
-          dilation: Sequence[int], groups: int, eps: float, activation: str, channels_last: bool = False) -> Tensor:
+          beta: Tensor | None, residual: Tensor | None, eps: float, activation: str, stride: Sequence[int],
+          padding: Sequence[int], dilation: Sequence[int], groups: int, channels_last: bool = False) -> Tensor:
     problem = _fprop_problem(x, w, stride, padding, dilation, groups, channels_last=channels_last)
     return BACKEND.fprop(problem, x, w, Epilogue(bias, mean, var, gamma, beta, residual, eps, activation))
 
@@ -124,11 +123,12 @@ def batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
 @_operator(lambda y, *_: BACKEND.empty_like(y))
 def bn_act(y: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, residual: Tensor | None,
            eps: float, activation: str) -> Tensor:
-    return BACKEND.bn_act(y, mean, var, gamma, beta, residual, eps, activation)
+    return BACKEND.bn_act(y, Epilogue(None, mean, var, gamma, beta, residual, eps, activation))
 
 
 @_operator(_fake_bn_act_backward)
 def bn_act_backward(dout: Tensor, y: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None,
                     residual: Tensor | None, eps: float, activation: str,
                     training: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return BACKEND.bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training)
+    epilogue = Epilogue(None, mean, var, gamma, beta, residual, eps, activation)
+    return BACKEND.bn_act_backward(dout, y, epilogue, training)

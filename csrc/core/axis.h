@@ -5,11 +5,11 @@
 //   tap t, 0 <= t < taps, is          filter row or column   tap_first + tap_step * t
 //   and there they meet               input                  in_first + in_step * i + in_tap_step * t
 //
-// with padding outside of [0, in). In fprop all outputs are one class: h = p * stride - pad + r * dil. dgrad asks where
-// p = (h + pad - r * dil) / stride leaves no remainder. Outputs h that are equal modulo the stride, a residue class,
-// meet the same taps: with g = gcd(stride, dil) every (stride / g)-th from some first one on, or none; and from one of
-// them to the next, p falls by dil / g. So each class is a convolution of unit stride, and no product with a hole is
-// formed.
+// with padding outside of [0, in). In fprop all outputs are one class: h = p * stride - pad + r * dil. dgrad has
+// those where p = (h + pad - r * dil) / stride leaves no remainder. Outputs h that are equal modulo the stride, a
+// residue class, meet the same taps: with g = gcd(stride, dil) every (stride / g)-th from some first one on, or none;
+// and from one of them to the next, p falls by dil / g. So each class is a convolution of unit stride, and no product
+// with a hole is formed.
 #pragma once
 #include "conv_problem.h"
 

@@ -3,7 +3,8 @@
 //   out = activation(accumulator * scale[k] + shift[k] + residual)
 //
 // scale and shift stand for a bias, for a batch norm in inference, or for both; each part may be absent.
-// A new activation is one line in CONVEXT_ACTIVATIONS, one `forward` and one `derivative`.
+// A new activation is a name in CONVEXT_ACTIVATIONS and a struct: forward, derivative, and whether that derivative is
+// `costly`, more than a pass over memory.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -40,24 +41,28 @@ CONVEXT_HD T where(bool condition, T a, T b) { return condition ? a : b; }
 
 template <class T>
 struct identity {
+  static constexpr bool costly = false;
   CONVEXT_HD static T forward(T z) { return z; }
   CONVEXT_HD static T derivative(T) { return T(1); }
 };
 
 template <class T>
 struct relu {
+  static constexpr bool costly = false;
   CONVEXT_HD static T forward(T z) { return where(z < T(0), T(0), z); }
   CONVEXT_HD static T derivative(T z) { return where(z <= T(0), T(0), T(1)); }
 };
 
 template <class T>
 struct relu6 {
+  static constexpr bool costly = false;
   CONVEXT_HD static T forward(T z) { return where(z < T(0), T(0), where(z > T(6), T(6), z)); }
   CONVEXT_HD static T derivative(T z) { return where((z <= T(0)) | (z >= T(6)), T(0), T(1)); }
 };
 
 template <class T>
 struct silu {
+  static constexpr bool costly = true;
   CONVEXT_HD static T forward(T z) { return z / (T(1) + exp(-z)); }
   CONVEXT_HD static T derivative(T z) {
     const T sigmoid = T(1) / (T(1) + exp(-z));
@@ -67,6 +72,7 @@ struct silu {
 
 template <class T>
 struct hardswish {
+  static constexpr bool costly = false;
   CONVEXT_HD static T forward(T z) {
     const T gate = where(z + T(3) < T(0), T(0), where(z + T(3) > T(6), T(6), z + T(3)));
     return z * gate / T(6);
@@ -83,6 +89,7 @@ CONVEXT_HD T normal_cdf(T z) { return T(0.5) * (T(1) + erf(z * T(0.7071067811865
 // The exact form, z P(X <= z): torch.nn.GELU's default, not the tanh approximation.
 template <class T>
 struct gelu {
+  static constexpr bool costly = true;
   CONVEXT_HD static T forward(T z) { return z * normal_cdf(z); }
   CONVEXT_HD static T derivative(T z) {
     const T pdf = T(0.39894228040143267794) * exp(T(-0.5) * z * z);

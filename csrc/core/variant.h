@@ -1,4 +1,4 @@
-// What a kernel tells the rest of convext about itself. No torch here: raw pointers and plain data.
+// What a kernel says about itself to the rest of convext. No torch here: raw pointers and plain data.
 //
 // A variant is one kernel for one pass, one dtype and one instruction set. It says in words which problems it rejects,
 // how much scratch memory it wants, how it likes its weights packed, what it costs beside the others, and it launches.

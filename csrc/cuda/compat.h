@@ -21,7 +21,7 @@ const char* launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, 
                           Arguments... arguments) {
   constexpr size_t kSharedWithoutAsking = 48 * 1024;
   if (shared_bytes > kSharedWithoutAsking) {
-    // Kept for each device by the driver: asking every time is what makes several GPUs work.
+    // Kept for each device by the driver: looking every time is what makes several GPUs work.
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                    static_cast<int>(shared_bytes));

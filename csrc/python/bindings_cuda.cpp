@@ -164,7 +164,7 @@ PYBIND11_MODULE(_CUDA, m) {
   m.def("stats_rows", [](int index, const Fields& fields) {
     const Variant& v = variant_at(index);
     return v.stats_rows ? v.stats_rows(problem_of(fields)) : int64_t{0};
-  }, "Rows of partial statistics that the fprop kernel writes where asked to; 0 where it cannot.");
+  }, "Rows of partial statistics that the fprop kernel can write; 0 where it cannot.");
   m.def("merge_stats", &merge_stats, "Launches mean and biased variance out of an fprop kernel's partial statistics.");
   m.def("bn_act", &bn_act, "Launches normalisation, residual and activation.");
   m.def("bn_act_backward", &bn_act_backward, "Launches the gradients of bn_act.");

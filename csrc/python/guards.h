@@ -202,7 +202,7 @@ class Guards {
     return true;
   }
 
-  // Called where every fact stands. Facts that no version tells of are looked at in every call.
+  // Called where every fact stands. Facts without a version are checked in every call.
   void remember(const Subject& subject) {
     seen_.clear();
     elsewhere_.clear();
@@ -242,7 +242,7 @@ class Guards {
     return found;
   }
 
-  // One object, or numbers, strings or tuples of such that nobody can tell apart.
+  // One object, or numbers, strings or tuples of such that nobody can distinguish.
   static bool same(PyObject* a, PyObject* b) {
     if (a == b) return true;
     if (a == nullptr || b == nullptr || Py_TYPE(a) != Py_TYPE(b)) return false;
@@ -329,7 +329,7 @@ class Guards {
 
   std::vector<Fact> facts_;
   std::vector<Seen> seen_;
-  std::vector<size_t> elsewhere_;  // facts that no version tells of
+  std::vector<size_t> elsewhere_;  // facts without a version
   bool remembered_ = false;
 };
 

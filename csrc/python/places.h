@@ -1,6 +1,6 @@
 // Where tensors lie: whether each still has the address, extents, strides, dtype and device that it had. A sequence
-// keeps these of hundreds of tensors, and asks before each call (native_sequence.py); one by one in Python that would
-// take as long as a layer. They are asked for by DLPack's C interface, a table of functions in a capsule at the
+// keeps these of hundreds of tensors, and checks before each call (native_sequence.py); one by one in Python that would
+// take as long as a layer. They are read by DLPack's C interface, a table of functions in a capsule at the
 // tensor's type.
 #pragma once
 #include <pybind11/pybind11.h>

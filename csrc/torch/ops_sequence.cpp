@@ -2,11 +2,11 @@
 // convext/backends/native.py calls them.
 //
 // The program (cpu/runtime/sequence_program.h), the tensors and packed weights that it numbers and eps, one for each
-// step, are handed over once, and kept under a number: to pass hundreds of tensors took longer than some layers do.
-// Kept are addresses and extents, not the tensors, which torch could not exchange then (torch.utils.swap_tensors); that
-// they are still those of the tensors, the caller looks before each call (native_sequence.py). A call brings the input
+// step, are handed over once, and cached under a number: to pass hundreds of tensors took longer than some layers do.
+// Cached are addresses and extents, not the tensors, which torch could not exchange then (torch.utils.swap_tensors);
+// the caller checks before each call that they still are the tensors' (native_sequence.py). A call brings the input
 // and the version counters of the weights. The values in tensors are read anew in each call; what follows from extents
-// alone (cpu/runtime/sequence.h) is kept, and worked out again where the input's extents or order, the threads or the
+// alone (cpu/runtime/sequence.h) is cached, and worked out again where the input's extents or order, the threads or the
 // instruction set differ.
 #include <memory>
 #include <mutex>
@@ -19,7 +19,7 @@ namespace convext {
 namespace {
 
 // What is handed over once, and the Sequence of a call that is over, for the next one.
-struct Kept {
+struct CachedSequence {
   std::shared_ptr<const SequenceProgram> program;
   std::vector<std::optional<HeldTensor>> tensors;
   std::vector<std::shared_ptr<PackedWeight>> packed;
@@ -30,8 +30,8 @@ struct Kept {
 
 class Operands : public SequenceOperands {
  public:
-  Operands(const Kept& kept, const std::vector<int64_t>& versions)
-      : kept_(kept), versions_(versions), staging_(staging_for(settings().cpu_isa)) {
+  Operands(const CachedSequence& cached, const std::vector<int64_t>& versions)
+      : cached_(cached), versions_(versions), staging_(staging_for(settings().cpu_isa)) {
     weights_.reserve(versions.size());
     leases_.reserve(versions.size());
   }
@@ -71,7 +71,7 @@ class Operands : public SequenceOperands {
     } else {
       norm_of(index, step).fold<float>(out.problem.k, out.epilogue);
     }
-    if (step.kind == StepKind::kLayerNorm) out.weights = &kept_.eps[index];
+    if (step.kind == StepKind::kLayerNorm) out.weights = &cached_.eps[index];
     if (step.kind == StepKind::kConvolution) {
       weights_.push_back(weights_of(step, out, filters, versions_[index]));
       out.weights = weights_.back().get(staging_, parallel, leases_.emplace_back());
@@ -96,18 +96,18 @@ class Operands : public SequenceOperands {
  private:
   const std::optional<HeldTensor>& tensor(int64_t at) const {
     static const std::optional<HeldTensor> absent;
-    return at == kAbsent ? absent : kept_.tensors[at];
+    return at == kAbsent ? absent : cached_.tensors[at];
   }
   BatchNormTensors<std::optional<HeldTensor>> norm_of(int64_t index, const ProgramStep& step) const {
     return {tensor(step.bias),  tensor(step.mean), tensor(step.var),
-            tensor(step.gamma), tensor(step.beta), kept_.eps[index]};
+            tensor(step.gamma), tensor(step.beta), cached_.eps[index]};
   }
   Weights weights_of(const ProgramStep& step, const BlockStep& of, const View& filters, int64_t version) const {
-    PackedWeight* const packed = step.packed == kAbsent ? nullptr : kept_.packed[step.packed].get();
+    PackedWeight* const packed = step.packed == kAbsent ? nullptr : cached_.packed[step.packed].get();
     return {*of.variant, of.problem, filters, packed, version};
   }
 
-  const Kept& kept_;
+  const CachedSequence& cached_;
   const std::vector<int64_t>& versions_;  // of each step's weight
   const Staging& staging_;
   std::vector<Weights> weights_;  // of the steps that are prepared: their sources point here
@@ -116,9 +116,10 @@ class Operands : public SequenceOperands {
 
 std::mutex keeping;
 
-std::unordered_map<int64_t, std::shared_ptr<Kept>>& all_kept() {
-  static auto* const kept = new std::unordered_map<int64_t, std::shared_ptr<Kept>>;  // outlives every caller
-  return *kept;
+std::unordered_map<int64_t, std::shared_ptr<CachedSequence>>& cached_sequences() {
+  // It outlives every caller.
+  static auto* const cached = new std::unordered_map<int64_t, std::shared_ptr<CachedSequence>>;
+  return *cached;
 }
 
 int64_t keep_sequence(int64_t number, std::vector<Tensor> tensors, std::vector<int64_t> packed,
@@ -131,66 +132,66 @@ int64_t keep_sequence(int64_t number, std::vector<Tensor> tensors, std::vector<i
                   "convext_cpu: the program has ", program->tensors(), " tensors and ", program->packed(),
                   " packed weights, got ", tensors.size(), " and ", packed.size());
   STD_TORCH_CHECK(static_cast<int64_t>(eps.size()) == program->steps(), "convext_cpu: eps must be one a step");
-  auto kept = std::make_shared<Kept>(Kept{program, {}, {}, std::move(eps), flat, nullptr});
-  for (const Tensor& t : tensors) kept->tensors.emplace_back(HeldTensor(t));
-  for (int64_t weight : packed) kept->packed.push_back(packed_weight(weight));
+  auto cached = std::make_shared<CachedSequence>(CachedSequence{program, {}, {}, std::move(eps), flat, nullptr});
+  for (const Tensor& t : tensors) cached->tensors.emplace_back(HeldTensor(t));
+  for (int64_t weight : packed) cached->packed.push_back(packed_weight(weight));
   const std::lock_guard<std::mutex> lock(keeping);
-  all_kept().emplace(++last, std::move(kept));
+  cached_sequences().emplace(++last, std::move(cached));
   return last;
 }
 
 void drop_sequence(int64_t number) {
-  std::shared_ptr<Kept> dropped;  // what it kept is freed outside the lock
+  std::shared_ptr<CachedSequence> dropped;  // what it held is freed outside the lock
   const std::lock_guard<std::mutex> lock(keeping);
-  const auto found = all_kept().find(number);
-  if (found == all_kept().end()) return;
+  const auto found = cached_sequences().find(number);
+  if (found == cached_sequences().end()) return;
   dropped = std::move(found->second);
-  all_kept().erase(found);
+  cached_sequences().erase(found);
 }
 
-// What is kept under a number, and a Sequence for the length of a call. Calls in several threads at once have one each;
-// the next call takes over one of them.
+// What is cached under a number, and a Sequence for the length of a call. Calls in several threads at once have one
+// each; the next call takes over one of them.
 class Borrowed {
  public:
   explicit Borrowed(int64_t number) {
     const std::lock_guard<std::mutex> lock(keeping);
-    const auto found = all_kept().find(number);
-    STD_TORCH_CHECK(found != all_kept().end(), "convext_cpu: there is no sequence ", number);
-    kept_ = found->second;
-    sequence_ = std::move(kept_->idle);
+    const auto found = cached_sequences().find(number);
+    STD_TORCH_CHECK(found != cached_sequences().end(), "convext_cpu: there is no sequence ", number);
+    cached_ = found->second;
+    sequence_ = std::move(cached_->idle);
   }
   ~Borrowed() {
     const std::lock_guard<std::mutex> lock(keeping);
-    std::swap(kept_->idle, sequence_);
+    std::swap(cached_->idle, sequence_);
   }
   Borrowed(const Borrowed&) = delete;
   Borrowed& operator=(const Borrowed&) = delete;
 
-  const Kept& kept() const { return *kept_; }
+  const CachedSequence& cached() const { return *cached_; }
   Sequence& sequence_for(const View& x, const Operands& operands, int32_t threads) {
     const Isa isa = settings().cpu_isa;
     if (sequence_ == nullptr || !sequence_->still_fits(x, threads, isa)) {
-      sequence_ = std::make_unique<Sequence>(x, *kept_->program, operands, threads, isa);
+      sequence_ = std::make_unique<Sequence>(x, *cached_->program, operands, threads, isa);
     }
     return *sequence_;
   }
 
  private:
-  std::shared_ptr<Kept> kept_;
+  std::shared_ptr<CachedSequence> cached_;
   std::unique_ptr<Sequence> sequence_;
 };
 
 Tensor run_sequence(int64_t number, const Tensor& x, std::vector<int64_t> versions) {
   const Parallel& parallel = torch_parallel();
   Borrowed borrowed(number);
-  const Kept& kept = borrowed.kept();
-  STD_TORCH_CHECK(versions.size() == kept.eps.size(), "convext_cpu: versions must be one a step");
-  Operands operands(kept, versions);
+  const CachedSequence& cached = borrowed.cached();
+  STD_TORCH_CHECK(versions.size() == cached.eps.size(), "convext_cpu: versions must be one a step");
+  Operands operands(cached, versions);
   const View input = view_of(x, "x");
   Sequence& s = borrowed.sequence_for(input, operands, parallel.threads);
   const Sequence::Extents last = s.output();
-  STD_TORCH_CHECK(!kept.flat || (last.h == 1 && last.w == 1), "convext_cpu: the result has more than one pixel");
-  Tensor y = kept.flat ? empty_matrix(last.n, last.c, input.dtype)
+  STD_TORCH_CHECK(!cached.flat || (last.h == 1 && last.w == 1), "convext_cpu: the result has more than one pixel");
+  Tensor y = cached.flat ? empty_matrix(last.n, last.c, input.dtype)
                        : empty_activation(last.n, last.c, last.h, last.w, input.dtype, true);
   const ScratchScope scope(operands.scratch_bytes(s) + Scratch::padded(s.memory_bytes()));
   void* const memory = scratch().take(s.memory_bytes());

@@ -32,7 +32,7 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // What a tensor is, without a hold on it: torch refuses to exchange or convert tensors that others hold. Its maker
-// answers for it that the memory is still the tensor's (native_sequence.py).
+// makes sure that the memory is still the tensor's (native_sequence.py).
 class HeldTensor {
  public:
   explicit HeldTensor(const Tensor& t)

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from ... import autograd, backends, checks, functional, nn, ops
 from ...backends.native_sequence import Step
 from ...memory_format import dense_strides, suggests_channels_last, where_copied
-from ...problem import DTYPES, ConvProblem, Geom, Pass
+from ...problem import DTYPES, ConvProblem, Epilogue, Geom, Pass
 from ..capture.signature import TENSOR_TYPES as PLAIN
 from . import EMPTY, Op
 
@@ -183,7 +183,7 @@ def _conv_act(op, fallback):
                     _in_format(x, channels_last), w, bias, stride=geom.stride, padding=geom.padding,
                     dilation=geom.dilation, groups=geom.groups, activation=activation, residual=residual)
         try:
-            return ops.fprop_bn_act(x, w, bias, None, None, None, None, None, geom, 0.0, activation, channels_last)
+            return ops.conv_bn_act(x, w, Epilogue(bias, activation=activation), geom, channels_last)
         except checks.InvalidArgument:  # which the layers refuse in their own words, or take
             return fallback(x, residual)
 
@@ -220,8 +220,8 @@ def _conv_bn_act(op, fallback):
         if residual is not None and not _fits(residual, x, w, geom):
             return fallback(x, residual)
         try:
-            return ops.fprop_bn_act(x, w, bias, mean, var, gamma, beta, residual, geom, bn_attributes["eps"],
-                                    activation, channels_last)
+            epilogue = Epilogue(bias, mean, var, gamma, beta, residual, bn_attributes["eps"], activation)
+            return ops.conv_bn_act(x, w, epilogue, geom, channels_last)
         except checks.InvalidArgument:
             return fallback(x, residual)
 

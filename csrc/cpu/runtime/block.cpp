@@ -11,7 +11,7 @@ namespace convext {
 namespace {
 
 constexpr int64_t kAlignment = 64;
-constexpr double kRegionFlops = 1e6;  // what a core could compute while threads come together
+constexpr double kRegionFlops = 1e6;  // what a core could compute while threads meet
 constexpr double kWeightFlops = 2;    // what a core could compute while it reads a byte of weights
 constexpr int64_t kMinRows = 3;  // fewer rows a thread would compute more shared rows twice than it saves
 
@@ -59,7 +59,7 @@ struct Plan {
   int64_t images = 1, groups = 1;  // a group of images is computed together; more than one only as whole images
   int64_t parts = 1;               // runs of rows that an image is cut into for the threads
   int64_t lanes = 1;               // threads that work at once, each with buffers of its own
-  bool together = false;           // all threads share every step, over the whole batch at once
+  bool cooperative = false;        // all threads share every step, over the whole batch at once
 
   // Offsets into the workspace.
   std::vector<int64_t> image_at;   // by segment: its output for the whole batch; the last one's is the block's
@@ -75,8 +75,8 @@ struct Plan {
       segments.back().last = i;
     }
     cut(steps, threads, budget);
-    if (together) {
-      lay_out_together(steps, threads);
+    if (cooperative) {
+      lay_out_cooperative(steps, threads);
     } else {
       lay_out(steps);
     }
@@ -112,7 +112,7 @@ struct Plan {
       if (images == 1) parts = std::min<int64_t>((threads + groups - 1) / groups, most);
     }
     lanes = std::clamp<int64_t>(groups * parts, 1, threads);
-    together = images == 1 && groups < threads && better_together(steps, threads, budget);
+    cooperative = images == 1 && groups < threads && better_cooperative(steps, threads, budget);
     for (Segment& segment : segments) {
       const int64_t rows = (steps[segment.last].problem.p() + parts - 1) / parts;
       const int64_t strips = (rows + segment.strip - 1) / segment.strip;
@@ -122,7 +122,7 @@ struct Plan {
 
   // Whether an image that is cut by rows would keep the threads busy for longer than steps that they share: where rows
   // are few, the parts differ, compute more of each other's rows, and each reads all of the weights.
-  bool better_together(const std::vector<BlockStep>& steps, int32_t threads, int64_t budget) const {
+  bool better_cooperative(const std::vector<BlockStep>& steps, int32_t threads, int64_t budget) const {
     double by_rows = 0, shared = 0;
     int64_t weight_bytes = 0, largest = 0;
     for (const Segment& segment : segments) {
@@ -172,7 +172,7 @@ struct Plan {
   }
 
   // Outputs of the steps but the last, in two buffers by turns.
-  void lay_out_together(const std::vector<BlockStep>& steps, int32_t threads) {
+  void lay_out_cooperative(const std::vector<BlockStep>& steps, int32_t threads) {
     int64_t top = 0, largest = 0, scratch = lay_out_gates(steps, top);
     for (const BlockStep& step : steps) {
       const ConvProblem& p = step.problem;
@@ -376,7 +376,7 @@ struct Runner {
   }
 
   // The whole block, its steps shared by all threads.
-  void run_together(const Parallel& parallel) {
+  void run_cooperative(const Parallel& parallel) {
     char* const lane = workspace + plan.lanes_at;
     const char* x = in;
     for (int s = 0; s < static_cast<int>(plan.segments.size()); ++s) {
@@ -450,8 +450,8 @@ const char* run_block(const std::vector<BlockStep>& steps, const void* in, void*
   const Plan plan(steps, parallel.threads, budget);
   Runner runner{steps, plan, static_cast<const char*>(in), static_cast<char*>(out), static_cast<char*>(workspace),
                 squeeze_excite};
-  if (plan.together) {
-    runner.run_together(parallel);
+  if (plan.cooperative) {
+    runner.run_cooperative(parallel);
     return runner.failure;
   }
   const auto lane_at = [&](int64_t lane) { return runner.workspace + plan.lanes_at + lane * plan.lane_bytes; };

@@ -5,11 +5,11 @@
 //   x  --1x1-->  [ rows of an expanded image ]  --3x3 depthwise-->  [ rows ]  --1x1-->  y
 //                  held in a buffer of the thread, the rows that two strips share kept
 //
-// Every step is an ordinary fprop variant, called on the rows that the strip asks for. Where squeeze and excitation
+// Every step is an ordinary fprop variant, called on the rows that the strip needs. Where squeeze and excitation
 // stands between two steps, the image in front of it is computed to its end first, into a buffer of its own.
 //
 // The values are those of the steps one by one, bit for bit: how a variant sums an output does not depend on which
-// other outputs a call asks for. For the same reason they do not depend on the number of threads.
+// other outputs a call computes. For the same reason they do not depend on the number of threads.
 #pragma once
 #include <vector>
 

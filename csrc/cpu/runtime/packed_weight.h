@@ -1,6 +1,6 @@
 // Packed weights that outlive a call, and how they notice that the weights behind them have changed. No torch here.
 //
-// A PackedWeight keeps every packing that kernels have asked for of one weight tensor, each under all that its bytes
+// A PackedWeight keeps every packing that kernels have needed of one weight tensor, each under all that its bytes
 // follow from (PackKey), and a fingerprint of the weights that they were made of. A call notices at once another
 // version, address, extent, stride or dtype; and because a change through `weight.data`, through NumPy, or by another
 // process that shares the memory leaves all of these as they were, it compares one line of every filter besides, at a
@@ -91,7 +91,7 @@ class FilterLines {
     }
     for (int64_t k = 0; k < filters_; ++k) {
       const char* const filter = static_cast<const char*>(view_.data) + k * pitch_;
-      // Lines a filter apart, which no hardware asks for ahead. All at once, before the layer that runs in between,
+      // Lines a filter apart, which no hardware prefetches. All at once, before the layer that runs in between,
       // took longer: what came was gone again. Past the end nothing is read.
       if (end - begin == 1) __builtin_prefetch(filter + kAhead * pitch_ + begin * kLine);
       for (int64_t j = begin; j < end; ++j) one(filter, j, j - begin, f);

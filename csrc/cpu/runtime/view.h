@@ -26,7 +26,7 @@ struct View {
   }
 
   // at::Tensor::suggest_memory_format: the strides grow in the order C, W, H, N. Where they fit both orders (one
-  // channel, one pixel) the answer is NCHW.
+  // channel, one pixel) it returns NCHW.
   bool suggests_nhwc() const {
     if (stride[1] == 0) return false;
     int64_t least = 0;

@@ -45,8 +45,8 @@ CONVEXT_INLINE void add_row(const Tile<T>& t, const T* in, const compute_t<T>* a
   }
 }
 
-// Asks for the outputs of the tile below. Where its pixels are neighbours they are one piece of memory over all
-// channels, of which each block asks for a share, in order.
+// Prefetches the outputs of the tile below. Where its pixels are neighbours they are one piece of memory over all
+// channels, of which each block prefetches a share, in order.
 template <int TH, int TW, class T>
 CONVEXT_INLINE void prefetch_outputs_below(const Tile<T>& t, int64_t k, int64_t block) {
   constexpr int64_t kLine = kCacheLine / sizeof(T);

@@ -28,7 +28,7 @@ inline double share_inside(const Axis& axis) {
 }
 
 // Dilated kernels skip the other taps, but a register tile keeps every one that one of its pixels needs. Where all taps
-// count they are still preferred to the direct ones, by a little, so that the name tells what the filter is.
+// count they are still preferred to the direct ones, by a little, so that the name says what the filter is.
 constexpr double kDilatedSetUp = 0.02, kDilatedPerShare = 1.1, kDilatedMost = 0.99;
 
 inline double dilated_cost(const Variant& v, const ConvProblem& p) {

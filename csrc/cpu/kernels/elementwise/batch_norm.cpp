@@ -441,9 +441,8 @@ void bn_act_backward(const Parallel& parallel, const BatchNormArgs& args, const 
                         static_cast<const S*>(gradients.dout), static_cast<S*>(gradients.dy),
                         static_cast<S*>(gradients.dresidual),  Work::kSums};
   const bool through_stats = gradients.training && args.mean;
-  // An activation that costs more than a pass over memory is differentiated once, where dy can hold dz unrounded.
-  const bool costly = args.activation == Activation::silu || args.activation == Activation::gelu;
-  const bool keep = costly && sizeof(S) == sizeof(T);
+  // A costly activation is differentiated once, where dy can hold dz unrounded.
+  const bool keep = Act<T>::costly && sizeof(S) == sizeof(T);
   pass.work = !through_stats ? Work::kSumsAndResults : keep ? Work::kSumsKeepingDz : Work::kSums;
   pass.run(parallel, args, constants);
   finish_sums(parallel, args, gradients, constants);

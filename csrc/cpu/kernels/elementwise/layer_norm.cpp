@@ -41,7 +41,7 @@ struct Pixels {
   }
 
   // Calls f(x, i) for the pixel's channels, a vector at a time, i alternating among 0 and 1; lanes that are not there
-  // are told apart by f's third argument, which holds 0 in them and 1 in the others.
+  // are distinguished by f's third argument, which holds 0 in them and 1 in the others.
   template <class F>
   CONVEXT_INLINE void visit(const T* in, F&& f) const {
     const V all(T(1));
@@ -74,7 +74,7 @@ struct Pixels {
       left[i] += d;
       square[i] = fma(square[i], d, d);
     });
-    // What is left tells how far rounding has put the mean off (Chan, Golub and LeVeque, 1983).
+    // What is left is how far rounding has put the mean off (Chan, Golub and LeVeque, 1983).
     const T off = total(left[0] + left[1]) * per_channel;
     const V mean = rounded + V(off);
     const T variance = total(square[0] + square[1]) * per_channel - off * off;

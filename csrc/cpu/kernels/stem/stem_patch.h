@@ -179,11 +179,11 @@ struct Line {
     first_inside = first + int64_t{begin} * step;
   }
 
-  // `together` elements for each column, columns `pixel` elements of the image apart.
-  void copy(float* to, const float* line, int64_t pixel, int32_t together, const EveryStep& every_step) const {
-    for (int32_t j = 0; j < begin * together; ++j) to[j] = 0;
-    if (end > begin) every_step(to + begin * together, line + first_inside * pixel, int64_t{end - begin} * together);
-    for (int32_t j = end * together; j < length * together; ++j) to[j] = 0;
+  // `adjacent` elements for each column, columns `pixel` elements of the image apart.
+  void copy(float* to, const float* line, int64_t pixel, int32_t adjacent, const EveryStep& every_step) const {
+    for (int32_t j = 0; j < begin * adjacent; ++j) to[j] = 0;
+    if (end > begin) every_step(to + begin * adjacent, line + first_inside * pixel, int64_t{end - begin} * adjacent);
+    for (int32_t j = end * adjacent; j < length * adjacent; ++j) to[j] = 0;
   }
 };
 

@@ -41,7 +41,7 @@ constexpr int64_t kCachedWeights = 512 << 10;
 
 // ---- The product ----
 
-// One tile of M = V U, of ROWS x VECTORS registers. Each step also asks for `ahead` vectors of the weights that come
+// One tile of M = V U, of ROWS x VECTORS registers. Each step also prefetches `ahead` vectors of the weights that come
 // next: with few rows they are used up faster than the hardware's own prefetching brings them.
 struct Product {
   const float* v;        // row i at v + i * v_pitch
@@ -160,8 +160,8 @@ struct Plan {
 // ---- The output transform ----
 
 // The output of one tile and one panel: A^T M A, the epilogue, the part of the tile that lies inside. Sets `flag` where
-// an output is not finite before the epilogue, which may hide it: relu6(infinity) is 6. The sum of all outputs tells,
-// which is not finite if one of them is not. It may overflow by itself, which costs time alone.
+// an output is not finite before the epilogue, which may hide it: relu6(infinity) is 6. The sum of all outputs says
+// so, which is not finite if one of them is not. It may overflow by itself, which costs time alone.
 template <int M, class T, class F>
 CONVEXT_INLINE void scatter_tile(const Winograd<T>& g, Tile tile, Tile next, const float* m, int64_t position_pitch,
                                  int32_t first_column, int32_t columns, F activation, uint8_t* flag) {
@@ -363,7 +363,7 @@ template <int M, class T>
 const char* run_winograd(const Winograd<T>& g, void* workspace, const Parallel& parallel) {
   const int32_t slots = parallel.threads > 1 ? parallel.threads : 1;
   const Plan<M> plan(g, slots);
-  if (g.weights.get == nullptr) return "it was not told where the weights are that it may need unpacked";
+  if (g.weights.get == nullptr) return "it was not given the weights unpacked, which it may need";
   if (plan.tiles == 0 || g.columns == 0) return nullptr;
   T* const zeros = static_cast<T*>(workspace);
   for (int32_t l = 0; l < g.depth; ++l) zeros[l] = T{};

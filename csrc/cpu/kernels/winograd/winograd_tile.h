@@ -170,8 +170,8 @@ CONVEXT_INLINE int32_t valid_outputs(const WinogradAxis& axis, int32_t first) {
 }
 
 // A square of pixels to come, `step` bytes apart and `line` bytes from row to row. The hardware does not follow as many
-// short runs as a tile has rows, so its first touch is asked for while the tile before it is transformed. Some of the
-// pixels may lie outside the tensor: asking for an address is no access.
+// short runs as a tile has rows, so its first touch is a prefetch while the tile before it is transformed. Some of the
+// pixels may lie outside the tensor: prefetching an address is no access.
 struct Ahead {
   uintptr_t first;
   int64_t line, step;

@@ -148,7 +148,7 @@ void multiply(const Plan& plan, const float* v, const float* const* d_rows, int3
   }
 }
 
-// G^T S G into dw, KCRS. Whether all of it is finite, as one sum of all tells, which may overflow by itself.
+// G^T S G into dw, KCRS. Whether all of it is finite, as one sum of all says, which may overflow by itself.
 bool finish(const Plan& plan, int32_t begin, int32_t end, int32_t panel, const float* sums, float* dw) {
   constexpr int kPatch = M + 2;
   const int32_t lanes = plan.split.width(panel) * V::width, filters = end - begin;

@@ -1,0 +1,112 @@
+"""What a backend is: one class, with a default for everything about which a backend has nothing to say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..problem import ConvProblem, Epilogue, Pass
+
+if TYPE_CHECKING:
+    from .native_sequence import Block, Prepared
+
+
+class Backend:
+    """Computes passes over problems on one type of device, or on several. A module in this folder holds one, `BACKEND`.
+
+    What raises NotImplementedError here every backend brings; it is called where neither `unavailable` nor `reject`
+    gave a reason. Tensors are on one device and fit the problem, and gradients are recorded elsewhere.
+    """
+
+    name: str  # what users call it
+
+    def unavailable(self, device_type: str) -> str | None:
+        """Why it is off on this machine for a type of device and what to do about it, or None where it is on."""
+        return None
+
+    def reject(self, pass_: Pass, problem: ConvProblem) -> str | None:
+        """Why it cannot serve a pass over a problem, in words, or None where it can."""
+        return None
+
+    def slower(self, pass_: Pass, problem: ConvProblem) -> str | None:
+        """Why another was measured to be faster where this one can serve, in words, or None. Only an automatic choice
+        reads it."""
+        return None
+
+    def variant(self, pass_: Pass, problem: ConvProblem) -> str:
+        """Name of the kernel that would run."""
+        return f"{self.name}_{pass_.name.lower()}"
+
+    def fprop(self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
+        """y, in the format of `problem.y_layout`."""
+        raise NotImplementedError
+
+    def dgrad(self, problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """dx, in the format of `problem.x_layout`."""
+        raise NotImplementedError
+
+    def wgrad(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor,
+              channels_last: bool = False) -> torch.Tensor:
+        """dw, in that format, as `memory_format.laid_out` has it."""
+        raise NotImplementedError
+
+    def depthwise_backward(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor,
+                           channels_last: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """dgrad(dy, w) and wgrad(dy, x, channels_last) of a depthwise problem, in one pass where a kernel does both."""
+        return self.dgrad(problem, dy, w), self.wgrad(problem, dy, x, channels_last)
+
+    def prepared_fprop(self, problem: ConvProblem, activation: str) -> Callable[..., torch.Tensor]:
+        """`Choice.prepared_fprop`, with everything looked up beforehand that does not depend on the tensors."""
+        return lambda x, w, bias, mean, var, gamma, beta, residual, eps: self.fprop(
+            problem, x, w, Epilogue(bias, mean, var, gamma, beta, residual, eps, activation))
+
+    def takes_float_weights(self, problem: ConvProblem) -> bool:
+        """Whether `prepared_fprop` takes float32 weights for a problem in half precision."""
+        return False
+
+    def prepared_sequence(self, blocks: list[Block]) -> Prepared | None:
+        """fprops in a row as one call, for swap/lower/program.py, or None where it cannot."""
+        return None
+
+    # ---- batch norm and activation of y (N, C, H, W): statistics are (C), in the accumulate dtype
+
+    def reject_batch_norm(self, y: torch.Tensor) -> str | None:
+        """Why it cannot run what follows on tensors like y, in words, or None where it can."""
+        return None
+
+    def batch_stats(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """mean, var (biased)."""
+        raise NotImplementedError
+
+    def fprop_batch_stats(self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor,
+                          bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """y and batch_stats(y) without reading y again, or None where no kernel does that."""
+        return None
+
+    def bn_act(self, y: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
+        """The epilogue, which has a mean and no bias, of y."""
+        raise NotImplementedError
+
+    def bn_act_backward(self, dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, training: bool
+                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """dy, dgamma, dbeta, dresidual, the last of size 0 where there is no residual. `training`: mean and var are
+        y's own."""
+        raise NotImplementedError
+
+    def act_backward(self, dout: torch.Tensor, z: torch.Tensor,
+                     activation: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """dz = dout * activation'(z) and its sum by channel, in z's dtype, or None where no pass does both."""
+        return None
+
+
+class Absent(Backend):
+    """Stands for a backend whose module does not load."""
+
+    def __init__(self, name: str, module: str, error: Exception):
+        self.name, self._module, self._error = name, module, error
+
+    def unavailable(self, device_type: str) -> str:
+        return (f"{self._module} does not load here ({type(self._error).__name__}: {self._error}): "
+                "install what it names, or reinstall convext from source")
