@@ -698,8 +698,8 @@ def test_verify_draws_its_numbers_wherever_the_default_device_is():
 def test_verify_sees_a_difference(monkeypatch):
     from convext import functional
     model = make(SharedReLU)
-    right = functional.conv_bn_relu
-    monkeypatch.setattr(functional, "conv_bn_relu", lambda *a, eps, **k: right(*a, eps=eps * 1.01, **k))
+    right = functional.conv_bn_act
+    monkeypatch.setattr(functional, "conv_bn_act", lambda *a, eps, **k: right(*a, eps=eps * 1.01, **k))
     found = convext.verify(model, sample())
     assert not found.ok and "DISAGREE" in str(found)
 

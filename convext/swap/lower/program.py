@@ -58,7 +58,7 @@ def prepared(program, signature):
     ops, x = program.ops, program.x
     choices = [op.choice for op in ops if op.choice is not None]
     backend = choices[0].backend if choices else None
-    if not hasattr(backend, "prepared_sequence") or any(choice.backend is not backend for choice in choices) \
+    if backend is None or any(choice.backend is not backend for choice in choices) \
             or not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
         return None
     sequence = backend.prepared_sequence(program.blocks)
