@@ -1,6 +1,6 @@
 """Builds and runs the stand-alone C++ tests: `csrc/tests/cpu_*.cpp`, each linked with every CPU kernel and the
 selection, and on a GPU `csrc/tests/cuda_*.cpp`, each linked with every CUDA kernel. Without a GPU the latter run on an
-emulator, for which tests/cuda_on_cpu.py builds them.
+emulator, for which tests/support/cuda_on_cpu.py builds them.
 
     python csrc/tests/run.py                 with the flags of the library
     python csrc/tests/run.py --sanitize      under the address and undefined-behaviour sanitizers

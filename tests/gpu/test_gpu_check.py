@@ -122,8 +122,8 @@ class TestStages:
 
 def test_files_with_tests_for_a_gpu_are_found():
     files = gpu_check.test_files()
-    assert {"tests/test_cases.py", "tests/test_conformance_opinfo.py"} <= set(files)
-    assert "tests/test_packaging.py" not in files
+    assert {"tests/test_cases.py", "tests/conformance/test_conformance_opinfo.py"} <= set(files)
+    assert "tests/house/test_packaging.py" not in files
 
 
 def test_what_sums_up_is_the_last_line_with_words():

@@ -15,7 +15,7 @@ import pytest
 
 import convext
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def dev(*arguments, path=None, **environment) -> subprocess.CompletedProcess:

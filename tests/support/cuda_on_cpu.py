@@ -16,7 +16,7 @@ import site
 import subprocess
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 EMULATOR = "tests/cuda_on_cpu"
 SANITIZERS = {"plain": [], "asan": ["-fsanitize=address"], "race": [],

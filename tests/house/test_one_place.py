@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 KERNEL = """// fprop of 1x1 layers in double precision: a loop.
@@ -220,13 +220,13 @@ def test_they_are_selected_and_reported(tree):
 
 @pytest.mark.parametrize(("file", "chosen", "least"), [
     ("test_cases.py", "pointwise and float64 and native or careful and dilated", 20),
-    ("test_isa.py", "pointwise and float64 and portable", 4),
+    ("backends/test_isa.py", "pointwise and float64 and portable", 4),
     ("test_functional.py", "sigmoid", 4),
     ("test_nn.py", "sigmoid", 1),
     ("test_checkpoint.py", "sigmoid", 1),
-    ("test_linears.py", "sigmoid", 2),
+    ("swap/test_linears.py", "sigmoid", 2),
     ("test_problem.py", "activations", 1),
-    ("test_triton.py", "every_activation", 0),  # where Triton is installed
+    ("triton/test_triton.py", "every_activation", 0),  # where Triton is installed
 ])
 def test_the_tests_that_are_there_try_them(tree, file, chosen, least):
     out = run(tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{file}", "-k", chosen)

@@ -13,7 +13,7 @@ import torch
 
 import convext
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def public(module: types.ModuleType) -> dict[str, object]:

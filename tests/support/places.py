@@ -19,7 +19,7 @@ from convext.backends import PRIORITY
 
 GPU = os.environ.get("CONVEXT_TEST_GPU") or ("cuda" if torch.cuda.is_available() else None)
 
-# Triton on the CPU is its interpreter, which tests/triton_interpreter.py runs.
+# Triton on the CPU is its interpreter, which tests/triton/triton_interpreter.py runs.
 ON_CPU = sorted(set(PRIORITY["cpu"]) - {"triton"})
 
 

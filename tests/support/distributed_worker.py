@@ -111,7 +111,7 @@ def trained(model, x):
 
 def same(found, expected):
     """Equal to rounding. A sum over n = N·H·W operands errs by eps·sqrt(n) of its size in either order of adding; a
-    quantity goes through six layers forward and six backward in each of the steps. Factor 4, as in tests/reference.py:
+    quantity goes through six layers forward and six backward in each of the steps. Factor 4, as in reference.py:
     the largest of some thousand errors."""
     assert found.keys() == expected.keys()
     layers, n = 6, 2 * IMAGES * SIZE * SIZE

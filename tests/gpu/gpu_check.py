@@ -34,7 +34,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 BUILD = ROOT / "build" / "gpu_check"
@@ -73,8 +73,8 @@ def python(*arguments: object) -> tuple[str, ...]:
 def test_files() -> list[str]:
     """The files with tests for a GPU: the others may import what is not installed here."""
     marks = re.compile(r"^from places import|mark\.gpu\b", re.M)
-    files = sorted((ROOT / "tests").glob("test_*.py"))
-    return [f"tests/{file.name}" for file in files if marks.search(file.read_text())]
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [file.relative_to(ROOT).as_posix() for file in files if marks.search(file.read_text())]
 
 
 def pytest(processes: int, keyword: str) -> tuple[tuple[str, ...], ...]:

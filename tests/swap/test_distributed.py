@@ -1,6 +1,6 @@
 """Swapped networks trained by two processes over gloo: what they compute is what unswapped ones do.
 
-Both processes run all of tests/distributed_worker.py once; each scenario is a test here."""
+Both processes run all of tests/support/distributed_worker.py once; each scenario is a test here."""
 import json
 import os
 import pathlib
@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-WORKER = pathlib.Path(__file__).with_name("distributed_worker.py")
+WORKER = pathlib.Path(__file__).parents[1] / "support" / "distributed_worker.py"
 SCENARIOS = re.findall(r"^@scenario\ndef (\w+)", WORKER.read_text(), re.MULTILINE)
 
 pytestmark = pytest.mark.skipif(not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),

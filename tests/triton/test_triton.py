@@ -20,21 +20,21 @@ from convext.backends import triton as backend_module
 from convext.problem import ACTIVATIONS, ConvProblem, Geom, Pass
 
 BACKEND = backend_module.BACKEND
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAVE_TRITON = backend_module._installed_version() is not None
 needs_triton = pytest.mark.skipif(not HAVE_TRITON or INTERPRETED, reason="Triton is not installed, or interprets")
 
 
 class TestInTheInterpreter:
-    """Each part of tests/triton_interpreter.py as one test."""
+    """Each part of tests/triton/triton_interpreter.py as one test."""
 
     @pytest.mark.timeout(900)  # about a minute of one core's time each, on a machine that may be busy
     @pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")
     @pytest.mark.parametrize("part", ["cases_float32", "cases_in_other_dtypes or empty_batch", "TestNetworks",
                                       "not cases and not empty_batch and not TestNetworks"])
     def test_passes(self, part):
-        program = ROOT / "tests/triton_interpreter.py"
+        program = ROOT / "tests/triton/triton_interpreter.py"
         arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", program, "-k", part]
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)

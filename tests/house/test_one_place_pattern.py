@@ -105,5 +105,5 @@ def test_a_pattern_is_one_file_and_one_name(tmp_path):
 
 
 def test_the_edits_are_those_of_the_documentation():
-    text = (Path(__file__).resolve().parents[1] / "docs" / "design.md").read_text()
+    text = (Path(__file__).resolve().parents[2] / "docs" / "design.md").read_text()
     assert "| a fusion pattern | one file in `convext/swap/match/`, its name in the `PATTERNS` of that folder |" in text

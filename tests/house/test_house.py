@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 PACKAGE = CSRC.parent / "convext"
 
 # Folder -> the folders that its files may include, from the bottom up. Its own goes without saying.

@@ -1,7 +1,7 @@
 """The Triton kernels' numbers, in Triton's interpreter. Runs with TRITON_INTERPRET=1 alone, so test_triton.py starts it
 in a process of its own; by hand:
 
-    TRITON_INTERPRET=1 python -m pytest tests/triton_interpreter.py
+    TRITON_INTERPRET=1 python -m pytest tests/triton/triton_interpreter.py
 """
 
 import math
