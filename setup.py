@@ -238,8 +238,12 @@ class BuildWithNinja(build_ext):
         build.compile("_C", "cxx", bindings, flags=f"-O1 {python} {defines}")  # nothing hot in it
         build.link("_C", output)
         build.rule("link__storage", f"{cxx} -shared -o $out $in -L{torch_root / 'lib'} -lc10", depfile=False)
-        build.compile("_storage", "cxx", CSRC / "storage" / "storage.cpp",
-                      flags=f"-O1 -std=c++20 {python} -isystem {torch_root / 'include'}")
+        build.compile(
+            "_storage",
+            "cxx",
+            CSRC / "storage" / "storage.cpp",
+            flags=f"-O1 -std=c++20 {python} -isystem {torch_root / 'include'}",
+        )
         storage = output.with_name(output.name.replace("_C", "_storage", 1))
         build.link("_storage", storage)
         build.run()

@@ -1,14 +1,14 @@
 """convext: convolutions for PyTorch.
 
-    convext.conv2d(x, w, ...)            functions, with the meaning of torch.nn.functional
-    convext.nn.Conv2d(...)               layers, drop-in for torch.nn
-    convext.swap(model)                  a whole model, in place
-    convext.backend("native"), backends  who computes, and why
-    convext.accuracy("strict")           which algorithms may
-    convext.refresh(model)               after weights were changed behind torch's back
-    convext.output_pool(0)               how much memory of dropped results is kept for the next
-    convext.layer_by_layer()             no two layers of a swapped model in one call, for profilers
-    torch.ops.convext.*                  the operators
+convext.conv2d(x, w, ...)            functions, with the meaning of torch.nn.functional
+convext.nn.Conv2d(...)               layers, drop-in for torch.nn
+convext.swap(model)                  a whole model, in place
+convext.backend("native"), backends  who computes, and why
+convext.accuracy("strict")           which algorithms may
+convext.refresh(model)               after weights were changed behind torch's back
+convext.output_pool(0)               how much memory of dropped results is kept for the next
+convext.layer_by_layer()             no two layers of a swapped model in one call, for profilers
+torch.ops.convext.*                  the operators
 """
 
 from __future__ import annotations
@@ -34,7 +34,25 @@ from .swap import layer_by_layer, report, revert, swap, verify
 __version__ = "0.1.0"
 
 __all__ = [
-    "accuracy", "autograd", "backend", "backends", "conv2d", "conv_act", "conv_bn_act", "conv_bn_relu",
-    "depthwise_conv2d", "dilated_conv2d", "functional", "layer_by_layer", "nn", "ops", "output_pool", "problem",
-    "refresh", "report", "revert", "swap", "verify",
+    "accuracy",
+    "autograd",
+    "backend",
+    "backends",
+    "conv2d",
+    "conv_act",
+    "conv_bn_act",
+    "conv_bn_relu",
+    "depthwise_conv2d",
+    "dilated_conv2d",
+    "functional",
+    "layer_by_layer",
+    "nn",
+    "ops",
+    "output_pool",
+    "problem",
+    "refresh",
+    "report",
+    "revert",
+    "swap",
+    "verify",
 ]

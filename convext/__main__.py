@@ -23,8 +23,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     missing = [name for name in ("typer", "rich") if not _is_there(name)]
     if missing:
-        print(f'convext: {" and ".join(missing)} not installed: pip install "convext[cli]"; `convext doctor` runs '
-              "without", file=sys.stderr)
+        print(
+            f'convext: {" and ".join(missing)} not installed: pip install "convext[cli]"; `convext doctor` runs '
+            "without",
+            file=sys.stderr,
+        )
         return 2
     from .cli import main as run
 

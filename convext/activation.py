@@ -43,18 +43,38 @@ def _silu_backward(dout: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
 
 # THE table, in the order of CONVEXT_ACTIVATIONS in epilogue.h, which is the numbering: a test compares them.
 TABLE = {
-    "identity": Activation(lambda z: z, lambda dout, z: dout, lambda z: z,
-                           modules={nn.Identity: {}}, by_output=True),
-    "relu": Activation(torch.relu, lambda dout, z: _aten.threshold_backward(dout, z, 0), torch.relu_,
-                       (F.relu, F.relu_, torch.relu, torch.relu_), ("relu", "relu_"), {nn.ReLU: {}}, by_output=True),
-    "relu6": Activation(F.relu6, lambda dout, z: _aten.hardtanh_backward(dout, z, 0, 6),
-                        lambda z: F.hardtanh_(z, 0.0, 6.0), (F.relu6,),
-                        modules=dict.fromkeys((nn.ReLU6, nn.Hardtanh), {"min_val": 0, "max_val": 6})),
+    "identity": Activation(lambda z: z, lambda dout, z: dout, lambda z: z, modules={nn.Identity: {}}, by_output=True),
+    "relu": Activation(
+        torch.relu,
+        lambda dout, z: _aten.threshold_backward(dout, z, 0),
+        torch.relu_,
+        (F.relu, F.relu_, torch.relu, torch.relu_),
+        ("relu", "relu_"),
+        {nn.ReLU: {}},
+        by_output=True,
+    ),
+    "relu6": Activation(
+        F.relu6,
+        lambda dout, z: _aten.hardtanh_backward(dout, z, 0, 6),
+        lambda z: F.hardtanh_(z, 0.0, 6.0),
+        (F.relu6,),
+        modules=dict.fromkeys((nn.ReLU6, nn.Hardtanh), {"min_val": 0, "max_val": 6}),
+    ),
     "silu": Activation(F.silu, _silu_backward, lambda z: F.silu(z, inplace=True), (F.silu,), modules={nn.SiLU: {}}),
-    "hardswish": Activation(F.hardswish, lambda dout, z: _aten.hardswish_backward(dout, z),
-                            lambda z: F.hardswish(z, inplace=True), (F.hardswish,), modules={nn.Hardswish: {}}),
-    "gelu": Activation(F.gelu, lambda dout, z: _aten.gelu_backward(dout, z), F.gelu, (F.gelu,),
-                       modules={nn.GELU: {"approximate": "none"}}),
+    "hardswish": Activation(
+        F.hardswish,
+        lambda dout, z: _aten.hardswish_backward(dout, z),
+        lambda z: F.hardswish(z, inplace=True),
+        (F.hardswish,),
+        modules={nn.Hardswish: {}},
+    ),
+    "gelu": Activation(
+        F.gelu,
+        lambda dout, z: _aten.gelu_backward(dout, z),
+        F.gelu,
+        (F.gelu,),
+        modules={nn.GELU: {"approximate": "none"}},
+    ),
 }
 
 FORWARD = {name: entry.forward for name, entry in TABLE.items()}

@@ -100,8 +100,10 @@ def _dgrad_and_wgrad(ctx, dy, x, w, x_needed, w_needed):
     """dx and dw of a Function's convolution, None where not needed."""
     if x_needed and w_needed and not torch.is_grad_enabled():
         return ops.dgrad_and_wgrad(dy, x, w, ctx.geom, ctx.channels_last, ctx.dw_channels_last)
-    return (_dgrad(dy, w, ctx.input_size, ctx.geom, ctx.channels_last) if x_needed else None,
-            _wgrad(dy, x, ctx.kernel_size, ctx.geom, ctx.dw_channels_last) if w_needed else None)
+    return (
+        _dgrad(dy, w, ctx.input_size, ctx.geom, ctx.channels_last) if x_needed else None,
+        _wgrad(dy, x, ctx.kernel_size, ctx.geom, ctx.dw_channels_last) if w_needed else None,
+    )
 
 
 def _channel_sum(dy):
@@ -121,10 +123,19 @@ class _Function(Function):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        cls.on_one_level = type(cls)(cls.__name__, (_SingleLevelFunction,), {  # type: ignore[misc]
-            "__doc__": cls.__doc__, "__module__": cls.__module__, "__qualname__": cls.__qualname__,
-            **{name: staticmethod(getattr(cls, name))
-               for name in ("forward", "setup_context", "backward", "jvp", "_compiled_autograd_key")}})
+        cls.on_one_level = type(cls)(
+            cls.__name__,
+            (_SingleLevelFunction,),
+            {  # type: ignore[misc]
+                "__doc__": cls.__doc__,
+                "__module__": cls.__module__,
+                "__qualname__": cls.__qualname__,
+                **{
+                    name: staticmethod(getattr(cls, name))
+                    for name in ("forward", "setup_context", "backward", "jvp", "_compiled_autograd_key")
+                },
+            },
+        )
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
@@ -252,8 +263,10 @@ class DgradFunction(_Function):
     @_lower_levels_record
     def jvp(ctx, dy_t, w_t, *_):
         dy, w = ctx.saved_tensors
-        return _add(None if dy_t is None else _dgrad(dy_t, w, ctx.input_size, ctx.geom, ctx.channels_last),
-                    None if w_t is None else _dgrad(dy, w_t, ctx.input_size, ctx.geom, ctx.channels_last))
+        return _add(
+            None if dy_t is None else _dgrad(dy_t, w, ctx.input_size, ctx.geom, ctx.channels_last),
+            None if w_t is None else _dgrad(dy, w_t, ctx.input_size, ctx.geom, ctx.channels_last),
+        )
 
 
 class WgradFunction(_Function):
@@ -289,8 +302,10 @@ class WgradFunction(_Function):
     @_lower_levels_record
     def jvp(ctx, dy_t, x_t, *_):
         dy, x = ctx.saved_tensors
-        return _add(None if dy_t is None else _wgrad(dy_t, x, ctx.kernel_size, ctx.geom, ctx.channels_last),
-                    None if x_t is None else _wgrad(dy, x_t, ctx.kernel_size, ctx.geom, ctx.channels_last))
+        return _add(
+            None if dy_t is None else _wgrad(dy_t, x, ctx.kernel_size, ctx.geom, ctx.channels_last),
+            None if x_t is None else _wgrad(dy, x_t, ctx.kernel_size, ctx.geom, ctx.channels_last),
+        )
 
 
 def _cast(grad, like_dtype):
@@ -298,8 +313,10 @@ def _cast(grad, like_dtype):
 
 
 def _refuse_forward_mode(name: str):
-    raise NotImplementedError(f"{name} has no forward-mode derivative: call convext.conv_bn_act, which takes a path "
-                              "that has one when a tensor carries a tangent")
+    raise NotImplementedError(
+        f"{name} has no forward-mode derivative: call convext.conv_bn_act, which takes a path "
+        "that has one when a tensor carries a tangent"
+    )
 
 
 class ConvBNActFunction(_Function):
@@ -320,7 +337,8 @@ class ConvBNActFunction(_Function):
     def forward(x, w, bias, mean, var, gamma, beta, residual, eps, activation, geom, update):
         if mean is None:
             found = ops.conv_bn_act_train(
-                x, w, Epilogue(bias, None, None, gamma, beta, residual, eps, activation), geom)
+                x, w, Epilogue(bias, None, None, gamma, beta, residual, eps, activation), geom
+            )
             if update is not None:
                 update(*found[1:])
             return found
@@ -372,7 +390,10 @@ class ConvBNActFunction(_Function):
             _cast(dgamma, ctx.dtypes[0]) if gamma_needed else None,
             _cast(dbeta, ctx.dtypes[1]) if beta_needed else None,
             dresidual if residual_needed else None,
-            None, None, None, None,
+            None,
+            None,
+            None,
+            None,
         )
 
     @staticmethod
@@ -386,6 +407,7 @@ class ConvActFunction(_Function):
     or `out` again where its derivative follows from that; it is not differentiable."""
 
     generate_vmap_rule = True
+
     @staticmethod
     def forward(x, w, bias, residual, geom, activation):
         if TABLE[activation].by_output:  # PyTorch keeps the output as well: who writes into it is refused
@@ -425,7 +447,8 @@ class ConvActFunction(_Function):
             *_dgrad_and_wgrad(ctx, dy, x, w, x_needed, w_needed),
             db if bias_needed else None,
             dy if residual_needed else None,
-            None, None,
+            None,
+            None,
         )
 
     @staticmethod
@@ -524,8 +547,9 @@ def _apply(function, *args):
     return function.apply(*args)
 
 
-def conv_act(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue, geom: Geom,
-             apply: Callable[..., Any] = _apply) -> torch.Tensor:
+def conv_act(
+    x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue, geom: Geom, apply: Callable[..., Any] = _apply
+) -> torch.Tensor:
     """ConvActFunction of an epilogue without a batch norm, or in forward mode what it stands for."""
     bias, residual, activation = epilogue.bias, epilogue.residual, epilogue.activation
     if carries_tangents():
@@ -533,9 +557,14 @@ def conv_act(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue, geom: Geom,
     return apply(ConvActFunction, x, w, bias, residual, geom, activation)[0]
 
 
-def conv_bn_act(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue, geom: Geom, apply: Callable[..., Any] = _apply,
-                update: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
-                ) -> tuple[torch.Tensor, ...]:
+def conv_bn_act(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    epilogue: Epilogue,
+    geom: Geom,
+    apply: Callable[..., Any] = _apply,
+    update: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None,
+) -> tuple[torch.Tensor, ...]:
     """ConvBNActFunction, or in forward mode, without `update`, what it stands for."""
     if not carries_tangents():
         return apply(ConvBNActFunction, x, w, *epilogue, geom, update)
@@ -553,5 +582,6 @@ _register("conv_bn_act", _differentiable_conv_bn_act, 8)
 _register("conv_bn_act_train", _differentiable_conv_bn_act_train, 8)
 _register("batch_stats", reference.batch_stats, 1)
 _register("bn_act", lambda y, *norm: reference.bn_act(y, Epilogue(None, *norm)), 6)
-_register("bn_act_backward", lambda dout, y, *norm: reference.bn_act_backward(
-    dout, y, Epilogue(None, *norm[:7]), norm[7]), 7)
+_register(
+    "bn_act_backward", lambda dout, y, *norm: reference.bn_act_backward(dout, y, Epilogue(None, *norm[:7]), norm[7]), 7
+)

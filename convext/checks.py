@@ -38,11 +38,13 @@ def check_geom(geom: Geom) -> None:
                 raise InvalidArgument(f"{name}: expected ints of 64 bits, got {tuple(values)}")
             if value < least:
                 what = "negative" if least == 0 else "non-positive"
-                raise InvalidArgument(f"{what} {name} is not supported, {name} should be {_BOUND[least]}: "
-                                      f"{name} is {tuple(values)}")
+                raise InvalidArgument(
+                    f"{what} {name} is not supported, {name} should be {_BOUND[least]}: {name} is {tuple(values)}"
+                )
     if geom.groups < 1:
-        raise InvalidArgument("non-positive groups is not supported, groups should be greater than zero: "
-                              f"groups is {geom.groups}")
+        raise InvalidArgument(
+            f"non-positive groups is not supported, groups should be greater than zero: groups is {geom.groups}"
+        )
 
 
 def check_conv(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, geom: Geom) -> None:
@@ -55,27 +57,36 @@ def check_conv(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, geom
     groups = geom.groups
     k, c_per_group, r, s = w.shape
     if k < groups:
-        raise InvalidArgument(f"weight: given groups={groups}, expected weight to be at least {groups} at dimension 0, "
-                              f"but got weight of size {_shape(w)}")
+        raise InvalidArgument(
+            f"weight: given groups={groups}, expected weight to be at least {groups} at dimension 0, "
+            f"but got weight of size {_shape(w)}"
+        )
     if k % groups:
-        raise InvalidArgument(f"weight: expected dimension 0 to be divisible by groups={groups}, "
-                              f"but got weight of size {_shape(w)}")
+        raise InvalidArgument(
+            f"weight: expected dimension 0 to be divisible by groups={groups}, but got weight of size {_shape(w)}"
+        )
     if x.shape[1] != c_per_group * groups:
-        raise InvalidArgument(f"input: given groups={groups} and weight of size {_shape(w)}, expected input "
-                              f"{_shape(x)} to have {c_per_group * groups} channels, but got {x.shape[1]} channels "
-                              "instead")
+        raise InvalidArgument(
+            f"input: given groups={groups} and weight of size {_shape(w)}, expected input "
+            f"{_shape(x)} to have {c_per_group * groups} channels, but got {x.shape[1]} channels "
+            "instead"
+        )
     if r < 1 or s < 1:
         raise InvalidArgument(f"weight: expected a kernel of at least 1 x 1, got weight of size {_shape(w)}")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != k):
-        raise InvalidArgument(f"bias: given weight of size {_shape(w)}, expected bias to be 1-dimensional with {k} "
-                              f"elements, but got bias of size {_shape(bias)}")
+        raise InvalidArgument(
+            f"bias: given weight of size {_shape(w)}, expected bias to be 1-dimensional with {k} "
+            f"elements, but got bias of size {_shape(bias)}"
+        )
     for axis, size, kernel in ((0, x.shape[2], r), (1, x.shape[3], s)):
         if size + 2 * geom.padding[axis] < geom.dilation[axis] * (kernel - 1) + 1:
             padded = tuple(n + 2 * p for n, p in zip(x.shape[2:], geom.padding))
             extent = tuple(d * (n - 1) + 1 for n, d in zip((r, s), geom.dilation))
-            raise InvalidArgument(f"input: calculated padded input size per channel: {padded[0]} x {padded[1]}. "
-                                  f"Kernel size with dilation: {extent[0]} x {extent[1]}. The kernel can't be greater "
-                                  "than the padded input")
+            raise InvalidArgument(
+                f"input: calculated padded input size per channel: {padded[0]} x {padded[1]}. "
+                f"Kernel size with dilation: {extent[0]} x {extent[1]}. The kernel can't be greater "
+                "than the padded input"
+            )
     for name, t in (("weight", w), ("bias", bias)):
         if t is None:
             continue
@@ -85,19 +96,28 @@ def check_conv(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, geom
             raise InvalidArgument(f"{name}: expected to be on the device of input, {x.device}, got {t.device}")
 
 
-def check_batch_norm(dtype: torch.dtype, k: int, mean: torch.Tensor | None, var: torch.Tensor | None,
-                     gamma: torch.Tensor | None, beta: torch.Tensor | None) -> None:
+def check_batch_norm(
+    dtype: torch.dtype,
+    k: int,
+    mean: torch.Tensor | None,
+    var: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+    beta: torch.Tensor | None,
+) -> None:
     """RuntimeError unless the parameters fit a batch norm over K channels of `dtype`, as F.batch_norm has it."""
     if (mean is None) != (var is None):
-        raise ValueError("running_mean and running_var must either both be None or neither be None, got "
-                         f"running_mean {'None' if mean is None else 'a Tensor'} and "
-                         f"running_var {'None' if var is None else 'a Tensor'}")
+        raise ValueError(
+            "running_mean and running_var must either both be None or neither be None, got "
+            f"running_mean {'None' if mean is None else 'a Tensor'} and "
+            f"running_var {'None' if var is None else 'a Tensor'}"
+        )
     all_named = {"running_mean": mean, "running_var": var, "bn_weight": gamma, "bn_bias": beta}
     named = {name: t for name, t in all_named.items() if t is not None}
     for name, t in named.items():
         if t.dim() != 1 or t.shape[0] != k:
-            raise RuntimeError(f"{name}: should contain {k} elements, one for each output channel, "
-                               f"got size {_shape(t)}")
+            raise RuntimeError(
+                f"{name}: should contain {k} elements, one for each output channel, got size {_shape(t)}"
+            )
     reduced = dtype in (torch.float16, torch.bfloat16)
     expected = torch.float32 if reduced and any(t.dtype is torch.float32 for t in named.values()) else dtype
     for name, t in named.items():
@@ -108,8 +128,10 @@ def check_batch_norm(dtype: torch.dtype, k: int, mean: torch.Tensor | None, var:
 def check_more_than_one_value(y_shape: Sequence[int]) -> None:
     """ValueError when a training batch norm would see one value per channel: its variance would be 0 of 0."""
     if y_shape[0] * y_shape[2] * y_shape[3] == 1:
-        raise ValueError("Expected more than 1 value per channel when training, got an output of the convolution of "
-                         f"size {list(y_shape)}")
+        raise ValueError(
+            "Expected more than 1 value per channel when training, got an output of the convolution of "
+            f"size {list(y_shape)}"
+        )
 
 
 def check_activation(activation: str) -> None:
@@ -125,5 +147,6 @@ def check_residual(residual: torch.Tensor, y_shape: Sequence[int]) -> None:
     except RuntimeError:
         fits = False
     if not fits:
-        raise RuntimeError(f"residual: expected a size that broadcasts to that of the output, {list(y_shape)}, "
-                           f"got {_shape(residual)}")
+        raise RuntimeError(
+            f"residual: expected a size that broadcasts to that of the output, {list(y_shape)}, got {_shape(residual)}"
+        )

@@ -80,10 +80,13 @@ def bench_model(
     memory_format: Format = MemoryFormat.contiguous,
     train: Annotated[bool, typer.Option("--train/--eval", help="A training step, or inference.")] = False,
     peers: Annotated[bool, typer.Option("--peers", help="Also the engines that people leave PyTorch for.")] = False,
-    peer: Annotated[Optional[list[str]], typer.Option(
-        help="One of those alone, such as OpenVINO; may be given more than once.")] = None,
-    output_pool: Annotated[bool, typer.Option(
-        "--output-pool/--no-output-pool", help="Reuse memory of dropped results, or take it from malloc.")] = True,
+    peer: Annotated[
+        Optional[list[str]], typer.Option(help="One of those alone, such as OpenVINO; may be given more than once.")
+    ] = None,
+    output_pool: Annotated[
+        bool,
+        typer.Option("--output-pool/--no-output-pool", help="Reuse memory of dropped results, or take it from malloc."),
+    ] = True,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     seconds: Seconds = 10.0,
     output: Json = None,
@@ -266,7 +269,7 @@ def _needs(extra: str, *modules: str) -> None:
 
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
-        raise UsageError(f"{', '.join(missing)} not installed: pip install \"convext[{extra}]\"")
+        raise UsageError(f'{", ".join(missing)} not installed: pip install "convext[{extra}]"')
 
 
 @contextmanager

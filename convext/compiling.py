@@ -93,8 +93,16 @@ def _bn_act_backward(dout, y, *others):
     return _triton().bn_act_backward(dout, y, *others) if _serves_batch_norm(y) else None
 
 
-_PARTS = {"fprop": _fprop, "conv_bn_act": _conv_bn_act, "conv_bn_act_train": _conv_bn_act_train, "dgrad": _dgrad,
-          "wgrad": _wgrad, "batch_stats": _batch_stats, "bn_act": _bn_act, "bn_act_backward": _bn_act_backward}
+_PARTS = {
+    "fprop": _fprop,
+    "conv_bn_act": _conv_bn_act,
+    "conv_bn_act_train": _conv_bn_act_train,
+    "dgrad": _dgrad,
+    "wgrad": _wgrad,
+    "batch_stats": _batch_stats,
+    "bn_act": _bn_act,
+    "bn_act_backward": _bn_act_backward,
+}
 
 
 def _static(arguments) -> bool:

@@ -45,17 +45,20 @@ def _unusual_pair(name: str, value: Any) -> tuple[int, int]:
     if _is_int(value):
         return (_as_int(value),) * 2
     if not isinstance(value, (tuple, list)) or not all(_is_int(v) for v in value):
-        raise checks.InvalidType(f"{name}: expected an int or a tuple of two ints, got {value!r} "
-                                 f"({type(value).__name__})")
+        raise checks.InvalidType(
+            f"{name}: expected an int or a tuple of two ints, got {value!r} ({type(value).__name__})"
+        )
     if len(value) not in (1, 2):
-        raise checks.InvalidArgument(f"{name}: expected one int or two, one for height and one for width, "
-                                     f"got {list(value)}")
+        raise checks.InvalidArgument(
+            f"{name}: expected one int or two, one for height and one for width, got {list(value)}"
+        )
     pair = tuple(_as_int(v) for v in value)
     return pair if len(pair) == 2 else pair * 2
 
 
-def _same_padding(x: torch.Tensor, w: torch.Tensor, stride: tuple[int, int],
-                  dilation: tuple[int, int]) -> tuple[torch.Tensor, tuple[int, int]]:
+def _same_padding(
+    x: torch.Tensor, w: torch.Tensor, stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[torch.Tensor, tuple[int, int]]:
     """x and the padding of padding="same". Where the sides differ, x is padded on its far side first, as in ATen."""
     if stride != (1, 1):
         raise checks.InvalidArgument(f"padding='same' is not supported for strided convolutions: stride is {stride}")
@@ -66,8 +69,9 @@ def _same_padding(x: torch.Tensor, w: torch.Tensor, stride: tuple[int, int],
     return x, (total[0] // 2, total[1] // 2)
 
 
-def normalised(x: torch.Tensor, w: torch.Tensor, stride: Size, padding: Size | str, dilation: Size,
-               groups: int) -> tuple[torch.Tensor, Geom]:
+def normalised(
+    x: torch.Tensor, w: torch.Tensor, stride: Size, padding: Size | str, dilation: Size, groups: int
+) -> tuple[torch.Tensor, Geom]:
     """x (padded where "same" asks for it) and geom."""
     stride, dilation = as_pair("stride", stride), as_pair("dilation", dilation)
     if type(groups) is not int:
@@ -114,8 +118,16 @@ def _is_foreign(*tensors: object) -> bool:
     return False
 
 
-def _conv2d(function: type[autograd.Conv2dFunction], x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None,
-            stride: Size, padding: Size | str, dilation: Size, groups: int) -> torch.Tensor:
+def _conv2d(
+    function: type[autograd.Conv2dFunction],
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
+    groups: int,
+) -> torch.Tensor:
     """The one path of the three convolutions; `function` records the gradient."""
     if torch.compiler.is_compiling():
         return _conv2d_traced(x, w, bias, stride, padding, dilation, groups)
@@ -136,9 +148,16 @@ def _as_pytorch(error: checks.InvalidArgument, *arguments: Any) -> torch.Tensor:
         raise type(theirs)(f"{theirs}\nconvext: {error}") from None
 
 
-def _checked_conv2d(function: type[autograd.Conv2dFunction], x: torch.Tensor, w: torch.Tensor,
-                    bias: torch.Tensor | None, stride: Size, padding: Size | str, dilation: Size,
-                    groups: int) -> torch.Tensor:
+def _checked_conv2d(
+    function: type[autograd.Conv2dFunction],
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
+    groups: int,
+) -> torch.Tensor:
     if not (type(x) in _PLAIN and type(w) in _PLAIN and type(bias) in _PLAIN) or x is None or w is None:
         _check_tensors(x, w, bias)
     known = x.dtype in DTYPES or w.dtype in DTYPES  # one alone is an error, which the checks explain
@@ -152,8 +171,9 @@ def _checked_conv2d(function: type[autograd.Conv2dFunction], x: torch.Tensor, w:
     return _record(function, x, w, bias, geom)
 
 
-def _record(function: type[autograd.Conv2dFunction], x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None,
-            geom: Geom) -> torch.Tensor:
+def _record(
+    function: type[autograd.Conv2dFunction], x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, geom: Geom
+) -> torch.Tensor:
     if x.dim() == 4 and (x.shape[0] == 0 or x.shape[1] == 0):
         # Nothing to compute. Strides of an empty batch follow rules of ATen's own, and without channels y does not
         # say how many filters there are.
@@ -172,8 +192,15 @@ def _needs_function(*tensors: torch.Tensor | None) -> bool:
     return autograd.needs_function(*tensors) or ops._functorch_active()
 
 
-def _conv2d_traced(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, stride: Size, padding: Size | str,
-                   dilation: Size, groups: int) -> torch.Tensor:
+def _conv2d_traced(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
+    groups: int,
+) -> torch.Tensor:
     """What a compiler sees: one operator, which knows its own gradient."""
     if x.dtype not in DTYPES or w.dtype not in DTYPES:
         return torch.conv2d(x, w, bias, stride, padding, dilation, groups)
@@ -183,8 +210,15 @@ def _conv2d_traced(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, 
     return torch.ops.convext.fprop(x, w, bias, *geom)
 
 
-def conv2d(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, stride: Size = 1,
-           padding: Size | str = 0, dilation: Size = 1, groups: int = 1) -> torch.Tensor:
+def conv2d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+) -> torch.Tensor:
     """2-D convolution: torch.nn.functional.conv2d, argument for argument.
 
     Args:
@@ -209,13 +243,28 @@ def conv2d(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
         torch.Size([2, 8, 16, 16])
     """
     if has_torch_function((input, weight, bias)):
-        return handle_torch_function(conv2d, (input, weight, bias), input, weight, bias, stride=stride, padding=padding,
-                                     dilation=dilation, groups=groups)
+        return handle_torch_function(
+            conv2d,
+            (input, weight, bias),
+            input,
+            weight,
+            bias,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+        )
     return _conv2d(autograd.Conv2dFunction, input, weight, bias, stride, padding, dilation, groups)
 
 
-def depthwise_conv2d(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, stride: Size = 1,
-                     padding: Size | str = 0, dilation: Size = 1) -> torch.Tensor:
+def depthwise_conv2d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+) -> torch.Tensor:
     """Depthwise convolution: every input channel has filters of its own, groups = C.
 
     Args:
@@ -231,20 +280,36 @@ def depthwise_conv2d(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
         torch.Size([1, 32, 32, 32])
     """
     if has_torch_function((input, weight, bias)):
-        return handle_torch_function(depthwise_conv2d, (input, weight, bias), input, weight, bias, stride=stride,
-                                     padding=padding, dilation=dilation)
+        return handle_torch_function(
+            depthwise_conv2d,
+            (input, weight, bias),
+            input,
+            weight,
+            bias,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+        )
     _check_tensors(input, weight, bias)
     if input.dim() not in (3, 4):
         raise RuntimeError(f"input: expected 3D (unbatched) or 4D (batched) input, got {list(input.shape)}")
     channels = input.shape[-3]
     if weight.dim() != 4 or weight.shape[1] != 1 or channels < 1 or weight.shape[0] % channels:
-        raise RuntimeError(f"weight: expected size (C*m, 1, R, S) with C={channels} for input {list(input.shape)}, "
-                           f"got {list(weight.shape)}")
+        raise RuntimeError(
+            f"weight: expected size (C*m, 1, R, S) with C={channels} for input {list(input.shape)}, "
+            f"got {list(weight.shape)}"
+        )
     return _conv2d(autograd.DepthwiseConv2dFunction, input, weight, bias, stride, padding, dilation, channels)
 
 
-def dilated_conv2d(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, stride: Size = 1,
-                   padding: Size | str = 0, dilation: Size = 2) -> torch.Tensor:
+def dilated_conv2d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 2,
+) -> torch.Tensor:
     """Dilated (atrous) convolution: `conv2d` with groups = 1 and a dilation of 2 by default.
 
     Args:
@@ -258,14 +323,31 @@ def dilated_conv2d(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
         torch.Size([1, 8, 28, 24])
     """
     if has_torch_function((input, weight, bias)):
-        return handle_torch_function(dilated_conv2d, (input, weight, bias), input, weight, bias, stride=stride,
-                                     padding=padding, dilation=dilation)
+        return handle_torch_function(
+            dilated_conv2d,
+            (input, weight, bias),
+            input,
+            weight,
+            bias,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+        )
     return _conv2d(autograd.DilatedConv2dFunction, input, weight, bias, stride, padding, dilation, 1)
 
 
-def conv_act(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, stride: Size = 1,
-             padding: Size | str = 0, dilation: Size = 1, groups: int = 1, activation: str = "relu",
-             residual: torch.Tensor | None = None) -> torch.Tensor:
+def conv_act(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    activation: str = "relu",
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
     """activation(conv2d(input, weight, bias) + residual) in one call: `conv_bn_act` without a batch norm.
 
     Args:
@@ -284,8 +366,19 @@ def conv_act(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     """
     tensors = input, weight, bias, residual
     if has_torch_function(tensors):
-        return handle_torch_function(conv_act, tensors, input, weight, bias, stride=stride, padding=padding,
-                                     dilation=dilation, groups=groups, activation=activation, residual=residual)
+        return handle_torch_function(
+            conv_act,
+            tensors,
+            input,
+            weight,
+            bias,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            activation=activation,
+            residual=residual,
+        )
     epilogue = Epilogue(bias, None, None, None, None, residual, 0.0, activation)
     if _is_simple(*tensors) and (geom := _plain_geom(stride, padding, dilation, groups)) is not None:
         out = ops.conv_bn_act_again(input, weight, epilogue, geom)
@@ -307,12 +400,26 @@ def conv_act(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     return out.squeeze(0) if input.dim() == 3 else out
 
 
-def conv_bn_act(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-                running_mean: torch.Tensor | None, running_var: torch.Tensor | None, bn_weight: torch.Tensor | None,
-                bn_bias: torch.Tensor | None, *, stride: Size = 1, padding: Size | str = 0, dilation: Size = 1,
-                groups: int = 1, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
-                activation: str = "relu", residual: torch.Tensor | None = None,
-                num_batches_tracked: torch.Tensor | None = None) -> torch.Tensor:
+def conv_bn_act(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    bn_weight: torch.Tensor | None,
+    bn_bias: torch.Tensor | None,
+    *,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    residual: torch.Tensor | None = None,
+    num_batches_tracked: torch.Tensor | None = None,
+) -> torch.Tensor:
     """activation(batch_norm(conv2d(input, weight, bias)) + residual) in one call. `conv_bn_relu` is the same function:
     its activation is ReLU unless another is named.
 
@@ -345,14 +452,29 @@ def conv_bn_act(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     tensors = input, weight, bias, running_mean, running_var, bn_weight, bn_bias, residual
     if has_torch_function(tensors):
         return handle_torch_function(
-            conv_bn_act, tensors, *tensors[:7], stride=stride, padding=padding, dilation=dilation, groups=groups,
-            training=training, momentum=momentum, eps=eps, activation=activation, residual=residual,
-            num_batches_tracked=num_batches_tracked)
+            conv_bn_act,
+            tensors,
+            *tensors[:7],
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            activation=activation,
+            residual=residual,
+            num_batches_tracked=num_batches_tracked,
+        )
     if not isinstance(momentum, (int, float)):
         raise TypeError(f"momentum: expected a float, got {momentum!r}; convext.nn.ConvBNReLU takes None")
     epilogue = Epilogue(bias, running_mean, running_var, bn_weight, bn_bias, residual, eps, activation)
-    if not training and running_mean is not None and _is_simple(*tensors) \
-            and (geom := _plain_geom(stride, padding, dilation, groups)) is not None:
+    if (
+        not training
+        and running_mean is not None
+        and _is_simple(*tensors)
+        and (geom := _plain_geom(stride, padding, dilation, groups)) is not None
+    ):
         out = ops.conv_bn_act_again(input, weight, epilogue, geom)
         if out is not None:
             return out
@@ -362,18 +484,21 @@ def conv_bn_act(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     except checks.InvalidArgument:  # conv2d raises, or takes it as PyTorch does
         fused = None
     if fused is None:
-        return _unfused(input, weight, epilogue, stride, padding, dilation, groups, training, momentum,
-                        num_batches_tracked)
+        return _unfused(
+            input, weight, epilogue, stride, padding, dilation, groups, training, momentum, num_batches_tracked
+        )
     x, w, epilogue, geom = fused
     _check_batch_norm(x, w, epilogue, geom, training)
     needs_function = not torch.compiler.is_compiling() and _needs_function(
-        x, w, epilogue.bias, bn_weight, bn_bias, epilogue.residual)
+        x, w, epilogue.bias, bn_weight, bn_bias, epilogue.residual
+    )
     if not training:
         if needs_function:
             out = autograd.conv_bn_act(x, w, epilogue, geom)[0]
         else:
             out = ops.conv_bn_act(x, w, epilogue, geom)
     else:
+
         def update(y: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> None:
             if num_batches_tracked is not None:
                 num_batches_tracked.add_(1)
@@ -409,8 +534,15 @@ def _is_simple(*tensors: torch.Tensor | None) -> bool:
     return ops.all_plain(*tensors) and not autograd.needs_function(*tensors)
 
 
-def _prepare_fused(input: torch.Tensor, weight: torch.Tensor, epilogue: Epilogue, stride: Size, padding: Size | str,
-                   dilation: Size, groups: int) -> _Fused | None:
+def _prepare_fused(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    epilogue: Epilogue,
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
+    groups: int,
+) -> _Fused | None:
     """(x, w, epilogue, geom) for the fused operators, batched and cast, or None where the parts run one by one:
     other dtypes, empty tensors, a residual that must broadcast or promote, subclasses, transforms."""
     residual = epilogue.residual
@@ -421,8 +553,14 @@ def _prepare_fused(input: torch.Tensor, weight: torch.Tensor, epilogue: Epilogue
             for t in epilogue[1:6]:
                 checks.check_tensor("residual and the batch norm's parameters", t, optional=True)
         tensors = input, weight, *epilogue[:6]
-        if ops._functorch_active() or ops.batched_the_older_way(*tensors) or autograd.carries_tangents() \
-                or not plain and _is_foreign(*tensors) or _jit_tracing():
+        if (
+            ops._functorch_active()
+            or ops.batched_the_older_way(*tensors)
+            or autograd.carries_tangents()
+            or not plain
+            and _is_foreign(*tensors)
+            or _jit_tracing()
+        ):
             return None
     x, w, b = input, weight, epilogue.bias
     if x.dtype not in DTYPES or w.dtype not in DTYPES or x.layout is not _strided or w.layout is not _strided:
@@ -451,13 +589,21 @@ def _check_batch_norm(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue, geom
         checks.check_more_than_one_value((x.shape[0], w.shape[0], *geom.output_size(x.shape[2:], w.shape[2:])))
     checks.check_batch_norm(x.dtype, w.shape[0], *epilogue.norm)
     if epilogue.mean is None and not training:
-        raise RuntimeError("running_mean must be defined in evaluation mode: it is None, expected "
-                           f"{w.shape[0]} elements, or training=True to normalise by the batch")
+        raise RuntimeError(
+            "running_mean must be defined in evaluation mode: it is None, expected "
+            f"{w.shape[0]} elements, or training=True to normalise by the batch"
+        )
 
 
 @torch.no_grad()
-def _update_running(running_mean: torch.Tensor, running_var: torch.Tensor, mean: torch.Tensor, var: torch.Tensor,
-                    momentum: float, count: int) -> None:
+def _update_running(
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    momentum: float,
+    count: int,
+) -> None:
     """Unseen by autograd, as F.batch_norm does it: where a graph of evaluation mode has saved the statistics, its
     backward pass must not refuse because they have moved. What records operators has to see the tensors themselves."""
     if not (torch.compiler.is_compiling() or ops._dispatch_modes()):
@@ -466,9 +612,18 @@ def _update_running(running_mean: torch.Tensor, running_var: torch.Tensor, mean:
     running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
 
 
-def _unfused(input: torch.Tensor, weight: torch.Tensor, epilogue: Epilogue, stride: Size, padding: Size | str,
-             dilation: Size, groups: int, training: bool, momentum: float,
-             num_batches_tracked: torch.Tensor | None) -> torch.Tensor:
+def _unfused(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    epilogue: Epilogue,
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
+    groups: int,
+    training: bool,
+    momentum: float,
+    num_batches_tracked: torch.Tensor | None,
+) -> torch.Tensor:
     bias, mean, var, gamma, beta, residual, eps, activation = epilogue
     y = conv2d(input, weight, bias, stride, padding, dilation, groups)
     if residual is not None and not _jit_tracing():  # before anything is updated

@@ -59,12 +59,32 @@ class DepthwiseConv2d(Conv2d):
         torch.Size([1, 16, 14, 14])
     """
 
-    def __init__(self, channels: int, kernel_size: int | tuple[int, int], multiplier: int = 1,
-                 stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] | str = 0,
-                 dilation: int | tuple[int, int] = 1, bias: bool = True, padding_mode: PaddingMode = "zeros",
-                 device: torch.device | str | int | None = None, dtype: torch.dtype | None = None):
-        super().__init__(channels, channels * multiplier, kernel_size, stride, padding, dilation, channels, bias,
-                         padding_mode, device, dtype)
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int | tuple[int, int],
+        multiplier: int = 1,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(
+            channels,
+            channels * multiplier,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            channels,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
 
 
 class DilatedConv2d(Conv2d):
@@ -83,12 +103,22 @@ class DilatedConv2d(Conv2d):
         torch.Size([1, 4, 14, 14])
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
-                 stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] | str = 0,
-                 dilation: int | tuple[int, int] = 2, bias: bool = True, padding_mode: PaddingMode = "zeros",
-                 device: torch.device | str | int | None = None, dtype: torch.dtype | None = None):
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, 1, bias, padding_mode,
-                         device, dtype)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 2,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, 1, bias, padding_mode, device, dtype
+        )
 
 
 class ConvBNReLU(torch.nn.Module):
@@ -119,16 +149,29 @@ class ConvBNReLU(torch.nn.Module):
         ['bn.bias', 'bn.num_batches_tracked']
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
-                 stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] | str = 0,
-                 dilation: int | tuple[int, int] = 1, groups: int = 1, bias: bool = False, activation: str = "relu",
-                 eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
-                 track_running_stats: bool = True, device: torch.device | str | int | None = None,
-                 dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        activation: str = "relu",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         checks.check_activation(activation)
-        self.conv = Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-                           device=device, dtype=dtype)
+        self.conv = Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device=device, dtype=dtype
+        )
         self.bn = torch.nn.BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, device, dtype)
         self.activation = activation
 
@@ -139,8 +182,13 @@ class ConvBNReLU(torch.nn.Module):
         return f"activation={self.activation!r}"
 
 
-def conv_bn_act(conv: torch.nn.Conv2d, bn: torch.nn.BatchNorm2d, x: torch.Tensor, activation: str,
-                residual: torch.Tensor | None = None) -> torch.Tensor:
+def conv_bn_act(
+    conv: torch.nn.Conv2d,
+    bn: torch.nn.BatchNorm2d,
+    x: torch.Tensor,
+    activation: str,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
     """activation(bn(conv(x)) + residual) of two layers as one call, counting the batch as BatchNorm2d.forward does.
 
     Whoever hooks or replaces the layers' forward is not heard here; convext.swap looks after that.
@@ -169,9 +217,24 @@ def conv_bn_act(conv: torch.nn.Conv2d, bn: torch.nn.BatchNorm2d, x: torch.Tensor
     if conv.padding_mode != "zeros":
         x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), (0, 0)
     return functional.conv_bn_act(
-        x, conv.weight, conv.bias, bn.running_mean if update else None, bn.running_var if update else None, bn.weight,
-        bn.bias, stride=conv.stride, padding=padding, dilation=conv.dilation, groups=conv.groups, training=training,
-        momentum=momentum, eps=bn.eps, activation=activation, residual=residual, num_batches_tracked=count)
+        x,
+        conv.weight,
+        conv.bias,
+        bn.running_mean if update else None,
+        bn.running_var if update else None,
+        bn.weight,
+        bn.bias,
+        stride=conv.stride,
+        padding=padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        training=training,
+        momentum=momentum,
+        eps=bn.eps,
+        activation=activation,
+        residual=residual,
+        num_batches_tracked=count,
+    )
 
 
 # Whole modules load with torch.load(weights_only=True) where the user allows torch's own classes: these hold nothing

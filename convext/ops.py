@@ -95,7 +95,8 @@ def batched_the_older_way(*tensors: torch.Tensor | None) -> bool:
     """True where one of them, or maybe a tangent, is batched by that vmap. What a checkpoint computes again inside of
     it is not, and must save for backward what it saved before."""
     return _key_included(_OLDER_VMAP) and (
-        forward_ad._current_level >= 0 or any(t is not None and _is_batched_the_older_way(t) for t in tensors))
+        forward_ad._current_level >= 0 or any(t is not None and _is_batched_the_older_way(t) for t in tensors)
+    )
 
 
 def dispatcher_is_idle() -> bool:
@@ -105,8 +106,9 @@ def dispatcher_is_idle() -> bool:
 
 def idle_but_for_autocast() -> bool:
     """dispatcher_is_idle(), whatever autocast does."""
-    return not (_is_compiling() or _jit_tracing() or _dispatch_modes() or _functorch_active()
-                or _key_included(_OLDER_VMAP))
+    return not (
+        _is_compiling() or _jit_tracing() or _dispatch_modes() or _functorch_active() or _key_included(_OLDER_VMAP)
+    )
 
 
 def all_plain(*tensors: object) -> bool:
@@ -127,8 +129,19 @@ def _choose_fprop(x, w, bias, geom, channels_last) -> backends.Choice:
 
 
 def _fprop_choice(x, w, bias, geom, channels_last) -> backends.Choice:
-    key = (x.shape, x.stride(), x.dtype, x.device, w.shape, w.stride(), w.dtype, w.device,
-           None if bias is None else (bias.shape, bias.dtype, bias.device), geom, channels_last)
+    key = (
+        x.shape,
+        x.stride(),
+        x.dtype,
+        x.device,
+        w.shape,
+        w.stride(),
+        w.dtype,
+        w.device,
+        None if bias is None else (bias.shape, bias.dtype, bias.device),
+        geom,
+        channels_last,
+    )
     choice = _calls.get(key)
     if choice is None:
         choice = _remember(key, _choose_fprop(x, w, bias, geom, channels_last))
@@ -158,9 +171,25 @@ def _signature(t):
 
 def _conv_bn_act_key(x, w, epilogue, geom, channels_last):
     bias, mean, var, gamma, beta, residual, _, activation = epilogue
-    return (x.shape, x.stride(), x.dtype, x.device, w.shape, w.stride(), w.dtype, w.device,
-            _signature(bias), _signature(mean), _signature(var), _signature(gamma), _signature(beta),
-            _signature(residual), geom, activation, channels_last)
+    return (
+        x.shape,
+        x.stride(),
+        x.dtype,
+        x.device,
+        w.shape,
+        w.stride(),
+        w.dtype,
+        w.device,
+        _signature(bias),
+        _signature(mean),
+        _signature(var),
+        _signature(gamma),
+        _signature(beta),
+        _signature(residual),
+        geom,
+        activation,
+        channels_last,
+    )
 
 
 def _run_conv_bn_act(x, w, epilogue, geom, channels_last):
@@ -187,8 +216,9 @@ def conv_bn_act_again(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue, geom
 
 def _check_residual(residual, y_shape, dtype) -> None:
     if residual is not None and (residual.shape != torch.Size(y_shape) or residual.dtype is not dtype):
-        raise RuntimeError(f"residual: expected size {list(y_shape)} and {dtype}, "
-                           f"got {list(residual.shape)} and {residual.dtype}")
+        raise RuntimeError(
+            f"residual: expected size {list(y_shape)} and {dtype}, got {list(residual.shape)} and {residual.dtype}"
+        )
 
 
 def _run_dgrad(dy, w, input_size, geom, channels_last):
@@ -234,17 +264,22 @@ def _run_dgrad_and_wgrad(dy, x, w, geom, dx_channels_last, dw_channels_last):
                 choice.counter[0] += 1
                 other.counter[0] += 1
                 return choice.backend.depthwise_backward(problem, dy, x, w, dw_channels_last)
-    return (_run_dgrad(dy, w, input_size, geom, dx_channels_last),
-            _run_wgrad(dy, x, kernel_size, geom, dw_channels_last))
+    return (
+        _run_dgrad(dy, w, input_size, geom, dx_channels_last),
+        _run_wgrad(dy, x, kernel_size, geom, dw_channels_last),
+    )
 
 
 def _check_gradient(name, dy, other, other_name) -> None:
     if dy.dim() != 4 or other.dim() != 4:
-        raise RuntimeError(f"{name}: expected dy and {other_name} of 4 dimensions, "
-                           f"got {list(dy.shape)} and {list(other.shape)}")
+        raise RuntimeError(
+            f"{name}: expected dy and {other_name} of 4 dimensions, got {list(dy.shape)} and {list(other.shape)}"
+        )
     if dy.dtype is not other.dtype or dy.device != other.device:
-        raise RuntimeError(f"{name}: expected dy and {other_name} of one dtype on one device, "
-                           f"got {dy.dtype} on {dy.device} and {other.dtype} on {other.device}")
+        raise RuntimeError(
+            f"{name}: expected dy and {other_name} of one dtype on one device, "
+            f"got {dy.dtype} on {dy.device} and {other.dtype} on {other.device}"
+        )
 
 
 def _check_y_shape(name, dy, problem) -> None:
@@ -286,48 +321,54 @@ def check_of_the_batch(epilogue: Epilogue) -> None:
         raise ValueError("mean and var: expected None where the batch's own are taken, got a Tensor")
 
 
-def fprop(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, geom: Geom,
-          channels_last: bool = False) -> torch.Tensor:
+def fprop(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, geom: Geom, channels_last: bool = False
+) -> torch.Tensor:
     """y = x * w + bias. Not differentiable: autograd.Conv2dFunction is."""
     if type(x) in _PLAIN and type(w) in _PLAIN and type(bias) in _PLAIN and dispatcher_is_idle():
         return _run_fprop(x, w, bias, geom, channels_last)
     return _fprop(x, w, bias, *geom, channels_last)
 
 
-def dgrad(dy: torch.Tensor, w: torch.Tensor, input_size: Sequence[int], geom: Geom,
-          channels_last: bool | None = None) -> torch.Tensor:
+def dgrad(
+    dy: torch.Tensor, w: torch.Tensor, input_size: Sequence[int], geom: Geom, channels_last: bool | None = None
+) -> torch.Tensor:
     """dx, of height and width `input_size`, from dy and w."""
     if type(dy) in _PLAIN and type(w) in _PLAIN and dispatcher_is_idle():
         return _run_dgrad(dy, w, input_size, geom, channels_last)
     return _dgrad(dy, w, input_size, *geom, channels_last)
 
 
-def wgrad(dy: torch.Tensor, x: torch.Tensor, kernel_size: Sequence[int], geom: Geom,
-          channels_last: bool | None = None) -> torch.Tensor:
+def wgrad(
+    dy: torch.Tensor, x: torch.Tensor, kernel_size: Sequence[int], geom: Geom, channels_last: bool | None = None
+) -> torch.Tensor:
     """dw, of filter height and width `kernel_size`, from dy and x."""
     if type(dy) in _PLAIN and type(x) in _PLAIN and dispatcher_is_idle():
         return _run_wgrad(dy, x, kernel_size, geom, channels_last)
     return _wgrad(dy, x, kernel_size, *geom, channels_last)
 
 
-def dgrad_and_wgrad(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, geom: Geom, dx_channels_last: bool,
-                    dw_channels_last: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def dgrad_and_wgrad(
+    dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, geom: Geom, dx_channels_last: bool, dw_channels_last: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """dx and dw. Depthwise, they come out of one pass over dy and x where the backend has a kernel for that."""
     if all_plain(dy, x, w):
         return _run_dgrad_and_wgrad(dy, x, w, geom, dx_channels_last, dw_channels_last)
     return _dgrad(dy, w, x.shape[2:], *geom, dx_channels_last), _wgrad(dy, x, w.shape[2:], *geom, dw_channels_last)
 
 
-def conv_bn_act(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue, geom: Geom,
-                channels_last: bool = False) -> torch.Tensor:
+def conv_bn_act(
+    x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue, geom: Geom, channels_last: bool = False
+) -> torch.Tensor:
     """fprop with bias, batch norm by given statistics, residual and activation in its epilogue."""
     if all_plain(x, w, *epilogue[:6]):
         return _run_conv_bn_act(x, w, epilogue, geom, channels_last)
     return _conv_bn_act(x, w, *epilogue, *geom, channels_last)
 
 
-def conv_bn_act_train(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue,
-                      geom: Geom) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def conv_bn_act_train(
+    x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue, geom: Geom
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """out, y, mean, var of fprop and a batch norm by the batch's own statistics, residual and activation."""
     if all_plain(x, w, *epilogue[:6]):
         return _run_conv_bn_act_train(x, w, epilogue, geom)
@@ -341,16 +382,16 @@ def bn_act(y: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
     return _bn_act(y, *epilogue[1:])
 
 
-def bn_act_backward(dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue,
-                    training: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def bn_act_backward(
+    dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, training: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """dy, dgamma, dbeta, dresidual of bn_act. `training`: mean and var are y's own."""
     if all_plain(dout, y, *epilogue[:6]):
         return _run_bn_act_backward(dout, y, epilogue, training)
     return _bn_act_backward(dout, y, *epilogue[1:], training)
 
 
-def act_backward(dout: torch.Tensor, z: torch.Tensor,
-                 activation: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+def act_backward(dout: torch.Tensor, z: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """dz = dout * activation'(z) and, from the same pass where the backend has one, its sum by channel, else None. Not
     differentiable."""
     if all_plain(dout, z):
@@ -373,6 +414,7 @@ def _impl(name):
     def register(function):
         LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         return function
+
     return register
 
 
@@ -495,7 +537,8 @@ def _(dout, y, mean, var, gamma, beta, residual, eps, activation, training):
 # ---- autocast: for those who call the operators themselves -----------------------------------------------------------
 
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-    torch._C.DispatchKey.AutocastCUDA)
+    torch._C.DispatchKey.AutocastCUDA
+)
 
 
 def autocast_cast(t: torch.Tensor | None, device_type: str, dtype: torch.dtype) -> torch.Tensor | None:
@@ -508,20 +551,25 @@ def autocast_cast(t: torch.Tensor | None, device_type: str, dtype: torch.dtype) 
 def autocast_dtype(t: torch.Tensor) -> torch.dtype:
     """The dtype in which a convolution sees t: autocast's, where it is on for t's device and concerns t."""
     device_type = t.device.type
-    if not _autocast_active() or not torch.is_autocast_enabled(device_type) \
-            or not t.is_floating_point() or t.dtype is torch.float64:
+    if (
+        not _autocast_active()
+        or not torch.is_autocast_enabled(device_type)
+        or not t.is_floating_point()
+        or t.dtype is torch.float64
+    ):
         return t.dtype
     return torch.get_autocast_dtype(device_type)
 
 
 def _register_autocast(name: str, op, cast_positions: tuple[int, ...]) -> None:
     for device_type in ("cpu", "cuda"):
+
         def kernel(*args, device_type=device_type, **kwargs):
             dtype = torch.get_autocast_dtype(device_type)
-            args = tuple(autocast_cast(a, device_type, dtype) if i in cast_positions else a
-                         for i, a in enumerate(args))
+            args = tuple(autocast_cast(a, device_type, dtype) if i in cast_positions else a for i, a in enumerate(args))
             with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
                 return op(*args, **kwargs)
+
         LIBRARY.impl(name, kernel, f"Autocast{device_type.upper()}")
 
 
@@ -568,8 +616,9 @@ def _vmap_fprop(info, in_dims, x, w, bias, stride, padding, dilation, groups, ch
             y = _fprop(x, w, None, stride, padding, dilation, groups, channels_last)
             y = y.expand(size, *y.shape)
         else:
-            y = _fprop(_into_batch(x.movedim(x_dim, 0)), w, shared_bias, stride, padding, dilation, groups,
-                       channels_last)
+            y = _fprop(
+                _into_batch(x.movedim(x_dim, 0)), w, shared_bias, stride, padding, dilation, groups, channels_last
+            )
             y = y.reshape(size, -1, *y.shape[1:])
         if bias_dim is not None:
             y = y + bias.movedim(bias_dim, 0)[:, None, :, None, None]
@@ -579,8 +628,16 @@ def _vmap_fprop(info, in_dims, x, w, bias, stride, padding, dilation, groups, ch
     if x_dim is None and groups == 1:  # more filters over the same input
         y = _fprop(x, _into_batch(w), bias, stride, padding, dilation, groups, channels_last)
     else:
-        y = _fprop(_into_channels(_front(x, x_dim, size)), _into_batch(w), bias, stride, padding, dilation,
-                   size * groups, channels_last)
+        y = _fprop(
+            _into_channels(_front(x, x_dim, size)),
+            _into_batch(w),
+            bias,
+            stride,
+            padding,
+            dilation,
+            size * groups,
+            channels_last,
+        )
     return _out_of_channels(y, size), 1
 
 
@@ -594,8 +651,16 @@ def _(info, in_dims, dy, w, input_size, stride, padding, dilation, groups, chann
     if w_dim is None:
         dx = _dgrad(_into_batch(dy.movedim(dy_dim, 0)), w, input_size, stride, padding, dilation, groups, channels_last)
         return dx.reshape(size, -1, *dx.shape[1:]), 0
-    dx = _dgrad(_into_channels(_front(dy, dy_dim, size)), _into_batch(w.movedim(w_dim, 0)), input_size, stride, padding,
-                dilation, size * groups, channels_last)
+    dx = _dgrad(
+        _into_channels(_front(dy, dy_dim, size)),
+        _into_batch(w.movedim(w_dim, 0)),
+        input_size,
+        stride,
+        padding,
+        dilation,
+        size * groups,
+        channels_last,
+    )
     return _out_of_channels(dx, size), 1
 
 
@@ -604,11 +669,20 @@ def _(info, in_dims, dy, x, kernel_size, stride, padding, dilation, groups, chan
     size = info.batch_size
     dy_dim, x_dim = in_dims[:2]
     if x_dim is None and groups == 1:  # more filters over the same input
-        dw = _wgrad(_into_channels(dy.movedim(dy_dim, 0)), x, kernel_size, stride, padding, dilation, groups,
-                    channels_last)
+        dw = _wgrad(
+            _into_channels(dy.movedim(dy_dim, 0)), x, kernel_size, stride, padding, dilation, groups, channels_last
+        )
     else:
-        dw = _wgrad(_into_channels(_front(dy, dy_dim, size)), _into_channels(_front(x, x_dim, size)), kernel_size,
-                    stride, padding, dilation, size * groups, channels_last)
+        dw = _wgrad(
+            _into_channels(_front(dy, dy_dim, size)),
+            _into_channels(_front(x, x_dim, size)),
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            size * groups,
+            channels_last,
+        )
     return dw.reshape(size, -1, *dw.shape[1:]), 0
 
 

@@ -72,8 +72,13 @@ class Geom(tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]):
 
     __slots__ = ()
 
-    def __new__(cls, stride: tuple[int, int] = (1, 1), padding: tuple[int, int] = (0, 0),
-                dilation: tuple[int, int] = (1, 1), groups: int = 1) -> Geom:
+    def __new__(
+        cls,
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
+        groups: int = 1,
+    ) -> Geom:
         return tuple.__new__(cls, (stride, padding, dilation, groups))
 
     def __getnewargs__(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
@@ -185,8 +190,9 @@ class ConvProblem:
         return cls._of(x.shape, w.shape, geom, x, x_nhwc, y_nhwc)
 
     @classmethod
-    def of_dgrad(cls, dy: torch.Tensor, w: torch.Tensor, input_size: Sequence[int], geom: Geom,
-                 channels_last: bool | None = None) -> ConvProblem:
+    def of_dgrad(
+        cls, dy: torch.Tensor, w: torch.Tensor, input_size: Sequence[int], geom: Geom, channels_last: bool | None = None
+    ) -> ConvProblem:
         """The problem of dx = dgrad(dy, w). dx is channels-last as given, and with None when dy or w suggests it."""
         dy_nhwc = suggests_channels_last(dy)
         dx_nhwc = dy_nhwc or suggests_channels_last(w) if channels_last is None else channels_last
@@ -200,13 +206,32 @@ class ConvProblem:
         return cls._of(x.shape, w_shape, geom, x, suggests_channels_last(x), suggests_channels_last(dy))
 
     @classmethod
-    def _of(cls, x_shape: Sequence[int], w_shape: Sequence[int], geom: Geom, like: torch.Tensor, x_nhwc: bool,
-            y_nhwc: bool) -> ConvProblem:
+    def _of(
+        cls, x_shape: Sequence[int], w_shape: Sequence[int], geom: Geom, like: torch.Tensor, x_nhwc: bool, y_nhwc: bool
+    ) -> ConvProblem:
         (stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w), groups = geom
         n, c, h, w = x_shape
         k, _, r, s = w_shape
-        return cls(n, c, h, w, k, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups,
-                   DTYPES[like.dtype], Layout(x_nhwc), Layout(y_nhwc), like.device.type)
+        return cls(
+            n,
+            c,
+            h,
+            w,
+            k,
+            r,
+            s,
+            stride_h,
+            stride_w,
+            pad_h,
+            pad_w,
+            dil_h,
+            dil_w,
+            groups,
+            DTYPES[like.dtype],
+            Layout(x_nhwc),
+            Layout(y_nhwc),
+            like.device.type,
+        )
 
     @property
     def p(self) -> int:
@@ -278,8 +303,22 @@ class ConvProblem:
 
     def extents(self) -> tuple[int, ...]:
         """n, c, h, w, k, r, s, stride, padding, dilation and groups in the order of the fields."""
-        return (self.n, self.c, self.h, self.w, self.k, self.r, self.s, self.stride_h, self.stride_w,
-                self.pad_h, self.pad_w, self.dil_h, self.dil_w, self.groups)
+        return (
+            self.n,
+            self.c,
+            self.h,
+            self.w,
+            self.k,
+            self.r,
+            self.s,
+            self.stride_h,
+            self.stride_w,
+            self.pad_h,
+            self.pad_w,
+            self.dil_h,
+            self.dil_w,
+            self.groups,
+        )
 
     def gemm_shape(self, pass_: Pass) -> GemmShape:
         """gemm_m, gemm_n, gemm_k of a pass, per group."""

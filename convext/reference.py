@@ -44,8 +44,9 @@ def bn_act(y: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
     return FORWARD[epilogue.activation](_affine(xhat, epilogue)).to(y.dtype)
 
 
-def bn_act_backward(dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue,
-                    training: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def bn_act_backward(
+    dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, training: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of bn_act by dy, dgamma, dbeta and dresidual. With `training`, mean and var are functions of y:
 
         dy = gamma * rstd * (dz - mean(dz) - xhat * mean(dz * xhat))       (Ioffe and Szegedy, 2015, section 3)

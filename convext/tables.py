@@ -11,8 +11,15 @@ _GAP = "  "  # between the columns of a plain table
 _NARROWEST = 6  # characters: no column is made narrower than this for the sake of the others
 
 
-def render(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "", *,
-           names: int | None = None, width: int | None = None) -> str:
+def render(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    caption: str = "",
+    *,
+    names: int | None = None,
+    width: int | None = None,
+) -> str:
     """The text of a table, without a newline at its end.
 
     Args:
@@ -47,12 +54,20 @@ def _rich(title: str, columns: Sequence[str], rows: list[list[str]], caption: st
     from rich.text import Text
 
     # A Text is taken as it is; in a str rich would look for markup, and a shape or a list in brackets can look like it.
-    drawn = Table(title=Text(title) if title else None, title_justify="left",
-                  caption=Text(caption) if caption else None, caption_justify="left")
+    drawn = Table(
+        title=Text(title) if title else None,
+        title_justify="left",
+        caption=Text(caption) if caption else None,
+        caption_justify="left",
+    )
     widths = _natural_widths([list(columns), *rows])
     for index, column in enumerate(columns):
-        drawn.add_column(Text(column), justify="left" if index < names else "right", overflow="fold",
-                         min_width=min(widths[index], _NARROWEST))
+        drawn.add_column(
+            Text(column),
+            justify="left" if index < names else "right",
+            overflow="fold",
+            min_width=min(widths[index], _NARROWEST),
+        )
     for row in rows:
         drawn.add_row(*map(Text, row))
     width = max(width, (_NARROWEST + 3) * len(columns) + 1)  # rich would leave out what does not fit
@@ -80,17 +95,22 @@ def _plain(title: str, columns: Sequence[str], rows: list[list[str]], caption: s
 
 def _natural_widths(table: list[list[str]]) -> list[int]:
     """Of each column, that of its longest line."""
-    return [max([1, *(len(line) for row in table for line in row[index].splitlines())])
-            for index in range(len(table[0]))]
+    return [
+        max([1, *(len(line) for row in table for line in row[index].splitlines())]) for index in range(len(table[0]))
+    ]
 
 
 def _plain_row(row: list[str], widths: list[int], names: int) -> list[str]:
     """The lines of one row: as many as its tallest cell has."""
-    folded = [[part for line in cell.splitlines() for part in textwrap.wrap(line, w) or [""]]
-              for cell, w in zip(row, widths)]
+    folded = [
+        [part for line in cell.splitlines() for part in textwrap.wrap(line, w) or [""]] for cell, w in zip(row, widths)
+    ]
     lines = []
     for number in range(max(map(len, folded), default=0)):
         parts = [cell[number] if number < len(cell) else "" for cell in folded]
-        lines.append(_GAP.join(part.ljust(w) if index < names else part.rjust(w)
-                               for index, (part, w) in enumerate(zip(parts, widths))))
+        lines.append(
+            _GAP.join(
+                part.ljust(w) if index < names else part.rjust(w) for index, (part, w) in enumerate(zip(parts, widths))
+            )
+        )
     return lines or [""]

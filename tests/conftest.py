@@ -148,6 +148,7 @@ def sequence_calls(monkeypatch):
             if y is not None:
                 calls.append(len(program.ops))
             return y
+
         return counted
 
     monkeypatch.setattr(cooperative, "prepared", counting)

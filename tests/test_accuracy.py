@@ -122,7 +122,7 @@ def plain_weight_gradient(dy, x):
     p, q = dy.shape[2:]
     x, dw = F.pad(x, (1, 1, 1, 1)), torch.zeros(dy.shape[1], x.shape[1], 3, 3)
     for n, i, j in itertools.product(range(dy.shape[0]), range(p), range(q)):
-        dw += dy[n, :, i, j, None, None, None] * x[n, :, i:i + 3, j:j + 3]
+        dw += dy[n, :, i, j, None, None, None] * x[n, :, i : i + 3, j : j + 3]
     return dw
 
 
@@ -147,8 +147,7 @@ def test_rms_error_of_the_weight_gradient(n):
 
 
 def test_too_few_tiles_for_the_bound_are_summed_directly():
-    problem = ConvProblem.of_wgrad(torch.zeros(1, 64, 16, 16), torch.zeros(1, 64, 16, 16), (3, 3),
-                                   Geom((1, 1), (1, 1)))
+    problem = ConvProblem.of_wgrad(torch.zeros(1, 64, 16, 16), torch.zeros(1, 64, 16, 16), (3, 3), Geom((1, 1), (1, 1)))
     with convext.backend("native"), convext.accuracy("fast"):
         assert tile(problem, Pass.WGRAD) == 0
 

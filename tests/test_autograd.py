@@ -76,9 +76,22 @@ def test_gradient_of_the_statistics_pass():
 
 
 def fused(x, w, b, gamma, beta, residual, activation, training):
-    return convext.conv_bn_relu(x, w, b, MEAN.clone(), VAR.clone(), gamma, beta, stride=GEOM.stride,
-                                padding=GEOM.padding, dilation=GEOM.dilation, groups=2, training=training,
-                                activation=activation, residual=residual)
+    return convext.conv_bn_relu(
+        x,
+        w,
+        b,
+        MEAN.clone(),
+        VAR.clone(),
+        gamma,
+        beta,
+        stride=GEOM.stride,
+        padding=GEOM.padding,
+        dilation=GEOM.dilation,
+        groups=2,
+        training=training,
+        activation=activation,
+        residual=residual,
+    )
 
 
 def parts(x, w, b, gamma, beta, residual, activation, training):
@@ -101,8 +114,17 @@ def test_fused_gradients_of_both_modes_and_second_order(activation, training):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_conv_act_gradients_of_both_modes_and_second_order(activation):
     def function(x, w, b, residual):
-        return convext.conv_act(x, w, b, stride=GEOM.stride, padding=GEOM.padding, dilation=GEOM.dilation, groups=2,
-                                activation=activation, residual=residual)
+        return convext.conv_act(
+            x,
+            w,
+            b,
+            stride=GEOM.stride,
+            padding=GEOM.padding,
+            dilation=GEOM.dilation,
+            groups=2,
+            activation=activation,
+            residual=residual,
+        )
 
     inputs = leaves(X, W, B, RESIDUAL)
     assert gradcheck(function, inputs, check_forward_ad=True, fast_mode=True)
@@ -128,11 +150,15 @@ def _passes(function, *wanted):
     return {pass_ for _, pass_, _ in backends.counts()} & {"fprop", "dgrad", "wgrad"}
 
 
-@pytest.mark.parametrize("function", [
-    lambda x, w, b: convext.conv2d(x, w, b, *GEOM),
-    lambda x, w, b: fused(x, w, b, None, None, None, "relu", True),
-    lambda x, w, b: convext.conv_act(x, w, b, groups=2),
-], ids=["conv2d", "conv_bn_relu", "conv_act"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w, b: convext.conv2d(x, w, b, *GEOM),
+        lambda x, w, b: fused(x, w, b, None, None, None, "relu", True),
+        lambda x, w, b: convext.conv_act(x, w, b, groups=2),
+    ],
+    ids=["conv2d", "conv_bn_relu", "conv_act"],
+)
 def test_only_needed_gradients_are_computed(function):
     assert _passes(function, False, True, True) == {"wgrad"}  # a first layer
     assert _passes(function, True, False, False) == {"dgrad"}  # a frozen one
@@ -221,28 +247,46 @@ OURS = {"function": convext.conv2d, "operator": _op}
 
 
 @pytest.mark.parametrize("ours", OURS.values(), ids=OURS)
-@pytest.mark.parametrize("transform", [
-    lambda f: grad(f, (0, 1, 2))(X, W, B),
-    lambda f: jacrev(f, 1)(X, W, B),
-    lambda f: jacfwd(f, 2)(X, W, B),
-    lambda f: hessian(f, 2)(X, W, B),
-    lambda f: grad(lambda x: grad(f)(x, W, B).sin().sum())(X),
-    lambda f: jvp(lambda x: jvp(lambda w: f(x, w, B), (W,), (W,))[1], (X,), (X,)),
-    lambda f: jvp(grad(f, 1), (X, W, B), (X, W, B)),
-    lambda f: grad(lambda w: jvp(lambda x: f(x, w, B), (X,), (X,))[1])(W),
-    lambda f: vmap(grad(f, 1), (0, None, None))(X[:, None], W, B),
-    lambda f: grad(lambda w: vmap(f, (0, None, None))(X[:, None], w, B).sum())(W),
-    lambda f: vmap(lambda x: grad(lambda w: vmap(f, (0, None, None))(x, w, B).sum())(W))(X[:, None, None]),
-], ids=["grad", "jacrev", "jacfwd", "hessian", "grad_grad", "jvp_jvp", "jvp_grad", "grad_jvp", "per_sample",
-        "grad_vmap", "vmap_grad_vmap"])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f: grad(f, (0, 1, 2))(X, W, B),
+        lambda f: jacrev(f, 1)(X, W, B),
+        lambda f: jacfwd(f, 2)(X, W, B),
+        lambda f: hessian(f, 2)(X, W, B),
+        lambda f: grad(lambda x: grad(f)(x, W, B).sin().sum())(X),
+        lambda f: jvp(lambda x: jvp(lambda w: f(x, w, B), (W,), (W,))[1], (X,), (X,)),
+        lambda f: jvp(grad(f, 1), (X, W, B), (X, W, B)),
+        lambda f: grad(lambda w: jvp(lambda x: f(x, w, B), (X,), (X,))[1])(W),
+        lambda f: vmap(grad(f, 1), (0, None, None))(X[:, None], W, B),
+        lambda f: grad(lambda w: vmap(f, (0, None, None))(X[:, None], w, B).sum())(W),
+        lambda f: vmap(lambda x: grad(lambda w: vmap(f, (0, None, None))(x, w, B).sum())(W))(X[:, None, None]),
+    ],
+    ids=[
+        "grad",
+        "jacrev",
+        "jacfwd",
+        "hessian",
+        "grad_grad",
+        "jvp_jvp",
+        "jvp_grad",
+        "grad_jvp",
+        "per_sample",
+        "grad_vmap",
+        "vmap_grad_vmap",
+    ],
+)
 def test_transforms_are_pytorchs(ours, transform):
     close(transform(_loss(ours)), transform(_loss(F.conv2d)))
 
 
 @pytest.mark.parametrize("ours", OURS.values(), ids=OURS)
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("dims", [(0, None, None), (None, 0, None), (None, None, 0), (0, 0, None), (0, 0, 0),
-                                  (None, 0, 0), (1, 2, 1)], ids=str)
+@pytest.mark.parametrize(
+    "dims",
+    [(0, None, None), (None, 0, None), (None, None, 0), (0, 0, None), (0, 0, 0), (None, 0, 0), (1, 2, 1)],
+    ids=str,
+)
 def test_vmap_over_any_operand(dims, groups, ours):
     def batched(shape, dim):
         return rand(*shape) if dim is None else rand(*shape[:dim], 3, *shape[dim:])
@@ -253,6 +297,7 @@ def test_vmap_over_any_operand(dims, groups, ours):
         def loss(x, w, b):
             y = conv2d(x, w, b, (1, 1), (1, 1), (1, 1), groups)
             return y.sin().sum(), y
+
         return vmap(grad(loss, (0, 1, 2), has_aux=True), dims)(*operands)
 
     close(both(ours), both(F.conv2d))
@@ -265,14 +310,18 @@ def _fused_ops(x, w, training):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("transform", [
-    lambda f: grad(f, (0, 1))(X, W),
-    lambda f: jvp(f, (X, W), (X, W)),
-    lambda f: grad(lambda x: grad(f)(x, W).sin().sum())(X),
-    lambda f: vmap(f, (0, None))(X.expand(3, -1, -1, -1, -1) + rand(3, 1, 1, 1, 1), W),
-    lambda f: vmap(f, (None, 0))(X, W.expand(3, -1, -1, -1, -1) + rand(3, 1, 1, 1, 1)),
-    lambda f: vmap(grad(f), (0, None))(X.expand(3, -1, -1, -1, -1) + rand(3, 1, 1, 1, 1), W),
-], ids=["grad", "jvp", "grad_grad", "vmap_x", "vmap_w", "vmap_grad"])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f: grad(f, (0, 1))(X, W),
+        lambda f: jvp(f, (X, W), (X, W)),
+        lambda f: grad(lambda x: grad(f)(x, W).sin().sum())(X),
+        lambda f: vmap(f, (0, None))(X.expand(3, -1, -1, -1, -1) + rand(3, 1, 1, 1, 1), W),
+        lambda f: vmap(f, (None, 0))(X, W.expand(3, -1, -1, -1, -1) + rand(3, 1, 1, 1, 1)),
+        lambda f: vmap(grad(f), (0, None))(X.expand(3, -1, -1, -1, -1) + rand(3, 1, 1, 1, 1), W),
+    ],
+    ids=["grad", "jvp", "grad_grad", "vmap_x", "vmap_w", "vmap_grad"],
+)
 def test_transforms_of_the_fused_operators(transform, training):
     def ours(x, w):
         return _fused_ops(x, w, training)
@@ -289,16 +338,27 @@ def test_vmap_of_the_batch_norm_operators():
     y, stats = rand(3, 2, 6, 3, 3), rand(3, 6).abs() + 0.5
     close(vmap(OPS.batch_stats)(y), tuple(map(torch.stack, zip(*map(OPS.batch_stats, y)))))
     arguments = GAMMA, BETA, RESIDUAL, 1e-5, "gelu"
-    close(vmap(lambda y, v: OPS.bn_act(y, MEAN, v, *arguments))(y, stats),
-          torch.stack([OPS.bn_act(one, MEAN, v, *arguments) for one, v in zip(y, stats)]))
-    close(vmap(lambda v: OPS.bn_act_backward(DY, RESIDUAL, MEAN, v, *arguments, True))(stats),
-          tuple(map(torch.stack, zip(*(OPS.bn_act_backward(DY, RESIDUAL, MEAN, v, *arguments, True) for v in stats)))))
+    close(
+        vmap(lambda y, v: OPS.bn_act(y, MEAN, v, *arguments))(y, stats),
+        torch.stack([OPS.bn_act(one, MEAN, v, *arguments) for one, v in zip(y, stats)]),
+    )
+    close(
+        vmap(lambda v: OPS.bn_act_backward(DY, RESIDUAL, MEAN, v, *arguments, True))(stats),
+        tuple(map(torch.stack, zip(*(OPS.bn_act_backward(DY, RESIDUAL, MEAN, v, *arguments, True) for v in stats)))),
+    )
 
 
 def test_per_sample_gradients_of_a_network():
-    model = torch.nn.Sequential(convext.nn.Conv2d(4, 6, 3, padding=1),
-                                convext.nn.ConvBNReLU(6, 4, 1, activation="silu"),
-                                torch.nn.Flatten(), torch.nn.Linear(4 * 25, 3)).double().eval()
+    model = (
+        torch.nn.Sequential(
+            convext.nn.Conv2d(4, 6, 3, padding=1),
+            convext.nn.ConvBNReLU(6, 4, 1, activation="silu"),
+            torch.nn.Flatten(),
+            torch.nn.Linear(4 * 25, 3),
+        )
+        .double()
+        .eval()
+    )
     state = dict(model.named_parameters())
 
     def loss(state, x):
@@ -318,8 +378,9 @@ class Layer(torch.nn.Module):
     def __init__(self, by, activation, tracked=True):
         super().__init__()
         torch.manual_seed(3)
-        self.layer = convext.nn.ConvBNReLU(3, 3, 3, padding=1, activation=activation,
-                                           track_running_stats=tracked).double()
+        self.layer = convext.nn.ConvBNReLU(
+            3, 3, 3, padding=1, activation=activation, track_running_stats=tracked
+        ).double()
         self.by, self.activation = by, activation
         for p in self.layer.bn.parameters():
             torch.nn.init.normal_(p)
@@ -353,7 +414,7 @@ def _batched_second_gradients(model, x):
 
 
 def _batched_gradients_of_gradients(model, x):
-    dx, = torch.autograd.grad(model(x).sin().sum(), x, create_graph=True)
+    (dx,) = torch.autograd.grad(model(x).sin().sum(), x, create_graph=True)
     chosen = dx[:, :, 2, 2]
     vectors = torch.eye(chosen.numel(), dtype=dx.dtype).view(-1, *chosen.shape)
     return torch.autograd.grad(chosen, (x, *model.parameters()), vectors, is_grads_batched=True)
@@ -366,8 +427,9 @@ def _vmap_of_grad(model, x):
 
 
 def _jacobian(**arguments):
-    return lambda model, x: torch.autograd.functional.jacobian(lambda x: model(x).sin().mean((2, 3)), x.detach(),
-                                                               **arguments)
+    return lambda model, x: torch.autograd.functional.jacobian(
+        lambda x: model(x).sin().mean((2, 3)), x.detach(), **arguments
+    )
 
 
 def _hessian(**arguments):
@@ -377,6 +439,7 @@ def _hessian(**arguments):
 def _forward_over_reverse(model, x):
     def loss(x):
         return model(x).sin().sum()
+
     return jvp(grad(loss), (x.detach(),), (x.detach().cos(),))
 
 
@@ -450,16 +513,19 @@ def test_batched_gradients_of_a_convolution(ours, groups):
     for conv2d in (F.conv2d, ours):
         x, w, b = leaves(rand(2, 3, 4, 5), rand(6, 3 // groups, 3, 3), rand(6))
         y = conv2d(x, w, b, (1, 1), (1, 1), (1, 1), groups).sin()
-        first = torch.autograd.grad(y, (x, w, b), torch.stack((y.detach(), y.detach().cos())), is_grads_batched=True,
-                                    create_graph=True)
-        second = torch.autograd.grad(first, (x, w, b), [torch.stack((g.detach(), g.detach().sin())) for g in first],
-                                     is_grads_batched=True)
+        first = torch.autograd.grad(
+            y, (x, w, b), torch.stack((y.detach(), y.detach().cos())), is_grads_batched=True, create_graph=True
+        )
+        second = torch.autograd.grad(
+            first, (x, w, b), [torch.stack((g.detach(), g.detach().sin())) for g in first], is_grads_batched=True
+        )
         found.append((first, second))
     close(found[1], found[0])
 
 
 def test_a_call_costs_no_look_at_signatures(monkeypatch):
     """What makes `apply` of torch.autograd.Function dear, in Python or called back from C."""
+
     def fail(*args, **kwargs):
         raise AssertionError("a signature was looked up")
 

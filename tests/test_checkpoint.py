@@ -47,8 +47,9 @@ class Frozen(nn.Sequential):
 
 
 def chains(**arguments):
-    return nn.Sequential(conv(4, 5), nn.BatchNorm2d(5, **arguments), nn.ReLU(),
-                         conv(5, 4), nn.BatchNorm2d(4, **arguments), nn.ReLU())
+    return nn.Sequential(
+        conv(4, 5), nn.BatchNorm2d(5, **arguments), nn.ReLU(), conv(5, 4), nn.BatchNorm2d(4, **arguments), nn.ReLU()
+    )
 
 
 def learns_no_batch_norm():
@@ -60,28 +61,37 @@ def learns_no_batch_norm():
 
 REGIONS = {
     "two_chains": chains,
-    "ends_in_a_batch_norm": lambda: nn.Sequential(conv(4, 5), nn.BatchNorm2d(5), nn.ReLU(), conv(5, 4),
-                                                  nn.BatchNorm2d(4)),
+    "ends_in_a_batch_norm": lambda: nn.Sequential(
+        conv(4, 5), nn.BatchNorm2d(5), nn.ReLU(), conv(5, 4), nn.BatchNorm2d(4)
+    ),
     "ends_in_a_convolution": lambda: nn.Sequential(conv(4, 5), nn.BatchNorm2d(5), nn.ReLU(), conv(5, 4)),
     "one_convolution": lambda: conv(4, 4),
     "begins_with_a_batch_norm": lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), conv(4, 4), nn.BatchNorm2d(4)),
     "residual": Residual,
-    "depthwise": lambda: nn.Sequential(conv(4, 4, groups=4), nn.BatchNorm2d(4), nn.ReLU6(), nn.Conv2d(4, 4, 1),
-                                       nn.BatchNorm2d(4)),
+    "depthwise": lambda: nn.Sequential(
+        conv(4, 4, groups=4), nn.BatchNorm2d(4), nn.ReLU6(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+    ),
     "cumulative_average": lambda: chains(momentum=None),
     "without_parameters": lambda: chains(affine=False),
     "untracked": lambda: chains(track_running_stats=False),
     "frozen_batch_norm": lambda: Frozen(*chains()),
     "fixed_parameters": learns_no_batch_norm,
-    **{f"activation_{name}": functools.partial(
-        lambda activation: nn.Sequential(conv(4, 4), nn.BatchNorm2d(4), activation()), MODULES[name])
-       for name in ACTIVATIONS},
+    **{
+        f"activation_{name}": functools.partial(
+            lambda activation: nn.Sequential(conv(4, 4), nn.BatchNorm2d(4), activation()), MODULES[name]
+        )
+        for name in ACTIVATIONS
+    },
 }
 
 
 def save_convolutions(ctx, op, *args, **kwargs):
-    convolutions = (torch.ops.aten.convolution.default, torch.ops.convext.fprop.default,
-                    torch.ops.convext.conv_bn_act_train.default, torch.ops.convext.conv_bn_act.default)
+    convolutions = (
+        torch.ops.aten.convolution.default,
+        torch.ops.convext.fprop.default,
+        torch.ops.convext.conv_bn_act_train.default,
+        torch.ops.convext.conv_bn_act.default,
+    )
     return CheckpointPolicy.MUST_SAVE if op in convolutions else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -91,8 +101,10 @@ def save_nothing(ctx, op, *args, **kwargs):
 
 def selective(policy):
     def run(region, x):
-        return checkpoint(region, x, use_reentrant=False,
-                          context_fn=functools.partial(create_selective_checkpoint_contexts, policy))
+        return checkpoint(
+            region, x, use_reentrant=False, context_fn=functools.partial(create_selective_checkpoint_contexts, policy)
+        )
+
     return run
 
 
@@ -203,8 +215,10 @@ def test_both_runs_of_a_checkpointed_region_count():
 
 class Fused(nn.Sequential):
     def __init__(self, **arguments):
-        super().__init__(convext.nn.ConvBNReLU(4, 5, 3, padding=1, **arguments),
-                         convext.nn.ConvBNReLU(5, 4, 3, padding=1, **arguments))
+        super().__init__(
+            convext.nn.ConvBNReLU(4, 5, 3, padding=1, **arguments),
+            convext.nn.ConvBNReLU(5, 4, 3, padding=1, **arguments),
+        )
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -263,6 +277,7 @@ def test_a_call_that_raises_updates_nothing(what, recorded):
     if what.startswith("residual"):
         residual = torch.randn(3, 5, 3, 3)
     if what == "residual_of_a_transform":
+
         def call(x, residual):
             return torch.func.grad(lambda x: layer(x, residual).sum())(x)
     elif what == "input":

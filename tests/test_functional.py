@@ -35,11 +35,22 @@ def strides(t):
 
 def _formats():
     for dtype, x_cl, w_cl in itertools.product((torch.float32, torch.float64, torch.bfloat16), (0, 1), (0, 1)):
-        for c, k, r, groups, hw in ((4, 6, 3, 1, 8), (4, 6, 1, 1, 8), (4, 4, 3, 4, 8), (1, 6, 3, 1, 8), (4, 6, 1, 1, 1),
-                                    (4, 1, 3, 1, 8)):
-            yield pytest.param(dtype, x_cl, w_cl, (c, k, r, groups, hw),
-                               id=f"{str(dtype)[6:]}-x{'NHWC' if x_cl else 'NCHW'}-w{'NHWC' if w_cl else 'NCHW'}"
-                                  f"-c{c}k{k}r{r}g{groups}hw{hw}")
+        for c, k, r, groups, hw in (
+            (4, 6, 3, 1, 8),
+            (4, 6, 1, 1, 8),
+            (4, 4, 3, 4, 8),
+            (1, 6, 3, 1, 8),
+            (4, 6, 1, 1, 1),
+            (4, 1, 3, 1, 8),
+        ):
+            yield pytest.param(
+                dtype,
+                x_cl,
+                w_cl,
+                (c, k, r, groups, hw),
+                id=f"{str(dtype)[6:]}-x{'NHWC' if x_cl else 'NCHW'}-w{'NHWC' if w_cl else 'NCHW'}"
+                f"-c{c}k{k}r{r}g{groups}hw{hw}",
+            )
 
 
 @pytest.mark.parametrize("dtype, x_cl, w_cl, sizes", list(_formats()))
@@ -80,8 +91,9 @@ def test_strides_of_results_and_gradients_are_atens(backend, dtype, r, s):
     for (n, c, hw), (k, groups) in itertools.product(((1, 1, 1), (2, 4, 5), (2, 4, 1)), ((1, 1), (4, 1), (4, 4))):
         if c % groups:
             continue
-        for x_form, w_form, dy_form in itertools.product(("nchw", "nhwc", "part", "expanded"), ("nchw", "nhwc"),
-                                                         ("nchw", "nhwc", "expanded")):
+        for x_form, w_form, dy_form in itertools.product(
+            ("nchw", "nhwc", "part", "expanded"), ("nchw", "nhwc"), ("nchw", "nhwc", "expanded")
+        ):
             x, w = _dense((n, c, hw, hw), x_form, dtype), _dense((k, c // groups, r, s), w_form, dtype)
             found = []
             for conv2d in (F.conv2d, convext.conv2d):
@@ -98,11 +110,15 @@ def test_strides_of_results_and_gradients_are_atens(backend, dtype, r, s):
 @pytest.mark.parametrize("x_form, w_form", list(itertools.product(("nchw", "nhwc"), repeat=2)))
 @pytest.mark.parametrize("r, groups", [(1, 1), (3, 1), (3, 4)])
 def test_strides_without_data_are_those_with(x_form, w_form, r, groups):
-    x, w, dy = (_dense(shape, form, torch.float32) for shape, form in (
-        ((2, 4, 5, 5), x_form), ((4, 4 // groups, r, r), w_form), ((2, 4, 5, 5), "nhwc")))
+    x, w, dy = (
+        _dense(shape, form, torch.float32)
+        for shape, form in (((2, 4, 5, 5), x_form), ((4, 4 // groups, r, r), w_form), ((2, 4, 5, 5), "nhwc"))
+    )
     geom = (1, 1), (r // 2, r // 2), (1, 1), groups
-    for op, args in ((torch.ops.convext.dgrad, (dy, w, [5, 5], *geom)),
-                     (torch.ops.convext.wgrad, (dy, x, [r, r], *geom))):
+    for op, args in (
+        (torch.ops.convext.dgrad, (dy, w, [5, 5], *geom)),
+        (torch.ops.convext.wgrad, (dy, x, [r, r], *geom)),
+    ):
         for channels_last in (None, False, True):
             torch.library.opcheck(op.default, (*args, channels_last), test_utils="test_faketensor")
             with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
@@ -113,10 +129,14 @@ def test_strides_without_data_are_those_with(x_form, w_form, r, groups):
 def _run_everything(x, w, b):
     parameters = [torch.full((w.shape[0],), 0.5, dtype=x.dtype, device=x.device) for _ in range(4)]
     x, w, b = (t.detach().requires_grad_() for t in (x, w, b))
-    results = [convext.conv2d(x, w, b), convext.conv_act(x, w, b, activation="silu"),
-               convext.conv_bn_relu(x, w, b, *parameters),
-               convext.conv_bn_relu(x, w, b, None, None, *parameters[2:], training=True)]
+    results = [
+        convext.conv2d(x, w, b),
+        convext.conv_act(x, w, b, activation="silu"),
+        convext.conv_bn_relu(x, w, b, *parameters),
+        convext.conv_bn_relu(x, w, b, None, None, *parameters[2:], training=True),
+    ]
     results += torch.autograd.grad(sum(y.sum() for y in results), (x, w, b))
+
     def of_w(w):
         return convext.conv_bn_relu(x, w, b, *parameters)
 
@@ -250,7 +270,7 @@ def _outcome(function, name, bias):
     except RuntimeError as error:
         return type(error)
     y.sum().backward()
-    return [(t.shape, t.stride(), t.tolist()) for t in (y, *(t.grad for t in leaves[:3 if bias else 2]))]
+    return [(t.shape, t.stride(), t.tolist()) for t in (y, *(t.grad for t in leaves[: 3 if bias else 2]))]
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -284,8 +304,17 @@ def test_a_good_call_does_not_let_a_bad_one_of_equal_hash_pass():
         convext.conv_bn_relu(X, W, B, *parameters, groups=2.0)
 
 
-@pytest.mark.parametrize("arguments", [dict(stride=(2,)), dict(stride=[2, 1]), dict(padding=torch.Size([1, 0])),
-                                       dict(stride=torch.tensor(2)), dict(padding="valid")], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(stride=(2,)),
+        dict(stride=[2, 1]),
+        dict(padding=torch.Size([1, 0])),
+        dict(stride=torch.tensor(2)),
+        dict(padding="valid"),
+    ],
+    ids=str,
+)
 def test_every_spelling_of_a_pair(arguments):
     torch.testing.assert_close(convext.conv2d(X, W, B, groups=2, **arguments), F.conv2d(X, W, B, groups=2, **arguments))
 
@@ -352,15 +381,20 @@ def test_autocast_follows_the_context(dtype):
 # ---- the fused form --------------------------------------------------------------------------------------------------
 
 
-def unfused(x, w, b, mean, var, gamma, beta, *, training=False, momentum=0.1, eps=1e-5, activation="relu",
-            residual=None, **geom):
+def unfused(
+    x, w, b, mean, var, gamma, beta, *, training=False, momentum=0.1, eps=1e-5, activation="relu", residual=None, **geom
+):
     y = F.batch_norm(F.conv2d(x, w, b, **geom), mean, var, gamma, beta, training, momentum, eps)
     return FORWARD[activation](y if residual is None else y + residual)
 
 
 def parameters(dtype=torch.float64):
-    return rand(6, dtype=dtype), rand(6, seed=1, dtype=dtype).abs() + 0.5, rand(6, seed=2, dtype=dtype), \
-        rand(6, seed=3, dtype=dtype)
+    return (
+        rand(6, dtype=dtype),
+        rand(6, seed=1, dtype=dtype).abs() + 0.5,
+        rand(6, seed=2, dtype=dtype),
+        rand(6, seed=3, dtype=dtype),
+    )
 
 
 @pytest.mark.parametrize("training, gradient", [(False, False), (False, True), (True, False), (True, True)])
@@ -373,8 +407,21 @@ def test_conv_bn_relu_is_the_three_parts(activation, training, gradient):
         leaves = [t.clone().requires_grad_(gradient) for t in (X, W, B, gamma, beta, rand(2, 6, 2, 4, seed=5))]
         x, w, b, gamma, beta, residual = leaves
         for _ in range(2):  # the second call takes the short way
-            out = function(x, w, b, mean, var, gamma, beta, training=training, momentum=0.3, eps=1e-3,
-                           activation=activation, residual=residual, **geom)
+            out = function(
+                x,
+                w,
+                b,
+                mean,
+                var,
+                gamma,
+                beta,
+                training=training,
+                momentum=0.3,
+                eps=1e-3,
+                activation=activation,
+                residual=residual,
+                **geom,
+            )
         gradients = torch.autograd.grad(out, leaves, rand(2, 6, 2, 4, seed=6)) if gradient else ()
         results.append((out, mean, var, *gradients))
     for expected, actual in zip(*results, strict=True):
@@ -397,19 +444,24 @@ def test_reduced_precision_takes_parameters_of_either_dtype(dtype, param_dtype):
     mean, var, gamma, beta = parameters(param_dtype or dtype)
     x, w = X.to(dtype), W.to(dtype)
     for training in (False, True):
-        theirs, ours = (function(x, w, None, mean.clone(), var.clone(), gamma, beta, training=training, groups=2)
-                        for function in (unfused, convext.conv_bn_relu))
+        theirs, ours = (
+            function(x, w, None, mean.clone(), var.clone(), gamma, beta, training=training, groups=2)
+            for function in (unfused, convext.conv_bn_relu)
+        )
         assert ours.dtype == theirs.dtype == dtype
         # The parts round the convolution's output, the normalised value and the sum; the fused form once.
-        torch.testing.assert_close(ours, theirs, rtol=4 * torch.finfo(dtype).eps,
-                                   atol=8 * torch.finfo(dtype).eps * float(theirs.abs().max()))
+        torch.testing.assert_close(
+            ours, theirs, rtol=4 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps * float(theirs.abs().max())
+        )
 
 
 @pytest.mark.parametrize("shape", [(6, 1, 1), (1, 6, 2, 2), (2,), (2, 6, 2, 1)], ids=str)
 def test_residual_broadcasts(shape):
     arguments = (X, W, B, *parameters())
-    torch.testing.assert_close(convext.conv_bn_relu(*arguments, groups=2, residual=rand(*shape)),
-                               unfused(*arguments, groups=2, residual=rand(*shape)))
+    torch.testing.assert_close(
+        convext.conv_bn_relu(*arguments, groups=2, residual=rand(*shape)),
+        unfused(*arguments, groups=2, residual=rand(*shape)),
+    )
 
 
 def test_residual_of_another_dtype_promotes():
@@ -424,8 +476,9 @@ def test_residual_of_another_dtype_promotes():
 def test_one_image_is_a_batch_of_one():
     for training in (False, True):
         out = convext.conv_bn_relu(X[0], W, B, *parameters(), groups=2, training=training, residual=rand(6, 2, 2))
-        batched = convext.conv_bn_relu(X[:1], W, B, *parameters(), groups=2, training=training,
-                                       residual=rand(6, 2, 2)[None])
+        batched = convext.conv_bn_relu(
+            X[:1], W, B, *parameters(), groups=2, training=training, residual=rand(6, 2, 2)[None]
+        )
         assert torch.equal(out, batched[0])
 
 
@@ -442,10 +495,16 @@ FUSED_BAD = {
     "statistics_of_another_size": (dict(mean=rand(5)), RuntimeError, r"running_mean.*6 elements.*\[5\]"),
     "statistics_of_another_dtype": (dict(var=rand(6).float()), RuntimeError, "running_var.*float64.*float32"),
     "weight_of_another_size": (dict(gamma=rand(5)), RuntimeError, r"bn_weight.*6 elements.*\[5\]"),
-    "one_value_per_channel": (dict(x=X[:1, :, :3, :3], training=True), ValueError,
-                              r"1 value per channel.*\[1, 6, 1, 1\]"),
-    "residual_does_not_fit": (dict(residual=rand(2, 5, 2, 2), training=True), RuntimeError,
-                              r"residual.*\[2, 6, 2, 2\].*\[2, 5, 2, 2\]"),
+    "one_value_per_channel": (
+        dict(x=X[:1, :, :3, :3], training=True),
+        ValueError,
+        r"1 value per channel.*\[1, 6, 1, 1\]",
+    ),
+    "residual_does_not_fit": (
+        dict(residual=rand(2, 5, 2, 2), training=True),
+        RuntimeError,
+        r"residual.*\[2, 6, 2, 2\].*\[2, 5, 2, 2\]",
+    ),
     "residual_widens": (dict(residual=rand(3, 2, 6, 2, 2), training=True), RuntimeError, "residual"),
     "activation_unknown": (dict(activation="tanh", training=True), ValueError, "activation.*relu6.*'tanh'"),
     "momentum_none": (dict(momentum=None, training=True), TypeError, "momentum"),
@@ -472,7 +531,8 @@ def test_conv_act_is_its_parts():
         expected = FORWARD[activation](F.conv2d(X, W, B, groups=2) + residual)
         for _ in range(2):
             torch.testing.assert_close(
-                convext.conv_act(X, W, B, groups=2, activation=activation, residual=residual), expected)
+                convext.conv_act(X, W, B, groups=2, activation=activation, residual=residual), expected
+            )
     with pytest.raises(ValueError, match="activation"):
         convext.conv_act(X, W, B, groups=2, activation="tanh")
 

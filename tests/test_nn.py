@@ -54,8 +54,12 @@ def test_class_reassignment_is_all_there_is_to_it():
 
 def test_layers_pickle_and_copy():
     x = rand(2, 4, 6, 6, dtype=torch.float32)
-    for layer in (convext.nn.Conv2d(4, 4, 3), convext.nn.DepthwiseConv2d(4, 3, 2), convext.nn.DilatedConv2d(4, 2, 2),
-                  convext.nn.ConvBNReLU(4, 4, 3, momentum=None, activation="gelu").eval()):
+    for layer in (
+        convext.nn.Conv2d(4, 4, 3),
+        convext.nn.DepthwiseConv2d(4, 3, 2),
+        convext.nn.DilatedConv2d(4, 2, 2),
+        convext.nn.ConvBNReLU(4, 4, 3, momentum=None, activation="gelu").eval(),
+    ):
         for again in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
             assert type(again) is type(layer) and torch.equal(again(x), layer(x))
 
@@ -64,8 +68,12 @@ def test_layers_pickle_and_copy():
 def test_whole_layers_load_with_weights_only(fresh_process, tmp_path):
     """The user allows torch's classes, convext its own."""
     x, path = rand(2, 4, 6, 6, dtype=torch.float32), tmp_path / "model.pt"
-    model = nn.Sequential(convext.nn.Conv2d(4, 4, 3), convext.nn.DepthwiseConv2d(4, 3, 2, padding_mode="reflect"),
-                          convext.nn.DilatedConv2d(8, 4, 1), convext.nn.ConvBNReLU(4, 4, 1, activation="gelu")).eval()
+    model = nn.Sequential(
+        convext.nn.Conv2d(4, 4, 3),
+        convext.nn.DepthwiseConv2d(4, 3, 2, padding_mode="reflect"),
+        convext.nn.DilatedConv2d(8, 4, 1),
+        convext.nn.ConvBNReLU(4, 4, 1, activation="gelu"),
+    ).eval()
     torch.save(model, path)
     allowed = [nn.Sequential, nn.BatchNorm2d]
     with pytest.raises(pickle.UnpicklingError, match="Unsupported global|GLOBAL torch.nn.modules"):
@@ -144,10 +152,19 @@ def assert_same(ours, theirs, x, residual=None):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("arguments", [
-    {}, dict(momentum=None), dict(affine=False), dict(track_running_stats=False), dict(bias=True, eps=1e-2),
-    dict(affine=False, track_running_stats=False, activation="silu"), dict(stride=2, groups=2, dilation=2, padding=2),
-], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        dict(momentum=None),
+        dict(affine=False),
+        dict(track_running_stats=False),
+        dict(bias=True, eps=1e-2),
+        dict(affine=False, track_running_stats=False, activation="silu"),
+        dict(stride=2, groups=2, dilation=2, padding=2),
+    ],
+    ids=str,
+)
 def test_conv_bn_relu_is_its_parts(arguments, training):
     ours = convext.nn.ConvBNReLU(4, 6, 3, **arguments).double().train(training)
     theirs = Parts(ours).train(training)
@@ -329,11 +346,21 @@ OPERATORS = {
 @pytest.mark.parametrize("name", OPERATORS)
 def test_fake_kernels_know_shapes_dtypes_and_strides(name, dtype, channels_last):
     tensors = iter(range(9))
-    arguments = [a.to(dtype, memory_format=torch.channels_last if a.dim() == 4 and next(tensors) in channels_last
-                      else torch.contiguous_format) if isinstance(a, torch.Tensor) else a for a in OPERATORS[name]]
+    arguments = [
+        a.to(
+            dtype,
+            memory_format=torch.channels_last
+            if a.dim() == 4 and next(tensors) in channels_last
+            else torch.contiguous_format,
+        )
+        if isinstance(a, torch.Tensor)
+        else a
+        for a in OPERATORS[name]
+    ]
     if "bn" in name or name == "batch_stats":
-        arguments = [a.float() if isinstance(a, torch.Tensor) and a.dim() == 1 and i > 2 else a
-                     for i, a in enumerate(arguments)]
+        arguments = [
+            a.float() if isinstance(a, torch.Tensor) and a.dim() == 1 and i > 2 else a for i, a in enumerate(arguments)
+        ]
     op = getattr(OPS, name)
     real = op(*arguments)
     with torch._subclasses.FakeTensorMode() as mode:

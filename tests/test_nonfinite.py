@@ -139,8 +139,9 @@ def test_an_epilogue_does_not_hide_that_a_sum_was_not_finite(what, activation, m
         expected = sums * torch.special.ndtr(sums)
     else:
         expected = sums if activation == "identity" else getattr(F, activation)(sums)
-    found = convext.conv_bn_relu(x, w, bias, mean, var, gamma, beta, padding=1, activation=activation,
-                                 residual=residual)
+    found = convext.conv_bn_relu(
+        x, w, bias, mean, var, gamma, beta, padding=1, activation=activation, residual=residual
+    )
     check(found, expected)
 
 

@@ -59,8 +59,9 @@ def test_dtypes_map_to_torch():
     assert {dtype: member.torch for dtype, member in DTYPES.items()} == {dtype: dtype for dtype in DTYPES}
 
 
-@pytest.mark.parametrize("h, r, stride, padding, dilation",
-                         list(itertools.product((5, 8), (1, 3), (1, 2, 3), (0, 2), (1, 2))))
+@pytest.mark.parametrize(
+    "h, r, stride, padding, dilation", list(itertools.product((5, 8), (1, 3), (1, 2, 3), (0, 2), (1, 2)))
+)
 def test_output_size_is_pytorchs(h, r, stride, padding, dilation):
     x, w = torch.empty(2, 4, h, h + 1), torch.empty(6, 2, r, 2)
     geom = Geom((stride, 1), (padding, 0), (dilation, 3), 2)

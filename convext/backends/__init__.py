@@ -159,8 +159,10 @@ class backend:
 
     def __init__(self, name: str | None):
         if name is not None and name not in NAMES:
-            raise ValueError(f"backend: unknown name {name!r}, expected one of "
-                             f"{', '.join(map(repr, NAMES))}, or None for the automatic choice")
+            raise ValueError(
+                f"backend: unknown name {name!r}, expected one of "
+                f"{', '.join(map(repr, NAMES))}, or None for the automatic choice"
+            )
         self.name = name
         self._former = _force(name)
 

@@ -21,8 +21,9 @@ def _normalised(y: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
     return _aten.native_batch_norm(y, gamma, beta, mean, var, False, 0.0, epilogue.eps)[0]
 
 
-def _convolution_backward(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor,
-                          which: int) -> torch.Tensor:
+def _convolution_backward(
+    problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, which: int
+) -> torch.Tensor:
     stride, padding, dilation, groups = problem.geom
     mask = [which == 0, which == 1, False]
     dtype = dy.dtype
@@ -32,7 +33,7 @@ def _convolution_backward(problem: ConvProblem, dy: torch.Tensor, x: torch.Tenso
         if _leaves_parts_unwritten(problem, dtype):
             x = x.contiguous()
         if _writes_past_memory(problem):
-            x, stride = x[:, :, ::problem.stride_h, ::problem.stride_w], (1, 1)
+            x, stride = x[:, :, :: problem.stride_h, :: problem.stride_w], (1, 1)
     grads = _aten.convolution_backward(dy, x, w, None, stride, padding, dilation, False, (0, 0), groups, mask)
     return grads[which].to(dtype)
 
@@ -40,8 +41,7 @@ def _convolution_backward(problem: ConvProblem, dy: torch.Tensor, x: torch.Tenso
 def _leaves_parts_unwritten(problem: ConvProblem, dtype: torch.dtype) -> bool:
     """True where ATen's weight gradient of channels-last bfloat16 may hold uninitialised memory on the CPU: with torch
     2.11 that was so for images narrower than a filter and a stride beyond 1 together, though not for all of them."""
-    return dtype is torch.bfloat16 and problem.stride_w > 1 \
-        and problem.w < problem.s * problem.dil_w + problem.stride_w
+    return dtype is torch.bfloat16 and problem.stride_w > 1 and problem.w < problem.s * problem.dil_w + problem.stride_w
 
 
 def _writes_past_memory(problem: ConvProblem) -> bool:
@@ -70,13 +70,15 @@ class AtenBackend(Backend):
 
     def dgrad(self, problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         # Of x, ATen reads only the sizes and the format.
-        x = torch.empty(problem.x_shape, dtype=dy.dtype, device=dy.device,
-                        memory_format=memory_format(bool(problem.x_layout)))
+        x = torch.empty(
+            problem.x_shape, dtype=dy.dtype, device=dy.device, memory_format=memory_format(bool(problem.x_layout))
+        )
         dx = _convolution_backward(problem, dy, x, w, 0)
         return laid_out(dx, bool(problem.x_layout))
 
-    def wgrad(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor,
-              channels_last: bool = False) -> torch.Tensor:
+    def wgrad(
+        self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, channels_last: bool = False
+    ) -> torch.Tensor:
         w = dy.new_empty(problem.w_shape)  # only its sizes are read
         return laid_out(_convolution_backward(problem, dy, x, w, 1), channels_last)
 
@@ -90,21 +92,27 @@ class AtenBackend(Backend):
             out.add_(epilogue.residual)
         return TABLE[epilogue.activation].overwrite(out)
 
-    def bn_act_backward(self, dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, training: bool
-                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def bn_act_backward(
+        self, dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, training: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         _, mean, var, gamma, _, residual, eps, activation = epilogue
         assert mean is not None and var is not None
         if y.numel() == 0:  # native_batch_norm_backward divides by the count of an empty batch
             channels = mean.new_zeros(y.shape[1])
-            return (torch.empty_like(y), channels, channels.clone(),
-                    y.new_empty(0) if residual is None else torch.empty_like(y))
+            return (
+                torch.empty_like(y),
+                channels,
+                channels.clone(),
+                y.new_empty(0) if residual is None else torch.empty_like(y),
+            )
         dz = dout
         if activation != "identity":
             z = _normalised(y, epilogue)
             dz = BACKWARD[activation](dout, z if residual is None else z.add_(residual))
         gamma = None if gamma is None else gamma.to(mean.dtype)
         dy, dgamma, dbeta = _aten.native_batch_norm_backward(
-            dz, y, gamma, mean, var, mean, (var + eps).rsqrt_(), training, eps, [True, True, True])
+            dz, y, gamma, mean, var, mean, (var + eps).rsqrt_(), training, eps, [True, True, True]
+        )
         if residual is None:
             return dy, dgamma, dbeta, y.new_empty(0)
         dense = memory_format(suggests_channels_last(y))  # a new tensor, dense in the format of y

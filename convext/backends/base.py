@@ -47,20 +47,23 @@ class Backend:
         """dx, in the format of `problem.x_layout`."""
         raise NotImplementedError
 
-    def wgrad(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor,
-              channels_last: bool = False) -> torch.Tensor:
+    def wgrad(
+        self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, channels_last: bool = False
+    ) -> torch.Tensor:
         """dw, in that format, as `memory_format.laid_out` has it."""
         raise NotImplementedError
 
-    def depthwise_backward(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor,
-                           channels_last: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def depthwise_backward(
+        self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, channels_last: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """dgrad(dy, w) and wgrad(dy, x, channels_last) of a depthwise problem, in one pass where a kernel does both."""
         return self.dgrad(problem, dy, w), self.wgrad(problem, dy, x, channels_last)
 
     def prepared_fprop(self, problem: ConvProblem, activation: str) -> Callable[..., torch.Tensor]:
         """`Choice.prepared_fprop`, with everything looked up beforehand that does not depend on the tensors."""
         return lambda x, w, bias, mean, var, gamma, beta, residual, eps: self.fprop(
-            problem, x, w, Epilogue(bias, mean, var, gamma, beta, residual, eps, activation))
+            problem, x, w, Epilogue(bias, mean, var, gamma, beta, residual, eps, activation)
+        )
 
     def takes_float_weights(self, problem: ConvProblem) -> bool:
         """Whether `prepared_fprop` takes float32 weights for a problem in half precision."""
@@ -80,8 +83,9 @@ class Backend:
         """mean, var (biased)."""
         raise NotImplementedError
 
-    def fprop_batch_stats(self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor,
-                          bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    def fprop_batch_stats(
+        self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """y and batch_stats(y) without reading y again, or None where no kernel does that."""
         return None
 
@@ -89,14 +93,16 @@ class Backend:
         """The epilogue, which has a mean and no bias, of y."""
         raise NotImplementedError
 
-    def bn_act_backward(self, dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, training: bool
-                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def bn_act_backward(
+        self, dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, training: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """dy, dgamma, dbeta, dresidual, the last of size 0 where there is no residual. `training`: mean and var are
         y's own."""
         raise NotImplementedError
 
-    def act_backward(self, dout: torch.Tensor, z: torch.Tensor,
-                     activation: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def act_backward(
+        self, dout: torch.Tensor, z: torch.Tensor, activation: str
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """dz = dout * activation'(z) and its sum by channel, in z's dtype, or None where no pass does both."""
         return None
 
@@ -108,5 +114,7 @@ class Absent(Backend):
         self.name, self._module, self._error = name, module, error
 
     def unavailable(self, device_type: str) -> str:
-        return (f"{self._module} does not load here ({type(self._error).__name__}: {self._error}): "
-                "install what it names, or reinstall convext from source")
+        return (
+            f"{self._module} does not load here ({type(self._error).__name__}: {self._error}): "
+            "install what it names, or reinstall convext from source"
+        )

@@ -94,8 +94,12 @@ def _plan(pass_: Pass, problem: ConvProblem) -> _Plan | None:
 
 
 def _rejects_block(block: native_sequence.Block) -> bool:
-    return _C.reject_block([_fields(step.problem) for step in block.steps],
-                           [step.excite is not None for step in block.steps]) is not None
+    return (
+        _C.reject_block(
+            [_fields(step.problem) for step in block.steps], [step.excite is not None for step in block.steps]
+        )
+        is not None
+    )
 
 
 def forget_plans() -> None:
@@ -128,8 +132,9 @@ class _PackedWeight(NamedTuple):
 _NOT_KEPT = _PackedWeight(0, None, 0)
 
 
-def _storage_gone(key: int, reference: weakref.ref[Any], packed: dict[int, Any] = _packed,
-                  gone: list[int] = _storages_gone) -> None:
+def _storage_gone(
+    key: int, reference: weakref.ref[Any], packed: dict[int, Any] = _packed, gone: list[int] = _storages_gone
+) -> None:
     entry = packed.get(key)
     if entry is None or entry[0] is not reference:
         return
@@ -284,12 +289,21 @@ class NativeCpu(Backend):
         variant, geom = plan.variant, plan.geom
         nhwc = problem.y_layout == _NHWC
 
-        def call(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, mean: torch.Tensor | None,
-                 var: torch.Tensor | None, gamma: torch.Tensor | None, beta: torch.Tensor | None,
-                 residual: torch.Tensor | None, eps: float) -> torch.Tensor:
+        def call(
+            x: torch.Tensor,
+            w: torch.Tensor,
+            bias: torch.Tensor | None,
+            mean: torch.Tensor | None,
+            var: torch.Tensor | None,
+            gamma: torch.Tensor | None,
+            beta: torch.Tensor | None,
+            residual: torch.Tensor | None,
+            eps: float,
+        ) -> torch.Tensor:
             packed = _packed_weight(w, plan)
-            return op(variant, x, w, packed.number, _version(w), bias, mean, var, gamma, beta, residual, geom, eps,
-                      code, nhwc)
+            return op(
+                variant, x, w, packed.number, _version(w), bias, mean, var, gamma, beta, residual, geom, eps, code, nhwc
+            )
 
         return call
 
@@ -298,19 +312,29 @@ class NativeCpu(Backend):
         convolution = native_sequence.StepKind.CONVOLUTION
         plans = [_plan(Pass.FPROP, step.problem) if step.kind is convolution else None for step in steps]
         chosen = [None if plan is None else kernels()[plan.variant] for plan in plans]
-        if any(kernel is not None and kernel["dtype"] != step.problem.dtype or step.problem.y_layout != _NHWC
-               for kernel, step in zip(chosen, steps)) or any(step.problem.x_layout != _NHWC for step in steps[1:]) \
-                or steps[0].problem.x_layout != _NHWC and not (chosen[0] and chosen[0]["reads_nchw"]) \
-                or any(len(block.steps) > 1 and _rejects_block(block) for block in blocks):
+        if (
+            any(
+                kernel is not None and kernel["dtype"] != step.problem.dtype or step.problem.y_layout != _NHWC
+                for kernel, step in zip(chosen, steps)
+            )
+            or any(step.problem.x_layout != _NHWC for step in steps[1:])
+            or steps[0].problem.x_layout != _NHWC
+            and not (chosen[0] and chosen[0]["reads_nchw"])
+            or any(len(block.steps) > 1 and _rejects_block(block) for block in blocks)
+        ):
             return None
         ops, program = torch.ops.convext_cpu, _C.SequenceProgram()
         native_sequence.fill(program, blocks, plans)
         op = ops.run_sequence.default._op
 
-        def keep(tensors: Sequence[Sequence[torch.Tensor | None]], eps: list[float],
-                 flat: bool) -> native_sequence.CachedTensors:
-            packs = [(w, plan) for plan, (w, *_) in zip(plans, tensors)
-                     if w is not None and plan is not None and plan.pack_format]
+        def keep(
+            tensors: Sequence[Sequence[torch.Tensor | None]], eps: list[float], flat: bool
+        ) -> native_sequence.CachedTensors:
+            packs = [
+                (w, plan)
+                for plan, (w, *_) in zip(plans, tensors)
+                if w is not None and plan is not None and plan.pack_format
+            ]
             operands = [t for step in tensors for t in step if t is not None]
 
             def hand_over() -> native_sequence.Handed:
@@ -353,8 +377,9 @@ class NativeCpu(Backend):
             problem.x_layout == _NHWC,
         )  # fmt: skip
 
-    def wgrad(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor,
-              channels_last: bool = False) -> torch.Tensor:
+    def wgrad(
+        self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, channels_last: bool = False
+    ) -> torch.Tensor:
         plan = _plan(Pass.WGRAD, problem)
         assert plan is not None
         return torch.ops.convext_cpu.wgrad.default(plan.variant, dy, x, problem.r, problem.s, plan.geom, channels_last)
@@ -364,19 +389,22 @@ class NativeCpu(Backend):
 
     def bn_act(self, y: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
         _, mean, var, gamma, beta, residual, eps, activation = epilogue
-        return torch.ops.convext_cpu.bn_act.default(
-            y, mean, var, gamma, beta, residual, eps, ACTIVATIONS[activation])
+        return torch.ops.convext_cpu.bn_act.default(y, mean, var, gamma, beta, residual, eps, ACTIVATIONS[activation])
 
-    def bn_act_backward(self, dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, training: bool
-                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def bn_act_backward(
+        self, dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, training: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         _, mean, var, gamma, beta, residual, eps, activation = epilogue
         return torch.ops.convext_cpu.bn_act_backward.default(
-            dout, y, mean, var, gamma, beta, residual, eps, ACTIVATIONS[activation], training)
+            dout, y, mean, var, gamma, beta, residual, eps, ACTIVATIONS[activation], training
+        )
 
-    def act_backward(self, dout: torch.Tensor, z: torch.Tensor,
-                     activation: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def act_backward(
+        self, dout: torch.Tensor, z: torch.Tensor, activation: str
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
         dz, _, sums, _ = torch.ops.convext_cpu.bn_act_backward.default(
-            dout, z, None, None, None, None, None, 0.0, ACTIVATIONS[activation], False)
+            dout, z, None, None, None, None, None, 0.0, ACTIVATIONS[activation], False
+        )
         return dz, sums.to(z.dtype)
 
     def reject_batch_norm(self, y: torch.Tensor) -> str | None:

@@ -68,8 +68,18 @@ def _plan_for(pass_: Pass, problem: ConvProblem, tf32: bool) -> _Plan | None:
     _, index, x_layout, y_layout = best
     fields = _fields(problem, x_layout, y_layout)
     known = _CUDA.variants()[index]
-    return _Plan(index, known["name"], fields, x_layout, y_layout, _CUDA.weight_order(index, fields) == "krsc",
-                 _CUDA.workspace(index, fields), known, known["writes_dx"], _CUDA.stats_rows(index, fields))
+    return _Plan(
+        index,
+        known["name"],
+        fields,
+        x_layout,
+        y_layout,
+        _CUDA.weight_order(index, fields) == "krsc",
+        _CUDA.workspace(index, fields),
+        known,
+        known["writes_dx"],
+        _CUDA.stats_rows(index, fields),
+    )
 
 
 def _plan_or_none(pass_: Pass, problem: ConvProblem) -> _Plan | None:
@@ -116,13 +126,36 @@ def _where(t: torch.Tensor) -> tuple[int, int]:
     return index, torch._C._cuda_getCurrentRawStream(index)
 
 
-def _launch(plan: _Plan, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, scale: torch.Tensor | None = None,
-            shift: torch.Tensor | None = None, residual: torch.Tensor | None = None, activation: str = "identity",
-            w: torch.Tensor | None = None, dx: torch.Tensor | None = None, stats: torch.Tensor | None = None) -> None:
+def _launch(
+    plan: _Plan,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    out: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "identity",
+    w: torch.Tensor | None = None,
+    dx: torch.Tensor | None = None,
+    stats: torch.Tensor | None = None,
+) -> None:
     workspace = _scratch(out, plan.workspace)
-    _CUDA.launch(plan.variant, plan.fields, *_where(out), _address(a), _address(b), _address(out), _address(workspace),
-                 _address(scale), _address(shift), _address(residual), ACTIVATIONS[activation], _address(w),
-                 _address(dx), _address(stats))
+    _CUDA.launch(
+        plan.variant,
+        plan.fields,
+        *_where(out),
+        _address(a),
+        _address(b),
+        _address(out),
+        _address(workspace),
+        _address(scale),
+        _address(shift),
+        _address(residual),
+        ACTIVATIONS[activation],
+        _address(w),
+        _address(dx),
+        _address(stats),
+    )
 
 
 def _channels(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -143,8 +176,16 @@ def _folded(epilogue: Epilogue, k: int, like: torch.Tensor) -> tuple[torch.Tenso
         return None, bias
     norm = [_channels(t, dtype) for t in epilogue.norm]
     scale, shift = torch.empty(2, k, dtype=dtype, device=like.device)
-    _CUDA.fold(k, _number(dtype), *_where(like), [_address(t) for t in norm], epilogue.eps, _address(bias),
-               _address(scale), _address(shift))
+    _CUDA.fold(
+        k,
+        _number(dtype),
+        *_where(like),
+        [_address(t) for t in norm],
+        epilogue.eps,
+        _address(bias),
+        _address(scale),
+        _address(shift),
+    )
     return scale, shift
 
 
@@ -152,8 +193,10 @@ def not_built() -> str | None:
     """Why the library is not there and what to do about it, or None. Selection needs the library, but no GPU."""
     if _CUDA is not None:
         return None
-    remedy = ("build convext from source with nvcc on the PATH, of the same major version as torch's CUDA, and "
-              "CONVEXT_BUILD_CUDA not 0")
+    remedy = (
+        "build convext from source with nvcc on the PATH, of the same major version as torch's CUDA, and "
+        "CONVEXT_BUILD_CUDA not 0"
+    )
     if isinstance(_import_error, ModuleNotFoundError):
         return f"the CUDA library, convext/_CUDA, was not built: {remedy}"
     return f"convext/_CUDA did not load ({_import_error}): {remedy}"
@@ -228,8 +271,9 @@ class NativeCuda(Backend):
         _launch(plan, _dense(x, plan.x_layout), _weights(w, plan), y, scale, shift, residual, epilogue.activation)
         return y.contiguous(memory_format=_FORMATS[problem.y_layout])
 
-    def fprop_batch_stats(self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor,
-                          bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    def fprop_batch_stats(
+        self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """The statistics come out of the kernel's registers."""
         plan = _plan(Pass.FPROP, problem)
         if not plan.stats_rows:
@@ -239,8 +283,9 @@ class NativeCuda(Backend):
         stats = torch.empty(plan.stats_rows * (2 * problem.k + 1), dtype=acc, device=x.device)
         mean, var = (torch.empty(problem.k, dtype=acc, device=x.device) for _ in range(2))
         _launch(plan, _dense(x, plan.x_layout), _weights(w, plan), y, shift=_channels(bias, acc), stats=stats)
-        _CUDA.merge_stats(problem.k, plan.stats_rows, _number(acc), *_where(y), _address(stats), _address(mean),
-                          _address(var))
+        _CUDA.merge_stats(
+            problem.k, plan.stats_rows, _number(acc), *_where(y), _address(stats), _address(mean), _address(var)
+        )
         return y.contiguous(memory_format=_FORMATS[problem.y_layout]), mean, var
 
     def dgrad(self, problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -249,15 +294,17 @@ class NativeCuda(Backend):
         _launch(plan, _dense(dy, plan.y_layout), _weights(w, plan), dx)
         return dx.contiguous(memory_format=_FORMATS[problem.x_layout])
 
-    def wgrad(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor,
-              channels_last: bool = False) -> torch.Tensor:
+    def wgrad(
+        self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, channels_last: bool = False
+    ) -> torch.Tensor:
         plan = _plan(Pass.WGRAD, problem)
         dw = _empty_dw(problem, plan, x, channels_last)
         _launch(plan, _dense(dy, plan.y_layout), _dense(x, plan.x_layout), dw)
         return laid_out(dw, channels_last)
 
-    def depthwise_backward(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor,
-                           channels_last: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def depthwise_backward(
+        self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, channels_last: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         plan = _plan(Pass.WGRAD, problem)
         if not plan.writes_dx:
             return super().depthwise_backward(problem, dy, x, w, channels_last)
@@ -281,12 +328,21 @@ class NativeCuda(Backend):
         residual = None if epilogue.residual is None else _dense(epilogue.residual, layout)
         out = _empty(y, tuple(y.shape), layout)
         kept, parameters = _norm_parameters(y, epilogue)
-        _CUDA.bn_act(_norm_shape(y, layout), *_where(y), parameters, epilogue.eps, ACTIVATIONS[epilogue.activation],
-                     _address(y), _address(residual), _address(out))
+        _CUDA.bn_act(
+            _norm_shape(y, layout),
+            *_where(y),
+            parameters,
+            epilogue.eps,
+            ACTIVATIONS[epilogue.activation],
+            _address(y),
+            _address(residual),
+            _address(out),
+        )
         return out
 
-    def bn_act_backward(self, dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, training: bool
-                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def bn_act_backward(
+        self, dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, training: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         layout = _norm_layout(y)
         y, dout = _dense(y, layout), _dense(dout, layout)
         residual = None if epilogue.residual is None else _dense(epilogue.residual, layout)
@@ -296,9 +352,22 @@ class NativeCuda(Backend):
         dgamma, dbeta = (torch.empty(y.shape[1], dtype=accumulate_dtype(y.dtype), device=y.device) for _ in range(2))
         kept, parameters = _norm_parameters(y, epilogue)
         workspace = _scratch(y, _CUDA.norm_workspace(shape))
-        _CUDA.bn_act_backward(shape, *_where(y), parameters, epilogue.eps, ACTIVATIONS[epilogue.activation], training,
-                              _address(dout), _address(y), _address(residual), _address(dy), _address(dgamma),
-                              _address(dbeta), _address(dresidual) if residual is not None else 0, _address(workspace))
+        _CUDA.bn_act_backward(
+            shape,
+            *_where(y),
+            parameters,
+            epilogue.eps,
+            ACTIVATIONS[epilogue.activation],
+            training,
+            _address(dout),
+            _address(y),
+            _address(residual),
+            _address(dy),
+            _address(dgamma),
+            _address(dbeta),
+            _address(dresidual) if residual is not None else 0,
+            _address(workspace),
+        )
         return dy, dgamma, dbeta, dresidual
 
     def reject_batch_norm(self, y: torch.Tensor) -> str | None:

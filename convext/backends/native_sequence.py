@@ -72,8 +72,13 @@ class CachedTensors:
     (torch.utils.swap_tensors). So each call looks whether all of them lie where they did.
     """
 
-    def __init__(self, tensors: list[torch.Tensor], weights: list[torch.Tensor | None],
-                 version: Callable[[torch.Tensor | None], int], hand_over: Callable[[], Handed]):
+    def __init__(
+        self,
+        tensors: list[torch.Tensor],
+        weights: list[torch.Tensor | None],
+        version: Callable[[torch.Tensor | None], int],
+        hand_over: Callable[[], Handed],
+    ):
         self.tensors, self.weights, self.version = tensors, weights, version
         self._hand_over = hand_over
         self._handed = hand_over()
@@ -125,13 +130,19 @@ def fill(program: Any, blocks: list[Block], plans: Iterable[Any]) -> None:
             _ADD[step.kind](program, step, plan)
 
 
-def _add_convolution(program, step, plan):
+def _add_convolution(program: Any, step: Step, plan: Any) -> None:
     program.add_convolution(
-        plan.variant, plan.geom, ACTIVATIONS[step.activation], packs=plan.pack_format is not None,
-        residual=step.residual, present=step.present[1:], excite=step.excite)
+        plan.variant,
+        plan.geom,
+        ACTIVATIONS[step.activation],
+        packs=plan.pack_format is not None,
+        residual=step.residual,
+        present=step.present[1:],
+        excite=step.excite,
+    )
 
 
-_ADD = {
+_ADD: dict[StepKind, Callable[[Any, Step, Any], None]] = {
     StepKind.CONVOLUTION: _add_convolution,
     StepKind.LAYER_NORM: lambda program, step, plan: program.add_layer_norm(*step.present[4:]),
     StepKind.MEAN: lambda program, step, plan: program.add_mean(),

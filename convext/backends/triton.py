@@ -49,8 +49,10 @@ class TritonBackend(Backend):
         if version is None:
             return f"Triton is not installed (pip install triton); {instead}"
         if version < OLDEST:
-            return (f"Triton {'.'.join(map(str, version))} is older than {'.'.join(map(str, OLDEST))} "
-                    f"(pip install -U triton); {instead}")
+            return (
+                f"Triton {'.'.join(map(str, version))} is older than {'.'.join(map(str, OLDEST))} "
+                f"(pip install -U triton); {instead}"
+            )
         if device_type == "cpu":
             if os.environ.get("TRITON_INTERPRET") == "1":
                 return None
@@ -116,8 +118,9 @@ class TritonBackend(Backend):
             _run(direct.dgrad(problem, dy, w, dx))
         return dx
 
-    def wgrad(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor,
-              channels_last: bool = False) -> torch.Tensor:
+    def wgrad(
+        self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, channels_last: bool = False
+    ) -> torch.Tensor:
         from ..triton import depthwise, wgrad
 
         dw = x.new_empty(problem.w_shape)
@@ -127,8 +130,9 @@ class TritonBackend(Backend):
             _run(wgrad.wgrad(problem, dy, x, dw))
         return laid_out(dw, channels_last)
 
-    def depthwise_backward(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor,
-                           channels_last: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def depthwise_backward(
+        self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, channels_last: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         from ..triton import depthwise
 
         dx, dw = self.empty_x(problem, dy), x.new_empty(problem.w_shape)
@@ -152,8 +156,9 @@ class TritonBackend(Backend):
             batch_norm.bn_act(y, *epilogue[1:], out).run()
         return out
 
-    def bn_act_backward(self, dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, training: bool
-                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def bn_act_backward(
+        self, dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, training: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         from ..triton import batch_norm
 
         dy = self.empty_like(y)

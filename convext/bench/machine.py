@@ -83,8 +83,13 @@ def gpu(device: torch.device) -> dict:
     properties = torch.get_device_module(device).get_device_properties(device)
     found = {"name": properties.name, "memory_bytes": properties.total_memory}
     if device.type == "cuda":
-        found |= {"capability": f"{properties.major}.{properties.minor}", "driver": _driver(),
-                  "cuda": torch.version.cuda, "hip": torch.version.hip, "cudnn": torch.backends.cudnn.version()}
+        found |= {
+            "capability": f"{properties.major}.{properties.minor}",
+            "driver": _driver(),
+            "cuda": torch.version.cuda,
+            "hip": torch.version.hip,
+            "cudnn": torch.backends.cudnn.version(),
+        }
     return found
 
 

@@ -9,6 +9,7 @@ A swap changes two things only. A layer whose type is exactly torch.nn.Conv2d ge
 dictionary that calls convext's kernels: class, parameters, hooks and keys stay. A container gets a `forward` there that
 runs the same calls as its class's with each convolution, batch norm, add and activation as one.
 """
+
 import sys
 import types
 

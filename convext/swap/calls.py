@@ -1,4 +1,5 @@
 """What is known of torch's functions, methods and modules: one table for each question that a plan asks."""
+
 import inspect
 import operator
 
@@ -13,8 +14,9 @@ from .conv_forward import ConvForward
 _CONV_TYPE = nn.Conv2d
 
 # what computes an activation -> its name in the epilogue, and the attributes for which a module is it
-_ACTIVATION_MODULES = {module: (name, attributes) for name, entry in ACTIVATIONS.items()
-                       for module, attributes in entry.modules.items()}
+_ACTIVATION_MODULES = {
+    module: (name, attributes) for name, entry in ACTIVATIONS.items() for module, attributes in entry.modules.items()
+}
 _ACTIVATION_FUNCTIONS = {function: name for name, entry in ACTIVATIONS.items() for function in entry.functions}
 _ACTIVATION_METHODS = {method: name for name, entry in ACTIVATIONS.items() for method in entry.methods}
 _ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add}
@@ -25,27 +27,117 @@ _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 
 # Same values whatever the strides of the input, and a contiguous result from contiguous inputs; none of them returns
 # a view that user code could write through.
-_ELEMENTWISE_MODULES = (*_ACTIVATION_MODULES, nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.CELU,
-                        nn.SELU, nn.Mish, nn.Softplus, nn.PReLU, nn.LogSigmoid, nn.Softsign)
-_SPATIAL_MODULES = (nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
-                    nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d)
-_ELEMENTWISE_FUNCTIONS = {*_ACTIVATION_FUNCTIONS, F.hardtanh, F.sigmoid, torch.sigmoid, F.hardsigmoid, torch.tanh,
-                          F.tanh, F.leaky_relu, F.elu, F.mish, F.softplus}
-_ARITHMETIC = {operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul, operator.truediv,
-               operator.itruediv, operator.neg, torch.add, torch.sub, torch.mul, torch.div}
+_ELEMENTWISE_MODULES = (
+    *_ACTIVATION_MODULES,
+    nn.Sigmoid,
+    nn.Hardsigmoid,
+    nn.Tanh,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.CELU,
+    nn.SELU,
+    nn.Mish,
+    nn.Softplus,
+    nn.PReLU,
+    nn.LogSigmoid,
+    nn.Softsign,
+)
+_SPATIAL_MODULES = (
+    nn.BatchNorm2d,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.Upsample,
+    nn.UpsamplingBilinear2d,
+    nn.UpsamplingNearest2d,
+)
+_ELEMENTWISE_FUNCTIONS = {
+    *_ACTIVATION_FUNCTIONS,
+    F.hardtanh,
+    F.sigmoid,
+    torch.sigmoid,
+    F.hardsigmoid,
+    torch.tanh,
+    F.tanh,
+    F.leaky_relu,
+    F.elu,
+    F.mish,
+    F.softplus,
+}
+_ARITHMETIC = {
+    operator.add,
+    operator.iadd,
+    operator.sub,
+    operator.isub,
+    operator.mul,
+    operator.imul,
+    operator.truediv,
+    operator.itruediv,
+    operator.neg,
+    torch.add,
+    torch.sub,
+    torch.mul,
+    torch.div,
+}
 _POOLING = {F.max_pool2d, torch.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
 _SPATIAL_FUNCTIONS = _POOLING | {F.interpolate}
 _CAT = {torch.cat, torch.concat, torch.concatenate}
-_ELEMENTWISE_METHODS = {"relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_", "add", "add_", "sub", "sub_", "mul",
-                        "mul_", "div", "div_"}
+_ELEMENTWISE_METHODS = {
+    "relu",
+    "relu_",
+    "sigmoid",
+    "sigmoid_",
+    "tanh",
+    "tanh_",
+    "add",
+    "add_",
+    "sub",
+    "sub_",
+    "mul",
+    "mul_",
+    "div",
+    "div_",
+}
 METADATA_METHODS = {"size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "get_device"}
 METADATA_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad"}
 
-_TENSOR_FUNCTIONS = (_ELEMENTWISE_FUNCTIONS | _ARITHMETIC | _SPATIAL_FUNCTIONS | _CAT
-                     | {torch.flatten, torch.mean, F.dropout, F.conv2d, F.linear, F.batch_norm, torch.stack, F.pad,
-                        torch.reshape, torch.permute, torch.transpose})
-_TENSOR_METHODS = _ELEMENTWISE_METHODS | {"view", "reshape", "flatten", "contiguous", "mean", "permute", "transpose",
-                                          "to", "float", "half", "double", "detach", "clone", "unsqueeze", "squeeze"}
+_TENSOR_FUNCTIONS = (
+    _ELEMENTWISE_FUNCTIONS
+    | _ARITHMETIC
+    | _SPATIAL_FUNCTIONS
+    | _CAT
+    | {
+        torch.flatten,
+        torch.mean,
+        F.dropout,
+        F.conv2d,
+        F.linear,
+        F.batch_norm,
+        torch.stack,
+        F.pad,
+        torch.reshape,
+        torch.permute,
+        torch.transpose,
+    }
+)
+_TENSOR_METHODS = _ELEMENTWISE_METHODS | {
+    "view",
+    "reshape",
+    "flatten",
+    "contiguous",
+    "mean",
+    "permute",
+    "transpose",
+    "to",
+    "float",
+    "half",
+    "double",
+    "detach",
+    "clone",
+    "unsqueeze",
+    "squeeze",
+}
 _NOT_ONE_TENSOR = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.AdaptiveLogSoftmaxWithLoss)
 
 
@@ -58,8 +150,11 @@ def module_returns_tensor(module):
     """True of a layer that returns one tensor for one."""
     if is_layer_norm_2d(module) or permutation_of(module) is not None or is_known_dropout(module):
         return True
-    return (is_torch_module(module) or type(module) is convext_nn.Conv2d) and not isinstance(module, _NOT_ONE_TENSOR) \
+    return (
+        (is_torch_module(module) or type(module) is convext_nn.Conv2d)
+        and not isinstance(module, _NOT_ONE_TENSOR)
         and not getattr(module, "return_indices", False)
+    )
 
 
 def last_input(module):
@@ -114,8 +209,11 @@ def activation(node, modules):
 
 def summands(node):
     """(a, b) of a node that computes a + b of two nodes, else None."""
-    known = node.target in _ADD_FUNCTIONS if node.op == "call_function" else \
-        node.op == "call_method" and node.target in _ADD_METHODS
+    known = (
+        node.target in _ADD_FUNCTIONS
+        if node.op == "call_function"
+        else node.op == "call_method" and node.target in _ADD_METHODS
+    )
     if not known or node.kwargs or len(node.args) != 2 or len(node.all_input_nodes) != 2:
         return None
     return tuple(node.args)
@@ -123,8 +221,12 @@ def summands(node):
 
 def is_product(node):
     """True of a node that computes a * b of two arguments."""
-    return not node.kwargs and (node.op == "call_function" and getattr(node.target, "__name__", "") == "mul"
-                                or node.op == "call_method" and node.target in _PRODUCT_METHODS)
+    return not node.kwargs and (
+        node.op == "call_function"
+        and getattr(node.target, "__name__", "") == "mul"
+        or node.op == "call_method"
+        and node.target in _PRODUCT_METHODS
+    )
 
 
 def mean_over_pixels(node, modules):
@@ -147,8 +249,11 @@ def mean_over_pixels(node, modules):
 
 def is_layer_norm_2d(module):
     """True of torchvision's and timm's LayerNorm over the channels of an image, (N, C, H, W) in and out."""
-    return isinstance(module, nn.LayerNorm) and type(module).__name__ == "LayerNorm2d" \
+    return (
+        isinstance(module, nn.LayerNorm)
+        and type(module).__name__ == "LayerNorm2d"
         and type(module).__module__.startswith(("torchvision.models.convnext", "timm.layers"))
+    )
 
 
 def permutation_of(module):
@@ -162,8 +267,12 @@ def writes_first_argument(node, modules):
     if node.op == "call_method":
         return node.target.endswith("_") and not node.target.endswith("__") or node.target.startswith("__i")
     if node.op == "call_function":
-        return "out" in node.kwargs or _name(node.target).endswith("_") or _is_inplace_operator(node.target) \
+        return (
+            "out" in node.kwargs
+            or _name(node.target).endswith("_")
+            or _is_inplace_operator(node.target)
             or _inplace_flag(node)
+        )
     if node.op == "call_module":
         module = modules[node.target]
         if not is_torch_module(module) and not is_conv(module):
@@ -177,8 +286,11 @@ def _name(function):
 
 
 def _is_inplace_operator(function):
-    return getattr(function, "__module__", "") == "_operator" and _name(function).startswith("i") \
+    return (
+        getattr(function, "__module__", "") == "_operator"
+        and _name(function).startswith("i")
         and hasattr(operator, f"__{_name(function)}__")
+    )
 
 
 def _inplace_flag(node):
@@ -204,8 +316,12 @@ def shared_arguments(node, modules):
     where it is known to write a tensor and to return it, else all."""
     if makes_new_tensor(node, modules):
         return []
-    known = node.op == "call_function" and node.target in _ELEMENTWISE_FUNCTIONS | _ARITHMETIC \
-        or node.op == "call_method" and node.target in _ELEMENTWISE_METHODS
+    known = (
+        node.op == "call_function"
+        and node.target in _ELEMENTWISE_FUNCTIONS | _ARITHMETIC
+        or node.op == "call_method"
+        and node.target in _ELEMENTWISE_METHODS
+    )
     if known and "out" not in node.kwargs and node.args and _is_tensor(node.args[0], modules):
         return list(node.args[:1])
     return node.all_input_nodes
@@ -226,22 +342,34 @@ def makes_new_tensor(node, modules):
         return False
     if node.op == "call_module":
         module = modules[node.target]
-        return is_conv(module) or type(module) is not nn.Identity and type(module) in _ELEMENTWISE_MODULES \
-            or type(module) in _SPATIAL_MODULES or type(module) in (nn.Linear, nn.LayerNorm) or is_layer_norm_2d(module)
+        return (
+            is_conv(module)
+            or type(module) is not nn.Identity
+            and type(module) in _ELEMENTWISE_MODULES
+            or type(module) in _SPATIAL_MODULES
+            or type(module) in (nn.Linear, nn.LayerNorm)
+            or is_layer_norm_2d(module)
+        )
     if node.op == "call_function":
         return node.target in _ELEMENTWISE_FUNCTIONS | _ARITHMETIC | _CAT | _SPATIAL_FUNCTIONS
     return node.op == "call_method" and node.target in _ELEMENTWISE_METHODS
 
 
 def is_dropout(module):
-    return isinstance(module, _DROPOUT) and type(module).__module__.startswith("torch.nn.modules.") \
+    return (
+        isinstance(module, _DROPOUT)
+        and type(module).__module__.startswith("torch.nn.modules.")
         or type(module).__name__ in ("StochasticDepth", "DropPath", "DropBlock2d", "DropBlock2D")
+    )
 
 
 def is_known_dropout(module):
     """Dropout that is certain to return its very argument in evaluation."""
-    return type(module) in _DROPOUT or type(module).__module__.startswith(("torchvision.ops", "timm.layers")) \
+    return (
+        type(module) in _DROPOUT
+        or type(module).__module__.startswith(("torchvision.ops", "timm.layers"))
         and is_dropout(module)
+    )
 
 
 def passes_through(node, modules):
@@ -249,8 +377,11 @@ def passes_through(node, modules):
     if node.op == "call_module":
         module = modules[node.target]
         return type(module) is nn.Identity or is_known_dropout(module) and not module.training
-    return node.op == "call_function" and node.target in (F.dropout, F.dropout2d) \
+    return (
+        node.op == "call_function"
+        and node.target in (F.dropout, F.dropout2d)
         and argument(node, 2, "training", True) is False
+    )
 
 
 def reads_any_strides(node, modules):
@@ -259,8 +390,12 @@ def reads_any_strides(node, modules):
         module = modules[node.target]
         if is_known_dropout(module):
             return not module.training  # the mask is drawn in the order of memory
-        return type(module) in _ELEMENTWISE_MODULES or is_conv(module) \
-            or type(module) in _SPATIAL_MODULES and not getattr(module, "return_indices", False)
+        return (
+            type(module) in _ELEMENTWISE_MODULES
+            or is_conv(module)
+            or type(module) in _SPATIAL_MODULES
+            and not getattr(module, "return_indices", False)
+        )
     if node.op == "call_function":
         if node.target is getattr:
             return node.args[1] in METADATA_ATTRIBUTES
@@ -270,11 +405,15 @@ def reads_any_strides(node, modules):
             return _mean_over_space(node)
         if node.target in (F.dropout, F.dropout2d):
             return passes_through(node, modules)
-        return "out" not in node.kwargs and not node.kwargs.get("return_indices", False) \
+        return (
+            "out" not in node.kwargs
+            and not node.kwargs.get("return_indices", False)
             and node.target in _ELEMENTWISE_FUNCTIONS | _ARITHMETIC | _SPATIAL_FUNCTIONS
+        )
     if node.op == "call_method":
-        return node.target in _ELEMENTWISE_METHODS | METADATA_METHODS \
-            or node.target == "mean" and _mean_over_space(node)
+        return (
+            node.target in _ELEMENTWISE_METHODS | METADATA_METHODS or node.target == "mean" and _mean_over_space(node)
+        )
     return False
 
 

@@ -1,4 +1,5 @@
 """ConvForward: what stands as `conv._conv_forward` after a swap. The layer's class and its `forward` stay torch's."""
+
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -1,4 +1,5 @@
 """Why a layer or a container is left as it is."""
+
 import torch
 from torch import nn
 

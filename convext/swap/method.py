@@ -4,6 +4,7 @@ To those who ask it is the bound method that it stands for: `__self__` is the mo
 and so are code, name, defaults and signature. Whoever wraps, patches, unwraps or binds it anew therefore ends up with
 the class's own function, never with one that is bound twice.
 """
+
 import copy
 import inspect
 import sys
@@ -11,8 +12,18 @@ import weakref
 
 from torch import nn
 
-_OF_THE_FUNCTION = frozenset(("__code__", "__defaults__", "__kwdefaults__", "__closure__", "__qualname__",
-                              "__annotations__", "__type_params__", "__builtins__"))
+_OF_THE_FUNCTION = frozenset(
+    (
+        "__code__",
+        "__defaults__",
+        "__kwdefaults__",
+        "__closure__",
+        "__qualname__",
+        "__annotations__",
+        "__type_params__",
+        "__builtins__",
+    )
+)
 _CALLS = frozenset(("_call_impl", "forward", "_conv_forward"))
 
 
@@ -50,7 +61,8 @@ class InstanceMethod:
                 raise RuntimeError(
                     f"this {type(caller).__name__} is a shallow copy (copy.copy, torch.nn.DataParallel) of a swapped "
                     "module, which shares the original's children and plans: use copy.deepcopy or "
-                    "DistributedDataParallel, or convext.revert() the model first")
+                    "DistributedDataParallel, or convext.revert() the model first"
+                )
         return owner
 
     @property
@@ -68,8 +80,10 @@ class InstanceMethod:
     @property
     def __globals__(self):
         if sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.jit", "torch._jit_internal")):
-            raise RuntimeError(f"torch.jit.script cannot read a swapped {type(self.owner).__name__}: "
-                               "convext.revert(model) first, and swap again afterwards")
+            raise RuntimeError(
+                f"torch.jit.script cannot read a swapped {type(self.owner).__name__}: "
+                "convext.revert(model) first, and swap again afterwards"
+            )
         return self.__func__.__globals__
 
     def __getattr__(self, name):

@@ -1,4 +1,5 @@
 """What stands around a call: who listens to it, or wants it recorded, and what a plan is compiled for."""
+
 from typing import NamedTuple
 
 import torch
@@ -46,5 +47,6 @@ def present(in_seam: bool) -> Mode:
 def function_mode_watches() -> bool:
     """True inside a TorchFunctionMode, which must see what the user's code calls. That of `torch.device` only says
     where new tensors lie."""
-    return _function_modes() > 0 and any(type(torch._C._get_function_stack_at(i)) is not DeviceContext
-                                         for i in range(_function_modes()))
+    return _function_modes() > 0 and any(
+        type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(_function_modes())
+    )

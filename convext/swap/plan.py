@@ -1,4 +1,5 @@
 """What one state of a container's modules compiles to, and whether it still holds."""
+
 from .. import backends
 from ..backends import native
 from . import calls
@@ -41,7 +42,7 @@ class Plan(_Guarded):
         self.by_mode, self._epoch = {}, backends.epoch
 
     def compiled(self, mode) -> Compiled:
-        if self._epoch is not backends.epoch:     # prepared calls hold the backends' choices
+        if self._epoch is not backends.epoch:  # prepared calls hold the backends' choices
             self.by_mode.clear()
             self._epoch = backends.epoch
         compiled = self.by_mode.get(mode)

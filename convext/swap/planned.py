@@ -3,6 +3,7 @@
 It captures the container's own forward once for each form in which it is called, and runs the compiled plan. Whenever
 a plan cannot stand for the forward that the class defines, that forward runs instead.
 """
+
 import torch
 from torch.nn.modules import module as _torch_module
 
@@ -15,12 +16,19 @@ from .plan import Plan, Refusal
 from .refusal import ForNow, Untraceable
 from .schedule import layout
 
-_GLOBAL_HOOKS = tuple(getattr(_torch_module, name) for name in (
-    "_global_backward_pre_hooks", "_global_backward_hooks", "_global_forward_hooks", "_global_forward_pre_hooks"))
+_GLOBAL_HOOKS = tuple(
+    getattr(_torch_module, name)
+    for name in (
+        "_global_backward_pre_hooks",
+        "_global_backward_hooks",
+        "_global_forward_hooks",
+        "_global_forward_pre_hooks",
+    )
+)
 _is_tracing = torch._C._get_tracing_state
-_MOST_SIGNATURES = 8   # that a container keeps plans for
-_MOST_PLANS = 8        # for one signature: training and evaluation, with hooks and without, ...
-_MOST_CAPTURES = 64    # for one signature: a forward that reads something new in each call runs as it is
+_MOST_SIGNATURES = 8  # that a container keeps plans for
+_MOST_PLANS = 8  # for one signature: training and evaluation, with hooks and without, ...
+_MOST_CAPTURES = 64  # for one signature: a forward that reads something new in each call runs as it is
 
 
 class PlannedForward(ForwardMethod):
@@ -28,7 +36,7 @@ class PlannedForward(ForwardMethod):
 
     def _attach(self, owner):
         super()._attach(owner)
-        self._plans = {}     # signature -> list of Plan and Refusal, the latest first
+        self._plans = {}  # signature -> list of Plan and Refusal, the latest first
         self._captures = {}  # signature -> how often it was captured
 
     def __call__(self, *args, **kwargs):
@@ -49,8 +57,11 @@ class PlannedForward(ForwardMethod):
         """The call from another plan: arguments and result may be channels-last where the user's own are not."""
         owner = self.owner
         plan = self.plan(owner, signatures.of_call(tensors, {}))
-        if plan is not None and layout.contiguous_weights(plan.weights) \
-                and not any(owner.__dict__[name] for name in HOOKS):
+        if (
+            plan is not None
+            and layout.contiguous_weights(plan.weights)
+            and not any(owner.__dict__[name] for name in HOOKS)
+        ):
             compiled = plan.compiled(present(True))
             if compiled.works_in_any_format:
                 return compiled.function(owner, *tensors)
@@ -74,8 +85,12 @@ class PlannedForward(ForwardMethod):
         return None
 
     def _make(self, owner, signature):
-        if len(self._plans) >= _MOST_SIGNATURES and signature not in self._plans \
-                or self._captures.get(signature, 0) >= _MOST_CAPTURES or not native.has_guards():
+        if (
+            len(self._plans) >= _MOST_SIGNATURES
+            and signature not in self._plans
+            or self._captures.get(signature, 0) >= _MOST_CAPTURES
+            or not native.has_guards()
+        ):
             return None
         if signature == signatures.ONE_TENSOR:
             signature = signatures.ONE_TENSOR
@@ -103,14 +118,25 @@ class PlannedForward(ForwardMethod):
         plans = [p for plans in self._plans.values() for p in plans if p.holds(owner)]
         if not any(isinstance(p, Plan) for p in plans):
             plans = [self.plan(owner, signatures.default(owner))]
-        return [compiled for plan in plans if isinstance(plan, Plan)
-                for compiled in list(plan.by_mode.values()) or [plan.compiled(Mode())]]
+        return [
+            compiled
+            for plan in plans
+            if isinstance(plan, Plan)
+            for compiled in list(plan.by_mode.values()) or [plan.compiled(Mode())]
+        ]
 
     def present_refusal(self):
         """Why there is no plan, where there is none."""
         owner = self.owner
-        return next((plan.reason for plans in self._plans.values() for plan in plans
-                     if isinstance(plan, Refusal) and plan.holds(owner)), None)
+        return next(
+            (
+                plan.reason
+                for plans in self._plans.values()
+                for plan in plans
+                if isinstance(plan, Refusal) and plan.holds(owner)
+            ),
+            None,
+        )
 
     def forget_refusals(self):
         """Lets a capture that was refused be tried again."""

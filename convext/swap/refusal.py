@@ -1,4 +1,5 @@
 """Why a forward cannot stand in a plan."""
+
 import contextlib
 import threading
 

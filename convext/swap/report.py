@@ -1,4 +1,5 @@
 """report(model): what became of each convolution of a model, with what it is fused, and who computes it."""
+
 import dataclasses
 from collections import Counter
 
@@ -56,8 +57,10 @@ class Report:
         raise KeyError(module)
 
     def to_dict(self):
-        return {row.module: {name: text for name, text in dataclasses.asdict(row).items() if name != "module"}
-                for row in self.rows}
+        return {
+            row.module: {name: text for name, text in dataclasses.asdict(row).items() if name != "module"}
+            for row in self.rows
+        }
 
     def summary(self):
         """One line: how many layers, how many exchanged, how many fused with something."""
@@ -102,8 +105,11 @@ def report(model: nn.Module) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     places = _places(model)
-    rows = [_row(model, name, module, places.get(module)) for name, module in model.named_modules()
-            if isinstance(module, _ConvNd)]
+    rows = [
+        _row(model, name, module, places.get(module))
+        for name, module in model.named_modules()
+        if isinstance(module, _ConvNd)
+    ]
     return Report(rows, f"{type(model).__name__}: convolutions")
 
 

@@ -1,4 +1,5 @@
 """swap and revert: what stands in the place of a model's methods, and back."""
+
 from torch import nn
 
 from .. import nn as convext_nn

@@ -39,6 +39,7 @@ matter of one in 100,000. Verify in float64, where the move is as much smaller a
 
 Integers, such as a batch norm's count of batches, are equal unless rounding changes them.
 """
+
 import contextlib
 import copy
 import dataclasses
@@ -126,16 +127,24 @@ class Verification:
         return [row for row in self.rows if row is chosen[row.kind] or not row.ok]
 
     def __str__(self):
-        rows = [(r.of, r.kind, r.name, f"{r.error:.3g}", f"{r.own:.3g}", f"{r.allowed:.3g}", "yes" if r.ok else "NO")
-                for r in self.worst()]
+        rows = [
+            (r.of, r.kind, r.name, f"{r.error:.3g}", f"{r.own:.3g}", f"{r.allowed:.3g}", "yes" if r.ok else "NO")
+            for r in self.worst()
+        ]
         verdict = "agree" if all(row.ok for row in self.rows) else "DISAGREE"
         caption = f"{len(self.rows)} values: swapped and unswapped {verdict}"
         if self.stale:
             worst = max(self.stale, key=_share)
-            caption += (f"\nthe live model and a fresh copy of it differ in {len(self.stale)} values, most in "
-                        f"{worst.kind} {worst.name}: {worst.error:.3g} apart, {worst.allowed:.3g} allowed")
-        return render(self.title, ["model", "kind", "worst of it", "apart", "unswapped's own error", "allowed", "ok"],
-                      rows, caption)
+            caption += (
+                f"\nthe live model and a fresh copy of it differ in {len(self.stale)} values, most in "
+                f"{worst.kind} {worst.name}: {worst.error:.3g} apart, {worst.allowed:.3g} allowed"
+            )
+        return render(
+            self.title,
+            ["model", "kind", "worst of it", "apart", "unswapped's own error", "allowed", "ok"],
+            rows,
+            caption,
+        )
 
     __repr__ = __str__
 
@@ -144,8 +153,9 @@ def _share(row):
     return math.inf if not row.error <= row.allowed else row.error / row.allowed if row.allowed else 0.0
 
 
-def verify(model: nn.Module, sample: torch.Tensor | tuple[Any, ...] | list[Any] | dict[str, Any], *,
-           seed: int = 0) -> Verification:
+def verify(
+    model: nn.Module, sample: torch.Tensor | tuple[Any, ...] | list[Any] | dict[str, Any], *, seed: int = 0
+) -> Verification:
     """Runs a model as it is, swapped anew and unswapped on a sample, in its present mode, and compares.
 
     The model itself is called four times, twice with gradients and backward, then twice under torch.no_grad(), so that
@@ -184,23 +194,38 @@ def verify(model: nn.Module, sample: torch.Tensor | tuple[Any, ...] | list[Any] 
         terms = _longest_sum(model, args, kwargs)
         found = {"live": _Model(model, args, kwargs, seed), "copy": _Model(fresh, args, kwargs, seed)}
         found = {of: each.values_of_calls(2) for of, each in found.items()}
-        limits = _Limits(expected, lambda number: plain.values(rounding=_Rounding(seed + 1 + number, terms)),
-                         lambda number: plain.values(jolt=seed + 1 + number))
-        rows = [limits.difference(of, key, values, [expected]) for of, values in found.items()
-                for key in _keys(expected, *values)]
-        stale = [limits.difference("live", key, found["live"], found["copy"])
-                 for key in _keys(*found["live"], *found["copy"])]
+        limits = _Limits(
+            expected,
+            lambda number: plain.values(rounding=_Rounding(seed + 1 + number, terms)),
+            lambda number: plain.values(jolt=seed + 1 + number),
+        )
+        rows = [
+            limits.difference(of, key, values, [expected])
+            for of, values in found.items()
+            for key in _keys(expected, *values)
+        ]
+        stale = [
+            limits.difference("live", key, found["live"], found["copy"])
+            for key in _keys(*found["live"], *found["copy"])
+        ]
     mode = "training" if model.training else "evaluation"
-    return Verification(rows, [row for row in stale if not row.ok],
-                        f"{type(model).__name__} in {mode}, swapped against unswapped")
+    return Verification(
+        rows, [row for row in stale if not row.ok], f"{type(model).__name__} in {mode}, swapped against unswapped"
+    )
 
 
 def _arguments(sample):
-    args, kwargs = ((), sample) if isinstance(sample, dict) else \
-        (tuple(sample), {}) if isinstance(sample, (tuple, list)) else ((sample,), {})
+    args, kwargs = (
+        ((), sample)
+        if isinstance(sample, dict)
+        else (tuple(sample), {})
+        if isinstance(sample, (tuple, list))
+        else ((sample,), {})
+    )
     if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves((args, kwargs))):
-        raise TypeError(f"sample: expected a tensor, or a tuple, list or dict of arguments with one, "
-                        f"got {type(sample).__name__}")
+        raise TypeError(
+            f"sample: expected a tensor, or a tuple, list or dict of arguments with one, got {type(sample).__name__}"
+        )
     return args, kwargs
 
 
@@ -211,8 +236,10 @@ def _copied(model):
     try:
         return copy.deepcopy(model)
     except Exception as error:
-        raise ValueError(f"model: this {type(model).__name__} cannot be deep-copied, and verify compares it with "
-                         f"copies of it: {error}") from error
+        raise ValueError(
+            f"model: this {type(model).__name__} cannot be deep-copied, and verify compares it with "
+            f"copies of it: {error}"
+        ) from error
 
 
 def _keys(*found):
@@ -313,8 +340,10 @@ class _Model:
         if not outputs or not leaves:
             return []
         generator = torch.Generator("cpu").manual_seed(self.seed)
-        sent = [torch.randn(t.shape, generator=generator, dtype=torch.float64, device="cpu").to(t.device, t.dtype)
-                for t in outputs]
+        sent = [
+            torch.randn(t.shape, generator=generator, dtype=torch.float64, device="cpu").to(t.device, t.dtype)
+            for t in outputs
+        ]
         if not in_place:  # backward() would also add to the gradients of leaves that no module names
             return torch.autograd.grad(outputs, leaves, sent, allow_unused=True)
         for t in leaves:
@@ -333,9 +362,15 @@ def _twin(t):
 def _tensors_of(result):
     """The tensors of a forward's result, those in objects with attributes of their own included."""
     leaves = pytree.tree_leaves(result)
-    return [t for leaf in leaves
-            for t in ([leaf] if isinstance(leaf, torch.Tensor) else
-                      [v for v in getattr(leaf, "__dict__", {}).values() if isinstance(v, torch.Tensor)])]
+    return [
+        t
+        for leaf in leaves
+        for t in (
+            [leaf]
+            if isinstance(leaf, torch.Tensor)
+            else [v for v in getattr(leaf, "__dict__", {}).values() if isinstance(v, torch.Tensor)]
+        )
+    ]
 
 
 class _Unchanged:
@@ -350,13 +385,20 @@ class _Unchanged:
 
     def __enter__(self):
         self.modules = [(m, dict(m.__dict__)) for m in self.model.modules()]
-        holders = [v for _, attributes in self.modules for v in attributes.values()
-                   if type(v) in (dict, OrderedDict, list, set)]
+        holders = [
+            v
+            for _, attributes in self.modules
+            for v in attributes.values()
+            if type(v) in (dict, OrderedDict, list, set)
+        ]
         self.contents = [(holder, _items(holder), holder.copy()) for holder in holders]
-        found = {id(t): t for holder in [*(d for _, d in self.modules), *holders]
-                 for t in (holder.values() if isinstance(holder, dict) else holder) if isinstance(t, torch.Tensor)}
-        self.tensors = [(t, t.detach().clone(), t.requires_grad, t.grad if t.is_leaf else None)
-                        for t in found.values()]
+        found = {
+            id(t): t
+            for holder in [*(d for _, d in self.modules), *holders]
+            for t in (holder.values() if isinstance(holder, dict) else holder)
+            if isinstance(t, torch.Tensor)
+        }
+        self.tensors = [(t, t.detach().clone(), t.requires_grad, t.grad if t.is_leaf else None) for t in found.values()]
         self.hooks = [(p, p._backward_hooks, p._post_accumulate_grad_hooks) for p in self.model.parameters()]
         for p, *_ in self.hooks:
             p._backward_hooks = p._post_accumulate_grad_hooks = None
@@ -417,7 +459,7 @@ class _Limits:
         plain = self.expected.get(key)
         if plain is None:
             return 0.0, 0.0
-        own = math.sqrt(sum(d ** 2 for d in self._distances(0, key, rounds)) / rounds)
+        own = math.sqrt(sum(d**2 for d in self._distances(0, key, rounds)) / rounds)
         if not (plain.is_floating_point() or plain.is_complex()):
             return own, own
         info = torch.finfo(plain.dtype)
@@ -470,20 +512,26 @@ def _move_parameters(model, generator):
 def _longest_sum(model, args, kwargs):
     """Of the forward pass over the operands of an output, of the backward pass over batch and pixels."""
     operands = [p[:1].numel() for p in model.parameters() if p.dim() > 1]
-    pixels = [t.numel() // (t.shape[1] if t.dim() > 3 and t.shape[1] else 1)
-              for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    pixels = [
+        t.numel() // (t.shape[1] if t.dim() > 3 and t.shape[1] else 1)
+        for t in pytree.tree_leaves((args, kwargs))
+        if isinstance(t, torch.Tensor)
+    ]
     return max([1, *operands, *pixels])
 
 
 # Operations that choose, move or compare values, or make them from nothing, and round none.
-_EXACT = frozenset(f"aten::{name}" for name in """
+_EXACT = frozenset(
+    f"aten::{name}"
+    for name in """
     _to_copy abs adaptive_max_pool2d adaptive_max_pool3d alias amax amin argmax argmin as_strided bernoulli cat clamp
     clamp_max clamp_min clone constant_pad_nd copy copy_ detach embedding empty empty_like eq expand fill flip full_like
     gather ge gt hardtanh hardtanh_backward index index_put index_select isfinite isinf isnan le lift_fresh logical_and
     logical_not logical_or lt masked_fill max max_pool2d_with_indices max_pool3d_with_indices maximum min minimum ne neg
     new_empty new_empty_strided new_full new_ones new_zeros nonzero ones_like pixel_shuffle pixel_unshuffle
     reflection_pad2d relu repeat replication_pad2d roll scatter select_backward select_scatter sign slice_backward
-    slice_scatter sort stack threshold threshold_backward topk unfold where zero zeros_like""".split())
+    slice_scatter sort stack threshold threshold_backward topk unfold where zero zeros_like""".split()
+)
 # Sums over the last extent of the second operand from the right.
 _PRODUCTS = frozenset(f"aten::{name}" for name in "mm bmm mv dot addmm addmv baddbmm".split())
 _BATCH_NORMS = frozenset(("aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm"))
@@ -558,18 +606,24 @@ class _Rounding(TorchDispatchMode):
         arguments = func._schema.arguments
         writes = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
         written = [v for a, v in zip(arguments, args) if a.name in writes] + [
-            v for k, v in kwargs.items() if k in writes]
+            v for k, v in kwargs.items() if k in writes
+        ]
         terms = 1 if func.namespace == "aten" else self.terms
-        result = func(*[v if a.name in writes else self._all_moved(v, terms) for a, v in zip(arguments, args)],
-                      **{k: v if k in writes else self._all_moved(v, terms) for k, v in kwargs.items()})
+        result = func(
+            *[v if a.name in writes else self._all_moved(v, terms) for a, v in zip(arguments, args)],
+            **{k: v if k in writes else self._all_moved(v, terms) for k, v in kwargs.items()},
+        )
         for t in _floats(written):
             t.copy_(self._moved(t, 1))
         return result
 
     def _converted(self, func, args, kwargs):
         result = func(*args, **kwargs)
-        narrower = result.is_floating_point() and args[0].is_floating_point() \
+        narrower = (
+            result.is_floating_point()
+            and args[0].is_floating_point()
             and torch.finfo(result.dtype).eps > torch.finfo(args[0].dtype).eps
+        )
         return self._moved(result, 1) if narrower else result
 
     def _all_moved(self, values, terms):
@@ -581,8 +635,13 @@ class _Rounding(TorchDispatchMode):
 
     def _summed(self, result, terms):
         """The result of sums of `terms` terms, moved by what depends on its own size."""
-        return result if terms <= 1 else pytree.tree_map(
-            lambda t: self._by(t, _accumulating(t.dtype) * math.sqrt(terms / 3)) if _is_float(t) else t, result)
+        return (
+            result
+            if terms <= 1
+            else pytree.tree_map(
+                lambda t: self._by(t, _accumulating(t.dtype) * math.sqrt(terms / 3)) if _is_float(t) else t, result
+            )
+        )
 
     def _by(self, t, amount):
         """t with each element moved by a relative amount of that standard deviation."""

@@ -57,13 +57,25 @@ def tile_at(n, m, c, stride_n, stride_m, stride_c, INDEX: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["N"])
-def stats_tile_kernel(y_ptr, slab_ptr, N, M, C, stride_n, stride_m, stride_c,
-                      ACC: tl.constexpr, INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+def stats_tile_kernel(
+    y_ptr,
+    slab_ptr,
+    N,
+    M,
+    C,
+    stride_n,
+    stride_m,
+    stride_c,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Mean and squared distances of one tile into slab (2, slots, C)."""
     slot, n, m, c, ok = tile_of(N, M, C, BLOCK_M, BLOCK_C)
     y = tl.load(y_ptr + tile_at(n, m, c, stride_n, stride_m, stride_c, INDEX), ok, 0).to(ACC)
     count = tl.minimum(BLOCK_M, M - tl.min(m, axis=0)).to(ACC)
-    mean = tl.sum(y, axis=0) / count                                                     # (BLOCK_C,)
+    mean = tl.sum(y, axis=0) / count  # (BLOCK_C,)
     away = tl.where(ok, y - mean[None, :], 0.0)
     slots = N * tl.cdiv(M, BLOCK_M)
     at = slab_ptr + slot * C + c
@@ -72,8 +84,18 @@ def stats_tile_kernel(y_ptr, slab_ptr, N, M, C, stride_n, stride_m, stride_c,
 
 
 @triton.jit(do_not_specialize=["N"])
-def stats_merge_kernel(slab_ptr, mean_ptr, var_ptr, N, M, C, ACC: tl.constexpr, BLOCK_M: tl.constexpr,
-                       BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
+def stats_merge_kernel(
+    slab_ptr,
+    mean_ptr,
+    var_ptr,
+    N,
+    M,
+    C,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Merges the slots of BLOCK_C channels: mean and biased variance."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -86,10 +108,10 @@ def stats_merge_kernel(slab_ptr, mean_ptr, var_ptr, N, M, C, ACC: tl.constexpr, 
         slot = block * BLOCK_S + tl.arange(0, BLOCK_S)
         ok = (slot < slots)[:, None] & (c < C)[None, :]
         at = slab_ptr + slot.to(tl.int64)[:, None] * C + c[None, :]
-        slot_mean = tl.load(at, ok, 0)                                                   # (BLOCK_S, BLOCK_C)
+        slot_mean = tl.load(at, ok, 0)  # (BLOCK_S, BLOCK_C)
         slot_m2 = tl.load(at + as_tensor(slots, tl.int64) * C, ok, 0)
         count = tl.where(slot < slots, tl.minimum(BLOCK_M, M - slot % tiles_m * BLOCK_M), 0).to(ACC)[:, None]
-        block_total = tl.sum(count, axis=0)                                              # (1,)
+        block_total = tl.sum(count, axis=0)  # (1,)
         block_mean = tl.sum(slot_mean * count, axis=0) / block_total
         away = tl.where(ok, slot_mean - block_mean[None, :], 0.0)
         block_m2 = tl.sum(slot_m2 + away * away * count, axis=0)
@@ -105,8 +127,8 @@ def stats_merge_kernel(slab_ptr, mean_ptr, var_ptr, N, M, C, ACC: tl.constexpr, 
 @triton.jit
 def normalise(y, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual, c, C, ok, EPS: tl.constexpr, ACC: tl.constexpr):
     """z, xhat and dz/dy = gamma * rstd of a tile. residual: pointers to the residual's tile, or None."""
-    slope = 1.0 / tl.sqrt(tl.load(var_ptr + c, c < C, 1).to(ACC) + EPS)                  # (BLOCK_C,)
-    xhat = (y - tl.load(mean_ptr + c, c < C, 0).to(ACC)[None, :]) * slope[None, :]       # (BLOCK_M, BLOCK_C)
+    slope = 1.0 / tl.sqrt(tl.load(var_ptr + c, c < C, 1).to(ACC) + EPS)  # (BLOCK_C,)
+    xhat = (y - tl.load(mean_ptr + c, c < C, 0).to(ACC)[None, :]) * slope[None, :]  # (BLOCK_M, BLOCK_C)
     z = xhat
     if gamma_ptr is not None:
         gamma = tl.load(gamma_ptr + c, c < C, 0).to(ACC)
@@ -120,11 +142,33 @@ def normalise(y, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual, c, C, ok, EPS
 
 
 @triton.jit(do_not_specialize=["N"])
-def bn_act_kernel(y_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_ptr, out_ptr, N, M, C,
-                  y_stride_n, y_stride_m, y_stride_c, z_stride_n, z_stride_m, z_stride_c,
-                  out_stride_n, out_stride_m, out_stride_c,
-                  EPS: tl.constexpr, ACTIVATION: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
-                  BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+def bn_act_kernel(
+    y_ptr,
+    mean_ptr,
+    var_ptr,
+    gamma_ptr,
+    beta_ptr,
+    residual_ptr,
+    out_ptr,
+    N,
+    M,
+    C,
+    y_stride_n,
+    y_stride_m,
+    y_stride_c,
+    z_stride_n,
+    z_stride_m,
+    z_stride_c,
+    out_stride_n,
+    out_stride_m,
+    out_stride_c,
+    EPS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """out of one tile. z is the residual."""
     slot, n, m, c, ok = tile_of(N, M, C, BLOCK_M, BLOCK_C)
     y = tl.load(y_ptr + tile_at(n, m, c, y_stride_n, y_stride_m, y_stride_c, INDEX), ok, 0).to(ACC)
@@ -138,11 +182,34 @@ def bn_act_kernel(y_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_ptr, o
 
 
 @triton.jit(do_not_specialize=["N"])
-def bn_act_backward_sums_kernel(dout_ptr, y_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_ptr, slab_ptr,
-                                N, M, C, g_stride_n, g_stride_m, g_stride_c, y_stride_n, y_stride_m, y_stride_c,
-                                z_stride_n, z_stride_m, z_stride_c,
-                                EPS: tl.constexpr, ACTIVATION: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
-                                BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+def bn_act_backward_sums_kernel(
+    dout_ptr,
+    y_ptr,
+    mean_ptr,
+    var_ptr,
+    gamma_ptr,
+    beta_ptr,
+    residual_ptr,
+    slab_ptr,
+    N,
+    M,
+    C,
+    g_stride_n,
+    g_stride_m,
+    g_stride_c,
+    y_stride_n,
+    y_stride_m,
+    y_stride_c,
+    z_stride_n,
+    z_stride_m,
+    z_stride_c,
+    EPS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """A tile's share of dgamma and dbeta into slab (2, slots, C). g is dout."""
     slot, n, m, c, ok = tile_of(N, M, C, BLOCK_M, BLOCK_C)
     dout = tl.load(dout_ptr + tile_at(n, m, c, g_stride_n, g_stride_m, g_stride_c, INDEX), ok, 0).to(ACC)
@@ -161,12 +228,44 @@ def bn_act_backward_sums_kernel(dout_ptr, y_ptr, mean_ptr, var_ptr, gamma_ptr, b
 
 
 @triton.jit(do_not_specialize=["N"])
-def bn_act_backward_kernel(dout_ptr, y_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_ptr, dgamma_ptr,
-                           dbeta_ptr, dy_ptr, dz_ptr, N, M, C, g_stride_n, g_stride_m, g_stride_c,
-                           y_stride_n, y_stride_m, y_stride_c, z_stride_n, z_stride_m, z_stride_c,
-                           dy_stride_n, dy_stride_m, dy_stride_c, dz_stride_n, dz_stride_m, dz_stride_c,
-                           EPS: tl.constexpr, ACTIVATION: tl.constexpr, TRAINING: tl.constexpr, ACC: tl.constexpr,
-                           INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+def bn_act_backward_kernel(
+    dout_ptr,
+    y_ptr,
+    mean_ptr,
+    var_ptr,
+    gamma_ptr,
+    beta_ptr,
+    residual_ptr,
+    dgamma_ptr,
+    dbeta_ptr,
+    dy_ptr,
+    dz_ptr,
+    N,
+    M,
+    C,
+    g_stride_n,
+    g_stride_m,
+    g_stride_c,
+    y_stride_n,
+    y_stride_m,
+    y_stride_c,
+    z_stride_n,
+    z_stride_m,
+    z_stride_c,
+    dy_stride_n,
+    dy_stride_m,
+    dy_stride_c,
+    dz_stride_n,
+    dz_stride_m,
+    dz_stride_c,
+    EPS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    TRAINING: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """dy, and dz, the residual's gradient, where there is one."""
     slot, n, m, c, ok = tile_of(N, M, C, BLOCK_M, BLOCK_C)
     dout = tl.load(dout_ptr + tile_at(n, m, c, g_stride_n, g_stride_m, g_stride_c, INDEX), ok, 0).to(ACC)
@@ -241,38 +340,91 @@ def batch_stats(y, mean, var) -> list[Launch]:
     slab = mean.new_empty((2, pixels.slots, pixels.c))
     merge = triton.Config({"BLOCK_S": 64, "BLOCK_C": 16}, num_warps=4, num_stages=1)
     return [
-        Launch(stats_tile_kernel, pixels.grid, (pixels.config,),
-               {"y_ptr": pixels.tensors[0], "slab_ptr": slab, **pixels.common, **pixels.strides("")}),
-        Launch(stats_merge_kernel, lambda meta: (triton.cdiv(pixels.c, meta["BLOCK_C"]),), (merge,),
-               {"slab_ptr": slab, "mean_ptr": mean, "var_ptr": var, **pixels.sizes, "ACC": accumulate(y.dtype),
-                "BLOCK_M": pixels.block_m})]
+        Launch(
+            stats_tile_kernel,
+            pixels.grid,
+            (pixels.config,),
+            {"y_ptr": pixels.tensors[0], "slab_ptr": slab, **pixels.common, **pixels.strides("")},
+        ),
+        Launch(
+            stats_merge_kernel,
+            lambda meta: (triton.cdiv(pixels.c, meta["BLOCK_C"]),),
+            (merge,),
+            {
+                "slab_ptr": slab,
+                "mean_ptr": mean,
+                "var_ptr": var,
+                **pixels.sizes,
+                "ACC": accumulate(y.dtype),
+                "BLOCK_M": pixels.block_m,
+            },
+        ),
+    ]
 
 
 def bn_act(y, mean, var, gamma, beta, residual, eps, activation, out) -> Launch:
     """out, with evenly spaced pixels, becomes activation(batch norm of y + residual)."""
     pixels = Pixels(y, residual, out)
     y, residual, _ = pixels.tensors
-    return Launch(bn_act_kernel, pixels.grid, (pixels.config,), {
-        "y_ptr": y, "mean_ptr": mean, "var_ptr": var, "gamma_ptr": gamma, "beta_ptr": beta, "residual_ptr": residual,
-        "out_ptr": out, **pixels.common, **pixels.strides("y", "z", "out"), "EPS": eps, "ACTIVATION": activation})
+    return Launch(
+        bn_act_kernel,
+        pixels.grid,
+        (pixels.config,),
+        {
+            "y_ptr": y,
+            "mean_ptr": mean,
+            "var_ptr": var,
+            "gamma_ptr": gamma,
+            "beta_ptr": beta,
+            "residual_ptr": residual,
+            "out_ptr": out,
+            **pixels.common,
+            **pixels.strides("y", "z", "out"),
+            "EPS": eps,
+            "ACTIVATION": activation,
+        },
+    )
 
 
-def bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training, dy, dgamma, dbeta,
-                    dz) -> list[Launch]:
+def bn_act_backward(
+    dout, y, mean, var, gamma, beta, residual, eps, activation, training, dy, dgamma, dbeta, dz
+) -> list[Launch]:
     """dy and dz, the residual's gradient or None, both with evenly spaced pixels; dgamma and dbeta, (C)."""
     pixels = Pixels(dout, y, residual, dy, dz)
     dout, y, residual, _, _ = pixels.tensors
     slabs = dgamma.new_empty((2, pixels.slots, pixels.c))
     arguments = {
-        "dout_ptr": dout, "y_ptr": y, "mean_ptr": mean, "var_ptr": var, "gamma_ptr": gamma, "beta_ptr": beta,
-        "residual_ptr": residual, **pixels.common, "EPS": eps, "ACTIVATION": activation}
+        "dout_ptr": dout,
+        "y_ptr": y,
+        "mean_ptr": mean,
+        "var_ptr": var,
+        "gamma_ptr": gamma,
+        "beta_ptr": beta,
+        "residual_ptr": residual,
+        **pixels.common,
+        "EPS": eps,
+        "ACTIVATION": activation,
+    }
     all_strides = pixels.strides("g", "y", "z", "dy", "dz")
     read_strides = {name: value for name, value in all_strides.items() if not name.startswith("d")}
     return [
-        Launch(bn_act_backward_sums_kernel, pixels.grid, (pixels.config,),
-               {**arguments, **read_strides, "slab_ptr": slabs}),
+        Launch(
+            bn_act_backward_sums_kernel, pixels.grid, (pixels.config,), {**arguments, **read_strides, "slab_ptr": slabs}
+        ),
         reduction.add_slabs(slabs[0], dgamma),
         reduction.add_slabs(slabs[1], dbeta),
-        Launch(bn_act_backward_kernel, pixels.grid, (pixels.config,),
-               {**arguments, **all_strides, "dgamma_ptr": dgamma, "dbeta_ptr": dbeta, "dy_ptr": dy,
-                "dz_ptr": dz, "TRAINING": training})]
+        Launch(
+            bn_act_backward_kernel,
+            pixels.grid,
+            (pixels.config,),
+            {
+                **arguments,
+                **all_strides,
+                "dgamma_ptr": dgamma,
+                "dbeta_ptr": dbeta,
+                "dy_ptr": dy,
+                "dz_ptr": dz,
+                "TRAINING": training,
+            },
+        ),
+    ]

@@ -29,13 +29,18 @@ import triton
 
 
 def _config(block_m, block_n, block_k, warps, stages):
-    return triton.Config({"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}, num_warps=warps,
-                         num_stages=stages)
+    return triton.Config(
+        {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}, num_warps=warps, num_stages=stages
+    )
 
 
 _GEMM = {
-    "half": (_config(128, 128, 64, 8, 3), _config(128, 64, 64, 8, 4), _config(64, 64, 64, 4, 4),
-             _config(128, 32, 32, 4, 4)),
+    "half": (
+        _config(128, 128, 64, 8, 3),
+        _config(128, 64, 64, 8, 4),
+        _config(64, 64, 64, 4, 4),
+        _config(128, 32, 32, 4, 4),
+    ),
     "flat": (_config(128, 64, 32, 8, 3), _config(64, 64, 32, 4, 3), _config(128, 32, 32, 4, 3)),
     "tf32": (_config(128, 128, 32, 8, 3), _config(128, 64, 32, 4, 3), _config(64, 64, 32, 4, 4)),
     "ieee": (_config(64, 64, 16, 4, 2),),

@@ -38,8 +38,26 @@ LARGEST_UNROLLED = 25
 
 
 @triton.jit
-def add_tap(acc, r, s, x_row, x_stride_h, x_stride_w, h0, w0, H, W, pixel_ok, channel_ok, w_col, w_stride_r, w_stride_s,
-            DIL_H: tl.constexpr, DIL_W: tl.constexpr, ACC: tl.constexpr):
+def add_tap(
+    acc,
+    r,
+    s,
+    x_row,
+    x_stride_h,
+    x_stride_w,
+    h0,
+    w0,
+    H,
+    W,
+    pixel_ok,
+    channel_ok,
+    w_col,
+    w_stride_r,
+    w_stride_s,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
+    ACC: tl.constexpr,
+):
     h = h0 + r * DIL_H
     w = w0 + s * DIL_W
     inside = pixel_ok & (h >= 0) & (h < H) & (w >= 0) & (w < W)
@@ -49,16 +67,56 @@ def add_tap(acc, r, s, x_row, x_stride_h, x_stride_w, h0, w0, H, W, pixel_ok, ch
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "pad_h", "pad_w"])
-def depthwise_fprop_kernel(x_ptr, w_ptr, y_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_ptr,
-                           N, H, W, P, Q, K, pad_h, pad_w,
-                           x_stride_n, x_stride_c, x_stride_h, x_stride_w, w_stride_k, w_stride_r, w_stride_s,
-                           y_stride_n, y_stride_k, y_stride_p, y_stride_q,
-                           z_stride_n, z_stride_k, z_stride_p, z_stride_q,
-                           MULT: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-                           STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-                           EPS: tl.constexpr, ACTIVATION: tl.constexpr, UNROLL: tl.constexpr,
-                           PATCH_P: tl.constexpr, PATCH_Q: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
-                           BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+def depthwise_fprop_kernel(
+    x_ptr,
+    w_ptr,
+    y_ptr,
+    bias_ptr,
+    mean_ptr,
+    var_ptr,
+    gamma_ptr,
+    beta_ptr,
+    residual_ptr,
+    N,
+    H,
+    W,
+    P,
+    Q,
+    K,
+    pad_h,
+    pad_w,
+    x_stride_n,
+    x_stride_c,
+    x_stride_h,
+    x_stride_w,
+    w_stride_k,
+    w_stride_r,
+    w_stride_s,
+    y_stride_n,
+    y_stride_k,
+    y_stride_p,
+    y_stride_q,
+    z_stride_n,
+    z_stride_k,
+    z_stride_p,
+    z_stride_q,
+    MULT: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
+    EPS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    UNROLL: tl.constexpr,
+    PATCH_P: tl.constexpr,
+    PATCH_Q: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """K counts all output channels, C * MULT."""
     tiles_c = tl.cdiv(K, BLOCK_C)
     pid = tl.program_id(0)
@@ -68,30 +126,117 @@ def depthwise_fprop_kernel(x_ptr, w_ptr, y_ptr, bias_ptr, mean_ptr, var_ptr, gam
     k_ok = k < K
     h0 = p * STRIDE_H - pad_h
     w0 = q * STRIDE_W - pad_w
-    x_row = x_ptr + (n * x_stride_n)[:, None] + (k // MULT * x_stride_c)[None, :]        # (BLOCK_M, BLOCK_C)
-    w_col = w_ptr + k * w_stride_k                                                       # (BLOCK_C,)
+    x_row = x_ptr + (n * x_stride_n)[:, None] + (k // MULT * x_stride_c)[None, :]  # (BLOCK_M, BLOCK_C)
+    w_col = w_ptr + k * w_stride_k  # (BLOCK_C,)
     acc = tl.zeros((BLOCK_M, BLOCK_C), ACC)
     if UNROLL:
         for tap in tl.static_range(R * S):
-            acc = add_tap(acc, tap // S, tap % S, x_row, x_stride_h, x_stride_w, h0, w0, H, W, pixel_ok, k_ok,
-                          w_col, w_stride_r, w_stride_s, DIL_H, DIL_W, ACC)
+            acc = add_tap(
+                acc,
+                tap // S,
+                tap % S,
+                x_row,
+                x_stride_h,
+                x_stride_w,
+                h0,
+                w0,
+                H,
+                W,
+                pixel_ok,
+                k_ok,
+                w_col,
+                w_stride_r,
+                w_stride_s,
+                DIL_H,
+                DIL_W,
+                ACC,
+            )
     else:
-        r_lo, r_hi, s_lo, s_hi = patch_taps(tile_m, P, Q, STRIDE_H, STRIDE_W, -pad_h, -pad_w, DIL_H, DIL_W, H, W, R, S,
-                                            BLOCK_M, PATCH_P, PATCH_Q)
+        r_lo, r_hi, s_lo, s_hi = patch_taps(
+            tile_m, P, Q, STRIDE_H, STRIDE_W, -pad_h, -pad_w, DIL_H, DIL_W, H, W, R, S, BLOCK_M, PATCH_P, PATCH_Q
+        )
         for r in range(r_lo, r_hi):
             for s in range(s_lo, s_hi):
-                acc = add_tap(acc, r, s, x_row, x_stride_h, x_stride_w, h0, w0, H, W, pixel_ok, k_ok,
-                              w_col, w_stride_r, w_stride_s, DIL_H, DIL_W, ACC)
-    finish_tile(acc, n, p, q, pixel_ok, k, k_ok, y_ptr, y_stride_n, y_stride_k, y_stride_p, y_stride_q,
-                residual_ptr, z_stride_n, z_stride_k, z_stride_p, z_stride_q,
-                bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, EPS, ACTIVATION, ACC)
+                acc = add_tap(
+                    acc,
+                    r,
+                    s,
+                    x_row,
+                    x_stride_h,
+                    x_stride_w,
+                    h0,
+                    w0,
+                    H,
+                    W,
+                    pixel_ok,
+                    k_ok,
+                    w_col,
+                    w_stride_r,
+                    w_stride_s,
+                    DIL_H,
+                    DIL_W,
+                    ACC,
+                )
+    finish_tile(
+        acc,
+        n,
+        p,
+        q,
+        pixel_ok,
+        k,
+        k_ok,
+        y_ptr,
+        y_stride_n,
+        y_stride_k,
+        y_stride_p,
+        y_stride_q,
+        residual_ptr,
+        z_stride_n,
+        z_stride_k,
+        z_stride_p,
+        z_stride_q,
+        bias_ptr,
+        mean_ptr,
+        var_ptr,
+        gamma_ptr,
+        beta_ptr,
+        EPS,
+        ACTIVATION,
+        ACC,
+    )
 
 
 @triton.jit
-def add_tap_backward(dx, x, r, s, p, q, n, P, Q, pixel_ok, c, c_ok,
-                     dy_ptr, dy_stride_n, dy_stride_k, dy_stride_p, dy_stride_q,
-                     w_ptr, w_stride_k, w_stride_r, w_stride_s, slab_ptr, S: tl.constexpr, TAPS: tl.constexpr,
-                     MULT: tl.constexpr, NEED_DX: tl.constexpr, NEED_DW: tl.constexpr, ACC: tl.constexpr):
+def add_tap_backward(
+    dx,
+    x,
+    r,
+    s,
+    p,
+    q,
+    n,
+    P,
+    Q,
+    pixel_ok,
+    c,
+    c_ok,
+    dy_ptr,
+    dy_stride_n,
+    dy_stride_k,
+    dy_stride_p,
+    dy_stride_q,
+    w_ptr,
+    w_stride_k,
+    w_stride_r,
+    w_stride_s,
+    slab_ptr,
+    S: tl.constexpr,
+    TAPS: tl.constexpr,
+    MULT: tl.constexpr,
+    NEED_DX: tl.constexpr,
+    NEED_DW: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """What tap (r, s), which leads from the tile's pixels to (p, q), adds to dx; its part of dw goes to the slab."""
     inside = (pixel_ok & (p >= 0) & (p < P) & (q >= 0) & (q < Q))[:, None] & c_ok[None, :]
     at = dy_ptr + (n * dy_stride_n + p * dy_stride_p + q * dy_stride_q)[:, None]
@@ -109,15 +254,53 @@ def add_tap_backward(dx, x, r, s, p, q, n, P, Q, pixel_ok, c, c_ok,
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "pad_h", "pad_w"])
-def depthwise_backward_kernel(dy_ptr, x_ptr, w_ptr, dx_ptr, slab_ptr, N, H, W, C, P, Q, pad_h, pad_w,
-                              dy_stride_n, dy_stride_k, dy_stride_p, dy_stride_q,
-                              x_stride_n, x_stride_c, x_stride_h, x_stride_w, w_stride_k, w_stride_r, w_stride_s,
-                              dx_stride_n, dx_stride_c, dx_stride_h, dx_stride_w, slab_stride,
-                              MULT: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-                              STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-                              R_STEP: tl.constexpr, S_STEP: tl.constexpr, UNROLL: tl.constexpr,
-                              PATCH_P: tl.constexpr, PATCH_Q: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
-                              BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+def depthwise_backward_kernel(
+    dy_ptr,
+    x_ptr,
+    w_ptr,
+    dx_ptr,
+    slab_ptr,
+    N,
+    H,
+    W,
+    C,
+    P,
+    Q,
+    pad_h,
+    pad_w,
+    dy_stride_n,
+    dy_stride_k,
+    dy_stride_p,
+    dy_stride_q,
+    x_stride_n,
+    x_stride_c,
+    x_stride_h,
+    x_stride_w,
+    w_stride_k,
+    w_stride_r,
+    w_stride_s,
+    dx_stride_n,
+    dx_stride_c,
+    dx_stride_h,
+    dx_stride_w,
+    slab_stride,
+    MULT: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
+    R_STEP: tl.constexpr,
+    S_STEP: tl.constexpr,
+    UNROLL: tl.constexpr,
+    PATCH_P: tl.constexpr,
+    PATCH_Q: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """dx where dx_ptr is given (it needs w), slabs (tiles, C * MULT, R, S) of dw where slab_ptr is (it needs x)."""
     NEED_DX: tl.constexpr = dx_ptr is not None
     NEED_DW: tl.constexpr = slab_ptr is not None
@@ -160,20 +343,87 @@ def depthwise_backward_kernel(dy_ptr, x_ptr, w_ptr, dx_ptr, slab_ptr, N, H, W, C
             r = r0 + t * R_STEP
             s = s0 + u * S_STEP
             if (r < R) & (s < S):
-                dx = add_tap_backward(dx, x, r, s, i + (base_h + t * STEP_H), j + (base_w + u * STEP_W), n, P, Q,
-                                      pixel_ok, c, c_ok, dy_ptr, dy_stride_n, dy_stride_k, dy_stride_p, dy_stride_q,
-                                      w_ptr, w_stride_k, w_stride_r, w_stride_s, slab_ptr, S, R * S,
-                                      MULT, NEED_DX, NEED_DW, ACC)
+                dx = add_tap_backward(
+                    dx,
+                    x,
+                    r,
+                    s,
+                    i + (base_h + t * STEP_H),
+                    j + (base_w + u * STEP_W),
+                    n,
+                    P,
+                    Q,
+                    pixel_ok,
+                    c,
+                    c_ok,
+                    dy_ptr,
+                    dy_stride_n,
+                    dy_stride_k,
+                    dy_stride_p,
+                    dy_stride_q,
+                    w_ptr,
+                    w_stride_k,
+                    w_stride_r,
+                    w_stride_s,
+                    slab_ptr,
+                    S,
+                    R * S,
+                    MULT,
+                    NEED_DX,
+                    NEED_DW,
+                    ACC,
+                )
     else:
-        r_lo, r_hi, s_lo, s_hi = patch_taps(tile_m, rows, cols, 1, 1, base_h, base_w, STEP_H, STEP_W, P, Q,
-                                            tl.cdiv(R - r0, R_STEP), tl.cdiv(S - s0, S_STEP), BLOCK_M, PATCH_P, PATCH_Q)
+        r_lo, r_hi, s_lo, s_hi = patch_taps(
+            tile_m,
+            rows,
+            cols,
+            1,
+            1,
+            base_h,
+            base_w,
+            STEP_H,
+            STEP_W,
+            P,
+            Q,
+            tl.cdiv(R - r0, R_STEP),
+            tl.cdiv(S - s0, S_STEP),
+            BLOCK_M,
+            PATCH_P,
+            PATCH_Q,
+        )
         for t in range(r_lo, r_hi):
             for u in range(s_lo, s_hi):
-                dx = add_tap_backward(dx, x, r0 + t * R_STEP, s0 + u * S_STEP, i + (base_h + t * STEP_H),
-                                      j + (base_w + u * STEP_W), n, P, Q, pixel_ok, c, c_ok,
-                                      dy_ptr, dy_stride_n, dy_stride_k, dy_stride_p, dy_stride_q,
-                                      w_ptr, w_stride_k, w_stride_r, w_stride_s, slab_ptr, S, R * S,
-                                      MULT, NEED_DX, NEED_DW, ACC)
+                dx = add_tap_backward(
+                    dx,
+                    x,
+                    r0 + t * R_STEP,
+                    s0 + u * S_STEP,
+                    i + (base_h + t * STEP_H),
+                    j + (base_w + u * STEP_W),
+                    n,
+                    P,
+                    Q,
+                    pixel_ok,
+                    c,
+                    c_ok,
+                    dy_ptr,
+                    dy_stride_n,
+                    dy_stride_k,
+                    dy_stride_p,
+                    dy_stride_q,
+                    w_ptr,
+                    w_stride_k,
+                    w_stride_r,
+                    w_stride_s,
+                    slab_ptr,
+                    S,
+                    R * S,
+                    MULT,
+                    NEED_DX,
+                    NEED_DW,
+                    ACC,
+                )
     if NEED_DX:
         at = dx_ptr + (n * dx_stride_n + h * dx_stride_h + w * dx_stride_w)[:, None] + (c * dx_stride_c)[None, :]
         tl.store(at, dx.to(dx_ptr.dtype.element_ty), ok)
@@ -206,9 +456,18 @@ def fprop(problem, x, w, epilogue, y) -> Launch:
     """y, of problem.y_shape and any strides, becomes fprop(x, w) with the epilogue applied."""
     config, patch = tile_shape(FPROP_TILE, problem.x_layout == Layout.NHWC, problem.k, problem.p, problem.q)
     arguments = {
-        "x_ptr": x, "w_ptr": w, "y_ptr": y, **depthwise_geometry(problem), **epilogue_arguments(epilogue), **patch,
-        **strides("x", "nchw", x), **strides("w", "kcrs", w), **strides("y", "nkpq", y),
-        "ACC": accumulate(x.dtype), "INDEX": index_type(x, y, epilogue.residual)}
+        "x_ptr": x,
+        "w_ptr": w,
+        "y_ptr": y,
+        **depthwise_geometry(problem),
+        **epilogue_arguments(epilogue),
+        **patch,
+        **strides("x", "nchw", x),
+        **strides("w", "kcrs", w),
+        **strides("y", "nkpq", y),
+        "ACC": accumulate(x.dtype),
+        "INDEX": index_type(x, y, epilogue.residual),
+    }
     del arguments["C"], arguments["w_stride_c"]
 
     def grid(meta):
@@ -231,9 +490,19 @@ def backward(problem, dy, x, w, dx, dw) -> list[Launch]:
         allocate = dw.new_empty if arguments["UNROLL"] else dw.new_zeros
         slabs = allocate((tiles, *dw.shape), dtype=problem.accumulate_dtype)
     arguments |= {
-        "dy_ptr": dy, "x_ptr": x, "w_ptr": w, "dx_ptr": dx, "slab_ptr": slabs, "slab_stride": problem.w_size,
-        **strides("dy", "nkpq", dy), **strides("x", "nchw", x), **strides("w", "kcrs", w), **strides("dx", "nchw", dx),
-        "ACC": accumulate(dy.dtype), "INDEX": index_type(dy, x, dx)}
+        "dy_ptr": dy,
+        "x_ptr": x,
+        "w_ptr": w,
+        "dx_ptr": dx,
+        "slab_ptr": slabs,
+        "slab_stride": problem.w_size,
+        **strides("dy", "nkpq", dy),
+        **strides("x", "nchw", x),
+        **strides("w", "kcrs", w),
+        **strides("dx", "nchw", dx),
+        "ACC": accumulate(dy.dtype),
+        "INDEX": index_type(dy, x, dx),
+    }
     del arguments["w_stride_c"]
 
     def grid(meta):

@@ -62,13 +62,46 @@ PATCH_P, PATCH_Q = 64, 64
 
 
 @triton.jit
-def gather_gemm(a_ptr, a_stride_n, a_stride_h, a_stride_w, a_stride_c,
-                b_ptr, b_stride_r, b_stride_s, b_stride_c, b_stride_col,
-                n, h0, w0, pixel_ok, H, W, C, col, col_ok,
-                r_lo, r_hi, first_r, R_STEP: tl.constexpr, STEP_H: tl.constexpr,
-                s_lo, s_hi, first_s, S_STEP: tl.constexpr, STEP_W: tl.constexpr, split, split_k,
-                FLAT: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def gather_gemm(
+    a_ptr,
+    a_stride_n,
+    a_stride_h,
+    a_stride_w,
+    a_stride_c,
+    b_ptr,
+    b_stride_r,
+    b_stride_s,
+    b_stride_c,
+    b_stride_col,
+    n,
+    h0,
+    w0,
+    pixel_ok,
+    H,
+    W,
+    C,
+    col,
+    col_ok,
+    r_lo,
+    r_hi,
+    first_r,
+    R_STEP: tl.constexpr,
+    STEP_H: tl.constexpr,
+    s_lo,
+    s_hi,
+    first_s,
+    S_STEP: tl.constexpr,
+    STEP_W: tl.constexpr,
+    split,
+    split_k,
+    FLAT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """acc[m, j] = sum over taps (r, s) in [r_lo, r_hi) x [s_lo, s_hi) and channels c of
 
         a[n_m, h0_m + r*STEP_H, w0_m + s*STEP_W, c] * b[first_r + r*R_STEP, first_s + s*S_STEP, c, col_j]
@@ -77,8 +110,8 @@ def gather_gemm(a_ptr, a_stride_n, a_stride_h, a_stride_w, a_stride_c,
     lane = tl.arange(0, BLOCK_K)
     taps_s = tl.maximum(s_hi - s_lo, 1)
     taps = tl.maximum(r_hi - r_lo, 0) * tl.maximum(s_hi - s_lo, 0)
-    a_row = a_ptr + n * a_stride_n                                                       # (BLOCK_M,)
-    b_col = b_ptr + col * b_stride_col                                                   # (BLOCK_N,)
+    a_row = a_ptr + n * a_stride_n  # (BLOCK_M,)
+    b_col = b_ptr + col * b_stride_col  # (BLOCK_N,)
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     blocks_c = tl.cdiv(C, BLOCK_K)
     if FLAT:
@@ -93,38 +126,53 @@ def gather_gemm(a_ptr, a_stride_n, a_stride_h, a_stride_w, a_stride_c,
     for step in range(begin, steps):
         # Invariant: acc holds the sum over entries [begin*BLOCK_K, step*BLOCK_K) of the (tap, channel) axis.
         if FLAT:
-            entry = step * BLOCK_K + lane                                                # (BLOCK_K,)
+            entry = step * BLOCK_K + lane  # (BLOCK_K,)
             c = entry % C
             tap = entry // C
             c_ok = tap < taps
             r = r_lo + tap // taps_s
             s = s_lo + tap % taps_s
-            h = h0[:, None] + (r * STEP_H)[None, :]                                      # (BLOCK_M, BLOCK_K)
+            h = h0[:, None] + (r * STEP_H)[None, :]  # (BLOCK_M, BLOCK_K)
             w = w0[:, None] + (s * STEP_W)[None, :]
             a = a_row[:, None] + h * a_stride_h + w * a_stride_w + (c * a_stride_c)[None, :]
             inside = pixel_ok[:, None] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
             b = (first_r + r * R_STEP) * b_stride_r + (first_s + s * S_STEP) * b_stride_s + c * b_stride_c
         else:
-            c = step % blocks_c * BLOCK_K + lane                                         # (BLOCK_K,)
+            c = step % blocks_c * BLOCK_K + lane  # (BLOCK_K,)
             tap = step // blocks_c
             c_ok = c < C
             r = r_lo + tap // taps_s
             s = s_lo + tap % taps_s
-            h = h0 + r * STEP_H                                                          # (BLOCK_M,)
+            h = h0 + r * STEP_H  # (BLOCK_M,)
             w = w0 + s * STEP_W
             a = (a_row + h * a_stride_h + w * a_stride_w)[:, None] + (c * a_stride_c)[None, :]
             inside = (pixel_ok & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
             b = (first_r + r * R_STEP) * b_stride_r + (first_s + s * S_STEP) * b_stride_s + c * b_stride_c
-        a_tile = tl.load(a, inside & c_ok[None, :], 0)                                   # (BLOCK_M, BLOCK_K)
+        a_tile = tl.load(a, inside & c_ok[None, :], 0)  # (BLOCK_M, BLOCK_K)
         b_tile = tl.load(b_col[None, :] + b[:, None], c_ok[:, None] & col_ok[None, :], 0)  # (BLOCK_K, BLOCK_N)
         acc = multiply_accumulate(a_tile, b_tile, acc, PRECISION)
     return acc
 
 
 @triton.jit
-def patch_taps(tile, P, Q, SCALE_H: tl.constexpr, SCALE_W: tl.constexpr, base_h, base_w,
-               STEP_H: tl.constexpr, STEP_W: tl.constexpr, H, W, R, S,
-               BLOCK_M: tl.constexpr, PATCH_P: tl.constexpr, PATCH_Q: tl.constexpr):
+def patch_taps(
+    tile,
+    P,
+    Q,
+    SCALE_H: tl.constexpr,
+    SCALE_W: tl.constexpr,
+    base_h,
+    base_w,
+    STEP_H: tl.constexpr,
+    STEP_W: tl.constexpr,
+    H,
+    W,
+    R,
+    S,
+    BLOCK_M: tl.constexpr,
+    PATCH_P: tl.constexpr,
+    PATCH_Q: tl.constexpr,
+):
     """The taps that a patch needs: r_lo, r_hi, s_lo, s_hi. P, Q: the tiled grid; H, W: the gathered image."""
     SHAPE: tl.constexpr = patch_shape(BLOCK_M, PATCH_P, PATCH_Q)
     p0, q0 = patch_origin(tile, P, Q, BLOCK_M, PATCH_P, PATCH_Q)
@@ -136,18 +184,65 @@ def patch_taps(tile, P, Q, SCALE_H: tl.constexpr, SCALE_W: tl.constexpr, base_h,
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "pad_h", "pad_w", "split_k", "tuning_key"])
-def fprop_kernel(x_ptr, w_ptr, y_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_ptr,
-                 N, H, W, C, P, Q, K, pad_h, pad_w, split_k, tuning_key,
-                 x_stride_n, x_stride_c, x_stride_h, x_stride_w,
-                 w_stride_k, w_stride_c, w_stride_r, w_stride_s,
-                 y_stride_split, y_stride_n, y_stride_k, y_stride_p, y_stride_q,
-                 z_stride_n, z_stride_k, z_stride_p, z_stride_q,
-                 R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-                 DIL_H: tl.constexpr, DIL_W: tl.constexpr, EPS: tl.constexpr, ACTIVATION: tl.constexpr,
-                 GROUPS: tl.constexpr, FLAT: tl.constexpr, SKIP: tl.constexpr, SPLIT: tl.constexpr,
-                 PATCH_P: tl.constexpr, PATCH_Q: tl.constexpr,
-                 ACC: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
-                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def fprop_kernel(
+    x_ptr,
+    w_ptr,
+    y_ptr,
+    bias_ptr,
+    mean_ptr,
+    var_ptr,
+    gamma_ptr,
+    beta_ptr,
+    residual_ptr,
+    N,
+    H,
+    W,
+    C,
+    P,
+    Q,
+    K,
+    pad_h,
+    pad_w,
+    split_k,
+    tuning_key,
+    x_stride_n,
+    x_stride_c,
+    x_stride_h,
+    x_stride_w,
+    w_stride_k,
+    w_stride_c,
+    w_stride_r,
+    w_stride_s,
+    y_stride_split,
+    y_stride_n,
+    y_stride_k,
+    y_stride_p,
+    y_stride_q,
+    z_stride_n,
+    z_stride_k,
+    z_stride_p,
+    z_stride_q,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
+    EPS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FLAT: tl.constexpr,
+    SKIP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PATCH_P: tl.constexpr,
+    PATCH_Q: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """C and K count the channels of one group. y is the result, or with SPLIT the slabs, (split_k, *y). z is the
     residual. A program is one tile; the filters and groups of one tile of pixels are neighbours, so that the gathered
     pixels are still in cache."""
@@ -167,27 +262,112 @@ def fprop_kernel(x_ptr, w_ptr, y_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, be
     k_ok = k < K
     r_lo, r_hi, s_lo, s_hi = 0, R, 0, S
     if SKIP:
-        r_lo, r_hi, s_lo, s_hi = patch_taps(tile_m, P, Q, STRIDE_H, STRIDE_W, -pad_h, -pad_w, DIL_H, DIL_W, H, W, R, S,
-                                            BLOCK_M, PATCH_P, PATCH_Q)
-    acc = gather_gemm(x_ptr + group * C * x_stride_c, x_stride_n, x_stride_h, x_stride_w, x_stride_c,
-                      w_ptr + group * K * w_stride_k, w_stride_r, w_stride_s, w_stride_c, w_stride_k,
-                      n, p * STRIDE_H - pad_h, q * STRIDE_W - pad_w, pixel_ok, H, W, C, k, k_ok,
-                      r_lo, r_hi, 0, 1, DIL_H, s_lo, s_hi, 0, 1, DIL_W,
-                      split, split_k, FLAT, SPLIT, ACC, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+        r_lo, r_hi, s_lo, s_hi = patch_taps(
+            tile_m, P, Q, STRIDE_H, STRIDE_W, -pad_h, -pad_w, DIL_H, DIL_W, H, W, R, S, BLOCK_M, PATCH_P, PATCH_Q
+        )
+    acc = gather_gemm(
+        x_ptr + group * C * x_stride_c,
+        x_stride_n,
+        x_stride_h,
+        x_stride_w,
+        x_stride_c,
+        w_ptr + group * K * w_stride_k,
+        w_stride_r,
+        w_stride_s,
+        w_stride_c,
+        w_stride_k,
+        n,
+        p * STRIDE_H - pad_h,
+        q * STRIDE_W - pad_w,
+        pixel_ok,
+        H,
+        W,
+        C,
+        k,
+        k_ok,
+        r_lo,
+        r_hi,
+        0,
+        1,
+        DIL_H,
+        s_lo,
+        s_hi,
+        0,
+        1,
+        DIL_W,
+        split,
+        split_k,
+        FLAT,
+        SPLIT,
+        ACC,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
 
     if SPLIT:
         y_ptr += (pid // tiles_n % split_k).to(INDEX) * y_stride_split  # `split` again: the loop is short of registers
-    finish_tile(acc, n, p, q, pixel_ok, group * K + k, k_ok, y_ptr, y_stride_n, y_stride_k, y_stride_p, y_stride_q,
-                residual_ptr, z_stride_n, z_stride_k, z_stride_p, z_stride_q,
-                bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, EPS, ACTIVATION, ACC)
+    finish_tile(
+        acc,
+        n,
+        p,
+        q,
+        pixel_ok,
+        group * K + k,
+        k_ok,
+        y_ptr,
+        y_stride_n,
+        y_stride_k,
+        y_stride_p,
+        y_stride_q,
+        residual_ptr,
+        z_stride_n,
+        z_stride_k,
+        z_stride_p,
+        z_stride_q,
+        bias_ptr,
+        mean_ptr,
+        var_ptr,
+        gamma_ptr,
+        beta_ptr,
+        EPS,
+        ACTIVATION,
+        ACC,
+    )
 
 
 @triton.jit(do_not_specialize=["N", "P", "Q", "split_k"])
-def finish_kernel(slab_ptr, y_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_ptr, N, P, Q, K, split_k,
-                  slab_stride_split, y_stride_n, y_stride_k, y_stride_p, y_stride_q,
-                  z_stride_n, z_stride_k, z_stride_p, z_stride_q,
-                  EPS: tl.constexpr, ACTIVATION: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
-                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def finish_kernel(
+    slab_ptr,
+    y_ptr,
+    bias_ptr,
+    mean_ptr,
+    var_ptr,
+    gamma_ptr,
+    beta_ptr,
+    residual_ptr,
+    N,
+    P,
+    Q,
+    K,
+    split_k,
+    slab_stride_split,
+    y_stride_n,
+    y_stride_k,
+    y_stride_p,
+    y_stride_q,
+    z_stride_n,
+    z_stride_k,
+    z_stride_p,
+    z_stride_q,
+    EPS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Adds the slabs of a split fprop in order, applies the epilogue and writes y, which lies in memory as each slab
     does. K counts all channels."""
     tiles_n = tl.cdiv(K, BLOCK_N)
@@ -202,9 +382,33 @@ def finish_kernel(slab_ptr, y_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_
         # Invariant: acc holds the sum of the slabs before `slab`.
         acc += tl.load(slab, ok, 0)
         slab += slab_stride_split
-    finish_tile(acc, n, p, q, pixel_ok, k, k < K, y_ptr, y_stride_n, y_stride_k, y_stride_p, y_stride_q,
-                residual_ptr, z_stride_n, z_stride_k, z_stride_p, z_stride_q,
-                bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, EPS, ACTIVATION, ACC)
+    finish_tile(
+        acc,
+        n,
+        p,
+        q,
+        pixel_ok,
+        k,
+        k < K,
+        y_ptr,
+        y_stride_n,
+        y_stride_k,
+        y_stride_p,
+        y_stride_q,
+        residual_ptr,
+        z_stride_n,
+        z_stride_k,
+        z_stride_p,
+        z_stride_q,
+        bias_ptr,
+        mean_ptr,
+        var_ptr,
+        gamma_ptr,
+        beta_ptr,
+        EPS,
+        ACTIVATION,
+        ACC,
+    )
 
 
 @triton.jit
@@ -218,16 +422,55 @@ def first_tap(residue, STRIDE: tl.constexpr, DIL: tl.constexpr, COUNT: tl.conste
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "pad_h", "pad_w", "split_k", "tuning_key"])
-def dgrad_kernel(dy_ptr, w_ptr, dx_ptr, N, H, W, C, P, Q, K, pad_h, pad_w, split_k, tuning_key,
-                 dy_stride_n, dy_stride_k, dy_stride_p, dy_stride_q,
-                 w_stride_k, w_stride_c, w_stride_r, w_stride_s,
-                 dx_stride_split, dx_stride_n, dx_stride_c, dx_stride_h, dx_stride_w,
-                 R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-                 DIL_H: tl.constexpr, DIL_W: tl.constexpr, R_STEP: tl.constexpr, S_STEP: tl.constexpr,
-                 GROUPS: tl.constexpr, FLAT: tl.constexpr, SKIP: tl.constexpr, SPLIT: tl.constexpr,
-                 PATCH_P: tl.constexpr, PATCH_Q: tl.constexpr,
-                 ACC: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
-                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def dgrad_kernel(
+    dy_ptr,
+    w_ptr,
+    dx_ptr,
+    N,
+    H,
+    W,
+    C,
+    P,
+    Q,
+    K,
+    pad_h,
+    pad_w,
+    split_k,
+    tuning_key,
+    dy_stride_n,
+    dy_stride_k,
+    dy_stride_p,
+    dy_stride_q,
+    w_stride_k,
+    w_stride_c,
+    w_stride_r,
+    w_stride_s,
+    dx_stride_split,
+    dx_stride_n,
+    dx_stride_c,
+    dx_stride_h,
+    dx_stride_w,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
+    R_STEP: tl.constexpr,
+    S_STEP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FLAT: tl.constexpr,
+    SKIP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PATCH_P: tl.constexpr,
+    PATCH_Q: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """C and K count the channels of one group; R_STEP = STRIDE_H / gcd(STRIDE_H, DIL_H). dx is the result, or with
     SPLIT the slabs, (split_k, *dx). A program is one tile of one residue class; pixel (i, j) of class (a, b) is
     (h, w) = (a + i*STRIDE_H, b + j*STRIDE_W)."""
@@ -247,7 +490,7 @@ def dgrad_kernel(dy_ptr, w_ptr, dx_ptr, N, H, W, C, P, Q, K, pad_h, pad_w, split
 
     r0 = first_tap((a + pad_h) % STRIDE_H, STRIDE_H, DIL_H, R)
     s0 = first_tap((b + pad_w) % STRIDE_W, STRIDE_W, DIL_W, S)
-    base_h = (a + pad_h - r0 * DIL_H) // STRIDE_H            # a whole number wherever there is a tap
+    base_h = (a + pad_h - r0 * DIL_H) // STRIDE_H  # a whole number wherever there is a tap
     base_w = (b + pad_w - s0 * DIL_W) // STRIDE_W
     STEP_H: tl.constexpr = -(R_STEP * DIL_H // STRIDE_H)
     STEP_W: tl.constexpr = -(S_STEP * DIL_W // STRIDE_W)
@@ -264,18 +507,57 @@ def dgrad_kernel(dy_ptr, w_ptr, dx_ptr, N, H, W, C, P, Q, K, pad_h, pad_w, split
     r_hi = tl.cdiv(R - r0, R_STEP)
     s_hi = tl.cdiv(S - s0, S_STEP)
     if SKIP:
-        r_lo, r_hi, s_lo, s_hi = patch_taps(tile_m, rows, cols, 1, 1, base_h, base_w, STEP_H, STEP_W, P, Q, r_hi, s_hi,
-                                            BLOCK_M, PATCH_P, PATCH_Q)
-    acc = gather_gemm(dy_ptr + group * K * dy_stride_k, dy_stride_n, dy_stride_p, dy_stride_q, dy_stride_k,
-                      w_ptr + group * K * w_stride_k, w_stride_r, w_stride_s, w_stride_k, w_stride_c,
-                      n, i + base_h, j + base_w, pixel_ok, P, Q, K, c, c_ok,
-                      r_lo, r_hi, r0, R_STEP, STEP_H, s_lo, s_hi, s0, S_STEP, STEP_W,
-                      split, split_k, FLAT, SPLIT, ACC, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+        r_lo, r_hi, s_lo, s_hi = patch_taps(
+            tile_m, rows, cols, 1, 1, base_h, base_w, STEP_H, STEP_W, P, Q, r_hi, s_hi, BLOCK_M, PATCH_P, PATCH_Q
+        )
+    acc = gather_gemm(
+        dy_ptr + group * K * dy_stride_k,
+        dy_stride_n,
+        dy_stride_p,
+        dy_stride_q,
+        dy_stride_k,
+        w_ptr + group * K * w_stride_k,
+        w_stride_r,
+        w_stride_s,
+        w_stride_k,
+        w_stride_c,
+        n,
+        i + base_h,
+        j + base_w,
+        pixel_ok,
+        P,
+        Q,
+        K,
+        c,
+        c_ok,
+        r_lo,
+        r_hi,
+        r0,
+        R_STEP,
+        STEP_H,
+        s_lo,
+        s_hi,
+        s0,
+        S_STEP,
+        STEP_W,
+        split,
+        split_k,
+        FLAT,
+        SPLIT,
+        ACC,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
 
     if SPLIT:
         dx_ptr += (pid // tiles_n % split_k).to(INDEX) * dx_stride_split  # `split` again, as above
-    dx = dx_ptr + (n * dx_stride_n + h * dx_stride_h + w * dx_stride_w)[:, None] + (
-        (group * C + c) * dx_stride_c)[None, :]
+    dx = (
+        dx_ptr
+        + (n * dx_stride_n + h * dx_stride_h + w * dx_stride_w)[:, None]
+        + ((group * C + c) * dx_stride_c)[None, :]
+    )
     tl.store(dx, acc.to(dx_ptr.dtype.element_ty), pixel_ok[:, None] & c_ok[None, :])
 
 
@@ -301,22 +583,46 @@ def patches(problem, nhwc: bool, columns: int) -> dict:
 
 def geometry(problem) -> dict:
     """The sizes, channels of one group, and the filter's walk, by the kernels' names."""
-    return {"N": problem.n, "H": problem.h, "W": problem.w, "C": problem.c_per_group, "P": problem.p, "Q": problem.q,
-            "K": problem.k_per_group, "pad_h": problem.pad_h, "pad_w": problem.pad_w, "R": problem.r, "S": problem.s,
-            "STRIDE_H": problem.stride_h, "STRIDE_W": problem.stride_w, "DIL_H": problem.dil_h, "DIL_W": problem.dil_w}
+    return {
+        "N": problem.n,
+        "H": problem.h,
+        "W": problem.w,
+        "C": problem.c_per_group,
+        "P": problem.p,
+        "Q": problem.q,
+        "K": problem.k_per_group,
+        "pad_h": problem.pad_h,
+        "pad_w": problem.pad_w,
+        "R": problem.r,
+        "S": problem.s,
+        "STRIDE_H": problem.stride_h,
+        "STRIDE_W": problem.stride_w,
+        "DIL_H": problem.dil_h,
+        "DIL_W": problem.dil_w,
+    }
 
 
 def residue_classes(problem) -> tuple[dict, int, int]:
     """What splits dgrad: the distances R_STEP and S_STEP between the taps of a class, and a class's rows, columns."""
-    steps = {"R_STEP": problem.stride_h // math.gcd(problem.stride_h, problem.dil_h),
-             "S_STEP": problem.stride_w // math.gcd(problem.stride_w, problem.dil_w)}
+    steps = {
+        "R_STEP": problem.stride_h // math.gcd(problem.stride_h, problem.dil_h),
+        "S_STEP": problem.stride_w // math.gcd(problem.stride_w, problem.dil_w),
+    }
     return steps, -(-problem.h // problem.stride_h), -(-problem.w // problem.stride_w)
 
 
 def epilogue_arguments(epilogue) -> dict:
-    return {"bias_ptr": epilogue.bias, "mean_ptr": epilogue.mean, "var_ptr": epilogue.var, "gamma_ptr": epilogue.gamma,
-            "beta_ptr": epilogue.beta, "residual_ptr": epilogue.residual, "EPS": epilogue.eps,
-            "ACTIVATION": epilogue.activation, **strides("z", "nkpq", epilogue.residual)}
+    return {
+        "bias_ptr": epilogue.bias,
+        "mean_ptr": epilogue.mean,
+        "var_ptr": epilogue.var,
+        "gamma_ptr": epilogue.gamma,
+        "beta_ptr": epilogue.beta,
+        "residual_ptr": epilogue.residual,
+        "EPS": epilogue.eps,
+        "ACTIVATION": epilogue.activation,
+        **strides("z", "nkpq", epilogue.residual),
+    }
 
 
 # A split is worth it for so many steps of the loop, and slabs for so much memory at the most.
@@ -353,23 +659,61 @@ def fprop(problem, x, w, epilogue, y) -> list[Launch]:
         return tiles_m * problem.groups * triton.cdiv(n, meta["BLOCK_N"])
 
     accumulator = problem.accumulate_dtype
-    split_k = split_count(tiles(configs[0].kwargs), steps_of(configs[0], k), y.numel() * accumulator.itemsize,
-                          processors(x.device))
+    split_k = split_count(
+        tiles(configs[0].kwargs), steps_of(configs[0], k), y.numel() * accumulator.itemsize, processors(x.device)
+    )
     split = split_k > 1
     slabs = slabs_like(y, split_k, accumulator) if split else y
     common = {"ACC": accumulate(x.dtype), "INDEX": index_type(x, w, slabs, epilogue.residual)}
-    launches = [Launch(fprop_kernel, lambda meta: (tiles(meta) * split_k,), configs, {
-        "x_ptr": x, "w_ptr": w, "y_ptr": slabs, **geometry(problem), **patch, **common,
-        **epilogue_arguments(Epilogue() if split else epilogue),
-        **strides("x", "nchw", x), **strides("w", "kcrs", w), **strides("y", "nkpq", y),
-        "y_stride_split": split * y.numel(), "split_k": split_k, "tuning_key": tuning_key(problem, m, n, k, split_k),
-        "GROUPS": problem.groups, "FLAT": flat, "SKIP": problem.is_dilated, "SPLIT": split, "PRECISION": how})]
+    launches = [
+        Launch(
+            fprop_kernel,
+            lambda meta: (tiles(meta) * split_k,),
+            configs,
+            {
+                "x_ptr": x,
+                "w_ptr": w,
+                "y_ptr": slabs,
+                **geometry(problem),
+                **patch,
+                **common,
+                **epilogue_arguments(Epilogue() if split else epilogue),
+                **strides("x", "nchw", x),
+                **strides("w", "kcrs", w),
+                **strides("y", "nkpq", y),
+                "y_stride_split": split * y.numel(),
+                "split_k": split_k,
+                "tuning_key": tuning_key(problem, m, n, k, split_k),
+                "GROUPS": problem.groups,
+                "FLAT": flat,
+                "SKIP": problem.is_dilated,
+                "SPLIT": split,
+                "PRECISION": how,
+            },
+        )
+    ]
     if split:
         blocks = triton.cdiv(m, FINISH["BLOCK_M"]) * triton.cdiv(problem.k, FINISH["BLOCK_N"])
-        launches.append(Launch(finish_kernel, lambda meta: (blocks,), (triton.Config(FINISH, num_warps=4),), {
-            "slab_ptr": slabs, "y_ptr": y, **epilogue_arguments(epilogue), **common,
-            "N": problem.n, "P": problem.p, "Q": problem.q, "K": problem.k, "split_k": split_k,
-            "slab_stride_split": y.numel(), **strides("y", "nkpq", y)}))
+        launches.append(
+            Launch(
+                finish_kernel,
+                lambda meta: (blocks,),
+                (triton.Config(FINISH, num_warps=4),),
+                {
+                    "slab_ptr": slabs,
+                    "y_ptr": y,
+                    **epilogue_arguments(epilogue),
+                    **common,
+                    "N": problem.n,
+                    "P": problem.p,
+                    "Q": problem.q,
+                    "K": problem.k,
+                    "split_k": split_k,
+                    "slab_stride_split": y.numel(),
+                    **strides("y", "nkpq", y),
+                },
+            )
+        )
     return launches
 
 
@@ -382,8 +726,9 @@ def dgrad(problem, dy, w, dx) -> list[Launch]:
     m, n, k = problem.gemm_shape(Pass.DGRAD)
     classes = problem.stride_h * problem.stride_w
     flat = is_flat(problem, problem.k_per_group)
-    configs, how = gemm_choice(dy.dtype, dy.device, -(-m // classes), n, -(-k // classes), problem.groups * classes,
-                               flat)
+    configs, how = gemm_choice(
+        dy.dtype, dy.device, -(-m // classes), n, -(-k // classes), problem.groups * classes, flat
+    )
     w = packed_filter(w)
     steps, rows, columns = residue_classes(problem)
     patch = patches(problem, problem.y_layout == Layout.NHWC, columns)
@@ -393,16 +738,42 @@ def dgrad(problem, dy, w, dx) -> list[Launch]:
         return tiles_m * problem.groups * classes * triton.cdiv(n, meta["BLOCK_N"])
 
     accumulator = problem.accumulate_dtype
-    split_k = split_count(tiles(configs[0].kwargs), steps_of(configs[0], -(-k // classes)),
-                          dx.numel() * accumulator.itemsize, processors(dy.device))
+    split_k = split_count(
+        tiles(configs[0].kwargs),
+        steps_of(configs[0], -(-k // classes)),
+        dx.numel() * accumulator.itemsize,
+        processors(dy.device),
+    )
     split = split_k > 1
     slabs = slabs_like(dx, split_k, accumulator) if split else dx
-    launches = [Launch(dgrad_kernel, lambda meta: (tiles(meta) * split_k,), configs, {
-        "dy_ptr": dy, "w_ptr": w, "dx_ptr": slabs, **geometry(problem), **steps, **patch,
-        **strides("dy", "nkpq", dy), **strides("w", "kcrs", w), **strides("dx", "nchw", dx),
-        "dx_stride_split": split * dx.numel(), "split_k": split_k, "tuning_key": tuning_key(problem, m, n, k, split_k),
-        "GROUPS": problem.groups, "FLAT": flat, "SKIP": problem.is_dilated, "SPLIT": split,
-        "ACC": accumulate(dy.dtype), "PRECISION": how, "INDEX": index_type(dy, w, slabs)})]
+    launches = [
+        Launch(
+            dgrad_kernel,
+            lambda meta: (tiles(meta) * split_k,),
+            configs,
+            {
+                "dy_ptr": dy,
+                "w_ptr": w,
+                "dx_ptr": slabs,
+                **geometry(problem),
+                **steps,
+                **patch,
+                **strides("dy", "nkpq", dy),
+                **strides("w", "kcrs", w),
+                **strides("dx", "nchw", dx),
+                "dx_stride_split": split * dx.numel(),
+                "split_k": split_k,
+                "tuning_key": tuning_key(problem, m, n, k, split_k),
+                "GROUPS": problem.groups,
+                "FLAT": flat,
+                "SKIP": problem.is_dilated,
+                "SPLIT": split,
+                "ACC": accumulate(dy.dtype),
+                "PRECISION": how,
+                "INDEX": index_type(dy, w, slabs),
+            },
+        )
+    ]
     if split:
         launches.append(reduction.add_slabs(slabs, dx))
     return launches

@@ -40,8 +40,7 @@ def activation(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def channel_affine(channel, ok, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, EPS: tl.constexpr,
-                   ACC: tl.constexpr):
+def channel_affine(channel, ok, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, EPS: tl.constexpr, ACC: tl.constexpr):
     """scale and shift of each channel: acc * scale + shift is the bias and the batch norm in one. A pointer is None
     where its part is absent; mean and var come together."""
     scale = tl.full(channel.shape, 1.0, ACC)
@@ -60,11 +59,33 @@ def channel_affine(channel, ok, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr
 
 
 @triton.jit
-def finish_tile(acc, n, p, q, pixel_ok, channel, channel_ok,
-                y_ptr, y_stride_n, y_stride_k, y_stride_p, y_stride_q,
-                residual_ptr, z_stride_n, z_stride_k, z_stride_p, z_stride_q,
-                bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
-                EPS: tl.constexpr, ACTIVATION: tl.constexpr, ACC: tl.constexpr):
+def finish_tile(
+    acc,
+    n,
+    p,
+    q,
+    pixel_ok,
+    channel,
+    channel_ok,
+    y_ptr,
+    y_stride_n,
+    y_stride_k,
+    y_stride_p,
+    y_stride_q,
+    residual_ptr,
+    z_stride_n,
+    z_stride_k,
+    z_stride_p,
+    z_stride_q,
+    bias_ptr,
+    mean_ptr,
+    var_ptr,
+    gamma_ptr,
+    beta_ptr,
+    EPS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """Applies the epilogue to acc (pixels, channels) and writes it to y. z is the residual."""
     scale, shift = channel_affine(channel, channel_ok, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, EPS, ACC)
     out = acc * scale[None, :] + shift[None, :]

@@ -64,8 +64,11 @@ def tracing() -> bool:
 def _tuned(kernel, configs):
     """Measures once for each tuning key, filter, stride, dtype and layout; Triton keeps the timings with its compiled
     kernels on disk."""
-    key = [name for name in ("tuning_key", "R", "S", "STRIDE_H", "STRIDE_W", "DIL_H", "DIL_W", "FLAT", "PATCH_Q")
-           if name in kernel.arg_names]
+    key = [
+        name
+        for name in ("tuning_key", "R", "S", "STRIDE_H", "STRIDE_W", "DIL_H", "DIL_W", "FLAT", "PATCH_Q")
+        if name in kernel.arg_names
+    ]
     return triton.autotune(list(configs), key, cache_results=True)(kernel)
 
 
@@ -105,8 +108,10 @@ def loading_while_capturing(device: torch.device):
 @functools.cache
 def _capture_mode_exchange(target: str):
     """The driver's function that swaps the calling thread's capture mode, or None where there is none."""
-    library, name = {"cuda": ("libcuda.so.1", "cuThreadExchangeStreamCaptureMode"),
-                     "hip": ("libamdhip64.so", "hipThreadExchangeStreamCaptureMode")}.get(target, (None, None))
+    library, name = {
+        "cuda": ("libcuda.so.1", "cuThreadExchangeStreamCaptureMode"),
+        "hip": ("libamdhip64.so", "hipThreadExchangeStreamCaptureMode"),
+    }.get(target, (None, None))
     try:
         return library and getattr(ctypes.CDLL(library), name)
     except (OSError, AttributeError):

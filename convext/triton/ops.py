@@ -69,15 +69,25 @@ def _fake_dgrad(dy, w, input_size, stride, padding, dilation, groups, channels_l
 
 
 def _fake_wgrad(dy, x, kernel_size, stride, padding, dilation, groups, channels_last=False):
-    return torch.empty((dy.shape[1], x.shape[1] // groups, *kernel_size), dtype=x.dtype, device=x.device,
-                       memory_format=memory_format(channels_last))
+    return torch.empty(
+        (dy.shape[1], x.shape[1] // groups, *kernel_size),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=memory_format(channels_last),
+    )
 
 
 def _fake_depthwise_backward(dy, x, w, stride, padding, dilation, groups):
     channels_last = suggests_channels_last(x) or suggests_channels_last(w)
-    return (_fake_dgrad(dy, w, x.shape[2:], stride, padding, dilation, groups, channels_last),
-            torch.empty(w.shape, dtype=w.dtype, device=w.device,
-                        memory_format=memory_format(weight_gradient_is_channels_last(w, channels_last))))
+    return (
+        _fake_dgrad(dy, w, x.shape[2:], stride, padding, dilation, groups, channels_last),
+        torch.empty(
+            w.shape,
+            dtype=w.dtype,
+            device=w.device,
+            memory_format=memory_format(weight_gradient_is_channels_last(w, channels_last)),
+        ),
+    )
 
 
 def _fake_bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activation, training):
@@ -86,30 +96,67 @@ def _fake_bn_act_backward(dout, y, mean, var, gamma, beta, residual, eps, activa
 
 
 @_operator(_fake_fprop)
-def fprop(x: Tensor, w: Tensor, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None,
-          beta: Tensor | None, residual: Tensor | None, eps: float, activation: str, stride: Sequence[int],
-          padding: Sequence[int], dilation: Sequence[int], groups: int, channels_last: bool = False) -> Tensor:
+def fprop(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool = False,
+) -> Tensor:
     problem = _fprop_problem(x, w, stride, padding, dilation, groups, channels_last=channels_last)
     return BACKEND.fprop(problem, x, w, Epilogue(bias, mean, var, gamma, beta, residual, eps, activation))
 
 
 @_operator(_fake_dgrad)
-def dgrad(dy: Tensor, w: Tensor, input_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-          dilation: Sequence[int], groups: int, channels_last: bool | None = None) -> Tensor:
+def dgrad(
+    dy: Tensor,
+    w: Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool | None = None,
+) -> Tensor:
     problem = _dgrad_problem(dy, w, input_size, stride, padding, dilation, groups, channels_last=channels_last)
     return BACKEND.dgrad(problem, dy, w)
 
 
 @_operator(_fake_wgrad)
-def wgrad(dy: Tensor, x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-          dilation: Sequence[int], groups: int, channels_last: bool = False) -> Tensor:
+def wgrad(
+    dy: Tensor,
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool = False,
+) -> Tensor:
     problem = _wgrad_problem(dy, x, kernel_size, stride, padding, dilation, groups)
     return BACKEND.wgrad(problem, dy, x, channels_last)
 
 
 @_operator(_fake_depthwise_backward)
-def depthwise_backward(dy: Tensor, x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int],
-                       dilation: Sequence[int], groups: int) -> tuple[Tensor, Tensor]:
+def depthwise_backward(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor]:
     channels_last = suggests_channels_last(x) or suggests_channels_last(w)
     problem = _dgrad_problem(dy, w, x.shape[2:], stride, padding, dilation, groups, channels_last=channels_last)
     return BACKEND.depthwise_backward(problem, dy, x, w, weight_gradient_is_channels_last(w, channels_last))
@@ -121,14 +168,31 @@ def batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_operator(lambda y, *_: BACKEND.empty_like(y))
-def bn_act(y: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, residual: Tensor | None,
-           eps: float, activation: str) -> Tensor:
+def bn_act(
+    y: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str,
+) -> Tensor:
     return BACKEND.bn_act(y, Epilogue(None, mean, var, gamma, beta, residual, eps, activation))
 
 
 @_operator(_fake_bn_act_backward)
-def bn_act_backward(dout: Tensor, y: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None,
-                    residual: Tensor | None, eps: float, activation: str,
-                    training: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def bn_act_backward(
+    dout: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     epilogue = Epilogue(None, mean, var, gamma, beta, residual, eps, activation)
     return BACKEND.bn_act_backward(dout, y, epilogue, training)

@@ -19,7 +19,7 @@ def reduce_kernel(slab_ptr, out_ptr, slabs, size, ACC: tl.constexpr, BLOCK_S: tl
     acc = tl.zeros((BLOCK_I,), ACC)
     for block in range(tl.cdiv(slabs, BLOCK_S)):
         s = block * BLOCK_S + tl.arange(0, BLOCK_S)
-        at = slab_ptr + s.to(tl.int64)[:, None] * size + i[None, :]                      # (BLOCK_S, BLOCK_I)
+        at = slab_ptr + s.to(tl.int64)[:, None] * size + i[None, :]  # (BLOCK_S, BLOCK_I)
         acc += tl.sum(tl.load(at, (s < slabs)[:, None] & (i < size)[None, :], 0), axis=0)
     tl.store(out_ptr + i, acc.to(out_ptr.dtype.element_ty), i < size)
 
@@ -28,5 +28,9 @@ def add_slabs(slabs, out) -> Launch:
     """out, dense, becomes the sum of slabs (S, *out.shape), dense, along the first axis."""
     size = out.numel()
     config = triton.Config({"BLOCK_S": 32, "BLOCK_I": 64}, num_warps=4, num_stages=1)
-    return Launch(reduce_kernel, lambda meta: (triton.cdiv(size, meta["BLOCK_I"]),), (config,), {
-        "slab_ptr": slabs, "out_ptr": out, "slabs": slabs.shape[0], "size": size, "ACC": accumulate(slabs.dtype)})
+    return Launch(
+        reduce_kernel,
+        lambda meta: (triton.cdiv(size, meta["BLOCK_I"]),),
+        (config,),
+        {"slab_ptr": slabs, "out_ptr": out, "slabs": slabs.shape[0], "size": size, "ACC": accumulate(slabs.dtype)},
+    )

@@ -30,8 +30,9 @@ def tile_count(block_m: int, patch_p: int, patch_q: int, n: int, p: int, q: int)
 
 
 @triton.jit
-def tile_pixels(tile, N, P, Q, BLOCK_M: tl.constexpr, PATCH_P: tl.constexpr, PATCH_Q: tl.constexpr,
-                INDEX: tl.constexpr):
+def tile_pixels(
+    tile, N, P, Q, BLOCK_M: tl.constexpr, PATCH_P: tl.constexpr, PATCH_Q: tl.constexpr, INDEX: tl.constexpr
+):
     """n, p, q of each pixel of the tile, (BLOCK_M,) each in the INDEX type, and whether it exists."""
     lane = tl.arange(0, BLOCK_M)
     if PATCH_Q == 0:
@@ -61,9 +62,9 @@ def patch_origin(tile, P, Q, BLOCK_M: tl.constexpr, PATCH_P: tl.constexpr, PATCH
 def multiply_accumulate(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b for a (M, K) and b (K, N), as PRECISION says:
 
-        "ieee", "tf32"   tl.dot: matrix instructions for the 16-bit types and tf32, plain FMA for float32
-        "sum"            products and a sum: float64, for which tl.dot is not there on every GPU
-        "widen"          tl.dot on float32 copies: bfloat16 in the interpreter, whose tl.dot multiplies the raw bits
+    "ieee", "tf32"   tl.dot: matrix instructions for the 16-bit types and tf32, plain FMA for float32
+    "sum"            products and a sum: float64, for which tl.dot is not there on every GPU
+    "widen"          tl.dot on float32 copies: bfloat16 in the interpreter, whose tl.dot multiplies the raw bits
     """
     if PRECISION == "sum":
         acc += tl.sum(a[:, :, None] * b[None, :, :], axis=1)

@@ -43,14 +43,48 @@ def positions_inside(offset, STRIDE: tl.constexpr, extent, count):
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "pad_h", "pad_w", "split_k", "tuning_key"])
-def wgrad_kernel(dy_ptr, x_ptr, dw_ptr, N, H, W, C, P, Q, K, pad_h, pad_w, split_k, tuning_key,
-                 dy_stride_n, dy_stride_k, dy_stride_p, dy_stride_q,
-                 x_stride_n, x_stride_c, x_stride_h, x_stride_w,
-                 dw_stride_split, dw_stride_k, dw_stride_c, dw_stride_r, dw_stride_s,
-                 R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-                 DIL_H: tl.constexpr, DIL_W: tl.constexpr, FLAT: tl.constexpr,
-                 ACC: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
-                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def wgrad_kernel(
+    dy_ptr,
+    x_ptr,
+    dw_ptr,
+    N,
+    H,
+    W,
+    C,
+    P,
+    Q,
+    K,
+    pad_h,
+    pad_w,
+    split_k,
+    tuning_key,
+    dy_stride_n,
+    dy_stride_k,
+    dy_stride_p,
+    dy_stride_q,
+    x_stride_n,
+    x_stride_c,
+    x_stride_h,
+    x_stride_w,
+    dw_stride_split,
+    dw_stride_k,
+    dw_stride_c,
+    dw_stride_r,
+    dw_stride_s,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
+    FLAT: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """C and K count the channels of one group. dw is the gradient, or the slabs: (split_k, K, C, R, S)."""
     tiles_m = tl.cdiv(K, BLOCK_M)
     pid = tl.program_id(0)
@@ -73,7 +107,7 @@ def wgrad_kernel(dy_ptr, x_ptr, dw_ptr, N, H, W, C, P, Q, K, pad_h, pad_w, split
     col = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if FLAT:
         c = (col % C).to(INDEX)
-        r = col // C // S                                                                # (BLOCK_N,)
+        r = col // C // S  # (BLOCK_N,)
         s = col // C % S
         col_ok = col < C * R * S
         p_lo, p_hi, q_lo, q_hi = 0, P, 0, Q
@@ -87,33 +121,33 @@ def wgrad_kernel(dy_ptr, x_ptr, dw_ptr, N, H, W, C, P, Q, K, pad_h, pad_w, split
     rows = tl.maximum(p_hi - p_lo, 1)
     cols = tl.maximum(q_hi - q_lo, 1)
     pixels = tl.maximum(p_hi - p_lo, 0).to(INDEX) * tl.maximum(q_hi - q_lo, 0) * N
-    blocks = tl.cdiv(tl.cdiv(pixels, split_k), BLOCK_K)                                  # of this program's share
+    blocks = tl.cdiv(tl.cdiv(pixels, split_k), BLOCK_K)  # of this program's share
     begin = split.to(INDEX) * blocks * BLOCK_K
     end = tl.minimum(begin + blocks * BLOCK_K, pixels)
 
-    dy_row = dy_ptr + (group * K + k) * dy_stride_k                                      # (BLOCK_M,)
-    x_col = x_ptr + (group * C + c) * x_stride_c                                         # (BLOCK_N,)
+    dy_row = dy_ptr + (group * K + k) * dy_stride_k  # (BLOCK_M,)
+    x_col = x_ptr + (group * C + c) * x_stride_c  # (BLOCK_N,)
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for step in range(tl.cdiv(tl.maximum(end - begin, 0), BLOCK_K).to(tl.int32)):
         # Invariant: acc holds the sum over pixels [begin, begin + step*BLOCK_K).
-        pixel = begin + step * BLOCK_K + tl.arange(0, BLOCK_K)                           # (BLOCK_K,)
+        pixel = begin + step * BLOCK_K + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
         ok = pixel < end
         q = q_lo + pixel % cols
         p = p_lo + pixel // cols % rows
         n = pixel // cols // rows
         dy = dy_row[:, None] + (n * dy_stride_n + p * dy_stride_p + q * dy_stride_q)[None, :]
         if FLAT:
-            h = (p * STRIDE_H - pad_h)[:, None] + (r * DIL_H)[None, :]                   # (BLOCK_K, BLOCK_N)
+            h = (p * STRIDE_H - pad_h)[:, None] + (r * DIL_H)[None, :]  # (BLOCK_K, BLOCK_N)
             w = (q * STRIDE_W - pad_w)[:, None] + (s * DIL_W)[None, :]
             x = x_col[None, :] + (n * x_stride_n)[:, None] + h * x_stride_h + w * x_stride_w
             inside = ok[:, None] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
         else:
-            h = p * STRIDE_H - pad_h + r * DIL_H                                         # (BLOCK_K,)
+            h = p * STRIDE_H - pad_h + r * DIL_H  # (BLOCK_K,)
             w = q * STRIDE_W - pad_w + s * DIL_W
             x = x_col[None, :] + (n * x_stride_n + h * x_stride_h + w * x_stride_w)[:, None]
             inside = ok[:, None]
-        dy_tile = tl.load(dy, k_ok[:, None] & ok[None, :], 0)                            # (BLOCK_M, BLOCK_K)
-        x_tile = tl.load(x, inside & col_ok[None, :], 0)                                 # (BLOCK_K, BLOCK_N)
+        dy_tile = tl.load(dy, k_ok[:, None] & ok[None, :], 0)  # (BLOCK_M, BLOCK_K)
+        x_tile = tl.load(x, inside & col_ok[None, :], 0)  # (BLOCK_K, BLOCK_N)
         acc = multiply_accumulate(dy_tile, x_tile, acc, PRECISION)
 
     filter_col = c * dw_stride_c + r * dw_stride_r + s * dw_stride_s
@@ -148,12 +182,28 @@ def wgrad(problem, dy, x, dw) -> list[Launch]:
     accumulator = problem.accumulate_dtype
     split_k = split_count(tiles(configs[0].kwargs), k, dw.numel() * accumulator.itemsize, processors(dy.device))
     slabs = dw[None] if split_k == 1 else dw.new_empty((split_k, *dw.shape), dtype=accumulator)
-    launches = [Launch(wgrad_kernel, lambda meta: (tiles(meta) * split_k,), configs, {
-        "dy_ptr": dy, "x_ptr": x, "dw_ptr": slabs, **geometry(problem), "split_k": split_k,
-        "tuning_key": tuning_key(problem, m, n, k, split_k),
-        **strides("dy", "nkpq", dy), **strides("x", "nchw", x),
-        **{f"dw_stride_{axis}": stride for axis, stride in zip(("split", *"kcrs"), slabs.stride())},
-        "FLAT": flat, "ACC": accumulate(dy.dtype), "PRECISION": how, "INDEX": index_type(dy, x, slabs)})]
+    launches = [
+        Launch(
+            wgrad_kernel,
+            lambda meta: (tiles(meta) * split_k,),
+            configs,
+            {
+                "dy_ptr": dy,
+                "x_ptr": x,
+                "dw_ptr": slabs,
+                **geometry(problem),
+                "split_k": split_k,
+                "tuning_key": tuning_key(problem, m, n, k, split_k),
+                **strides("dy", "nkpq", dy),
+                **strides("x", "nchw", x),
+                **{f"dw_stride_{axis}": stride for axis, stride in zip(("split", *"kcrs"), slabs.stride())},
+                "FLAT": flat,
+                "ACC": accumulate(dy.dtype),
+                "PRECISION": how,
+                "INDEX": index_type(dy, x, slabs),
+            },
+        )
+    ]
     if split_k > 1:
         launches.append(reduction.add_slabs(slabs, dw))
     return launches

@@ -17,7 +17,7 @@ namespace convext {
 
 // An extent plus twice its padding must fit into 32 bits, which ConvProblem::p() asks for as well.
 struct Axis {
-  int32_t in, out;                         // extents of what is read and of what is written
+  int32_t in, out;  // extents of what is read and of what is written
   int32_t count, out_first, out_step;
   int32_t taps, tap_first, tap_step;
   int32_t in_first, in_step, in_tap_step;
@@ -40,9 +40,17 @@ struct Axis {
     int32_t first = 0;
     while (first < filter && first < step && (residue + pad - first * dil) % stride != 0) ++first;
     const bool none = first >= filter || first >= step;
-    return {in, out, (out - residue + stride - 1) / stride, residue, stride,
-            none ? 0 : (filter - first + step - 1) / step, none ? 0 : first, step,
-            none ? 0 : (residue + pad - first * dil) / stride, 1, -(dil / gcd)};
+    return {in,
+            out,
+            (out - residue + stride - 1) / stride,
+            residue,
+            stride,
+            none ? 0 : (filter - first + step - 1) / step,
+            none ? 0 : first,
+            step,
+            none ? 0 : (residue + pad - first * dil) / stride,
+            1,
+            -(dil / gcd)};
   }
 
   // The same taps in the order in which the inputs ascend, as dgrad's do not; a single one counts as stepping by one.

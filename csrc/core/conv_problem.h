@@ -26,9 +26,7 @@ enum class DType : int32_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16
 // Memory order of an activation tensor: kNCHW is torch.contiguous_format, kNHWC is torch.channels_last.
 enum class Layout : int32_t { kNCHW = 0, kNHWC = 1 };
 
-CONVEXT_HD constexpr int64_t dtype_size(DType t) {
-  return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : 2;
-}
+CONVEXT_HD constexpr int64_t dtype_size(DType t) { return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : 2; }
 
 // What sums of products, and per-channel arrays, are kept in.
 CONVEXT_HD constexpr DType accumulate_dtype(DType t) { return t == DType::kFloat64 ? t : DType::kFloat32; }
@@ -39,14 +37,14 @@ struct GemmShape {
 };
 
 struct ConvProblem {
-  int32_t n, c, h, w;           // input: batch, channels (all groups), height, width
-  int32_t k, r, s;              // filters (all groups), filter height and width
-  int32_t stride_h, stride_w;   // step of the filter in the input
-  int32_t pad_h, pad_w;         // zeros on each side of the input
-  int32_t dil_h, dil_w;         // distance between taps
+  int32_t n, c, h, w;          // input: batch, channels (all groups), height, width
+  int32_t k, r, s;             // filters (all groups), filter height and width
+  int32_t stride_h, stride_w;  // step of the filter in the input
+  int32_t pad_h, pad_w;        // zeros on each side of the input
+  int32_t dil_h, dil_w;        // distance between taps
   int32_t groups;
-  DType dtype;                  // of x, w, y and their gradients; accumulation is in accumulate_dtype()
-  Layout x_layout, y_layout;    // of x and dx, of y and dy
+  DType dtype;                // of x, w, y and their gradients; accumulation is in accumulate_dtype()
+  Layout x_layout, y_layout;  // of x and dx, of y and dy
 
   // Output height: PyTorch's formula. CUTLASS states the same one two ways.
   CONVEXT_HD constexpr int32_t p() const { return (h + 2 * pad_h - dil_h * (r - 1) - 1) / stride_h + 1; }

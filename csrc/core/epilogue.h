@@ -37,7 +37,9 @@ using std::erf;
 using std::exp;
 
 template <class T>
-CONVEXT_HD T where(bool condition, T a, T b) { return condition ? a : b; }
+CONVEXT_HD T where(bool condition, T a, T b) {
+  return condition ? a : b;
+}
 
 template <class T>
 struct identity {
@@ -77,14 +79,14 @@ struct hardswish {
     const T gate = where(z + T(3) < T(0), T(0), where(z + T(3) > T(6), T(6), z + T(3)));
     return z * gate / T(6);
   }
-  CONVEXT_HD static T derivative(T z) {
-    return where(z <= T(-3), T(0), where(z < T(3), z / T(3) + T(0.5), T(1)));
-  }
+  CONVEXT_HD static T derivative(T z) { return where(z <= T(-3), T(0), where(z < T(3), z / T(3) + T(0.5), T(1))); }
 };
 
 // P(X <= z) of a standard normal X. A vector type may bring one of its own.
 template <class T>
-CONVEXT_HD T normal_cdf(T z) { return T(0.5) * (T(1) + erf(z * T(0.70710678118654752440))); }
+CONVEXT_HD T normal_cdf(T z) {
+  return T(0.5) * (T(1) + erf(z * T(0.70710678118654752440)));
+}
 
 // The exact form, z P(X <= z): torch.nn.GELU's default, not the tanh approximation.
 template <class T>

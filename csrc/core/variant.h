@@ -137,11 +137,11 @@ struct Variant {
   bool is_staged(const ConvProblem& problem) const { return dtype != problem.dtype; }
 
   Accuracy strictest = Accuracy::kDirect;
-  int32_t tile = 0;      // outputs along an axis of Winograd's tile
-  bool gathers = false;  // reads operands element by element, where others read vectors
-  bool wgrad_writes_dx = false;  // see LaunchArgs
+  int32_t tile = 0;                                     // outputs along an axis of Winograd's tile
+  bool gathers = false;                                 // reads operands element by element, where others read vectors
+  bool wgrad_writes_dx = false;                         // see LaunchArgs
   int64_t (*stats_rows)(const ConvProblem&) = nullptr;  // see LaunchArgs
-  int32_t block_m = 0, block_n = 0, block_k = 0;  // the tile of a matrix-product kernel on CUDA
+  int32_t block_m = 0, block_n = 0, block_k = 0;        // the tile of a matrix-product kernel on CUDA
 };
 
 }  // namespace convext

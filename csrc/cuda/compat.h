@@ -22,12 +22,12 @@ const char* launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, 
   constexpr size_t kSharedWithoutAsking = 48 * 1024;
   if (shared_bytes > kSharedWithoutAsking) {
     // Kept for each device by the driver: looking every time is what makes several GPUs work.
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shared_bytes));
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return cudaGetErrorString(error);
   }
-  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(static_cast<Parameters>(arguments)...);
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)> > >(static_cast<Parameters>(arguments)...);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
@@ -46,9 +46,13 @@ using fp16 = __half;
 
 // float where T is at most 32 bits wide: what a kernel accumulates in.
 template <class T>
-struct AccumulateOf { using type = float; };
+struct AccumulateOf {
+  using type = float;
+};
 template <>
-struct AccumulateOf<double> { using type = double; };
+struct AccumulateOf<double> {
+  using type = double;
+};
 template <class T>
 using accumulate_t = typename AccumulateOf<T>::type;
 
@@ -60,13 +64,21 @@ CONVEXT_DEVICE float to_accumulate(fp16 v) { return __half2float(v); }
 template <class T>
 CONVEXT_DEVICE T from_accumulate(accumulate_t<T> v);
 template <>
-CONVEXT_DEVICE float from_accumulate<float>(float v) { return v; }
+CONVEXT_DEVICE float from_accumulate<float>(float v) {
+  return v;
+}
 template <>
-CONVEXT_DEVICE double from_accumulate<double>(double v) { return v; }
+CONVEXT_DEVICE double from_accumulate<double>(double v) {
+  return v;
+}
 template <>
-CONVEXT_DEVICE bf16 from_accumulate<bf16>(float v) { return __float2bfloat16(v); }
+CONVEXT_DEVICE bf16 from_accumulate<bf16>(float v) {
+  return __float2bfloat16(v);
+}
 template <>
-CONVEXT_DEVICE fp16 from_accumulate<fp16>(float v) { return __float2half(v); }
+CONVEXT_DEVICE fp16 from_accumulate<fp16>(float v) {
+  return __float2half(v);
+}
 
 template <class T>
 struct DTypeOf;

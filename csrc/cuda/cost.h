@@ -12,9 +12,9 @@ namespace convext::cuda {
 constexpr int64_t kProcessors = 132;
 
 // One multiprocessor, per clock: what the data sheets of A100 and H100 agree on to within the model's precision.
-constexpr double kMemoryBytes = 20;      // of global memory, its share
-constexpr double kCacheBytes = 64;       // from the second-level cache
-constexpr double kFp32Fma = 128;         // multiply-adds
+constexpr double kMemoryBytes = 20;  // of global memory, its share
+constexpr double kCacheBytes = 64;   // from the second-level cache
+constexpr double kFp32Fma = 128;     // multiply-adds
 constexpr double kFp64Fma = 64;
 // Estimates, of an order of magnitude alone, until a GPU times them.
 constexpr double kLaunch = 4000;         // cycles of a grid, until its first result

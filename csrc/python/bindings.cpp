@@ -100,8 +100,8 @@ PYBIND11_MODULE(_C, m) {
     const Variant& v = variant_at(index);
     return v.packed_size ? v.packed_size(problem_of(problem)) : int64_t{0};
   }, "Bytes of the packed weights.");
-  m.def("reject_block", [](const std::vector<Fields>& problems, const std::vector<bool>& excites)
-                            -> std::optional<std::string> {
+  m.def("reject_block",
+        [](const std::vector<Fields>& problems, const std::vector<bool>& excites) -> std::optional<std::string> {
     std::vector<BlockStep> steps(problems.size());
     for (size_t i = 0; i < problems.size(); ++i) {
       steps[i].problem = problem_of(problems[i]);
@@ -135,11 +135,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("best_isa", [] { return isa_name(detect_cpu_isa()); }, "The best instruction set of this CPU and build.");
   m.def("set_isa", &set_isa, py::arg("name"),
         "Caps the instruction set: portable, avx2, avx512, avx512_bf16, or None for the best.");
-  m.def("fma_peak", [](int dtype, double seconds) {
-    return roofline().fma_flops(static_cast<DType>(dtype), seconds);
-  }, py::arg("dtype") = 0, py::arg("seconds") = 0.2, py::call_guard<py::gil_scoped_release>(),
+  m.def("fma_peak", [](int dtype, double seconds) { return roofline().fma_flops(static_cast<DType>(dtype), seconds); },
+        py::arg("dtype") = 0, py::arg("seconds") = 0.2, py::call_guard<py::gil_scoped_release>(),
         "FLOP/s that one thread reaches on independent FMAs: the ceiling of every kernel.");
-  m.def("copy_bandwidth", [](int64_t bytes, double seconds) {
+  m.def("copy_bandwidth",
+        [](int64_t bytes, double seconds) {
     if (bytes < 4096) throw std::invalid_argument("bytes must be at least 4096, got " + std::to_string(bytes));
     std::vector<float> dst(bytes / sizeof(float)), src(bytes / sizeof(float), 1.0f);
     return roofline().copy_bytes(dst.data(), src.data(), bytes, seconds);
@@ -217,9 +217,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("activations", &activation_names,
         "Names of the fused activations; the position is the number that the ops take.");
   m.def("build_info", [] {
-    return std::map<std::string, std::string>{{"torch", CONVEXT_BUILT_WITH_TORCH},
-                                              {"compiler", CONVEXT_BUILT_WITH_COMPILER},
-                                              {"cuda", CONVEXT_CUDA_PLAN}};
+    return std::map<std::string, std::string>{
+        {"torch", CONVEXT_BUILT_WITH_TORCH}, {"compiler", CONVEXT_BUILT_WITH_COMPILER}, {"cuda", CONVEXT_CUDA_PLAN}};
   }, "What this library was built with.");
 }
 

@@ -14,8 +14,8 @@
 
 #include "bindings_problem.h"
 #include "cuda/batch_norm/batch_norm.h"
-#include "cuda/runtime.h"
 #include "cuda/cost.h"
+#include "cuda/runtime.h"
 
 namespace py = pybind11;
 
@@ -25,10 +25,10 @@ namespace {
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 std::string describe(const ConvProblem& p) {
-  const std::array<int32_t, 14> values = {p.n,        p.c,     p.h,     p.w,     p.k,     p.r,     p.s, p.stride_h,
-                                          p.stride_w, p.pad_h, p.pad_w, p.dil_h, p.dil_w, p.groups};
-  const char* const names[] = {"n",        "c",     "h",     "w",     "k",     "r",     "s", "stride_h",
-                               "stride_w", "pad_h", "pad_w", "dil_h", "dil_w", "groups"};
+  const std::array<int32_t, 14> values = {p.n,        p.c,        p.h,     p.w,     p.k,     p.r,     p.s,
+                                          p.stride_h, p.stride_w, p.pad_h, p.pad_w, p.dil_h, p.dil_w, p.groups};
+  const char* const names[] = {"n",        "c",        "h",     "w",     "k",     "r",     "s",
+                               "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w", "groups"};
   std::string text;
   for (size_t i = 0; i < values.size(); ++i) {
     text += std::string(i ? " " : "") + names[i] + "=" + std::to_string(values[i]);
@@ -80,9 +80,9 @@ void run_norm(const char* pass, const cuda::NormShape& s, int device, F&& f) {
   const cuda::OnDevice on_device(device);
   const char* error = on_device.error() ? on_device.error() : f();
   if (!error) return;
-  throw std::runtime_error(std::string("convext: ") + pass + " failed on n=" + std::to_string(s.n) + " c=" +
-                           std::to_string(s.c) + " h=" + std::to_string(s.h) + " w=" + std::to_string(s.w) + ": " +
-                           error);
+  throw std::runtime_error(std::string("convext: ") + pass + " failed on n=" + std::to_string(s.n) +
+                           " c=" + std::to_string(s.c) + " h=" + std::to_string(s.h) + " w=" + std::to_string(s.w) +
+                           ": " + error);
 }
 
 void batch_stats(const Shape& s, int device, uintptr_t stream, uintptr_t y, uintptr_t mean, uintptr_t var,

@@ -21,8 +21,22 @@ inline ConvProblem problem_of(const Fields& f) {
     if (value < 0 || value > INT32_MAX) throw std::invalid_argument("convext: a field of the problem exceeds 32 bits");
   }
   const auto at = [&](int i) { return static_cast<int32_t>(f[i]); };
-  return {at(0), at(1), at(2),  at(3),  at(4),  at(5),  at(6),  at(7), at(8), at(9),
-          at(10), at(11), at(12), at(13), static_cast<DType>(f[14]), static_cast<Layout>(f[15]),
+  return {at(0),
+          at(1),
+          at(2),
+          at(3),
+          at(4),
+          at(5),
+          at(6),
+          at(7),
+          at(8),
+          at(9),
+          at(10),
+          at(11),
+          at(12),
+          at(13),
+          static_cast<DType>(f[14]),
+          static_cast<Layout>(f[15]),
           static_cast<Layout>(f[16])};
 }
 

@@ -109,12 +109,12 @@ class Guards {
 
   // The first fact that does not stand, in words, or None: for whoever wonders why a plan was made anew.
   pybind11::object broken(const pybind11::object& owner) {
-    static constexpr const char* kNames[] = {"item", "item_type", "contents", "kinds", "empty", "filled", "elements",
-                                             "members", "type", "dict_of", "class_item", "function", "cell",
-                                             "attribute"};
-    const auto owned = owner.is_none() ? pybind11::object()
-                                       : pybind11::reinterpret_steal<pybind11::object>(
-                                             PyObject_GenericGetDict(owner.ptr(), nullptr));
+    static constexpr const char* kNames[] = {"item",       "item_type", "contents", "kinds",    "empty",
+                                             "filled",     "elements",  "members",  "type",     "dict_of",
+                                             "class_item", "function",  "cell",     "attribute"};
+    const auto owned =
+        owner.is_none() ? pybind11::object()
+                        : pybind11::reinterpret_steal<pybind11::object>(PyObject_GenericGetDict(owner.ptr(), nullptr));
     const Subject subject{owner.ptr(), owned.ptr()};
     for (const Fact& fact : facts_) {
       if (stands(fact, subject)) continue;
@@ -144,8 +144,20 @@ class Guards {
 
  private:
   enum class Kind {
-    kItem, kItemType, kContents, kKinds, kEmpty, kFilled, kElements, kMembers,
-    kType, kDictOf, kClassItem, kFunction, kCell, kAttribute
+    kItem,
+    kItemType,
+    kContents,
+    kKinds,
+    kEmpty,
+    kFilled,
+    kElements,
+    kMembers,
+    kType,
+    kDictOf,
+    kClassItem,
+    kFunction,
+    kCell,
+    kAttribute
   };
   struct Fact {
     Kind kind;

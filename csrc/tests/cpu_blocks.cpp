@@ -109,8 +109,13 @@ Built build(const Case& c) {
     if (layer.excites) {
       const int squeezed = channels / 4 + 1;
       step.excites = true;
-      step.excite = {values(int64_t{squeezed} * channels), values(squeezed), values(int64_t{squeezed} * channels),
-                     values(channels), channels, squeezed, Activation::relu,
+      step.excite = {values(int64_t{squeezed} * channels),
+                     values(squeezed),
+                     values(int64_t{squeezed} * channels),
+                     values(channels),
+                     channels,
+                     squeezed,
+                     Activation::relu,
                      c.n % 2 == 0 ? Gate::sigmoid : Gate::hardsigmoid};
     }
     b.steps.push_back(step);
@@ -177,8 +182,8 @@ void test(const Case& c, const SqueezeExcite& table, const std::string& isa) {
     for (int64_t budget : {int64_t{1}, int64_t{6000}, int64_t{40000}, int64_t{1} << 20}) {
       const Parallel parallel = parallel_with(threads);
       Buffer workspace(block_workspace(b.steps, threads, budget)), out(expected.size() * sizeof(float));
-      const char* failure = run_block(b.steps, b.input.data(), out.floats(), workspace.data.get(), table, parallel,
-                                      budget);
+      const char* failure =
+          run_block(b.steps, b.input.data(), out.floats(), workspace.data.get(), table, parallel, budget);
       const std::string what = name + ", " + std::to_string(threads) + " threads, " + std::to_string(budget) + " bytes";
       check(failure == nullptr, what);
       if (!excited) {

@@ -55,8 +55,8 @@ void test_layer_norm(DType dtype, Isa isa, int c, T mean, bool affine) {
     for (int k = 0; k < c; ++k) {
       const long double z = (x[i * c + k] - sum / c) / deviation, scale = affine ? gamma[k] : T(1);
       const long double expected = z * scale + (affine ? beta[k] : T(0));
-      const long double allowed = unit * (std::fabs(scale) * (std::fabs(sum / c) / deviation + 2 + 8 * std::fabs(z)) +
-                                          std::fabs(expected));
+      const long double allowed =
+          unit * (std::fabs(scale) * (std::fabs(sum / c) / deviation + 2 + 8 * std::fabs(z)) + std::fabs(expected));
       check(std::fabs(y[i * c + k] - expected) <= allowed, what + ", pixel " + std::to_string(i));
     }
   }

@@ -27,10 +27,10 @@ std::vector<ConvProblem> problems() {
   std::vector<ConvProblem> all;
   // Few channels whose filter rows merge, or do not where they are dilated; tails of vectors and panels; groups of one
   // weight; depthwise ones, with one filter a channel and with two.
-  const int channels[][3] = {{3, 16, 1},   {4, 24, 1},   {8, 64, 1},   {16, 40, 1},  {33, 65, 1},  {64, 96, 1},
-                             {64, 64, 2},  {64, 64, 4},  {128, 64, 4}, {32, 64, 2},  {24, 48, 3},  {128, 64, 8},
-                             {64, 128, 16}, {40, 40, 40}, {24, 48, 24}, {48, 48, 1},  {96, 48, 2},  {192, 48, 4},
-                             {2, 4, 1},    {4, 4, 2},    {1, 5, 1}};
+  const int channels[][3] = {{3, 16, 1},    {4, 24, 1},   {8, 64, 1},   {16, 40, 1}, {33, 65, 1}, {64, 96, 1},
+                             {64, 64, 2},   {64, 64, 4},  {128, 64, 4}, {32, 64, 2}, {24, 48, 3}, {128, 64, 8},
+                             {64, 128, 16}, {40, 40, 40}, {24, 48, 24}, {48, 48, 1}, {96, 48, 2}, {192, 48, 4},
+                             {2, 4, 1},     {4, 4, 2},    {1, 5, 1}};
   for (const auto& [c, k, groups] : channels) {
     for (const auto& [r, s] : {std::pair{1, 1}, {3, 3}, {5, 5}, {7, 7}, {1, 3}, {3, 2}}) {
       for (int stride : {1, 2}) {
@@ -154,8 +154,8 @@ struct Weight {
   }
   char* element(int64_t i) const {  // i counts in KCRS order
     const int64_t s = view.size[3], rs = view.size[2] * s, crs = view.size[1] * rs;
-    const int64_t at = i / crs * view.stride[0] + i % crs / rs * view.stride[1] + i % rs / s * view.stride[2] +
-                       i % s * view.stride[3];
+    const int64_t at =
+        i / crs * view.stride[0] + i % crs / rs * view.stride[1] + i % rs / s * view.stride[2] + i % s * view.stride[3];
     return static_cast<char*>(const_cast<void*>(view.data)) + at * dtype_size(view.dtype);
   }
   int64_t numel() const { return view.size[0] * view.size[1] * view.size[2] * view.size[3]; }

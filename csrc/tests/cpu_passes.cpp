@@ -22,12 +22,11 @@ Parallel parallel_with(int threads) {
     return {[](int64_t begin, int64_t end, int64_t, RangeBody body, void* context) { body(context, begin, end); }, 1};
   }
   return {[](int64_t begin, int64_t end, int64_t, RangeBody body, void* context) {
-            const int64_t middle = begin + (end - begin) / 3;
-            std::thread other(body, context, begin, middle);
-            body(context, middle, end);
-            other.join();
-          },
-          threads};
+    const int64_t middle = begin + (end - begin) / 3;
+    std::thread other(body, context, begin, middle);
+    body(context, middle, end);
+    other.join();
+  }, threads};
 }
 
 // ---- dtypes, written without the tricks of the code under test ----
@@ -132,9 +131,8 @@ int64_t at(const int64_t* stride, int64_t n, int64_t c, int64_t h, int64_t w) {
 }
 
 void copy_every_layout_and_dtype(const Staging& staging, const std::string& isa) {
-  const int64_t sizes[][4] = {{1, 1, 1, 1}, {2, 3, 5, 7},   {1, 16, 4, 4}, {2, 33, 3, 11},
-                              {1, 70, 9, 15}, {3, 17, 1, 66}, {2, 130, 7, 7}, {64, 9, 3, 3},
-                              {2, 4, 6, 9},   {1, 2, 5, 33}};
+  const int64_t sizes[][4] = {{1, 1, 1, 1},   {2, 3, 5, 7},   {1, 16, 4, 4}, {2, 33, 3, 11}, {1, 70, 9, 15},
+                              {3, 17, 1, 66}, {2, 130, 7, 7}, {64, 9, 3, 3}, {2, 4, 6, 9},   {1, 2, 5, 33}};
   std::mt19937 random(7);
   std::normal_distribution<double> normal;
   for (const auto& size : sizes) {
@@ -201,8 +199,8 @@ void halves_round_to_nearest_even(const Staging& staging, const std::string& isa
     check(widened, isa + " every " + name_of(half) + " widens exactly");
     check(narrowed, isa + " every " + name_of(half) + " survives the way back");
 
-    std::vector<float> values = {65519.996f, 65520.0f, 65504.0f, 1e30f, 3.4e38f, 1e-8f, 2.9802322e-8f, 2.9802326e-8f,
-                                 1e-45f,     -0.0f,    0.0f,     INFINITY, -INFINITY, NAN};
+    std::vector<float> values = {65519.996f,    65520.0f, 65504.0f, 1e30f, 3.4e38f,  1e-8f,     2.9802322e-8f,
+                                 2.9802326e-8f, 1e-45f,   -0.0f,    0.0f,  INFINITY, -INFINITY, NAN};
     const int top = half == DType::kBFloat16 ? 0x7f80 : 0x7c00;
     for (int i = 0; i + 1 < top; ++i) {
       const uint16_t pair[2] = {static_cast<uint16_t>(i), static_cast<uint16_t>(i + 1)};
@@ -292,8 +290,8 @@ struct Case {
   double offset;  // of y's mean, in standard deviations
 
   std::string name() const {
-    return std::string(name_of(dtype)) + (layout == Layout::kNHWC ? " nhwc" : " nchw") + " n=" +
-           std::to_string(shape.n) + " c=" + std::to_string(shape.c) + " hw=" + std::to_string(shape.hw) +
+    return std::string(name_of(dtype)) + (layout == Layout::kNHWC ? " nhwc" : " nchw") +
+           " n=" + std::to_string(shape.n) + " c=" + std::to_string(shape.c) + " hw=" + std::to_string(shape.hw) +
            " activation=" + std::to_string(static_cast<int>(activation)) + (norm ? " norm" : "") +
            (affine ? " affine" : "") + (residual ? " residual" : "") + (training ? " training" : " frozen") +
            " offset=" + std::to_string(offset);
@@ -327,28 +325,39 @@ void test_batch_norm_case(const BatchNorm& table, const Case& test, const std::s
   const Buffer y = fill(size, dtype, 1, test.offset), residual = fill(size, dtype, 1, 0);
   const Buffer dout = fill(size, dtype, 1, 0);
   const Buffer gamma = fill(C, compute, 0.5, 1), beta = fill(C, compute, 1, 1);
-  BatchNormArgs args{N, C, HW, test.layout, dtype, y.data(), test.residual ? residual.data() : nullptr, nullptr,
-                     nullptr, test.affine ? gamma.data() : nullptr, test.affine ? beta.data() : nullptr, 1e-5,
+  BatchNormArgs args{N,
+                     C,
+                     HW,
+                     test.layout,
+                     dtype,
+                     y.data(),
+                     test.residual ? residual.data() : nullptr,
+                     nullptr,
+                     nullptr,
+                     test.affine ? gamma.data() : nullptr,
+                     test.affine ? beta.data() : nullptr,
+                     1e-5,
                      test.activation};
 
   auto run = [&](int threads) {
-    Outputs o{Buffer(C, compute), Buffer(C, compute), Buffer(size, dtype), Buffer(size, dtype), Buffer(C, compute),
-              Buffer(C, compute), Buffer(size, dtype)};
+    Outputs o{Buffer(C, compute), Buffer(C, compute), Buffer(size, dtype), Buffer(size, dtype),
+              Buffer(C, compute), Buffer(C, compute), Buffer(size, dtype)};
     BatchNormArgs call = args;
     std::vector<double> workspace((table.workspace(call) + 7) / 8);
     const Parallel parallel = parallel_with(threads);
     table.batch_stats(parallel, call, o.mean.data(), o.var.data(), workspace.data());
     if (test.norm) call.mean = o.mean.data(), call.var = o.var.data();
     table.bn_act(parallel, call, o.out.data(), workspace.data());
-    const BatchNormGradients gradients{dout.data(),     o.dy.data(), o.dgamma.data(), o.dbeta.data(),
-                                       test.residual ? o.dresidual.data() : nullptr, test.training};
+    const BatchNormGradients gradients{
+        dout.data(),  o.dy.data(), o.dgamma.data(), o.dbeta.data(), test.residual ? o.dresidual.data() : nullptr,
+        test.training};
     table.bn_act_backward(parallel, call, gradients, workspace.data());
     return o;
   };
   const Outputs got = run(1);
   check(got == run(3), isa + " depends on the threads: " + test.name());
 
-  const Real growth = 8 + std::sqrt(Real(M));  // rounding of a sum of M terms
+  const Real growth = 8 + std::sqrt(Real(M));           // rounding of a sum of M terms
   Real worst_out = 0, worst_dy = 0, worst_channel = 0;  // error over bound
   for (int64_t c = 0; c < C; ++c) {
     Real mean = 0, var = 0;
@@ -360,8 +369,8 @@ void test_batch_norm_case(const BatchNorm& table, const Case& test, const std::s
     const Real deviation = std::sqrt(var) + store * std::fabs(mean);
     worst_channel = std::max(worst_channel, std::fabs(got.mean.at(c) - mean) /
                                                 (eps * std::fabs(mean) + 4 * growth * eps * deviation + 1e-30L));
-    worst_channel = std::max(worst_channel, std::fabs(got.var.at(c) - var) /
-                                                (17 * growth * eps * deviation * deviation + 1e-30L));
+    worst_channel =
+        std::max(worst_channel, std::fabs(got.var.at(c) - var) / (17 * growth * eps * deviation * deviation + 1e-30L));
 
     // From here on with the mean and variance that the code under test was given.
     const Real m = test.norm ? got.mean.at(c) : 0;
@@ -380,8 +389,8 @@ void test_batch_norm_case(const BatchNorm& table, const Case& test, const std::s
                                1e-7L * (dtype == DType::kFloat16) + 1e-30L;
         worst_out = std::max(worst_out, std::fabs(got.out.at(at) - out) / out_bound);
         dz[j] = dout.at(at) * derivative(test.activation, z);
-        dz_bound[j] = std::fabs(dout.at(at)) * (2 * z_bound + 16 * eps * (1 + std::fabs(z)) +
-                                                (at_kink(test.activation, z, z_bound) ? 1 : 0));
+        dz_bound[j] = std::fabs(dout.at(at)) *
+                      (2 * z_bound + 16 * eps * (1 + std::fabs(z)) + (at_kink(test.activation, z, z_bound) ? 1 : 0));
         sum += dz[j];
         product += dz[j] * centered;
         sum_bound += dz_bound[j] + growth * eps * std::fabs(dz[j]) / std::sqrt(Real(M));
@@ -416,16 +425,16 @@ void test_batch_norm_case(const BatchNorm& table, const Case& test, const std::s
   }
   check(worst_out <= 1, isa + " out " + std::to_string(worst_out) + " x bound: " + test.name());
   check(worst_dy <= 1, isa + " dy " + std::to_string(worst_dy) + " x bound: " + test.name());
-  check(worst_channel <= 1, isa + " statistics or dgamma, dbeta " + std::to_string(worst_channel) +
-                                " x bound: " + test.name());
+  check(worst_channel <= 1,
+        isa + " statistics or dgamma, dbeta " + std::to_string(worst_channel) + " x bound: " + test.name());
 }
 
 void nan_stays_where_it_is(const BatchNorm& table, const std::string& isa) {
   for (int a = 0; a < 6; ++a) {
     std::vector<float> y(70, 1.0f), out(70);
     y[33] = NAN;
-    BatchNormArgs args{1, 7, 10, Layout::kNHWC, DType::kFloat32, y.data(), nullptr, nullptr, nullptr, nullptr, nullptr,
-                       1e-5, static_cast<Activation>(a)};
+    BatchNormArgs args{1,       7,       10,      Layout::kNHWC, DType::kFloat32,           y.data(), nullptr, nullptr,
+                       nullptr, nullptr, nullptr, 1e-5,          static_cast<Activation>(a)};
     std::vector<double> workspace(table.workspace(args) / 8 + 1);
     table.bn_act(parallel_with(1), args, out.data(), workspace.data());
     for (int i = 0; i < 70; ++i) {
@@ -446,8 +455,10 @@ void test_batch_norm(const NamedIsa& isa) {
           const bool norm = i % 4 != 0, large = shape.hw > 1000;
           if (large && activation > 1) continue;
           for (bool training : {false, true}) {
-            test_batch_norm_case(table, {shape, layout, static_cast<DType>(dtype), static_cast<Activation>(activation),
-                                         norm, i / 2 % 2 == 0, i / 3 % 2 == 0, training, 0}, isa.name);
+            test_batch_norm_case(table,
+                                 {shape, layout, static_cast<DType>(dtype), static_cast<Activation>(activation), norm,
+                                  i / 2 % 2 == 0, i / 3 % 2 == 0, training, 0},
+                                 isa.name);
           }
         }
   for (Layout layout : {Layout::kNCHW, Layout::kNHWC})  // mean_far_from_zero

@@ -39,18 +39,21 @@ enum class Plant {
   kInfinitePixels,  // of both signs, side by side too: their sum is NaN where one tap has the other's sign
   kNaNTaps,         // in the second operand
   kInfiniteTaps,
-  kBoth,            // infinite pixels and taps
-  kEverywhere,      // nothing but NaN
-  kLargePixels,     // that a transform adds up to infinity, and small taps: every sum is finite
+  kBoth,         // infinite pixels and taps
+  kEverywhere,   // nothing but NaN
+  kLargePixels,  // that a transform adds up to infinity, and small taps: every sum is finite
   kLargeTaps,
-  kLargeSums,       // too large for the type
+  kLargeSums,  // too large for the type
 };
-constexpr std::pair<Plant, const char*> kPlants[] = {
-    {Plant::kNaNPixels, "NaN pixels"},           {Plant::kInfinitePixels, "infinite pixels"},
-    {Plant::kNaNTaps, "NaN taps"},               {Plant::kInfiniteTaps, "infinite taps"},
-    {Plant::kBoth, "infinite pixels and taps"},  {Plant::kEverywhere, "nothing but NaN"},
-    {Plant::kLargePixels, "large pixels"},       {Plant::kLargeTaps, "large taps"},
-    {Plant::kLargeSums, "sums that overflow"}};
+constexpr std::pair<Plant, const char*> kPlants[] = {{Plant::kNaNPixels, "NaN pixels"},
+                                                     {Plant::kInfinitePixels, "infinite pixels"},
+                                                     {Plant::kNaNTaps, "NaN taps"},
+                                                     {Plant::kInfiniteTaps, "infinite taps"},
+                                                     {Plant::kBoth, "infinite pixels and taps"},
+                                                     {Plant::kEverywhere, "nothing but NaN"},
+                                                     {Plant::kLargePixels, "large pixels"},
+                                                     {Plant::kLargeTaps, "large taps"},
+                                                     {Plant::kLargeSums, "sums that overflow"}};
 
 struct Case {
   const char* name;
@@ -63,8 +66,23 @@ struct Case {
 
 ConvProblem make(int n, int c, int h, int w, int k, int r, int s, int stride_h, int stride_w, int pad_h, int pad_w,
                  int dil_h, int dil_w, int groups) {
-  return {n,     c,     h,     w,      k,          r, s, stride_h, stride_w, pad_h, pad_w, dil_h,
-          dil_w, groups, DType::kFloat32, Layout::kNHWC, Layout::kNHWC};
+  return {n,
+          c,
+          h,
+          w,
+          k,
+          r,
+          s,
+          stride_h,
+          stride_w,
+          pad_h,
+          pad_w,
+          dil_h,
+          dil_w,
+          groups,
+          DType::kFloat32,
+          Layout::kNHWC,
+          Layout::kNHWC};
 }
 ConvProblem square(int n, int c, int h, int k, int r, int stride, int pad, int dil = 1, int groups = 1) {
   return make(n, c, h, h, k, r, r, stride, stride, pad, pad, dil, dil, groups);
@@ -277,9 +295,7 @@ void plant(const Case& test, Pass pass, Operands<T>& o) {
   };
   switch (test.plant) {
     case Plant::kNothing: break;
-    case Plant::kNaNPixels:
-      corner = middle = T(nan);
-      break;
+    case Plant::kNaNPixels: corner = middle = T(nan); break;
     case Plant::kBoth:
     case Plant::kInfinitePixels:
       corner = T(-inf), middle = T(inf);
@@ -287,12 +303,8 @@ void plant(const Case& test, Pass pass, Operands<T>& o) {
       in[strides.at(p.n - 1, c, h - 1, w - 1)] = T(-inf);
       if (test.plant == Plant::kInfinitePixels) break;
       [[fallthrough]];
-    case Plant::kInfiniteTaps:
-      taps[taps.size() / 2] = T(inf), taps.back() = T(-inf);
-      break;
-    case Plant::kNaNTaps:
-      taps[0] = taps[taps.size() / 3] = T(nan);
-      break;
+    case Plant::kInfiniteTaps: taps[taps.size() / 2] = T(inf), taps.back() = T(-inf); break;
+    case Plant::kNaNTaps: taps[0] = taps[taps.size() / 3] = T(nan); break;
     case Plant::kEverywhere:
       for (auto& v : in) v = T(nan);
       break;

@@ -17,8 +17,8 @@
 #include <tuple>
 #include <vector>
 
-#include "cuda/batch_norm/batch_norm.h"
 #include "core/variant.h"
+#include "cuda/batch_norm/batch_norm.h"
 #include "device.h"
 #include "reference.h"
 #include "tensor.h"
@@ -135,8 +135,8 @@ struct Policy {
   Async async;
   Order order;
 };
-constexpr Policy kPolicies[] = {{Async::kLazy, Order::kLifo}, {Async::kEager, Order::kFifo},
-                                {Async::kRandom, Order::kRandom}};
+constexpr Policy kPolicies[] = {
+    {Async::kLazy, Order::kLifo}, {Async::kEager, Order::kFifo}, {Async::kRandom, Order::kRandom}};
 
 enum class Fusion { kNone, kBias, kAll };
 
@@ -266,17 +266,16 @@ void run_case(const Variant& variant, const Case& named, const Policy& policy, F
   const reference::Sums& sums = sums_of(pass, a.host, b.host, krsc, 0);
   const auto channel = [&](int64_t i) { return channel_of(p, i); };
   if (pass == Pass::kFprop) {
-    compare(
-        variant, what.c_str(), p, pass, out, sums,
-        [&](int64_t i) {
-          double z = sums.value[i];
-          if (fusion == Fusion::kAll) z *= scale.host[channel(i)];
-          if (fusion != Fusion::kNone) z += shift.host[channel(i)];
-          if (fusion == Fusion::kAll) z += residual.host[i];
-          return visit_activation<double>(activation, [&](auto f) { return f.forward(z); });
-        },
-        // No activation is steeper than 1.5 (hardswish at 3).
-        [&](int64_t i) { return fusion == Fusion::kAll ? 1.5 * std::abs(scale.host[channel(i)]) : 1.0; });
+    compare(variant, what.c_str(), p, pass, out, sums,
+            [&](int64_t i) {
+      double z = sums.value[i];
+      if (fusion == Fusion::kAll) z *= scale.host[channel(i)];
+      if (fusion != Fusion::kNone) z += shift.host[channel(i)];
+      if (fusion == Fusion::kAll) z += residual.host[i];
+      return visit_activation<double>(activation, [&](auto f) { return f.forward(z); });
+    },
+            // No activation is steeper than 1.5 (hardswish at 3).
+            [&](int64_t i) { return fusion == Fusion::kAll ? 1.5 * std::abs(scale.host[channel(i)]) : 1.0; });
   } else {
     compare(variant, what.c_str(), p, pass, out, sums, [&](int64_t i) { return sums.value[i]; },
             [](int64_t) { return 1.0; });
@@ -284,8 +283,8 @@ void run_case(const Variant& variant, const Case& named, const Policy& policy, F
   if (with_stats) compare_stats(variant, what.c_str(), p, out, stats, stats_rows);
   if (both) {
     const reference::Sums& dx_sums = sums_of(Pass::kDgrad, a.host, w.host, krsc, 1);
-    compare(variant, (what + " dx").c_str(), p, Pass::kDgrad, dx, dx_sums,
-            [&](int64_t i) { return dx_sums.value[i]; }, [](int64_t) { return 1.0; });
+    compare(variant, (what + " dx").c_str(), p, Pass::kDgrad, dx, dx_sums, [&](int64_t i) { return dx_sums.value[i]; },
+            [](int64_t) { return 1.0; });
   }
 }
 

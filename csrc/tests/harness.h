@@ -36,16 +36,14 @@ inline int threads_to_use = 1;
 inline Parallel parallel_with(int threads) {
   threads_to_use = threads;
   return {[](int64_t begin, int64_t end, int64_t, RangeBody body, void* context) {
-            std::vector<std::thread> pool;
-            const int64_t count = end - begin;
-            for (int64_t t = 1; t < threads_to_use; ++t) {
-              pool.emplace_back(body, context, begin + count * t / threads_to_use,
-                                begin + count * (t + 1) / threads_to_use);
-            }
-            body(context, begin, begin + count / threads_to_use);
-            for (std::thread& thread : pool) thread.join();
-          },
-          threads};
+    std::vector<std::thread> pool;
+    const int64_t count = end - begin;
+    for (int64_t t = 1; t < threads_to_use; ++t) {
+      pool.emplace_back(body, context, begin + count * t / threads_to_use, begin + count * (t + 1) / threads_to_use);
+    }
+    body(context, begin, begin + count / threads_to_use);
+    for (std::thread& thread : pool) thread.join();
+  }, threads};
 }
 
 // 64-byte aligned memory of its own, filled with NaN, so that the sanitizers see what leaves it.

@@ -42,8 +42,8 @@ void for_products(const ConvProblem& p, bool krsc, F&& f) {
               if (w < 0 || w >= p.w) continue;
               const int64_t y_at = offset(p.y_layout, n, k, op, oq, p.k, p.p(), p.q());
               for (int c = 0; c < cg; ++c) {
-                const int64_t w_at = krsc ? ((int64_t{k} * p.r + r) * p.s + s) * cg + c
-                                          : ((int64_t{k} * cg + c) * p.r + r) * p.s + s;
+                const int64_t w_at =
+                    krsc ? ((int64_t{k} * p.r + r) * p.s + s) * cg + c : ((int64_t{k} * cg + c) * p.r + r) * p.s + s;
                 f(y_at, w_at, offset(p.x_layout, n, k / kg * cg + c, h, w, p.c, p.h, p.w));
               }
             }

@@ -5,9 +5,9 @@
 #include <optional>
 #include <vector>
 
+#include "core/select.h"
 #include "cpu/kernels/elementwise/staging.h"
 #include "cpu/runtime/packed_weight.h"
-#include "core/select.h"
 #include "torch_glue.h"
 
 namespace convext {
@@ -44,24 +44,20 @@ struct Weights {
 
   bool packs() const { return variant.pack_format != nullptr && variant.pack_format(problem) != nullptr; }
   bool dense() const { return view.dtype == problem.dtype && view.is_dense(Layout::kNCHW); }
-  int64_t dense_bytes() const {
-    return dense() ? 0 : Scratch::padded(view.numel() * dtype_size(problem.dtype));
-  }
+  int64_t dense_bytes() const { return dense() ? 0 : Scratch::padded(view.numel() * dtype_size(problem.dtype)); }
   int64_t packed_bytes() const { return packs() && kept == nullptr ? variant.packed_size(problem) : 0; }
   int64_t scratch_bytes() const { return dense_bytes() + Scratch::padded(packed_bytes()); }
 
   // What a kernel may go back to from its packed weights. This object must outlive the launch.
   WeightSource source() const {
     return {[](const void* context, const Parallel& parallel, void* room) -> const void* {
-              const Weights& weights = *static_cast<const Weights*>(context);
-              const View& view = weights.view;
-              if (weights.dense()) return view.data;
-              const Staging& staging = staging_for(settings().cpu_isa);
-              staging.weight_to_dense(parallel, view.data, view.dtype, view.size, view.stride, room,
-                                      weights.problem.dtype);
-              return room;
-            },
-            this};
+      const Weights& weights = *static_cast<const Weights*>(context);
+      const View& view = weights.view;
+      if (weights.dense()) return view.data;
+      const Staging& staging = staging_for(settings().cpu_isa);
+      staging.weight_to_dense(parallel, view.data, view.dtype, view.size, view.stride, room, weights.problem.dtype);
+      return room;
+    }, this};
   }
 
   // `lease` holds what is returned for as long as the kernel reads it.

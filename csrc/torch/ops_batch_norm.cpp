@@ -2,9 +2,9 @@
 // (csrc/cpu/kernels/elementwise/batch_norm.cpp) read every dtype as it is stored, in either layout.
 #include <tuple>
 
+#include "core/select.h"
 #include "cpu/kernels/elementwise/batch_norm.h"
 #include "cpu/kernels/elementwise/staging.h"
-#include "core/select.h"
 #include "torch_glue.h"
 
 namespace convext {
@@ -35,8 +35,8 @@ struct Dense {
     const int64_t c = view.size[1], h = view.size[2], w = view.size[3];
     const int64_t nhwc[4] = {c * h * w, 1, w * c, c}, nchw[4] = {c * h * w, h * w, w, 1};
     void* copy = scratch().take(scratch_bytes());
-    staging.copy(parallel, view.data, view.dtype, view.stride, copy, view.dtype,
-                 layout == Layout::kNHWC ? nhwc : nchw, view.size);
+    staging.copy(parallel, view.data, view.dtype, view.stride, copy, view.dtype, layout == Layout::kNHWC ? nhwc : nchw,
+                 view.size);
     return copy;
   }
 };
@@ -125,10 +125,11 @@ Tensor bn_act(const Tensor& y, const OptionalTensor& mean, const OptionalTensor&
 }
 
 // dresidual is of size 0 where there is no residual.
-std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(
-    const Tensor& dout, const Tensor& y, const OptionalTensor& mean, const OptionalTensor& var,
-    const OptionalTensor& gamma, const OptionalTensor& beta, const OptionalTensor& residual, double eps,
-    int64_t activation, bool training) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(const Tensor& dout, const Tensor& y,
+                                                           const OptionalTensor& mean, const OptionalTensor& var,
+                                                           const OptionalTensor& gamma, const OptionalTensor& beta,
+                                                           const OptionalTensor& residual, double eps,
+                                                           int64_t activation, bool training) {
   const View yv = view_of(y, "y");
   const Dense dense(yv, layout_of(yv)), incoming(matching_view(dout, "dout", yv), dense.layout);
   BatchNormArgs args = args_of(yv, dense.layout);
@@ -141,9 +142,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(
   const Channels channels{mean, var, gamma, beta, eps, activation};
   const BatchNorm& kernels = batch_norm_for(settings().cpu_isa);
   const int64_t workspace = kernels.workspace(args);
-  const ScratchScope scope(dense.scratch_bytes() + incoming.scratch_bytes() +
-                           (addend ? addend->scratch_bytes() : 0) + channels.scratch_bytes(args) +
-                           Scratch::padded(workspace));
+  const ScratchScope scope(dense.scratch_bytes() + incoming.scratch_bytes() + (addend ? addend->scratch_bytes() : 0) +
+                           channels.scratch_bytes(args) + Scratch::padded(workspace));
   const Parallel& parallel = torch_parallel();
   const Staging& staging = staging_for(settings().cpu_isa);
   channels.load(args);

@@ -43,8 +43,8 @@ struct Operand {
 void stage_in(Operand& operand, DType compute, const Staging& staging, const Parallel& parallel) {
   if (!operand.staged) return;
   operand.data = scratch().take(operand.bytes);
-  staging.to_nhwc(parallel, operand.view.data, operand.view.dtype, operand.view.size, operand.view.stride,
-                  operand.data, compute);
+  staging.to_nhwc(parallel, operand.view.data, operand.view.dtype, operand.view.size, operand.view.stride, operand.data,
+                  compute);
 }
 
 void stage_out(const Operand& operand, DType compute, const Staging& staging, const Parallel& parallel) {
@@ -63,8 +63,8 @@ Tensor fprop(int64_t variant_index, const Tensor& x, const Tensor& w, int64_t pa
   STD_TORCH_CHECK(xv.dtype == wv.dtype || (wv.dtype == DType::kFloat32 && dtype_size(xv.dtype) == 2),
                   "convext_cpu: x and w must have one dtype, or w be float32 and x in half precision");
   const Geom g = geom_of(geom);
-  ConvProblem problem = make_problem(xv.size[0], xv.size[1], xv.size[2], xv.size[3], wv.size[0], wv.size[2],
-                                     wv.size[3], g, xv.dtype);
+  ConvProblem problem =
+      make_problem(xv.size[0], xv.size[1], xv.size[2], xv.size[3], wv.size[0], wv.size[2], wv.size[3], g, xv.dtype);
   STD_TORCH_CHECK(wv.size[1] == problem.c_per_group(), "convext_cpu: w holds ", wv.size[1],
                   " input channels a group, x ", problem.c_per_group());
   const Variant& variant = checked_variant(variant_index, Pass::kFprop, problem);
@@ -119,13 +119,13 @@ Tensor fprop(int64_t variant_index, const Tensor& x, const Tensor& w, int64_t pa
   return y;
 }
 
-Tensor dgrad(int64_t variant_index, const Tensor& dy, const Tensor& w, int64_t packed, int64_t version,
-             int64_t height, int64_t width, std::vector<int64_t> geom, bool channels_last) {
+Tensor dgrad(int64_t variant_index, const Tensor& dy, const Tensor& w, int64_t packed, int64_t version, int64_t height,
+             int64_t width, std::vector<int64_t> geom, bool channels_last) {
   const View dyv = view_of(dy, "dy"), wv = view_of(w, "w");
   STD_TORCH_CHECK(dyv.dtype == wv.dtype, "convext_cpu: dy and w must have one dtype");
   const Geom g = geom_of(geom);
-  ConvProblem problem = make_problem(dyv.size[0], wv.size[1] * g.groups, height, width, wv.size[0], wv.size[2],
-                                     wv.size[3], g, dyv.dtype);
+  ConvProblem problem =
+      make_problem(dyv.size[0], wv.size[1] * g.groups, height, width, wv.size[0], wv.size[2], wv.size[3], g, dyv.dtype);
   STD_TORCH_CHECK(dyv.size[1] == problem.k && dyv.size[2] == problem.p() && dyv.size[3] == problem.q(),
                   "convext_cpu: dy must be (", problem.n, ", ", problem.k, ", ", problem.p(), ", ", problem.q(), ")");
   const Variant& variant = checked_variant(variant_index, Pass::kDgrad, problem);
@@ -158,13 +158,12 @@ Tensor dgrad(int64_t variant_index, const Tensor& dy, const Tensor& w, int64_t p
   return dx;
 }
 
-Tensor wgrad(int64_t variant_index, const Tensor& dy, const Tensor& x, int64_t r, int64_t s,
-             std::vector<int64_t> geom, bool channels_last) {
+Tensor wgrad(int64_t variant_index, const Tensor& dy, const Tensor& x, int64_t r, int64_t s, std::vector<int64_t> geom,
+             bool channels_last) {
   const View dyv = view_of(dy, "dy"), xv = view_of(x, "x");
   STD_TORCH_CHECK(dyv.dtype == xv.dtype, "convext_cpu: dy and x must have one dtype");
   const Geom g = geom_of(geom);
-  ConvProblem problem =
-      make_problem(xv.size[0], xv.size[1], xv.size[2], xv.size[3], dyv.size[1], r, s, g, xv.dtype);
+  ConvProblem problem = make_problem(xv.size[0], xv.size[1], xv.size[2], xv.size[3], dyv.size[1], r, s, g, xv.dtype);
   STD_TORCH_CHECK(dyv.size[0] == problem.n && dyv.size[2] == problem.p() && dyv.size[3] == problem.q(),
                   "convext_cpu: dy must be (", problem.n, ", ", problem.k, ", ", problem.p(), ", ", problem.q(), ")");
   const Variant& variant = checked_variant(variant_index, Pass::kWgrad, problem);

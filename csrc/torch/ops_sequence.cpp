@@ -122,8 +122,8 @@ std::unordered_map<int64_t, std::shared_ptr<CachedSequence>>& cached_sequences()
   return *cached;
 }
 
-int64_t keep_sequence(int64_t number, std::vector<Tensor> tensors, std::vector<int64_t> packed,
-                      std::vector<double> eps, bool flat) {
+int64_t keep_sequence(int64_t number, std::vector<Tensor> tensors, std::vector<int64_t> packed, std::vector<double> eps,
+                      bool flat) {
   static int64_t last = 0;
   const std::shared_ptr<const SequenceProgram> program = SequenceProgram::find(number);
   STD_TORCH_CHECK(program != nullptr, "convext_cpu: there is no program ", number);
@@ -192,7 +192,7 @@ Tensor run_sequence(int64_t number, const Tensor& x, std::vector<int64_t> versio
   const Sequence::Extents last = s.output();
   STD_TORCH_CHECK(!cached.flat || (last.h == 1 && last.w == 1), "convext_cpu: the result has more than one pixel");
   Tensor y = cached.flat ? empty_matrix(last.n, last.c, input.dtype)
-                       : empty_activation(last.n, last.c, last.h, last.w, input.dtype, true);
+                         : empty_activation(last.n, last.c, last.h, last.w, input.dtype, true);
   const ScratchScope scope(operands.scratch_bytes(s) + Scratch::padded(s.memory_bytes()));
   void* const memory = scratch().take(s.memory_bytes());
   s.run(y.mutable_data_ptr(), memory, operands, parallel);

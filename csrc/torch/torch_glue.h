@@ -13,10 +13,10 @@
 #include <type_traits>
 #include <vector>
 
+#include "core/variant.h"
 #include "cpu/runtime/output_pool.h"
 #include "cpu/runtime/scratch.h"
 #include "cpu/runtime/view.h"
-#include "core/variant.h"
 
 // Of torch 2.11's stable ABI. Weak, because 2.10 has no tensor over memory that knows how to give it back: there,
 // results come from torch's own allocator and the pool stays empty, as they do without convext/_storage.
@@ -36,8 +36,12 @@ using OptionalTensor = std::optional<Tensor>;
 class HeldTensor {
  public:
   explicit HeldTensor(const Tensor& t)
-      : sizes_(t.sizes().begin(), t.sizes().end()), strides_(t.strides().begin(), t.strides().end()),
-        type_(t.scalar_type()), cpu_(t.is_cpu()), contiguous_(t.is_contiguous()), numel_(t.numel()),
+      : sizes_(t.sizes().begin(), t.sizes().end()),
+        strides_(t.strides().begin(), t.strides().end()),
+        type_(t.scalar_type()),
+        cpu_(t.is_cpu()),
+        contiguous_(t.is_contiguous()),
+        numel_(t.numel()),
         data_(t.data_ptr()) {}
   int64_t dim() const { return static_cast<int64_t>(sizes_.size()); }
   int64_t size(int64_t i) const { return sizes_[i]; }
@@ -115,8 +119,8 @@ inline Tensor empty(const int64_t* sizes, const int64_t* strides, int64_t dim, D
     make_resizable(handle);
     return result;
   }
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, scalar_type_of(dtype),
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes, strides, scalar_type_of(dtype), aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 

@@ -151,8 +151,12 @@ def test_counts_calls_by_backend_pass_and_variant(picky):
         convext.conv2d(x, w).sum().backward()
     with convext.backend("aten"):
         convext.conv2d(X, W)
-    assert backends.counts() == {("native", "fprop", "picky_fprop"): 2, ("native", "dgrad", "picky_dgrad"): 2,
-                                 ("native", "wgrad", "picky_wgrad"): 2, ("aten", "fprop", "aten_fprop"): 1}
+    assert backends.counts() == {
+        ("native", "fprop", "picky_fprop"): 2,
+        ("native", "dgrad", "picky_dgrad"): 2,
+        ("native", "wgrad", "picky_wgrad"): 2,
+        ("aten", "fprop", "aten_fprop"): 1,
+    }
     backends.reset_counts()
     assert backends.counts() == {}
 
@@ -217,8 +221,13 @@ for dtype in (torch.float32, torch.bfloat16):
 def test_aten_does_not_write_past_its_memory_in_a_strided_1x1_weight_gradient():
     """torch 2.11 does, over channels-last images and on two threads or more. glibc's checks see it at the next call."""
     for _ in range(3):
-        ran = subprocess.run([sys.executable, "-c", _STRIDED_1X1], capture_output=True, text=True, timeout=250,
-                             env={**os.environ, "MALLOC_PERTURB_": "165", "OMP_NUM_THREADS": "3"})
+        ran = subprocess.run(
+            [sys.executable, "-c", _STRIDED_1X1],
+            capture_output=True,
+            text=True,
+            timeout=250,
+            env={**os.environ, "MALLOC_PERTURB_": "165", "OMP_NUM_THREADS": "3"},
+        )
         assert ran.returncode == 0, ran.stderr
 
 
@@ -267,9 +276,14 @@ def test_results_of_our_kernels_do_not_depend_on_the_number_of_threads(backend, 
     """Bit for bit. Under the automatic choice some passes are ATen's, whose sums may."""
     ours = 0
     for n, c, h, w, k, r, stride, groups in (
-            (1, 8, 56, 28, 2, 1, 1, 2), (8, 32, 14, 14, 64, 3, 1, 1), (2, 3, 33, 31, 16, 3, 2, 1),
-            (3, 24, 19, 17, 24, 5, 1, 24), (2, 64, 14, 14, 96, 1, 1, 1), (2, 64, 15, 15, 32, 1, 2, 1),
-            (1, 16, 28, 28, 16, 3, 1, 4)):
+        (1, 8, 56, 28, 2, 1, 1, 2),
+        (8, 32, 14, 14, 64, 3, 1, 1),
+        (2, 3, 33, 31, 16, 3, 2, 1),
+        (3, 24, 19, 17, 24, 5, 1, 24),
+        (2, 64, 14, 14, 96, 1, 1, 1),
+        (2, 64, 15, 15, 32, 1, 2, 1),
+        (1, 16, 28, 28, 16, 3, 1, 4),
+    ):
         for memory_format in (torch.contiguous_format, torch.channels_last):
             generator = torch.Generator().manual_seed(0)
             x = torch.randn(n, c, h, w, generator=generator).to(dtype).contiguous(memory_format=memory_format)
@@ -300,6 +314,8 @@ for status in convext.backends():
 """
         ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
         assert ran.returncode == 0, ran.stderr
-        line, = [line for line in ran.stdout.splitlines() if "native" in line and ("cuda" in line) == (name == "_CUDA")]
+        (line,) = [
+            line for line in ran.stdout.splitlines() if "native" in line and ("cuda" in line) == (name == "_CUDA")
+        ]
         assert "circular" not in ran.stdout and "not built" in line, line
         assert "from source" in line if name == "_CUDA" else "pip install ." in line

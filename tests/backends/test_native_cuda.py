@@ -21,8 +21,10 @@ from convext import backends
 from convext.backends import native_cuda
 from convext.problem import ConvProblem, DType, Epilogue, Geom, Layout, Pass
 
-pytestmark = [pytest.mark.skipif(harness.why_not() is not None, reason=str(harness.why_not())),
-              pytest.mark.timeout(1200)]  # the first test of a form waits for its build
+pytestmark = [
+    pytest.mark.skipif(harness.why_not() is not None, reason=str(harness.why_not())),
+    pytest.mark.timeout(1200),
+]  # the first test of a form waits for its build
 
 
 @pytest.fixture(scope="session")
@@ -34,9 +36,13 @@ def emulated(tmp_path_factory):
     python = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
     flags = [f for f in harness.flags(harness.CSRC, "plain") if f != "-O2"]
     flags += ["-O1", "-fPIC", "-fvisibility=hidden", "-DCONVEXT_CUDA_LIBRARY"]
-    sources = [*harness.kernel_sources(), "cuda/batch_norm/batch_norm_sm80.cu", "core/select.cpp",
-               "python/bindings_cuda.cpp",
-               *(f"{harness.EMULATOR}/{name}.cpp" for name in ("fiber", "emulator", "runtime"))]
+    sources = [
+        *harness.kernel_sources(),
+        "cuda/batch_norm/batch_norm_sm80.cu",
+        "core/select.cpp",
+        "python/bindings_cuda.cpp",
+        *(f"{harness.EMULATOR}/{name}.cpp" for name in ("fiber", "emulator", "runtime")),
+    ]
     objects = harness.compile_all(folder, harness.CSRC, [(s, [*flags, *python]) for s in sources])
     library = folder / "_CUDA.so"
     subprocess.run(["g++", "-shared", *objects, "-o", library], check=True)
@@ -209,8 +215,7 @@ def test_training_takes_the_statistics_from_the_convolution(cuda, monkeypatch):
     gamma, beta = torch.rand(2, problem.k, dtype=torch.float64)
     leaves = [t.clone().requires_grad_() for t in (x, w, gamma, beta)]
     with convext.backend("native"):
-        out, *_ = torch.ops.convext.conv_bn_act_train(
-            *leaves[:2], *[None] * 3, *leaves[2:], None, 1e-3, "relu", *geom)
+        out, *_ = torch.ops.convext.conv_bn_act_train(*leaves[:2], *[None] * 3, *leaves[2:], None, 1e-3, "relu", *geom)
         got = torch.autograd.grad(out, leaves, dy)
     y = F.batch_norm(F.conv2d(*leaves[:2], None, *geom), None, None, *leaves[2:], True, eps=1e-3)
     torch.testing.assert_close(out, y.relu())
@@ -224,8 +229,9 @@ def test_what_kernels_say_of_themselves_is_what_their_names_say(emulated):
         pass_, family, dtype, *rest = facts["name"].split("_")
         assert Pass(facts["pass"]).name.lower() == pass_ and facts["isa"] == rest[-1]
         assert facts["algorithm"] == ("depthwise" if family == "depthwise" else "direct")
-        assert facts["arithmetic"] == (arithmetic[dtype] if family == "igemm" else
-                                       "float64" if dtype == "f64" else "float32")
+        assert facts["arithmetic"] == (
+            arithmetic[dtype] if family == "igemm" else "float64" if dtype == "f64" else "float32"
+        )
         assert facts["gathers"] == (family == "simt" or "gather" in rest)
         assert facts["block"] == ([0, 0, 0] if family == "depthwise" else [int(n) for n in rest[0].split("x")])
 
@@ -262,8 +268,9 @@ def test_the_cost_model_takes_every_tile_somewhere(cuda):
     taken = {pass_: set() for pass_ in Pass}
     for model in ("resnet50", "mobilenet_v2"):
         for problem in problems.collect(zoo.build(model)[0], zoo.sample(model, 1)):
-            problem = dataclasses.replace(problem, n=32, device="cuda", dtype=DType.BFLOAT16, x_layout=Layout.NHWC,
-                                          y_layout=Layout.NHWC)
+            problem = dataclasses.replace(
+                problem, n=32, device="cuda", dtype=DType.BFLOAT16, x_layout=Layout.NHWC, y_layout=Layout.NHWC
+            )
             for pass_ in Pass:
                 taken[pass_].add(tuple(native_cuda._plan(pass_, problem).facts["block"]))
     for pass_ in Pass:
@@ -282,8 +289,10 @@ def test_views_that_are_not_aligned_are_copied(cuda):
 @pytest.mark.parametrize("layout", Layout)
 def test_batch_norm(cuda, layout, training):
     generator = torch.Generator().manual_seed(2)
-    y, dout, residual = (torch.randn(2, 6, 5, 4, generator=generator, dtype=torch.float64)
-                         .contiguous(memory_format=FORMATS[layout]) for _ in range(3))
+    y, dout, residual = (
+        torch.randn(2, 6, 5, 4, generator=generator, dtype=torch.float64).contiguous(memory_format=FORMATS[layout])
+        for _ in range(3)
+    )
     gamma, beta = torch.rand(2, 6, generator=generator, dtype=torch.float64)
     mean, var = cuda.batch_stats(y)
     torch.testing.assert_close(mean, y.mean((0, 2, 3)))
@@ -299,8 +308,12 @@ def test_batch_norm(cuda, layout, training):
 
 
 def test_a_reason_is_given_once_with_all_its_kernels():
-    reasons = [("a_bf16", "it computes in another dtype"), ("b_f32", "the filter is dilated"), ("c_f64", "it is late"),
-               ("d_f32", "the filter is dilated")]
+    reasons = [
+        ("a_bf16", "it computes in another dtype"),
+        ("b_f32", "the filter is dilated"),
+        ("c_f64", "it is late"),
+        ("d_f32", "the filter is dilated"),
+    ]
     assert native_cuda.in_words(reasons) == "the filter is dilated (b_f32, d_f32); it is late (c_f64)"
     assert native_cuda.in_words(reasons[:1]) == "no kernel is compiled for its dtype"
     assert native_cuda.in_words([]) == "no kernel is compiled for it"
@@ -325,11 +338,15 @@ def test_a_kernel_that_rejects_says_so(emulated):
 def test_a_launch_that_fails_names_kernel_problem_and_reason(cuda, monkeypatch):
     problem, x, w, dy, _ = make("depthwise_stride_2", torch.bfloat16, Layout.NHWC)
     monkeypatch.setattr(native_cuda, "_where", lambda t: (7, 0))  # a device that is not there
-    said = (r"convext: {}_depthwise_bf16_window_sm80 failed on n=1 c=24 h=9 w=9 k=24 r=5 s=5 stride_h=2 stride_w=2 "
-            r"pad_h=2 pad_w=2 dil_h=1 dil_w=1 groups=24: invalid device ordinal")
-    for name, call in (("fprop", lambda: cuda.fprop(problem, x, w, Epilogue())),
-                       ("dgrad", lambda: cuda.dgrad(problem, dy, w)),
-                       ("wgrad", lambda: cuda.wgrad(problem, dy, x))):
+    said = (
+        r"convext: {}_depthwise_bf16_window_sm80 failed on n=1 c=24 h=9 w=9 k=24 r=5 s=5 stride_h=2 stride_w=2 "
+        r"pad_h=2 pad_w=2 dil_h=1 dil_w=1 groups=24: invalid device ordinal"
+    )
+    for name, call in (
+        ("fprop", lambda: cuda.fprop(problem, x, w, Epilogue())),
+        ("dgrad", lambda: cuda.dgrad(problem, dy, w)),
+        ("wgrad", lambda: cuda.wgrad(problem, dy, x)),
+    ):
         with pytest.raises(RuntimeError, match=said.format(name)):
             call()
     with pytest.raises(RuntimeError, match=r"convext: batch_stats failed on n=1 c=24 h=5 w=5: invalid device ordinal"):

@@ -19,8 +19,9 @@ from setup import CSRC, compiler
 pytestmark = [
     pytest.mark.skipif(backends.unavailable("native", "cpu") is not None, reason="the pool is the compiled library's"),
     pytest.mark.skipif(torch.__version__ < (2, 11), reason="torch 2.10 cannot wrap memory that is given back later"),
-    pytest.mark.skipif(native.why_no_output_pool is not None,
-                       reason="the pool is off: " + str(native.why_no_output_pool)),
+    pytest.mark.skipif(
+        native.why_no_output_pool is not None, reason="the pool is off: " + str(native.why_no_output_pool)
+    ),
 ]
 
 MIB = 1 << 20

@@ -35,7 +35,7 @@ def sum_error(terms, magnitude):
 
 
 def operands(k, c, r, channels_last=False, groups=1, dtype=torch.float32):
-    w = (torch.rand(k, c // groups, r, r, dtype=dtype) * 2 - 1)
+    w = torch.rand(k, c // groups, r, r, dtype=dtype) * 2 - 1
     if channels_last:
         w = w.to(memory_format=torch.channels_last)
     return nn.Parameter(w), torch.rand(2, c, 9, 9, dtype=dtype) * 2 - 1
@@ -142,8 +142,9 @@ def test_one_weight_with_many_groups(shape):
     k, c, r = shape
     w = nn.Parameter(torch.rand(k, c, r, r) * 2 - 1)
     groups = [g for g in (1, 2, 4, 8, 32) if k % g == 0]
-    settings = [dict(groups=g, stride=s, dilation=d, padding=d * (r // 2))
-                for g in groups for s in (1, 2) for d in (1, 2)]
+    settings = [
+        dict(groups=g, stride=s, dilation=d, padding=d * (r // 2)) for g in groups for s in (1, 2) for d in (1, 2)
+    ]
     for setting in settings + settings[::-1]:
         x = torch.rand(1, c * setting["groups"], 12, 12) * 2 - 1
         for kind in (Single, Gradient):
@@ -220,11 +221,24 @@ def one_element_of_each_filter_in_sight(w):
     w.data += 0.25
 
 
-CHANGES = [scale_by_numpy, some_filters_through_data, new_data, new_data_of_other_strides, clamped, set_to_other_memory,
-           exchanged_filters, swapped_tensors, one_element_of_each_filter_in_sight]
+CHANGES = [
+    scale_by_numpy,
+    some_filters_through_data,
+    new_data,
+    new_data_of_other_strides,
+    clamped,
+    set_to_other_memory,
+    exchanged_filters,
+    swapped_tensors,
+    one_element_of_each_filter_in_sight,
+]
 SHAPES = [(64, 64, 3), (32, 3, 7), (48, 8, 1), (40, 24, 1)]
-CASES = [(change, shape) for change in CHANGES for shape in SHAPES
-         if not (change is new_data_of_other_strides and shape[2] == 1)]
+CASES = [
+    (change, shape)
+    for change in CHANGES
+    for shape in SHAPES
+    if not (change is new_data_of_other_strides and shape[2] == 1)
+]
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
@@ -323,8 +337,11 @@ def test_a_change_by_another_process_is_seen(way):
     agree(call)
 
 
-@pytest.mark.parametrize("change", [new_data, new_data_of_other_strides, set_to_other_memory, swapped_tensors],
-                         ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    "change",
+    [new_data, new_data_of_other_strides, set_to_other_memory, swapped_tensors],
+    ids=lambda change: change.__name__,
+)
 def test_a_sequence_follows_its_tensors_without_dlpacks_table(change, monkeypatch):
     """As under a torch that does not offer it."""
     monkeypatch.setattr(native_sequence, "places", lambda compiled, tensors: native_sequence._PlacesInPython(tensors))
@@ -349,8 +366,11 @@ def test_nothing_hangs_on_the_tensor(way):
 
 
 def test_a_module_converts_by_swapping_its_tensors():
-    model = convext.swap(nn.Sequential(
-        nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 16, 1), nn.ReLU()).eval())
+    model = convext.swap(
+        nn.Sequential(
+            nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 16, 1), nn.ReLU()
+        ).eval()
+    )
     x = torch.rand(1, 16, 8, 8)
     former = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)

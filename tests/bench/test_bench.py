@@ -290,7 +290,11 @@ def test_fused_rows_are_for_gpus():
     on_gpu = dataclasses.replace(on_cpu, device="cuda")
     assert [fused for *_, fused in layers.jobs({on_cpu: 1}, list(Pass))] == [False] * 3
     assert [(p, fused) for _, _, p, fused in layers.jobs({on_gpu: 2}, list(Pass))] == [
-        (Pass.FPROP, False), (Pass.FPROP, True), (Pass.DGRAD, False), (Pass.WGRAD, False)]
+        (Pass.FPROP, False),
+        (Pass.FPROP, True),
+        (Pass.DGRAD, False),
+        (Pass.WGRAD, False),
+    ]
 
 
 def test_table_has_a_column_for_each_backend_and_leaves_out_what_was_not_measured():
@@ -318,8 +322,13 @@ def test_ceilings_of_a_gpu_are_work_over_its_median_time(monkeypatch):
 class TestResults:
     @pytest.fixture
     def tree(self, tmp_path):
-        for name in ("csrc/core/a.h", "csrc/cpu/kernels/direct/b.cpp", "csrc/cuda/tile/c.h", "csrc/tests/d.cpp",
-                     "convext/triton/e.py"):
+        for name in (
+            "csrc/core/a.h",
+            "csrc/cpu/kernels/direct/b.cpp",
+            "csrc/cuda/tile/c.h",
+            "csrc/tests/d.cpp",
+            "convext/triton/e.py",
+        ):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(name)
         return tmp_path
@@ -340,12 +349,19 @@ class TestResults:
         assert machine.kernels("cuda", tmp_path_factory.mktemp("installed")) is None
 
     def test_a_file_says_whether_it_speaks_of_the_kernels_at_hand(self, tree):
-        record = {"device": "cuda", "gpu": {"name": "NVIDIA H200"}, "time": "then", "commit": "abc",
-                  "kernels": machine.kernels("cuda", tree)}
+        record = {
+            "device": "cuda",
+            "gpu": {"name": "NVIDIA H200"},
+            "time": "then",
+            "commit": "abc",
+            "kernels": machine.kernels("cuda", tree),
+        }
         results.write(tree / "r.json", record, [{"pass": "fprop"}])
         assert results.read(tree / "r.json")["results"] == [{"pass": "fprop"}]
         assert results.describe(tree / "r.json", tree) == (
-            "NVIDIA H200, then, commit abc: of the kernels at hand", True)
+            "NVIDIA H200, then, commit abc: of the kernels at hand",
+            True,
+        )
         (tree / "csrc/cuda/tile/c.h").write_text("other")
         line, current = results.describe(tree / "r.json", tree)
         assert not current and "of other kernels" in line and machine.kernels("cuda", tree) in line

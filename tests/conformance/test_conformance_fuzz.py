@@ -151,8 +151,13 @@ def test_conv_bn_relu_in_inference(only, case, dtype, backend, activation, affin
         tensors = operands.x, operands.w, operands.bias, mean, var, gamma, beta, added
         *parameters, there = (None if t is None else moved(t, device) for t in tensors)
         actual = convext.conv_bn_relu(
-            *parameters, stride=case.stride, padding=case.padding, dilation=case.dilation, groups=case.groups,
-            activation=activation, residual=there,
+            *parameters,
+            stride=case.stride,
+            padding=case.padding,
+            dilation=case.dilation,
+            groups=case.groups,
+            activation=activation,
+            residual=there,
         ).cpu()
     assert actual.dtype == dtype and actual.shape == case.y
     if actual.numel() == 0:

@@ -220,11 +220,14 @@ def test_func_grad_and_vmap(backend):
             ours = transform(loss)(w.detach(), images)
             torch.testing.assert_close(ours, transform(theirs)(w.detach(), images))
         for in_dims in ((0, None, None), (None, 0, None), (0, 0, 0)):
-            operands = [t.detach() if d is None else torch.stack([t.detach(), -t.detach(), 3 * t.detach()])
-                        for t, d in zip((x, w, bias), in_dims, strict=True)]
+            operands = [
+                t.detach() if d is None else torch.stack([t.detach(), -t.detach(), 3 * t.detach()])
+                for t, d in zip((x, w, bias), in_dims, strict=True)
+            ]
             ours = torch.func.vmap(function, in_dims=in_dims)(*operands)
-            singly = [function(*(t if d is None else t[i] for t, d in zip(operands, in_dims, strict=True)))
-                      for i in range(3)]
+            singly = [
+                function(*(t if d is None else t[i] for t, d in zip(operands, in_dims, strict=True))) for i in range(3)
+            ]
             torch.testing.assert_close(ours, torch.stack(singly))
 
 

@@ -116,9 +116,7 @@ def strides(t):
 
 
 # A batch norm of no values is not defined: the public functions do not let one reach these operators.
-DEFINED = [
-    (name, case) for case in PROBLEMS for name in SAMPLES if case.x[0] or name in ("fprop", "dgrad", "wgrad")
-]
+DEFINED = [(name, case) for case in PROBLEMS for name in SAMPLES if case.x[0] or name in ("fprop", "dgrad", "wgrad")]
 
 
 @backends("native")  # the interpreter's suite does so for Triton

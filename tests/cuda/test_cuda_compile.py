@@ -35,8 +35,20 @@ def compiled(tmp_path_factory):
     def get(source: Path, arch: str) -> tuple[Path, str]:
         if (source, arch) not in done:
             output = folder / f"{source.stem}.{arch}.cubin"
-            command = [NVCC, "-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-I{CSRC}", "-cubin", f"-arch={arch}",
-                       "-Xptxas", "-v", str(source), "-o", str(output)]
+            command = [
+                NVCC,
+                "-std=c++20",
+                "-O3",
+                "--expt-relaxed-constexpr",
+                f"-I{CSRC}",
+                "-cubin",
+                f"-arch={arch}",
+                "-Xptxas",
+                "-v",
+                str(source),
+                "-o",
+                str(output),
+            ]
             run = subprocess.run(command, capture_output=True, text=True)
             assert run.returncode == 0, run.stderr
             done[source, arch] = output, run.stderr
@@ -56,8 +68,17 @@ def test_no_spills_and_no_local_memory(compiled, source, arch):
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.stem)
 def test_ptx(tmp_path, source):
-    command = [NVCC, "-std=c++20", "--expt-relaxed-constexpr", f"-I{CSRC}", "-ptx", "-arch=compute_90", source,
-               "-o", tmp_path / "out.ptx"]
+    command = [
+        NVCC,
+        "-std=c++20",
+        "--expt-relaxed-constexpr",
+        f"-I{CSRC}",
+        "-ptx",
+        "-arch=compute_90",
+        source,
+        "-o",
+        tmp_path / "out.ptx",
+    ]
     subprocess.run(command, check=True)
     assert ".entry" in (tmp_path / "out.ptx").read_text()
 

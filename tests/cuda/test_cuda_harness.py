@@ -8,8 +8,10 @@ from typing import NamedTuple
 import cuda_on_cpu as harness
 import pytest
 
-pytestmark = [pytest.mark.skipif(harness.why_not() is not None, reason=str(harness.why_not())),
-              pytest.mark.timeout(1200)]  # the first test of a form waits for its build
+pytestmark = [
+    pytest.mark.skipif(harness.why_not() is not None, reason=str(harness.why_not())),
+    pytest.mark.timeout(1200),
+]  # the first test of a form waits for its build
 
 VARIANTS, TRAFFIC = "tests/cuda_variants.cpp", "tests/cuda_on_cpu/traffic.cpp"
 
@@ -102,74 +104,159 @@ PLANES = "dgrad_depthwise_bf16_planes_sm80"
 SIMT = "fprop_simt_f32_64x64x16_sm80"
 
 MUTANTS = {
-    "missing_wait": Mutant("cuda/igemm/igemm_pixels.h", "cp_async_wait<STAGES - 2>", "cp_async_wait<STAGES - 1>",
-                           "plain", IGEMM_FPROP),
-    "missing_wait_in_wgrad": Mutant("cuda/igemm/igemm_wgrad_sm80.cu", "cp_async_wait<STAGES - 2>",
-                                    "cp_async_wait<STAGES - 1>", "plain", IGEMM_WGRAD),
-    "stage_released_early": Mutant("cuda/igemm/igemm_pixels.h", "shared + ahead % STAGES",
-                                   "shared + (ahead + 1) % STAGES", "plain", IGEMM_FPROP),
-    "missing_barrier": Mutant("cuda/igemm/igemm_pixels.h", "__syncthreads();  // the stage has landed",
-                              "// the stage has landed", "plain", IGEMM_FPROP),
-    "missing_barrier_before_epilogue": Mutant("cuda/igemm/igemm_pixels.h",
-                                              "__syncthreads();  // all have read the last",
-                                              "// all have read the last", "race", IGEMM_FPROP),
-    "missing_slab_barrier": Mutant("cuda/igemm/igemm_pixels.h", "__syncwarp();  // the slab is written",
-                                   "// the slab is written", "race", IGEMM_FPROP),
-    "wrong_swizzle": Mutant("cuda/tile/gemm.h", "k_major_offset(row + lane % 16, step * 2 + lane / 16)",
-                            "k_major_offset(row + lane % 16, (step * 2 + lane / 16) ^ (lane & 1))", "plain",
-                            IGEMM_FPROP),
-    "wrong_transposed_swizzle": Mutant("cuda/tile/gemm.h", "ROW_BYTES >= 128 ? k & 7 : (k >> 1) & 3;",
-                                       "ROW_BYTES >= 128 ? (k & 7) + (threadIdx.x & 1) : (k >> 1) & 3;", "plain",
-                                       IGEMM_WGRAD),
-    "predicate_off_by_one": Mutant("cuda/igemm/igemm_pixels.h", "h >= 0 && h < rows.in", "h >= 0 && h <= rows.in",
-                                   "plain", IGEMM_FPROP),
-    "lower_predicate_missing": Mutant("cuda/igemm/igemm_pixels.h", "column >= 0 && column < cols.in",
-                                      "column < cols.in", "plain", IGEMM_DGRAD),
-    "row_past_the_end": Mutant("cuda/igemm/igemm_pixels.h",
-                               "if (m >= block.gemm_m || column >= block.columns) continue;",
-                               "if (column >= block.columns) continue;", "plain", IGEMM_FPROP),
-    "residue_class_forgotten": Mutant("core/axis.h", "(residue + pad - first * dil) / stride,",
-                                      "(pad - first * dil) / stride,", "plain", IGEMM_DGRAD),
-    "tap_skipped_too_early": Mutant("cuda/igemm/igemm_pixels.h", "axis.input(high, tap) >= 0",
-                                    "axis.input(low, tap) >= 0", "plain", IGEMM_FPROP),
-    "chunk_not_gathered_whole": Mutant("cuda/igemm/igemm_pixels.h",
-                                       "if (tap_count) element.advance(1, block.channels, taps_w);",
-                                       "if (e < CHUNK - 2) element.advance(1, block.channels, taps_w);", "plain",
-                                       GATHER),
-    "shared_memory_too_small": Mutant("cuda/igemm/igemm_pixels.h", "TILE::SHARED_BYTES, args.stream",
-                                      "TILE::SHARED_BYTES - 256, args.stream", "plain", IGEMM_FPROP),
-    "filters_read_before_barrier": Mutant("cuda/depthwise/depthwise_fprop_sm80.cu",
-                                          "__syncthreads();  // orders the filters", "// orders the filters", "plain",
-                                          WINDOW),
-    "window_past_the_row": Mutant("cuda/depthwise/depthwise_fprop_sm80.cu",
-                                  "column >= 0 && column < problem.w ? load_run",
-                                  "column >= 0 && column <= problem.w ? load_run", "plain", WINDOW),
-    "sum_overwritten": Mutant("cuda/depthwise/depthwise_patch.h", "__syncthreads();  // orders the sum before",
-                              "// orders the sum before", "race", BACKWARD),
-    "offset_of_32_bits": Mutant("cuda/igemm/igemm_pixels.h", "int64_t{a_h[i]} * in_strides.h",
-                                "a_h[i] * static_cast<int32_t>(in_strides.h)", "plain", IGEMM_FPROP),
-    "shares_summed_too_early": Mutant("cuda/depthwise/depthwise_backward_any_sm80.cu",
-                                      "__syncthreads();  // orders the threads'", "// orders the threads'", "race",
-                                      BACKWARD_ANY),
-    "part_of_a_large_filter_forgotten": Mutant("cuda/depthwise/depthwise_backward_any_sm80.cu",
-                                               "while (begin < entries)", "while (false)", "plain", BACKWARD_ANY),
-    "statistics_of_what_was_not_stored": Mutant("cuda/igemm/igemm_pixels.h", "seen.template add_stored<T>(v)",
-                                                "seen.add(v)", "plain", IGEMM_FPROP),
-    "statistics_row_forgotten": Mutant("cuda/tile/statistics.h", "table.join_rows(0, rows, c,",
-                                       "table.join_rows(0, rows - (rows > 1), c,", "plain", IGEMM_FPROP),
-    "statistics_before_the_slabs_are_read": Mutant("cuda/igemm/igemm_pixels.h",
-                                                   "__syncthreads();  // all have read their slabs",
-                                                   "// all have read their slabs", "race", IGEMM_FPROP),
-    "statistics_over_rows_not_yet_read": Mutant("cuda/tile/statistics.h",
-                                                "__syncthreads();  // the rows are read before",
-                                                "// the rows are read before", "race", WINDOW),
-    "row_stored_past_its_end": Mutant("cuda/depthwise/depthwise_patch.h", "p.w % kPatchW == 0 && p.pad_w", "p.pad_w",
-                                      "plain", PLANES),
-    "missing_barrier_without_tensor_cores": Mutant("cuda/simt/simt_sm80.cu", "__syncthreads();  // the tile is whole;",
-                                                   "// the tile is whole;", "plain", SIMT),
+    "missing_wait": Mutant(
+        "cuda/igemm/igemm_pixels.h", "cp_async_wait<STAGES - 2>", "cp_async_wait<STAGES - 1>", "plain", IGEMM_FPROP
+    ),
+    "missing_wait_in_wgrad": Mutant(
+        "cuda/igemm/igemm_wgrad_sm80.cu", "cp_async_wait<STAGES - 2>", "cp_async_wait<STAGES - 1>", "plain", IGEMM_WGRAD
+    ),
+    "stage_released_early": Mutant(
+        "cuda/igemm/igemm_pixels.h", "shared + ahead % STAGES", "shared + (ahead + 1) % STAGES", "plain", IGEMM_FPROP
+    ),
+    "missing_barrier": Mutant(
+        "cuda/igemm/igemm_pixels.h",
+        "__syncthreads();  // the stage has landed",
+        "// the stage has landed",
+        "plain",
+        IGEMM_FPROP,
+    ),
+    "missing_barrier_before_epilogue": Mutant(
+        "cuda/igemm/igemm_pixels.h",
+        "__syncthreads();  // all have read the last",
+        "// all have read the last",
+        "race",
+        IGEMM_FPROP,
+    ),
+    "missing_slab_barrier": Mutant(
+        "cuda/igemm/igemm_pixels.h",
+        "__syncwarp();  // the slab is written",
+        "// the slab is written",
+        "race",
+        IGEMM_FPROP,
+    ),
+    "wrong_swizzle": Mutant(
+        "cuda/tile/gemm.h",
+        "k_major_offset(row + lane % 16, step * 2 + lane / 16)",
+        "k_major_offset(row + lane % 16, (step * 2 + lane / 16) ^ (lane & 1))",
+        "plain",
+        IGEMM_FPROP,
+    ),
+    "wrong_transposed_swizzle": Mutant(
+        "cuda/tile/gemm.h",
+        "ROW_BYTES >= 128 ? k & 7 : (k >> 1) & 3;",
+        "ROW_BYTES >= 128 ? (k & 7) + (threadIdx.x & 1) : (k >> 1) & 3;",
+        "plain",
+        IGEMM_WGRAD,
+    ),
+    "predicate_off_by_one": Mutant(
+        "cuda/igemm/igemm_pixels.h", "h >= 0 && h < rows.in", "h >= 0 && h <= rows.in", "plain", IGEMM_FPROP
+    ),
+    "lower_predicate_missing": Mutant(
+        "cuda/igemm/igemm_pixels.h", "column >= 0 && column < cols.in", "column < cols.in", "plain", IGEMM_DGRAD
+    ),
+    "row_past_the_end": Mutant(
+        "cuda/igemm/igemm_pixels.h",
+        "if (m >= block.gemm_m || column >= block.columns) continue;",
+        "if (column >= block.columns) continue;",
+        "plain",
+        IGEMM_FPROP,
+    ),
+    "residue_class_forgotten": Mutant(
+        "core/axis.h", "(residue + pad - first * dil) / stride,", "(pad - first * dil) / stride,", "plain", IGEMM_DGRAD
+    ),
+    "tap_skipped_too_early": Mutant(
+        "cuda/igemm/igemm_pixels.h", "axis.input(high, tap) >= 0", "axis.input(low, tap) >= 0", "plain", IGEMM_FPROP
+    ),
+    "chunk_not_gathered_whole": Mutant(
+        "cuda/igemm/igemm_pixels.h",
+        "if (tap_count) element.advance(1, block.channels, taps_w);",
+        "if (e < CHUNK - 2) element.advance(1, block.channels, taps_w);",
+        "plain",
+        GATHER,
+    ),
+    "shared_memory_too_small": Mutant(
+        "cuda/igemm/igemm_pixels.h",
+        "TILE::SHARED_BYTES, args.stream",
+        "TILE::SHARED_BYTES - 256, args.stream",
+        "plain",
+        IGEMM_FPROP,
+    ),
+    "filters_read_before_barrier": Mutant(
+        "cuda/depthwise/depthwise_fprop_sm80.cu",
+        "__syncthreads();  // orders the filters",
+        "// orders the filters",
+        "plain",
+        WINDOW,
+    ),
+    "window_past_the_row": Mutant(
+        "cuda/depthwise/depthwise_fprop_sm80.cu",
+        "column >= 0 && column < problem.w ? load_run",
+        "column >= 0 && column <= problem.w ? load_run",
+        "plain",
+        WINDOW,
+    ),
+    "sum_overwritten": Mutant(
+        "cuda/depthwise/depthwise_patch.h",
+        "__syncthreads();  // orders the sum before",
+        "// orders the sum before",
+        "race",
+        BACKWARD,
+    ),
+    "offset_of_32_bits": Mutant(
+        "cuda/igemm/igemm_pixels.h",
+        "int64_t{a_h[i]} * in_strides.h",
+        "a_h[i] * static_cast<int32_t>(in_strides.h)",
+        "plain",
+        IGEMM_FPROP,
+    ),
+    "shares_summed_too_early": Mutant(
+        "cuda/depthwise/depthwise_backward_any_sm80.cu",
+        "__syncthreads();  // orders the threads'",
+        "// orders the threads'",
+        "race",
+        BACKWARD_ANY,
+    ),
+    "part_of_a_large_filter_forgotten": Mutant(
+        "cuda/depthwise/depthwise_backward_any_sm80.cu",
+        "while (begin < entries)",
+        "while (false)",
+        "plain",
+        BACKWARD_ANY,
+    ),
+    "statistics_of_what_was_not_stored": Mutant(
+        "cuda/igemm/igemm_pixels.h", "seen.template add_stored<T>(v)", "seen.add(v)", "plain", IGEMM_FPROP
+    ),
+    "statistics_row_forgotten": Mutant(
+        "cuda/tile/statistics.h",
+        "table.join_rows(0, rows, c,",
+        "table.join_rows(0, rows - (rows > 1), c,",
+        "plain",
+        IGEMM_FPROP,
+    ),
+    "statistics_before_the_slabs_are_read": Mutant(
+        "cuda/igemm/igemm_pixels.h",
+        "__syncthreads();  // all have read their slabs",
+        "// all have read their slabs",
+        "race",
+        IGEMM_FPROP,
+    ),
+    "statistics_over_rows_not_yet_read": Mutant(
+        "cuda/tile/statistics.h",
+        "__syncthreads();  // the rows are read before",
+        "// the rows are read before",
+        "race",
+        WINDOW,
+    ),
+    "row_stored_past_its_end": Mutant(
+        "cuda/depthwise/depthwise_patch.h", "p.w % kPatchW == 0 && p.pad_w", "p.pad_w", "plain", PLANES
+    ),
+    "missing_barrier_without_tensor_cores": Mutant(
+        "cuda/simt/simt_sm80.cu", "__syncthreads();  // the tile is whole;", "// the tile is whole;", "plain", SIMT
+    ),
     "one_buffer_instead_of_two": Mutant("cuda/simt/simt_sm80.cu", "buffer ^= 1", "buffer ^= 0", "race", SIMT),
-    "split_forgotten": Mutant("cuda/tile/reduce_splits.h", "split < splits;", "split < splits - (splits > 1);", "plain",
-                              BACKWARD),
+    "split_forgotten": Mutant(
+        "cuda/tile/reduce_splits.h", "split < splits;", "split < splits - (splits > 1);", "plain", BACKWARD
+    ),
 }
 
 # What a variant alone needs of its source file: one instance instead of twenty keeps the mutants quick.
@@ -200,7 +287,8 @@ def build_alone(folder, form: str, variant: str, mutant: Mutant | None = None):
         head, tail = text.split("CONVEXT_IGEMM_DTYPES(CONVEXT_IGEMM_TILES)\n")
         (csrc / source).write_text(f"{head}{instance}\n}}  // namespace convext\n")
     (csrc / "core" / "variants.inc").write_text(
-        f"CONVEXT_CUDA_VARIANT({variant})\n#undef CONVEXT_CPU_VARIANT\n#undef CONVEXT_CUDA_VARIANT\n")
+        f"CONVEXT_CUDA_VARIANT({variant})\n#undef CONVEXT_CPU_VARIANT\n#undef CONVEXT_CUDA_VARIANT\n"
+    )
     return harness.build(folder / form, form, [source], VARIANTS, csrc)
 
 

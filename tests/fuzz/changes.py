@@ -3,6 +3,7 @@ did in words, or None if there was nothing to do. `s.undo_change` takes a change
 
 Functions and classes that end up inside a model stand at module level, so that it still pickles.
 """
+
 import collections
 import copy
 import functools
@@ -98,12 +99,14 @@ def groups_with_a_fitting_weight(s):
         return None
     conv = s.plain.get_submodule(name)
     groups = s.pick([g for g in (1, 2, 4, 8) if conv.out_channels % g == 0 and conv.in_channels % g == 0])
-    weight = s.tensor((conv.weight.shape[0], conv.in_channels // groups, *conv.weight.shape[2:]), conv.weight.dtype,
-                      -0.5, 0.5)
+    weight = s.tensor(
+        (conv.weight.shape[0], conv.in_channels // groups, *conv.weight.shape[2:]), conv.weight.dtype, -0.5, 0.5
+    )
     former = conv.groups, conv.weight.detach().clone()
 
     def to(m, g, w):
         m.groups, m.weight = g, nn.Parameter(w.clone())
+
     s.undo_change = lambda model: to(model.get_submodule(name), *former)
     s.each(name, lambda m: to(m, groups, weight))
     return f"{name}.groups = {groups}, and a weight that fits"
@@ -182,6 +185,7 @@ def attribute(s):
     def undo(model):
         owner, last = follow(model.get_submodule(name), path)
         setattr(owner, last, former) if own else delattr(owner, last)
+
     s.undo_change = undo
     s.each(name, lambda m: set_path(m, path, value))
     return f"{name}.{path} = {value!r}"
@@ -189,8 +193,12 @@ def attribute(s):
 
 @change
 def delete_attribute(s):
-    fitting = [(n, path) for kind, path, _ in ATTRIBUTES for n in s.modules(kind) if "." not in path
-               and path in s.plain.get_submodule(n).__dict__]
+    fitting = [
+        (n, path)
+        for kind, path, _ in ATTRIBUTES
+        for n in s.modules(kind)
+        if "." not in path and path in s.plain.get_submodule(n).__dict__
+    ]
     if not fitting:
         return None
     name, path = s.pick(fitting)
@@ -220,6 +228,7 @@ def entry_of_a_container(s):
             m.options.steps[0] = value
         elif isinstance(m.holder, networks.Holder):
             m.holder.table["a"]["b"] = value
+
     s.each(name, write)
     return f"an entry of {name}: way {way}, {value}"
 
@@ -232,6 +241,7 @@ def twice(original):
     def wrapper(*args, **kwargs):
         result = original(*args, **kwargs)
         return result * 2 if isinstance(result, torch.Tensor) else result
+
     return wrapper
 
 
@@ -244,19 +254,28 @@ def new_features(self, x):
 
 
 CLASS_ATTRIBUTES = [
-    (networks.Reads, "slope", (0.5, 2.0)), (networks.Holder, "level", (2.0, 0.5)), (networks.Base, "limit", (0.5, 1.0)),
+    (networks.Reads, "slope", (0.5, 2.0)),
+    (networks.Holder, "level", (2.0, 0.5)),
+    (networks.Base, "limit", (0.5, 1.0)),
     (networks.Base, "activation", (staticmethod(F.silu), staticmethod(helpers.negated))),
-    (networks.Base, "clip", (staticmethod(helpers.halved),)), (networks.Derived, "head", (new_head,)),
-    (networks.Derived, "gain", (0.25, property(lambda self: 3.0))), (networks.Base, "features", (new_features,)),
-    (networks.OwnCall, "factor", (2.0, 0.25)), (networks._Decorated, "body", (new_features,)),
-    (networks.Counts, "calls", (5,)), (networks.Derived, "limit", (0.75,)),
+    (networks.Base, "clip", (staticmethod(helpers.halved),)),
+    (networks.Derived, "head", (new_head,)),
+    (networks.Derived, "gain", (0.25, property(lambda self: 3.0))),
+    (networks.Base, "features", (new_features,)),
+    (networks.OwnCall, "factor", (2.0, 0.25)),
+    (networks._Decorated, "body", (new_features,)),
+    (networks.Counts, "calls", (5,)),
+    (networks.Derived, "limit", (0.75,)),
 ]
 
 
 @change
 def class_attribute(s):
-    fitting = [(kind, name, values) for kind, name, values in CLASS_ATTRIBUTES
-               if s.modules(kind) or kind is networks.Holder and s.modules(networks.Reads)]
+    fitting = [
+        (kind, name, values)
+        for kind, name, values in CLASS_ATTRIBUTES
+        if s.modules(kind) or kind is networks.Holder and s.modules(networks.Reads)
+    ]
     if not fitting:
         return None
     kind, name, values = s.pick(fitting)
@@ -288,19 +307,46 @@ def method_of_a_class(s):
 
 @change
 def class_of_torch(s):
-    kind, name = s.pick((
-        (nn.Conv2d, "forward"), (nn.BatchNorm2d, "forward"), (nn.ReLU, "forward"), (nn.SiLU, "forward"),
-        (nn.Conv2d, "_conv_forward"), (nn.Sequential, "forward"), (nn.Linear, "forward"), (nn.Conv2d, "__call__"),
-        (nn.modules.batchnorm._BatchNorm, "forward"), (nn.Module, "__call__"), (nn.GELU, "forward")))
+    kind, name = s.pick(
+        (
+            (nn.Conv2d, "forward"),
+            (nn.BatchNorm2d, "forward"),
+            (nn.ReLU, "forward"),
+            (nn.SiLU, "forward"),
+            (nn.Conv2d, "_conv_forward"),
+            (nn.Sequential, "forward"),
+            (nn.Linear, "forward"),
+            (nn.Conv2d, "__call__"),
+            (nn.modules.batchnorm._BatchNorm, "forward"),
+            (nn.Module, "__call__"),
+            (nn.GELU, "forward"),
+        )
+    )
     if _taken(s, name):
         return None
     s.patch(kind, name, twice(getattr(kind, name)))
     return f"class {kind.__name__}.{name} doubles"
 
 
-FUNCTIONS = [(F, "relu"), (F, "conv2d"), (F, "batch_norm"), (F, "silu"), (F, "gelu"), (F, "hardtanh"), (F, "linear"),
-             (torch, "relu"), (torch, "cat"), (torch, "flatten"), (torch, "add"), (F, "hardswish"), (F, "layer_norm"),
-             (F, "adaptive_avg_pool2d"), (F, "dropout"), (F, "interpolate"), (torch, "sigmoid")]
+FUNCTIONS = [
+    (F, "relu"),
+    (F, "conv2d"),
+    (F, "batch_norm"),
+    (F, "silu"),
+    (F, "gelu"),
+    (F, "hardtanh"),
+    (F, "linear"),
+    (torch, "relu"),
+    (torch, "cat"),
+    (torch, "flatten"),
+    (torch, "add"),
+    (F, "hardswish"),
+    (F, "layer_norm"),
+    (F, "adaptive_avg_pool2d"),
+    (F, "dropout"),
+    (F, "interpolate"),
+    (torch, "sigmoid"),
+]
 
 
 @change
@@ -398,6 +444,7 @@ def forward_of_an_instance(s):
             m.forward = torch.no_grad()(m.forward)
         else:
             m.forward = types.MethodType(torch.autocast("cpu", enabled=False)(m.forward.__func__), m)
+
     s.each(name, wrap)
     s.undo_change = lambda model: model.get_submodule(name).__dict__.pop("forward", None)
     return f"{name}.forward, way {way}"
@@ -467,13 +514,27 @@ def replace_a_child(s):
     except RuntimeError:
         return None  # pruned in a call with gradients: torch cannot copy it
     if isinstance(old, nn.Conv2d) and type(old).forward is nn.Conv2d.forward and s.flag():
-        new = nn.Conv2d(old.in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation,
-                        old.groups, bias=s.flag()).to(s.dtype)
+        new = nn.Conv2d(
+            old.in_channels,
+            old.out_channels,
+            old.kernel_size,
+            old.stride,
+            old.padding,
+            old.dilation,
+            old.groups,
+            bias=s.flag(),
+        ).to(s.dtype)
     else:
-        new = s.pick((
-            lambda: nn.Identity(), lambda: networks.activation(s.rng), lambda: nn.Sequential(),
-            lambda: networks.randomize(copy.deepcopy(old), s.serial), lambda: nn.LeakyReLU(0.3),
-            lambda: nn.Sequential(copy.deepcopy(old), nn.ReLU())))()
+        new = s.pick(
+            (
+                lambda: nn.Identity(),
+                lambda: networks.activation(s.rng),
+                lambda: nn.Sequential(),
+                lambda: networks.randomize(copy.deepcopy(old), s.serial),
+                lambda: nn.LeakyReLU(0.3),
+                lambda: nn.Sequential(copy.deepcopy(old), nn.ReLU()),
+            )
+        )()
     new = networks.randomize(new, s.serial).train(old.training)
     former = {}
 
@@ -481,6 +542,7 @@ def replace_a_child(s):
         owner = model.get_submodule(parent)
         former[id(model)] = owner._modules[last]
         setattr(owner, last, copy.deepcopy(new)) if s.serial % 2 else owner._modules.update({last: copy.deepcopy(new)})
+
     s.both(exchange)
     s.undo_change = lambda model: model.get_submodule(parent)._modules.update({last: former[id(model)]})
     return f"{name} = {new}".replace("\n", " ")
@@ -498,6 +560,7 @@ def drop_a_child(s):
     def drop(model):
         owner = model.get_submodule(parent)
         setattr(owner, last, None) if way == "None" else delattr(owner, last)
+
     s.both(drop)
     s.undo_change = lambda model: model.get_submodule(parent).add_module(last, former[id(model)])
     return f"{name}, {way}"
@@ -509,9 +572,19 @@ def grow_a_container(s):
     if name is None:
         return None
     kind = s.plain.get_submodule(name)
-    new = networks.randomize(s.pick((
-        lambda: nn.Conv2d(8, 8, 1), lambda: nn.ReLU(), lambda: nn.LeakyReLU(0.2), lambda: nn.SiLU(inplace=True),
-        lambda: nn.Identity(), lambda: nn.Sequential(nn.Hardtanh(-1, 1))))(), s.serial).to(s.dtype)
+    new = networks.randomize(
+        s.pick(
+            (
+                lambda: nn.Conv2d(8, 8, 1),
+                lambda: nn.ReLU(),
+                lambda: nn.LeakyReLU(0.2),
+                lambda: nn.SiLU(inplace=True),
+                lambda: nn.Identity(),
+                lambda: nn.Sequential(nn.Hardtanh(-1, 1)),
+            )
+        )(),
+        s.serial,
+    ).to(s.dtype)
     way, key = s.rng.randrange(3), f"new{len(kind)}"
 
     def grow(m):
@@ -529,6 +602,7 @@ def grow_a_container(s):
 
     def remember(m):
         before[id(m)] = collections.OrderedDict(m._modules)
+
     s.each(name, remember)
     s.each(name, grow)
 
@@ -536,6 +610,7 @@ def grow_a_container(s):
         m = model.get_submodule(name)
         m._modules.clear()
         m._modules.update(before[id(m)])
+
     s.undo_change = undo
     return f"{name} gets {new}, way {way}"
 
@@ -552,12 +627,14 @@ def shrink_a_container(s):
     def shrink(m):
         before[id(m)] = collections.OrderedDict(m._modules)
         del m[key if isinstance(m, nn.ModuleDict) else at]
+
     s.each(name, shrink)
 
     def undo(model):
         m = model.get_submodule(name)
         m._modules.clear()
         m._modules.update(before[id(m)])
+
     s.undo_change = undo
     return f"del {name}[{key!r}]"
 
@@ -571,6 +648,7 @@ def exchange_two_children(s):
 
     def exchange(m):
         m._modules[first], m._modules[second] = m._modules[second], m._modules[first]
+
     s.each(name, exchange)
     s.undo_change = lambda model: exchange(model.get_submodule(name))
     return f"{name}: {first} and {second}"
@@ -604,8 +682,12 @@ def move_an_attribute_into_dict(s):
     parent, last = parent_of(name)
     s.both(lambda m: m.get_submodule(parent).__dict__.__setitem__(last, helpers.halved))
     s.undo_change = lambda m: m.get_submodule(parent).__dict__.pop(last)
-    s.undo_stack.append((f"{name} hidden", lambda: [m.get_submodule(parent).__dict__.pop(last, None)
-                                                    for m in s.models() if parent in s.modules()]))
+    s.undo_stack.append(
+        (
+            f"{name} hidden",
+            lambda: [m.get_submodule(parent).__dict__.pop(last, None) for m in s.models() if parent in s.modules()],
+        )
+    )
     return f"{name} is hidden by a function"
 
 
@@ -613,8 +695,10 @@ def move_an_attribute_into_dict(s):
 
 
 def shapes(values):
-    return tuple(tuple(v.shape) if isinstance(v, torch.Tensor) else type(v).__name__ for v in
-                 (values if isinstance(values, tuple) else (values,)))
+    return tuple(
+        tuple(v.shape) if isinstance(v, torch.Tensor) else type(v).__name__
+        for v in (values if isinstance(values, tuple) else (values,))
+    )
 
 
 def see(module, args, out):
@@ -656,7 +740,8 @@ def write_out(module, args, out):
 
 
 HOOKS = {
-    "see": lambda m: m.register_forward_hook(see), "triple": lambda m: m.register_forward_hook(triple),
+    "see": lambda m: m.register_forward_hook(see),
+    "triple": lambda m: m.register_forward_hook(triple),
     "triple first": lambda m: m.register_forward_hook(triple, prepend=True),
     "always": lambda m: m.register_forward_hook(see, always_call=True),
     "write": lambda m: m.register_forward_hook(write_out),
@@ -701,17 +786,21 @@ def all_hooks_cleared(s):
     def clear(m):
         m._forward_hooks.clear()
         m._forward_pre_hooks.clear()
+
     s.each(name, clear)
     return f"those of {name!r}"
 
 
 @change
 def global_hook(s):
-    register = s.pick((
-        lambda: nn.modules.module.register_module_forward_hook(see),
-        lambda: nn.modules.module.register_module_forward_pre_hook(see_before),
-        lambda: nn.modules.module.register_module_forward_hook(triple_convolution),
-        lambda: nn.modules.module.register_module_full_backward_hook(see_backward)))
+    register = s.pick(
+        (
+            lambda: nn.modules.module.register_module_forward_hook(see),
+            lambda: nn.modules.module.register_module_forward_pre_hook(see_before),
+            lambda: nn.modules.module.register_module_forward_hook(triple_convolution),
+            lambda: nn.modules.module.register_module_full_backward_hook(see_backward),
+        )
+    )
     handle = register()
     s.undo_stack.append(("a global hook", handle.remove))
     return "of every module"
@@ -732,8 +821,10 @@ def drop_note(module, state, prefix, *rest):
 @change
 def hook_on_the_state_dict(s):
     name = s.pick(s.modules())
-    for register in (lambda m: m.register_state_dict_post_hook(note_state),
-                     lambda m: m.register_load_state_dict_pre_hook(drop_note)):
+    for register in (
+        lambda m: m.register_state_dict_post_hook(note_state),
+        lambda m: m.register_load_state_dict_pre_hook(drop_note),
+    ):
         s.handles.append(s.each(name, register))
     return f"on {name!r}"
 
@@ -761,9 +852,12 @@ def entries(s, include_none=False, only=None):
     for name in s.modules():
         module = s.plain.get_submodule(name)
         for table in (module._parameters, module._buffers):
-            found += [(name, key) for key, t in table.items()
-                      if (t is not None and t.is_floating_point() or include_none and t is None)
-                      and (only is None or only(module, key))]
+            found += [
+                (name, key)
+                for key, t in table.items()
+                if (t is not None and t.is_floating_point() or include_none and t is None)
+                and (only is None or only(module, key))
+            ]
     return found
 
 
@@ -772,18 +866,27 @@ def tensor_at(model, place):
 
 
 WAYS = {
-    "mul_": lambda t, v: t.mul_(1.5), "copy_": lambda t, v: t.copy_(v), ".data.mul_": lambda t, v: t.data.mul_(1.5),
-    ".data.copy_": lambda t, v: t.data.copy_(v), ".data =": lambda t, v: setattr(t, "data", v.clone()),
-    ".data[0]": lambda t, v: t.data[:1].fill_(0.5), "[0]": lambda t, v: t[:1].fill_(0.5),
-    ".data last": lambda t, v: t.data[-1:].mul_(-1), "clamp": lambda t, v: t.data.clamp_(-0.05, 0.05),
-    "numpy": lambda t, v: numpy_scale(t), "numpy all": lambda t, v: numpy_write(t, v),
-    "foreach": lambda t, v: torch._foreach_mul_([t], 1.25), "lerp": lambda t, v: t.lerp_(v, 0.5),
-    "init": lambda t, v: nn.init.uniform_(t, 0.1, 0.5), "set_": lambda t, v: t.set_(v.clone()),
+    "mul_": lambda t, v: t.mul_(1.5),
+    "copy_": lambda t, v: t.copy_(v),
+    ".data.mul_": lambda t, v: t.data.mul_(1.5),
+    ".data.copy_": lambda t, v: t.data.copy_(v),
+    ".data =": lambda t, v: setattr(t, "data", v.clone()),
+    ".data[0]": lambda t, v: t.data[:1].fill_(0.5),
+    "[0]": lambda t, v: t[:1].fill_(0.5),
+    ".data last": lambda t, v: t.data[-1:].mul_(-1),
+    "clamp": lambda t, v: t.data.clamp_(-0.05, 0.05),
+    "numpy": lambda t, v: numpy_scale(t),
+    "numpy all": lambda t, v: numpy_write(t, v),
+    "foreach": lambda t, v: torch._foreach_mul_([t], 1.25),
+    "lerp": lambda t, v: t.lerp_(v, 0.5),
+    "init": lambda t, v: nn.init.uniform_(t, 0.1, 0.5),
+    "set_": lambda t, v: t.set_(v.clone()),
     "detach": lambda t, v: t.detach().mul_(0.5),
     "view": lambda t, v: t.view(-1).mul_(0.75) if t.is_contiguous() else None,
     "vector": lambda t, v: nn.utils.vector_to_parameters(v.reshape(-1), [t]),
     "channels-last .data": lambda t, v: setattr(
-        t, "data", v.clone().contiguous(memory_format=torch.channels_last) if v.dim() == 4 else v.clone()),
+        t, "data", v.clone().contiguous(memory_format=torch.channels_last) if v.dim() == 4 else v.clone()
+    ),
 }
 
 
@@ -809,6 +912,7 @@ def write_a_tensor(s):
     def write(model):
         with torch.no_grad():
             WAYS[way](tensor_at(model, place), values)
+
     if place[1] in ("running_var", "var") and way in ("clamp", ".data last", "numpy"):
         way = "copy_"
     s.both(write)
@@ -827,6 +931,7 @@ def replace_a_parameter(s):
     def replace(model):
         new = values.clone()
         setattr(model.get_submodule(place[0]), place[1], nn.Parameter(new) if is_parameter else new)
+
     s.both(replace)
     return ".".join(place)
 
@@ -846,6 +951,7 @@ def swap_tensors(s):
     def exchange(model):
         new = nn.Parameter(values.clone()) if is_parameter else values.clone()
         torch.utils.swap_tensors(tensor_at(model, place), new)
+
     s.both(exchange)
     return ".".join(place)
 
@@ -863,16 +969,17 @@ def tensor_to_none(s):
 
 @change
 def none_to_tensor(s):
-    place = s.pick([(n, key) for n, key in entries(s, include_none=True)
-                    if tensor_at(s.plain, (n, key)) is None])
+    place = s.pick([(n, key) for n, key in entries(s, include_none=True) if tensor_at(s.plain, (n, key)) is None])
     if place is None:
         return None
     module = s.plain.get_submodule(place[0])
     sizes = {
-        nn.Conv2d: lambda m: (m.out_channels,), nn.BatchNorm2d: lambda m: (m.num_features,),
+        nn.Conv2d: lambda m: (m.out_channels,),
+        nn.BatchNorm2d: lambda m: (m.num_features,),
         networks.Reads: lambda m: (1, m.conv.out_channels, 1, 1),
         networks.PixelBlock: lambda m: m.norm.normalized_shape,
-        networks.Functional: lambda m: (m.weight.shape[0],)}
+        networks.Functional: lambda m: (m.weight.shape[0],),
+    }
     size = next((f(module) for kind, f in sizes.items() if isinstance(module, kind)), None)
     if size is None or place[1] == "num_batches_tracked":
         return None
@@ -882,6 +989,7 @@ def none_to_tensor(s):
     def write(model):
         new = values.clone()
         setattr(model.get_submodule(place[0]), place[1], nn.Parameter(new) if is_parameter else new)
+
     s.both(write)
     s.undo_change = lambda m: setattr(m.get_submodule(place[0]), place[1], None)
     return ".".join(place)
@@ -905,6 +1013,7 @@ def parameter_becomes_other(s):
             module.register_parameter(name, nn.Parameter(t))
         else:
             module.__dict__[name] = t
+
     s.both(become)
     return f"{'.'.join(place)} becomes a {way}"
 
@@ -936,8 +1045,11 @@ def freeze_one(s):
     if not names:
         return None
     name = s.pick(names)
-    s.both(lambda m: dict(m.named_parameters())[name].requires_grad_(
-        not dict(m.named_parameters())[name].requires_grad) and None)
+    s.both(
+        lambda m: (
+            dict(m.named_parameters())[name].requires_grad_(not dict(m.named_parameters())[name].requires_grad) and None
+        )
+    )
     return name
 
 
@@ -1001,6 +1113,7 @@ def average_weights(s):
             for p, v in zip(model.parameters(), values):
                 if v is not None:
                     p.lerp_(v, 0.25)
+
     s.both(average)
     return "of all"
 
@@ -1011,12 +1124,15 @@ def load_state(s):
     scale = s.pick((0.5, 1.25))
 
     def load(model):
-        state = {k: v * scale if v.is_floating_point() and not k.endswith("var") else v.clone()
-                 for k, v in model.state_dict().items()}
+        state = {
+            k: v * scale if v.is_floating_point() and not k.endswith("var") else v.clone()
+            for k, v in model.state_dict().items()
+        }
         if drop and state:
             state.pop(next(iter(state)))
         result = model.load_state_dict(state, strict=strict, assign=assign)
         return len(result.missing_keys), len(result.unexpected_keys)
+
     results = s.both(load)
     if results is not None and results[0] != results[1]:
         raise Difference(f"load_state_dict: unswapped {results[0]}, swapped {results[1]}")
@@ -1048,6 +1164,7 @@ def cast(s):
     def undo(model):
         model.to(former)
         s.dtype = former
+
     s.undo_change = undo
     return f"all to {dtype}"
 
@@ -1148,7 +1265,8 @@ class Times(nn.Module):
 
 PARAMETRIZATIONS = {
     "times": lambda m: parametrize.register_parametrization(m, "weight", Times(1.5)),
-    "weight norm": nn.utils.parametrizations.weight_norm, "spectral norm": nn.utils.parametrizations.spectral_norm,
+    "weight norm": nn.utils.parametrizations.weight_norm,
+    "spectral norm": nn.utils.parametrizations.spectral_norm,
     "bias times": lambda m: parametrize.register_parametrization(m, "bias", Times(2.0)),
 }
 
@@ -1160,7 +1278,7 @@ def parametrization(s):
         return None
     plain, swapped = (m.get_submodule(name) for m in s.models())
     if parametrize.is_parametrized(plain) and type(plain) is type(swapped):
-        return None    # deep copies share the class that parametrizing made, and the first removal takes it from both
+        return None  # deep copies share the class that parametrizing made, and the first removal takes it from both
     if parametrize.is_parametrized(plain, "weight"):
         keep = s.flag()
         s.each(name, lambda m: parametrize.remove_parametrizations(m, "weight", leave_parametrized=keep) and None)
@@ -1178,9 +1296,13 @@ def pruning(s):
     if prune.is_pruned(s.plain.get_submodule(name)):
         s.each(name, lambda m: prune.remove(m, "weight") and None)
         return f"made permanent in {name}"
-    way = s.pick((
-        lambda m: prune.l1_unstructured(m, "weight", 0.4), lambda m: prune.ln_structured(m, "weight", 0.3, 2, 0),
-        lambda m: prune.random_unstructured(m, "weight", 0.4)))
+    way = s.pick(
+        (
+            lambda m: prune.l1_unstructured(m, "weight", 0.4),
+            lambda m: prune.ln_structured(m, "weight", 0.3, 2, 0),
+            lambda m: prune.random_unstructured(m, "weight", 0.4),
+        )
+    )
     s.each(name, lambda m: way(m) and None)
     return name
 
@@ -1192,8 +1314,11 @@ def fuse(s):
     for name in s.modules(nn.Sequential):
         m = s.plain.get_submodule(name)
         keys = list(m._modules)
-        pairs += [[f"{name}.{a}".lstrip("."), f"{name}.{b}".lstrip(".")] for a, b in zip(keys, keys[1:])
-                  if type(m._modules[a]) is nn.Conv2d and type(m._modules[b]) is nn.BatchNorm2d]
+        pairs += [
+            [f"{name}.{a}".lstrip("."), f"{name}.{b}".lstrip(".")]
+            for a, b in zip(keys, keys[1:])
+            if type(m._modules[a]) is nn.Conv2d and type(m._modules[b]) is nn.BatchNorm2d
+        ]
     pair = s.pick(pairs)
     if pair is None:
         return None
@@ -1228,7 +1353,7 @@ def verify_and_report(s):
     if not s.is_convext or any(p.dtype not in (torch.float32, torch.float64) for p in s.plain.parameters()):
         return None
     call = Call((s.image().requires_grad_(),), backward="once", seed=s.serial)
-    if not s.compare(call):        # verify wants a model that runs, forward and backward
+    if not s.compare(call):  # verify wants a model that runs, forward and backward
         return None
     before, random = state_of(s.swapped), torch.get_rng_state()
     if s.flag():
@@ -1257,10 +1382,27 @@ def verify_and_report(s):
 
 @change
 def call_under_contexts(s):
-    names = [s.pick(("no_grad", "no_grad", "enable_grad", "inference_mode")),
-             s.pick(("autocast", "function mode", "dispatch mode", "anomaly", "saved tensors", "save on cpu",
-                     "profiler", "aten", "native", "layer by layer", "no output pool", "strict", "deterministic",
-                     "meta device"))]
+    names = [
+        s.pick(("no_grad", "no_grad", "enable_grad", "inference_mode")),
+        s.pick(
+            (
+                "autocast",
+                "function mode",
+                "dispatch mode",
+                "anomaly",
+                "saved tensors",
+                "save on cpu",
+                "profiler",
+                "aten",
+                "native",
+                "layer by layer",
+                "no output pool",
+                "strict",
+                "deterministic",
+                "meta device",
+            )
+        ),
+    ]
     if s.flag():
         names.reverse()
     if names[0] == "dispatch mode" and "profiler" in names:
@@ -1300,7 +1442,7 @@ def other_size_from_here_on(s):
 @change
 def call_with_nonfinite_pixels(s):
     if not {torch.bfloat16, torch.float16}.isdisjoint(p.dtype for p in s.plain.parameters()):
-        return None     # PyTorch's own fast way for 3x3 filters makes NaN of infinity: test_winograd has what is right
+        return None  # PyTorch's own fast way for 3x3 filters makes NaN of infinity: test_winograd has what is right
     x = s.image()
     for _ in range(s.rng.randint(1, 2)):
         x.view(-1)[s.rng.randrange(x.numel())] = s.pick((float("nan"), float("inf"), -float("inf")))
@@ -1331,8 +1473,13 @@ def call_with_extra_arguments(s):
 def call_badly(s):
     way = s.rng.randrange(5)
     x = s.image()
-    args, kwargs = {0: ((), {}), 1: ((x, x, x, x), {}), 2: ((x,), {"unknown": 1}), 3: ((x[:, :1],), {}),
-                    4: ((None,), {})}[way]
+    args, kwargs = {
+        0: ((), {}),
+        1: ((x, x, x, x), {}),
+        2: ((x,), {"unknown": 1}),
+        3: ((x[:, :1],), {}),
+        4: ((None,), {}),
+    }[way]
     s.compare(Call(args, kwargs, names=("no_grad",), seed=s.serial))
     return f"way {way}"
 
@@ -1356,6 +1503,7 @@ def call_a_submodule(s):
     def note(module, args, kwargs):
         if id(module) in names and len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
             seen[names[id(module)]] = tuple(args[0].shape)
+
     handles = [m.register_forward_pre_hook(note, with_kwargs=True) for model in s.models() for m in model.modules()]
     try:
         ran = s.compare(s.default_call())
@@ -1379,6 +1527,7 @@ def write_into_a_result(s):
             if t.is_floating_point():
                 t.mul_(2)
         return result
+
     call = s.default_call(s.pick((None, "once")))
     for _ in range(2):
         s.compare(call, write, "a write into the result")
@@ -1410,6 +1559,7 @@ def use_a_result(s):
             else:
                 found.append(copy.deepcopy(t.detach()))
         return found
+
     for _ in range(2):
         s.compare(s.default_call(), use, f"a use of the result, way {way}")
     return f"way {way}"
@@ -1432,6 +1582,7 @@ def call_from_threads(s):
                         results[i] = model(*calls[i].fresh_arguments()[0])
             except Exception as error:
                 errors.append(error)
+
         threads = [threading.Thread(target=run, args=(i,)) for i in range(len(calls))]
         for thread in threads:
             thread.start()
@@ -1440,6 +1591,7 @@ def call_from_threads(s):
         if errors:
             raise errors[0]
         return results
+
     for _ in range(2):
         s.compare(calls[0], many, "three threads")
     return f"gradients: {grad}"
@@ -1452,6 +1604,7 @@ def call_with_checkpointing(s):
 
     def way(model, args, kwargs):
         return checkpoint(model, *args, use_reentrant=reentrant)
+
     for _ in range(2):
         s.compare(Call((x,), backward="once", seed=s.serial), way, f"checkpoint, reentrant={reentrant}")
     return f"reentrant={reentrant}"
@@ -1478,11 +1631,12 @@ def first_tensor(result):
 
 @change
 def call_functionally(s):
-    way = s.pick(("functional_call", "grad", "vmap", "jvp", "vjp", "dual numbers", "jacrev of a sum",
-                  "batched gradients"))
+    way = s.pick(
+        ("functional_call", "grad", "vmap", "jvp", "vjp", "dual numbers", "jacrev of a sum", "batched gradients")
+    )
     scale = s.pick((0.5, 1.25))
 
-    def functional(model, args, kwargs):   # the order of derivatives in memory is nobody's promise
+    def functional(model, args, kwargs):  # the order of derivatives in memory is nobody's promise
         return torch.utils._pytree.tree_map(torch.Tensor.contiguous, answer(model, args))
 
     def answer(model, args):
@@ -1491,6 +1645,7 @@ def call_functionally(s):
 
         def f(params, x):
             return first_tensor(torch.func.functional_call(model, params, (x,)))
+
         if way == "functional_call":
             return f(params, x)
         if way == "grad":
@@ -1512,6 +1667,7 @@ def call_functionally(s):
         y = first_tensor(model(x))
         grads = torch.stack([torch.ones_like(y), -torch.ones_like(y)])
         return torch.autograd.grad(y, x, grads, is_grads_batched=True)
+
     call = Call((s.image(),), seed=s.serial)
     for _ in range(2):
         s.compare(call, functional, way)
@@ -1531,6 +1687,7 @@ def call_without_a_module(s):
         if way == "__func__":
             return model.forward.__func__(model.forward.__self__, *args, **kwargs)
         return type(model).forward(model, *args, **kwargs)
+
     for _ in range(2):
         s.compare(s.default_call(), call, f"its {way}")
     return way
@@ -1558,6 +1715,7 @@ def compile_it(s):
             return model(*args, **kwargs)
         finally:
             model._compiled_call_impl = None
+
     try:
         s.compare(s.default_call(s.pick((None, "once"))), compiled, way)
     finally:
@@ -1572,6 +1730,7 @@ def export_it(s):
 
     def exported(model, args, kwargs):
         return torch.export.export(model, args, strict=False).module()(*args)
+
     s.compare(s.default_call(), exported, "torch.export")
     return "non-strict"
 
@@ -1583,5 +1742,6 @@ def trace_it(s):
 
     def traced(model, args, kwargs):
         return torch.fx.symbolic_trace(model)(*args)
+
     s.compare(s.default_call(), traced, "torch.fx")
     return "torch.fx.symbolic_trace"

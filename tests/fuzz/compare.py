@@ -6,6 +6,7 @@ norms of few values, or of values with a large mean, or a unit that rounding pus
 the unswapped twin runs again, several times, with every operand, and in half of the runs every module's result, moved
 by as much as such a sum errs, and what that does to each value is allowed too.
 """
+
 import dataclasses
 import math
 
@@ -14,8 +15,8 @@ import torch
 from torch import nn
 
 MARGIN = 32.0
-MOVES = 8          # a unit close to its kink crosses it in half of the moves: all of them miss one in 256
-RECORDS = []       # what hooks saw during a call
+MOVES = 8  # a unit close to its kink crosses it in half of the moves: all of them miss one in 256
+RECORDS = []  # what hooks saw during a call
 
 
 class Progress:
@@ -23,7 +24,7 @@ class Progress:
 
     def __init__(self):
         self.steps, self.runs, self.kinds, self.counts = 0, 0, {}, True
-        self.first = None              # what the first difference of the batch said: a flaky one is not met again
+        self.first = None  # what the first difference of the batch said: a flaky one is not met again
 
     def count(self, name, steps):
         if self.counts and steps:
@@ -72,9 +73,18 @@ def walk(value, name, tensors, facts):
     """Lists the tensors of a result, and its structure as facts."""
     if isinstance(value, torch.Tensor):
         order = value.is_contiguous(), value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
-        facts.append((name, type(value).__name__, str(value.dtype), tuple(value.shape), value.device.type,
-                      ("requires_grad", value.requires_grad), ("inference", value.is_inference()),
-                      ("contiguous, channels-last", order)))
+        facts.append(
+            (
+                name,
+                type(value).__name__,
+                str(value.dtype),
+                tuple(value.shape),
+                value.device.type,
+                ("requires_grad", value.requires_grad),
+                ("inference", value.is_inference()),
+                ("contiguous, channels-last", order),
+            )
+        )
         tensors.append((name, value))
         return
     facts.append((name, type(value).__name__))
@@ -117,7 +127,8 @@ def fresh(t):
         return t.clone()
     with torch.no_grad():
         copy = torch.empty(0, dtype=t.dtype, device="cpu").set_(
-            t.untyped_storage().clone(), t.storage_offset(), t.shape, t.stride())
+            t.untyped_storage().clone(), t.storage_offset(), t.shape, t.stride()
+        )
     return copy.requires_grad_(t.requires_grad)
 
 
@@ -167,8 +178,11 @@ def record(model, call, way):
         r.values["buffer"] = [(n, array(b)) for n, b in model.named_buffers() if b.is_floating_point()]
         r.facts += [("hooks", *fact) for fact in sorted(RECORDS, key=repr)]
         RECORDS.clear()
-    where = [t.untyped_storage().data_ptr() for t in [*inputs, *(t for _, t in tensors)]
-             if t.device.type == "cpu" and t.layout is torch.strided and t.numel()]
+    where = [
+        t.untyped_storage().data_ptr()
+        for t in [*inputs, *(t for _, t in tensors)]
+        if t.device.type == "cpu" and t.layout is torch.strided and t.numel()
+    ]
     r.facts.append(("storages shared by inputs and results", [where.index(p) for p in where]))
     r.facts.append(("versions of inputs", [t._version for t in inputs if not t.is_inference()]))
     r.values["input"] = [(f"input {i}", array(t)) for i, t in enumerate(inputs)]
@@ -216,8 +230,10 @@ def first_of(a, b):
 def close(plain, swapped, eps, terms, moved, what):
     """Raises `Difference` unless the records agree. moved(): the records of the unswapped twin with moved operands."""
     if plain.error is not swapped.error:
+
         def said(r):
             return f"raised {r.error.__name__}: {r.message[:300]}" if r.error else "returned"
+
         raise Difference(f"{what}: unswapped {said(plain)}; swapped {said(swapped)}")
     if plain.error is not None:
         return
@@ -228,8 +244,9 @@ def close(plain, swapped, eps, terms, moved, what):
     for group, values in plain.values.items():
         others = swapped.values.get(group, [])
         if [n for n, _ in values] != [n for n, _ in others]:
-            raise Difference(f"{what}, {group}: unswapped has {[n for n, _ in values]}, "
-                             f"swapped {[n for n, _ in others]}")
+            raise Difference(
+                f"{what}, {group}: unswapped has {[n for n, _ in values]}, swapped {[n for n, _ in others]}"
+            )
         a, b = _whole(values), _whole(others)
         if np.array_equal(a, b, equal_nan=True):
             continue
@@ -245,14 +262,16 @@ def close(plain, swapped, eps, terms, moved, what):
             runs = [distance(p, m.values[group][i][1]) for m in moves if m.error is None and group in m.values]
             finite = [np.where(np.isfinite(d), d, 0.0) for d in runs]
             allowed = fast * size + 2 * max((float(d.max(initial=0.0)) for d in finite), default=0.0)
-            chance = np.zeros(apart.shape, bool)      # where moving an operand makes it finite or not
+            chance = np.zeros(apart.shape, bool)  # where moving an operand makes it finite or not
             for d in runs:
                 chance |= ~np.isfinite(d)
             bad = ~((apart <= allowed) | chance)
             if bad.any():
                 k = int(np.argmax(np.where(bad, apart, -1.0)))
-                raise Difference(f"{what}, {group} {name!r}: unswapped {p[k]!r}, swapped {s[k]!r} at flat index {k}; "
-                                 f"{int(bad.sum())} of {bad.size} are more than {allowed:.3g} apart")
+                raise Difference(
+                    f"{what}, {group} {name!r}: unswapped {p[k]!r}, swapped {s[k]!r} at flat index {k}; "
+                    f"{int(bad.sum())} of {bad.size} are more than {allowed:.3g} apart"
+                )
 
 
 def move(model, call, eps, terms, seed):
@@ -261,8 +280,13 @@ def move(model, call, eps, terms, seed):
     generator = torch.Generator("cpu").manual_seed(seed)
     saved, done = [], set()
     for t in [*(t for _, t in named_tensors(model)), *call.tensors()]:
-        if t.is_floating_point() and t.device.type == "cpu" and t.numel() and t.data_ptr() not in done \
-                and t.layout is torch.strided:
+        if (
+            t.is_floating_point()
+            and t.device.type == "cpu"
+            and t.numel()
+            and t.data_ptr() not in done
+            and t.layout is torch.strided
+        ):
             done.add(t.data_ptr())
             saved.append((t, t.detach().clone()))
             _write(t, (t.detach().double() * signs(t, generator).mul_(by).add_(1)).to(t.dtype))
@@ -273,6 +297,7 @@ def move(model, call, eps, terms, seed):
         counted()
         for t, values in [*saved, *others]:
             _write(t, values)
+
     return restore
 
 
@@ -283,6 +308,7 @@ def numbers(model):
     def restore():
         for module, attributes in kept:
             module.__dict__.update(attributes)
+
     return restore
 
 
@@ -301,6 +327,7 @@ def moving_results(eps, terms, seed):
         if isinstance(out, torch.Tensor) and out.is_floating_point() and out.device.type == "cpu":
             return out * signs(out, generator).mul_(by).add_(1).to(out.dtype)
         return None
+
     return nn.modules.module.register_module_forward_hook(hook)
 
 

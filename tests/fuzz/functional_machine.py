@@ -1,6 +1,7 @@
 """The state machine of the functional interface's fuzz: a few weights in many geometries, layouts and types, changed in
 place between calls, against torch.nn.functional in float64.
 """
+
 import math
 import threading
 
@@ -13,13 +14,19 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 import convext
 
-EPS = {torch.float64: 2.0 ** -53, torch.float32: 2.0 ** -24, torch.bfloat16: 2.0 ** -9, torch.float16: 2.0 ** -12}
+EPS = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 # The largest ratio of Winograd's standard deviation to a plain sum's is 26.3/9·sqrt(1 + 34/32) = 4.2, that of weight
 # gradients 28.7/16·sqrt(1 + 34/32) = 2.6 (docs/design.md), and the largest of 10⁵ normal errors is at 4.4 deviations.
 MARGIN = 4.2 * 4.4
 RNG = st.randoms(use_true_random=False)
-ACTIVATIONS = {"identity": lambda z: z, "relu": F.relu, "relu6": F.relu6, "silu": F.silu, "hardswish": F.hardswish,
-               "gelu": F.gelu}
+ACTIVATIONS = {
+    "identity": lambda z: z,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "gelu": F.gelu,
+}
 LAYOUTS = ("contiguous", "channels-last", "sliced", "expanded", "transposed", "offset")
 
 
@@ -96,7 +103,7 @@ class Functional:
         if way == 0:
             return None
         if way == 1 and weight.numel() >= weight.shape[0]:
-            return weight.reshape(-1)[:weight.shape[0]] if weight.is_contiguous() else weight[:, 0, 0, 0]
+            return weight.reshape(-1)[: weight.shape[0]] if weight.is_contiguous() else weight[:, 0, 0, 0]
         if way == 2:
             return self.values((2 * weight.shape[0],), weight.dtype)[::2]
         return self.values((weight.shape[0],), weight.dtype)
@@ -110,14 +117,18 @@ class Functional:
         if not (apart <= bound).all():
             bad = ~(apart <= bound)
             k = np.unravel_index(np.argmax(np.where(bad, apart, -1)), apart.shape) if apart.ndim else ()
-            raise Difference(f"{what}: {a[k]!r} at {tuple(map(int, k))}, expected {e[k]!r}; "
-                             f"{int(bad.sum())} of {bad.size} beyond the bound")
+            raise Difference(
+                f"{what}: {a[k]!r} at {tuple(map(int, k))}, expected {e[k]!r}; "
+                f"{int(bad.sum())} of {bad.size} beyond the bound"
+            )
 
 
 def truth(function, operands, dy):
     """Result and gradients in float64 of those operands that want one, and the same of their absolute values."""
-    wide = [None if t is None else t.detach().double().clone(memory_format=torch.contiguous_format).requires_grad_()
-            for t in operands]
+    wide = [
+        None if t is None else t.detach().double().clone(memory_format=torch.contiguous_format).requires_grad_()
+        for t in operands
+    ]
     y = function(*(wide if wide[-1] is not None else wide[:-1]))
     return y, torch.autograd.grad(y, [t for t in wide if t is not None], dy.double())
 
@@ -131,8 +142,11 @@ def conv_bounds(operands, geom, dy, dtype):
     """
     x, w, b = operands
     eps = EPS[torch.float64 if dtype == torch.float64 else torch.float32]
-    sizes, grads = truth(lambda x, w, b=None: F.conv2d(x, w, b, **geom),
-                         [None if t is None else t.detach().abs() for t in (x, w, b)], dy.abs())
+    sizes, grads = truth(
+        lambda x, w, b=None: F.conv2d(x, w, b, **geom),
+        [None if t is None else t.detach().abs() for t in (x, w, b)],
+        dy.abs(),
+    )
     return [MARGIN * eps * s.amax() + 2 * EPS[dtype] * s for s in (sizes.detach(), *grads)]
 
 
@@ -149,10 +163,17 @@ def convolution(m, x, weight, bias, geom, layout, backward=None):
     rng = m.rng
     backward = rng.choice((False, False, True)) if backward is None else backward
     depthwise = weight.shape[1] == 1 and geom["groups"] == x.shape[1]
-    name = "depthwise_conv2d" if depthwise and rng.randrange(2) else \
-        "dilated_conv2d" if geom["groups"] == 1 and rng.randrange(4) == 0 else "conv2d"
-    what = (f"{name} of {tuple(x.shape)} {x.dtype} {layout} by {tuple(weight.shape)} strides {weight.stride()}, "
-            f"{geom}, bias {None if bias is None else tuple(bias.stride())}, backward {backward}")
+    name = (
+        "depthwise_conv2d"
+        if depthwise and rng.randrange(2)
+        else "dilated_conv2d"
+        if geom["groups"] == 1 and rng.randrange(4) == 0
+        else "conv2d"
+    )
+    what = (
+        f"{name} of {tuple(x.shape)} {x.dtype} {layout} by {tuple(weight.shape)} strides {weight.stride()}, "
+        f"{geom}, bias {None if bias is None else tuple(bias.stride())}, backward {backward}"
+    )
     m.log.append(what)
     arguments = dict(geom)
     if name != "conv2d":
@@ -204,14 +225,15 @@ def step_alias(m):
     base = m.values((2, k, 12, 12), dtype)
     way = m.rng.randrange(3)
     if way == 0:
-        weight = base.reshape(-1)[:k * k * size * size].view(k, k, size, size)
+        weight = base.reshape(-1)[: k * k * size * size].view(k, k, size, size)
         x = base
     elif way == 1:
         x, weight = base[:, :, 1:, 2:], base[0, 0, 0, :1].expand(k, k, size, size)
     else:
         x, weight = base, base[:1, :, :size, :size].expand(k, k, size, size)
-    return convolution(m, x, weight, base[0, :, 0, 0], dict(stride=1, padding=size // 2, dilation=1, groups=1),
-                       f"an alias, way {way}")
+    return convolution(
+        m, x, weight, base[0, :, 0, 0], dict(stride=1, padding=size // 2, dilation=1, groups=1), f"an alias, way {way}"
+    )
 
 
 def step_conv_bn_relu(m):
@@ -241,21 +263,37 @@ def step_conv_bn_relu(m):
     gamma = m.values((k,), dtype, 0.5, 1.5) if affine else None
     beta = m.values((k,), dtype) if affine else None
     eps, momentum = rng.choice((1e-5, 1e-2)), rng.choice((0.1, 0.7))
-    what = (f"conv_bn_relu of {tuple(x.shape)} {dtype} {layout} by {tuple(weight.shape)}, {geom}, {activation}, "
-            f"residual {way}, training {training}, affine {affine}, backward {backward}")
+    what = (
+        f"conv_bn_relu of {tuple(x.shape)} {dtype} {layout} by {tuple(weight.shape)}, {geom}, {activation}, "
+        f"residual {way}, training {training}, affine {affine}, backward {backward}"
+    )
     m.log.append(what)
     alias = residual is x
     operands = [x, weight, bias, gamma, beta, None if alias else residual]
     leaves = [None if t is None else _leaf(t) if backward else t for t in operands]
 
     def fused(x, w, b, gamma, beta, r, mean, var):
-        return convext.conv_bn_relu(x, w, b, mean, var, gamma, beta, training=training, momentum=momentum, eps=eps,
-                                    activation=activation, residual=x if alias else r, **geom)
+        return convext.conv_bn_relu(
+            x,
+            w,
+            b,
+            mean,
+            var,
+            gamma,
+            beta,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            activation=activation,
+            residual=x if alias else r,
+            **geom,
+        )
 
     def parts(x, w, b, gamma, beta, r, mean, var):
         y = F.batch_norm(F.conv2d(x, w, b, **geom), mean, var, gamma, beta, training, momentum, eps)
         r = x if alias else r
         return ACTIVATIONS[activation](y if r is None else y + r)
+
     calls = rng.randint(1, 3)
     for _ in range(calls):
         now_mean, now_var = mean.clone(), var.clone()
@@ -272,8 +310,9 @@ def step_conv_bn_relu(m):
     generator = torch.Generator().manual_seed(m.serial)
     moves = [torch.zeros(()) for _ in truths]
     for _ in range(4):
-        moved = [None if t is None else (t.detach() * signs(t, generator).mul_(by).add_(1)).requires_grad_()
-                 for t in wide]
+        moved = [
+            None if t is None else (t.detach() * signs(t, generator).mul_(by).add_(1)).requires_grad_() for t in wide
+        ]
         y_moved = parts(*moved, mean.double().clone(), var.double().clone())
         others = [y_moved, *torch.autograd.grad(y_moved, [t for t in moved if t is not None], dy.double())]
         moves = [torch.maximum(b, (o - t).detach().abs().amax()) for b, o, t in zip(moves, others, truths)]
@@ -305,11 +344,18 @@ def step_conv_bn_relu(m):
 
 
 WRITES = {
-    "mul_": lambda t, v: t.mul_(1.5), "copy_": lambda t, v: t.copy_(v), ".data": lambda t, v: t.data.copy_(v),
-    ".data.mul_": lambda t, v: t.data.mul_(-0.5), ".data[0]": lambda t, v: t.data[:1].fill_(0.25),
-    ".data[-1]": lambda t, v: t.data[-1:].mul_(-1.0), ".data =": lambda t, v: setattr(t, "data", v),
-    "numpy": lambda t, v: _numpy(t), "channel": lambda t, v: t.data[:, :1].mul_(0.5), "clamp": lambda t, v:
-    t.data.clamp_(-0.1, 0.1), "set_": lambda t, v: t.set_(v), "same values": lambda t, v: t.mul_(1),
+    "mul_": lambda t, v: t.mul_(1.5),
+    "copy_": lambda t, v: t.copy_(v),
+    ".data": lambda t, v: t.data.copy_(v),
+    ".data.mul_": lambda t, v: t.data.mul_(-0.5),
+    ".data[0]": lambda t, v: t.data[:1].fill_(0.25),
+    ".data[-1]": lambda t, v: t.data[-1:].mul_(-1.0),
+    ".data =": lambda t, v: setattr(t, "data", v),
+    "numpy": lambda t, v: _numpy(t),
+    "channel": lambda t, v: t.data[:, :1].mul_(0.5),
+    "clamp": lambda t, v: t.data.clamp_(-0.1, 0.1),
+    "set_": lambda t, v: t.set_(v),
+    "same values": lambda t, v: t.mul_(1),
 }
 
 
@@ -356,6 +402,7 @@ def step_threads(m):
                 results[i] = convext.conv2d(images[i], weight, None, **places[i][0])
         except Exception as error:
             errors.append(error)
+
     threads = [threading.Thread(target=run, args=(i,)) for i in range(3)]
     for thread in threads:
         thread.start()
@@ -405,8 +452,16 @@ def step_errors(m):
     return 1
 
 
-STEPS = [step_conv2d, step_one_weight_everywhere, step_alias, step_conv_bn_relu, step_write, step_new_weight,
-         step_threads, step_errors]
+STEPS = [
+    step_conv2d,
+    step_one_weight_everywhere,
+    step_alias,
+    step_conv_bn_relu,
+    step_write,
+    step_new_weight,
+    step_threads,
+    step_errors,
+]
 
 
 def make_functional_machine():
@@ -436,6 +491,7 @@ def make_functional_machine():
     def make_rule(function):
         def do(self, rng):
             step(self, function, rng)
+
         do.__name__ = do.__qualname__ = function.__name__.removeprefix("step_")
         return rule(rng=RNG)(do)
 

@@ -1,4 +1,5 @@
 """What networks read from another module: functions and settings that a rule of the fuzz may exchange."""
+
 import functools
 
 import torch
@@ -29,15 +30,18 @@ def halved(x):
 
 def scaled_result(function):
     """A user's decorator, which is no part of torch."""
+
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
         return function(*args, **kwargs) * 0.75
+
     return wrapper
 
 
 def make_scaler(factor):
     def scale(x):
         return x * factor
+
     return scale
 
 

@@ -1,4 +1,5 @@
 """The state machine of the swap's fuzz, and what runs it."""
+
 import contextlib
 
 import torch
@@ -28,7 +29,8 @@ def weights_of_the_swap(model):
         if type(m) is nn.Conv2d:
             weight = m.weight.detach().clone()
             m.forward = lambda x, m=m, weight=weight: m._conv_forward(
-                x, weight.to(x.dtype) + (m.weight - m.weight.detach()), m.bias)
+                x, weight.to(x.dtype) + (m.weight - m.weight.detach()), m.bias
+            )
     return model
 
 
@@ -36,12 +38,14 @@ def settings_of_the_swap(model):
     """Batch norms that go on with the eps they had."""
     for m in model.modules():
         if type(m) is nn.BatchNorm2d:
+
             def forward(x, m=m, eps=m.eps):
                 now, m.eps = m.eps, eps
                 try:
                     return type(m).forward(m, x)
                 finally:
                     m.eps = now
+
             m.forward = forward
     return model
 
@@ -50,10 +54,12 @@ def deaf(model):
     """Sequences that call their parts' forwards, and no hooks."""
     for m in model.modules():
         if type(m) is nn.Sequential:
+
             def forward(x, m=m):
                 for part in m:
                     x = part.forward(x)
                 return x
+
             m.forward = forward
     return model
 
@@ -70,18 +76,24 @@ def forgets_statistics(model):
     """Running statistics that are not updated without gradients."""
     for m in model.modules():
         if type(m) is nn.BatchNorm2d:
+
             def forward(x, m=m):
                 tracks = m.track_running_stats and torch.is_grad_enabled()
                 mean, var = (m.running_mean, m.running_var) if tracks or not m.training else (None, None)
-                return F.batch_norm(x, mean, var, m.weight, m.bias, m.training or mean is None,
-                                    m.momentum or 0.0, m.eps)
+                return F.batch_norm(
+                    x, mean, var, m.weight, m.bias, m.training or mean is None, m.momentum or 0.0, m.eps
+                )
+
             m.forward = forward
     return model
 
 
 FAULTS = {  # and the rules that must bring it to light
-    weights_of_the_swap: {"write_a_tensor"}, settings_of_the_swap: {"layer_setting"}, deaf: {"hook"},
-    slightly_off: {"other_size_from_here_on"}, forgets_statistics: {"mode"},
+    weights_of_the_swap: {"write_a_tensor"},
+    settings_of_the_swap: {"layer_setting"},
+    deaf: {"hook"},
+    slightly_off: {"other_size_from_here_on"},
+    forgets_statistics: {"mode"},
 }
 
 TWINS = {  # what the second twin is: convext's swap, or plain PyTorch, to test the fuzz itself
@@ -127,6 +139,7 @@ def make_machine(twin="convext", changes=CHANGES):
     def make_rule(function):
         def do(self, rng):
             step(self, function, rng)
+
         do.__name__ = do.__qualname__ = function.__name__
         return rule(rng=RNG)(do)
 

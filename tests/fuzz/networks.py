@@ -3,6 +3,7 @@
 Every block takes (rng, c) and maps (N, c, H, W) to the same shape, unless its name says otherwise, so that blocks
 follow each other in any order. All classes stand at module level: they pickle, and rules patch them.
 """
+
 import collections
 import dataclasses
 import enum
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-GAIN = 1.0                                # read by forwards; rules change them
+GAIN = 1.0  # read by forwards; rules change them
 SETTINGS = {"scale": 1.0, "order": ["scale", "shift"], "nested": {"shift": 0.25}}
 IN_CHANNELS = 3
 
@@ -23,11 +24,22 @@ def flag(rng):
 
 
 def activation(rng):
-    return rng.choice((
-        lambda: nn.ReLU(), lambda: nn.ReLU(inplace=True), lambda: nn.ReLU6(), lambda: nn.SiLU(),
-        lambda: nn.Hardswish(inplace=True), lambda: nn.GELU(), lambda: nn.GELU(approximate="tanh"),
-        lambda: nn.LeakyReLU(0.2), lambda: nn.Hardtanh(0.0, 6.0), lambda: nn.Hardtanh(-1.0, 2.0), lambda: nn.Identity(),
-        lambda: nn.SiLU(inplace=True)))()
+    return rng.choice(
+        (
+            lambda: nn.ReLU(),
+            lambda: nn.ReLU(inplace=True),
+            lambda: nn.ReLU6(),
+            lambda: nn.SiLU(),
+            lambda: nn.Hardswish(inplace=True),
+            lambda: nn.GELU(),
+            lambda: nn.GELU(approximate="tanh"),
+            lambda: nn.LeakyReLU(0.2),
+            lambda: nn.Hardtanh(0.0, 6.0),
+            lambda: nn.Hardtanh(-1.0, 2.0),
+            lambda: nn.Identity(),
+            lambda: nn.SiLU(inplace=True),
+        )
+    )()
 
 
 def function(rng):
@@ -36,11 +48,18 @@ def function(rng):
 
 def norm(rng, c):
     # No GroupNorm: torch 2.11 crashes in its backward where a channels-last input needs no gradient.
-    return rng.choice((
-        lambda: nn.BatchNorm2d(c), lambda: nn.BatchNorm2d(c), lambda: nn.BatchNorm2d(c, eps=1e-3, momentum=0.3),
-        lambda: nn.BatchNorm2d(c, affine=False), lambda: nn.BatchNorm2d(c, track_running_stats=False),
-        lambda: nn.BatchNorm2d(c, momentum=None), lambda: nn.Identity(),
-        lambda: nn.InstanceNorm2d(c, affine=True)))()
+    return rng.choice(
+        (
+            lambda: nn.BatchNorm2d(c),
+            lambda: nn.BatchNorm2d(c),
+            lambda: nn.BatchNorm2d(c, eps=1e-3, momentum=0.3),
+            lambda: nn.BatchNorm2d(c, affine=False),
+            lambda: nn.BatchNorm2d(c, track_running_stats=False),
+            lambda: nn.BatchNorm2d(c, momentum=None),
+            lambda: nn.Identity(),
+            lambda: nn.InstanceNorm2d(c, affine=True),
+        )
+    )()
 
 
 def conv(rng, c, k=None, size=None):
@@ -66,9 +85,18 @@ def chain(rng, c):
         if flag(rng):
             layers.append(activation(rng))
         if rng.randrange(4) == 0:
-            layers.append(rng.choice((
-                lambda: nn.Dropout(0.3), lambda: nn.MaxPool2d(3, 1, 1), lambda: nn.AvgPool2d(3, 1, 1),
-                lambda: nn.Dropout2d(0.2), lambda: nn.Identity(), lambda: nn.Sequential()))())
+            layers.append(
+                rng.choice(
+                    (
+                        lambda: nn.Dropout(0.3),
+                        lambda: nn.MaxPool2d(3, 1, 1),
+                        lambda: nn.AvgPool2d(3, 1, 1),
+                        lambda: nn.Dropout2d(0.2),
+                        lambda: nn.Identity(),
+                        lambda: nn.Sequential(),
+                    )
+                )()
+            )
     if rng.randrange(3) == 0:
         named = collections.OrderedDict((f"part{i}", layer) for i, layer in enumerate(layers))
         return nn.Sequential(named)
@@ -105,8 +133,9 @@ class Residual(nn.Module):
         self.conv2, self.bn2 = nn.Conv2d(c, c, rng.choice((1, 3)), bias=False), norm(rng, c)
         self.conv2.padding = (self.conv2.kernel_size[0] // 2,) * 2
         self.relu = activation(rng)
-        self.downsample = rng.choice((
-            lambda: None, lambda: nn.Sequential(nn.Conv2d(c, c, 1, bias=False), nn.BatchNorm2d(c))))()
+        self.downsample = rng.choice(
+            (lambda: None, lambda: nn.Sequential(nn.Conv2d(c, c, 1, bias=False), nn.BatchNorm2d(c)))
+        )()
         self.add = rng.choice(("operator", "torch", "in place", "alpha", "reversed", "method"))
         self.activate_after = flag(rng)
         self.drop_path = None
@@ -175,7 +204,8 @@ class InvertedResidual(nn.Module):
         kernel = rng.choice((3, 5))
         self.expand = nn.Sequential(nn.Conv2d(c, wide, 1, bias=False), nn.BatchNorm2d(wide), act)
         self.depthwise = nn.Sequential(
-            nn.Conv2d(wide, wide, kernel, padding=kernel // 2, groups=wide, bias=False), nn.BatchNorm2d(wide), act)
+            nn.Conv2d(wide, wide, kernel, padding=kernel // 2, groups=wide, bias=False), nn.BatchNorm2d(wide), act
+        )
         self.se = SqueezeExcite(rng, wide) if flag(rng) else nn.Identity()
         self.project = nn.Sequential(nn.Conv2d(wide, c, 1, bias=False), nn.BatchNorm2d(c))
         self.use_res_connect = flag(rng)
@@ -215,7 +245,8 @@ class Dense(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(
             nn.Sequential(nn.BatchNorm2d(c + 4 * i), nn.ReLU(inplace=True), nn.Conv2d(c + 4 * i, 4, 3, padding=1))
-            for i in range(rng.randint(1, 2)))
+            for i in range(rng.randint(1, 2))
+        )
         self.transition = nn.Conv2d(c + 4 * len(self.layers), c, 1)
 
     def forward(self, x):
@@ -247,14 +278,17 @@ class UNet(nn.Module):
         super().__init__()
         self.enc = nn.Sequential(nn.Conv2d(c, 2 * c, 3, stride=2, padding=1), nn.ReLU(inplace=True))
         self.middle = nn.Sequential(nn.Conv2d(2 * c, 2 * c, 1), activation(rng))
-        self.up = rng.choice((
-            lambda: nn.ConvTranspose2d(2 * c, c, 2, stride=2), lambda: nn.Sequential(
-                nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(2 * c, c, 1))))()
+        self.up = rng.choice(
+            (
+                lambda: nn.ConvTranspose2d(2 * c, c, 2, stride=2),
+                lambda: nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(2 * c, c, 1)),
+            )
+        )()
         self.dec = nn.Conv2d(2 * c, c, 3, padding=1)
 
     def forward(self, x):
         low = self.middle(self.enc(x))
-        up = self.up(low)[..., :x.shape[2], :x.shape[3]]
+        up = self.up(low)[..., : x.shape[2], : x.shape[3]]
         return F.relu(self.dec(torch.cat([up, x], 1)))
 
 
@@ -286,7 +320,7 @@ class Loops(nn.Module):
     def __init__(self, rng, c):
         super().__init__()
         self.blocks = nn.ModuleList(conv(rng, c) for _ in range(rng.randint(0, 2)))
-        self.named = nn.ModuleDict({name: nn.BatchNorm2d(c) for name in ("a", "b")[:rng.randint(0, 2)]})
+        self.named = nn.ModuleDict({name: nn.BatchNorm2d(c) for name in ("a", "b")[: rng.randint(0, 2)]})
         self.tail = nn.Sequential(*[activation(rng) for _ in range(rng.randint(0, 1))])
         self.last = nn.Conv2d(c, c, 1)
 
@@ -325,13 +359,13 @@ class Holder:
 class Reads(nn.Module):
     """Attributes of every kind."""
 
-    slope = 0.25                                       # a class attribute
+    slope = 0.25  # a class attribute
 
     def __init__(self, rng, c):
         super().__init__()
         self.conv, self.bn = conv(rng, c), norm(rng, c)
-        self.act = function(rng)                       # a function
-        self.mode = rng.choice(list(Mode))             # an enum member
+        self.act = function(rng)  # a function
+        self.mode = rng.choice(list(Mode))  # an enum member
         self.options, self.holder = Options(), Holder()
         self.table = {"scale": 1.0, "inner": {"shift": [0.0, 0.5]}}
         self.weights = [1.0, 0.5]
@@ -663,28 +697,56 @@ def torchvision_block(rng, c):
     from torchvision.models.mobilenetv2 import InvertedResidual as MobileBlock
     from torchvision.models.resnet import BasicBlock, Bottleneck
     from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
-    return rng.choice((
-        lambda: BasicBlock(c, c), lambda: Bottleneck(c, c // 4), lambda: MobileBlock(c, c, 1, 2),
-        lambda: CNBlock(c, 0.5, 0.0), lambda: Conv2dNormActivation(c, c), lambda: SqueezeExcitation(c, 4)))()
+
+    return rng.choice(
+        (
+            lambda: BasicBlock(c, c),
+            lambda: Bottleneck(c, c // 4),
+            lambda: MobileBlock(c, c, 1, 2),
+            lambda: CNBlock(c, 0.5, 0.0),
+            lambda: Conv2dNormActivation(c, c),
+            lambda: SqueezeExcitation(c, 4),
+        )
+    )()
 
 
 # ---- whole networks --------------------------------------------------------------------------------------------------
 
 BLOCKS = {
-    "chain": chain, "conv norm act": ConvNormAct, "residual": Residual, "pre-activation": PreActivation,
-    "squeeze excite": SqueezeExcite, "inverted residual": InvertedResidual, "pixel block": PixelBlock, "dense": Dense,
-    "pyramid": Pyramid, "unet": UNet, "shuffle": Shuffle, "loops": Loops, "reads": Reads, "derived": Derived,
-    "reads children": ReadsChildren, "shared": Shared, "tied": Tied, "functional": Functional,
-    "own convolution": own_convolution, "parametrized": parametrized, "own function": OwnFunction,
-    "decorated": decorated, "own call": OwnCall, "own getattr": OwnGetattr, "counts": Counts,
+    "chain": chain,
+    "conv norm act": ConvNormAct,
+    "residual": Residual,
+    "pre-activation": PreActivation,
+    "squeeze excite": SqueezeExcite,
+    "inverted residual": InvertedResidual,
+    "pixel block": PixelBlock,
+    "dense": Dense,
+    "pyramid": Pyramid,
+    "unet": UNet,
+    "shuffle": Shuffle,
+    "loops": Loops,
+    "reads": Reads,
+    "derived": Derived,
+    "reads children": ReadsChildren,
+    "shared": Shared,
+    "tied": Tied,
+    "functional": Functional,
+    "own convolution": own_convolution,
+    "parametrized": parametrized,
+    "own function": OwnFunction,
+    "decorated": decorated,
+    "own call": OwnCall,
+    "own getattr": OwnGetattr,
+    "counts": Counts,
 }
 if importlib.util.find_spec("torchvision") is not None:
     BLOCKS["torchvision"] = torchvision_block
 
 
 def stem(rng, c):
-    return nn.Sequential(nn.Conv2d(IN_CHANNELS, c, 3, rng.choice((1, 1, 2)), 1, bias=flag(rng)), norm(rng, c),
-                         activation(rng))
+    return nn.Sequential(
+        nn.Conv2d(IN_CHANNELS, c, 3, rng.choice((1, 1, 2)), 1, bias=flag(rng)), norm(rng, c), activation(rng)
+    )
 
 
 class Head(nn.Module):

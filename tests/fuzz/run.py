@@ -5,6 +5,7 @@ first difference, with the steps that lead to it, made as few as hypothesis can 
 A failure that depends on what the process did before (a cache met at an old address) is reported as flaky: then the
 printed steps are those that failed, and the batch's seed alone brings it back.
 """
+
 import argparse
 import os
 import pathlib
@@ -30,8 +31,16 @@ EXAMPLES, LENGTH = 20, 25
 
 def options(shrink=True, examples=EXAMPLES, length=LENGTH):
     phases = [Phase.reuse, Phase.generate, *([Phase.shrink] if shrink else [])]
-    return settings(max_examples=examples, stateful_step_count=length, deadline=None, database=None, phases=phases,
-                    suppress_health_check=list(HealthCheck), print_blob=True, report_multiple_bugs=False)
+    return settings(
+        max_examples=examples,
+        stateful_step_count=length,
+        deadline=None,
+        database=None,
+        phases=phases,
+        suppress_health_check=list(HealthCheck),
+        print_blob=True,
+        report_multiple_bugs=False,
+    )
 
 
 def run_batch(machine, number, settings_, progress):
@@ -72,8 +81,12 @@ def main():
     parser.add_argument("--batches", type=int, help="stop after that many batches")
     parser.add_argument("--seed", type=int, help="of the first batch; later ones count up (default: drawn)")
     parser.add_argument("--functional", action="store_true", help="the functional interface instead of the swap")
-    parser.add_argument("--twin", choices=swap_machine.TWINS, default="convext",
-                        help="what is compared: plain and rounding must find nothing, and test the fuzz itself")
+    parser.add_argument(
+        "--twin",
+        choices=swap_machine.TWINS,
+        default="convext",
+        help="what is compared: plain and rounding must find nothing, and test the fuzz itself",
+    )
     parser.add_argument("--only", metavar="RULE,RULE", help="rules of the swap's fuzz to run alone")
     parser.add_argument("--without", metavar="RULE,RULE", default="", help="rules of the swap's fuzz to leave out")
     parser.add_argument("--no-shrink", action="store_true", help="print the first failing steps as they are")
@@ -108,14 +121,20 @@ def main():
             print(f"a difference in batch {number}: again with --seed {number} --batches 1", flush=True)
         left = [] if limit is None else [passed * (limit / max(1, progress.steps) - 1)]
         left += [arguments.hours * 3600 - passed] if arguments.hours else []
-        print(f"seeds {first} to {number}: {progress.steps} steps in {progress.runs} runs, {differences} "
-              f"differences, {passed:.0f} s, {progress.steps / passed:.0f} steps a second"
-              + (f", {max(0, min(left)):.0f} s left" if left else ""), flush=True)
+        print(
+            f"seeds {first} to {number}: {progress.steps} steps in {progress.runs} runs, {differences} "
+            f"differences, {passed:.0f} s, {progress.steps / passed:.0f} steps a second"
+            + (f", {max(0, min(left)):.0f} s left" if left else ""),
+            flush=True,
+        )
         number += 1
         if differences and not arguments.keep_going:
             return 1
-        if (limit and progress.steps >= limit) or (arguments.hours and passed >= arguments.hours * 3600) \
-                or (arguments.batches and number - first >= arguments.batches):
+        if (
+            (limit and progress.steps >= limit)
+            or (arguments.hours and passed >= arguments.hours * 3600)
+            or (arguments.batches and number - first >= arguments.batches)
+        ):
             break
     print("steps by change: " + ", ".join(f"{k} {v}" for k, v in sorted(progress.kinds.items(), key=lambda i: -i[1])))
     return int(differences > 0)

@@ -1,4 +1,5 @@
 """Two twins that go through the same: one swapped, one not."""
+
 import contextlib
 import copy
 import dataclasses
@@ -28,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import convext
 
-EPS = {torch.float64: 2.0 ** -53, torch.float32: 2.0 ** -24, torch.bfloat16: 2.0 ** -9, torch.float16: 2.0 ** -12}
+EPS = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 
 
 class LeakyMode(TorchFunctionMode):
@@ -91,6 +92,7 @@ class Call:
     def fresh_arguments(self):
         def copied(a):
             return fresh(a) if isinstance(a, torch.Tensor) else copy.copy(a)
+
         return tuple(map(copied, self.args)), {name: copied(a) for name, a in self.kwargs.items()}
 
     def contexts(self):
@@ -109,12 +111,19 @@ class Call:
     def __str__(self):
         inputs = ", ".join(
             f"{tuple(a.shape)} {str(a.dtype).removeprefix('torch.')} strides {a.stride()}"
-            f"{' requires grad' if a.requires_grad else ''}" if isinstance(a, torch.Tensor) else repr(a)
-            for a in [*self.args, *self.kwargs.values()])
-        return "call" + "".join((
-            f" of {self.target!r}" if self.target else "", f" with {inputs}",
-            f" under {', '.join(self.names)}" if self.names else "",
-            f", backward {self.backward}" if self.backward else ""))
+            f"{' requires grad' if a.requires_grad else ''}"
+            if isinstance(a, torch.Tensor)
+            else repr(a)
+            for a in [*self.args, *self.kwargs.values()]
+        )
+        return "call" + "".join(
+            (
+                f" of {self.target!r}" if self.target else "",
+                f" with {inputs}",
+                f" under {', '.join(self.names)}" if self.names else "",
+                f", backward {self.backward}" if self.backward else "",
+            )
+        )
 
 
 def directly(model, args, kwargs):
@@ -130,7 +139,7 @@ class Session:
     def __init__(self, rng, swap=convext.swap, twin_context=contextlib.nullcontext):
         self.rng, self.swap, self.twin_context = rng, swap, twin_context
         self.is_convext = swap is convext.swap
-        self.undo_stack = []           # what changed outside the twins: classes, globals, settings of torch
+        self.undo_stack = []  # what changed outside the twins: classes, globals, settings of torch
         self.log = []
         self.build()
 
@@ -144,10 +153,10 @@ class Session:
             model = model.to(memory_format=torch.channels_last)
         self.log.append(f"{name}, {self.dtype}, {'training' if model.training else 'evaluation'}")
         self.plain, self.swapped = model, copy.deepcopy(model)
-        self.former = []               # other twins: what these were copied from
-        self.handles = []              # [(plain's, swapped's)] of hooks
+        self.former = []  # other twins: what these were copied from
+        self.handles = []  # [(plain's, swapped's)] of hooks
         self.optimizers = None
-        self.held = []                 # results of earlier calls, which later ones must not touch
+        self.held = []  # results of earlier calls, which later ones must not touch
         self.undo_change = None
         self.serial = 0
         self.swapped = self.swap(self.swapped)
@@ -180,8 +189,11 @@ class Session:
 
     def modules(self, *kinds, where=lambda m: True):
         """Names of submodules; not of one that an entry of __dict__ hides."""
-        return [name for name, m in self.plain.named_modules()
-                if (not kinds or isinstance(m, kinds)) and self.resolves(name) and where(m)]
+        return [
+            name
+            for name, m in self.plain.named_modules()
+            if (not kinds or isinstance(m, kinds)) and self.resolves(name) and where(m)
+        ]
 
     def resolves(self, name):
         try:
@@ -219,6 +231,7 @@ class Session:
                 delattr(owner, name)
             else:
                 setattr(owner, name, former)
+
         self.undo_stack.append((f"{getattr(owner, '__name__', owner)}.{name}", undo))
 
     def patch_item(self, container, key, value):
@@ -227,6 +240,7 @@ class Session:
 
         def undo():
             container[key] = former
+
         self.undo_stack.append((f"entry {key!r}", undo))
 
     def close(self):
@@ -263,8 +277,9 @@ class Session:
     def epsilon(self, call):
         types = {t.dtype for t in [*self.plain.parameters(), *self.plain.buffers(), *call.tensors()]}
         eps = max((EPS[d] for d in types if d in EPS), default=EPS[torch.float32])
-        low = "autocast" in call.names or any(isinstance(m, (networks.Autocast, networks.AutocastInside))
-                                              for m in self.plain.modules())
+        low = "autocast" in call.names or any(
+            isinstance(m, (networks.Autocast, networks.AutocastInside)) for m in self.plain.modules()
+        )
         return max(eps, EPS[torch.bfloat16]) if low else eps
 
     def terms(self, call):
@@ -278,8 +293,10 @@ class Session:
         """Runs both twins; returns True if the call returned, False if both raised."""
         what = f"{call}{way_name and f' through {way_name}'}"
         self.log.append(f"  {what}")
-        if any(p.is_floating_point() and p.device.type == "cpu" and not torch.isfinite(p).all()
-               for p in self.plain.parameters()):
+        if any(
+            p.is_floating_point() and p.device.type == "cpu" and not torch.isfinite(p).all()
+            for p in self.plain.parameters()
+        ):
             # What they make of padding depends on which of PyTorch's own ways is taken: none at all, or NaN.
             self.log[-1] += ": left out, as weights are not finite"
             return False
@@ -295,10 +312,10 @@ class Session:
             uncounted()
             plain = self.unwritten(call, way)
             counted()
-            plain.values["buffer"] = buffers     # of one call, not two
+            plain.values["buffer"] = buffers  # of one call, not two
         eps, terms = self.epsilon(call), self.terms(call)
         if eps == EPS[torch.bfloat16]:
-            terms = 1                       # sums are kept in float32: what counts is the rounding of each result
+            terms = 1  # sums are kept in float32: what counts is the rounding of each result
 
         def moved():
             runs = []
@@ -312,18 +329,21 @@ class Session:
                     if handle is not None:
                         handle.remove()
             return runs
+
         close(plain, swapped, eps, terms, moved, what)
         if plain.results and len(self.held) < 3:
-            self.held.append([(p, p.clone(), s, s.clone()) for p, s in zip(plain.results, swapped.results)
-                              if p.device.type == "cpu"])
+            self.held.append(
+                [(p, p.clone(), s, s.clone()) for p, s in zip(plain.results, swapped.results) if p.device.type == "cpu"]
+            )
         if plain.error is not None:
             self.align()
             return False
         if eps == EPS[torch.bfloat16]:
-            self.align()    # statistics that carry its rounding, to be compared with those of finer calls
+            self.align()  # statistics that carry its rounding, to be compared with those of finer calls
         given = [t for t in call.tensors() if t.is_floating_point()]
         return any(not torch.isfinite(t).all() for t in given) or all(
-            bool((p.abs() <= 1e6).all()) for p in plain.results if p.is_floating_point() and p.device.type == "cpu")
+            bool((p.abs() <= 1e6).all()) for p in plain.results if p.is_floating_point() and p.device.type == "cpu"
+        )
 
     def unwritten(self, call, way):
         """What the unswapped twin answers when everything that it saves for backward is a copy."""

@@ -1,4 +1,5 @@
 """Less than a minute of the stateful fuzz of the functional interface, and a test of the fuzz itself."""
+
 import pytest
 
 pytest.importorskip("hypothesis")
@@ -30,10 +31,12 @@ def plain(monkeypatch, conv2d=F.conv2d):
         y = F.batch_norm(conv2d(x, w, b, **geom), mean, var, gamma, beta, training, momentum, eps)
         y = y if residual is None else y + residual
         return y if activation == "identity" else getattr(F, activation)(y)
+
     monkeypatch.setattr(convext, "conv2d", conv2d)
     monkeypatch.setattr(convext, "dilated_conv2d", conv2d)
-    monkeypatch.setattr(convext, "depthwise_conv2d",
-                        lambda x, w, b=None, **geom: conv2d(x, w, b, **geom, groups=x.shape[1]))
+    monkeypatch.setattr(
+        convext, "depthwise_conv2d", lambda x, w, b=None, **geom: conv2d(x, w, b, **geom, groups=x.shape[1])
+    )
     monkeypatch.setattr(convext, "conv_bn_relu", conv_bn_relu)
 
 
@@ -52,6 +55,7 @@ def test_finds_a_stale_weight(monkeypatch):
         if torch.is_grad_enabled() and w.requires_grad:
             return F.conv2d(x, w, b, **geom)
         return F.conv2d(x, cache.setdefault(key, w.detach().clone()), b, **geom)
+
     plain(monkeypatch, stale)
     found = None
     for seed in range(20):

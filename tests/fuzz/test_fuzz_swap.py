@@ -1,4 +1,5 @@
 """Two minutes at most of the stateful fuzz of the swap, and tests of the fuzz itself. `./dev fuzz` runs it for long."""
+
 import warnings
 
 import pytest
@@ -46,18 +47,40 @@ def test_finds_a_planted_fault(fault):
 
 def test_patches_are_undone():
     """Whatever a run does to classes, globals and torch is as before after it."""
+
     def places():
         torchs = nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Module, nn.Sequential, torch.Tensor
         names = "forward", "__call__", "_conv_forward", "relu", "mean", "permute", "__add__"
         found = [(kind, name, kind.__dict__.get(name)) for kind, name, _ in CLASS_ATTRIBUTES]
         found += [(owner, name, getattr(owner, name)) for owner, name in FUNCTIONS]
         found += [(kind, name, kind.__dict__.get(name)) for kind in torchs for name in names]
-        return found, repr(networks.SETTINGS), networks.GAIN, helpers.OFFSET, helpers.shifted.__defaults__, \
-            len(nn.modules.module._global_forward_hooks), len(nn.modules.module._global_backward_hooks)
+        return (
+            found,
+            repr(networks.SETTINGS),
+            networks.GAIN,
+            helpers.OFFSET,
+            helpers.shifted.__defaults__,
+            len(nn.modules.module._global_forward_hooks),
+            len(nn.modules.module._global_backward_hooks),
+        )
+
     before = places()
-    patching = [c for c in CHANGES if c.__name__ in (
-        "class_attribute", "method_of_a_class", "class_of_torch", "function_of_torch", "method_of_tensor",
-        "module_global", "code_or_closure", "global_hook", "undo_a_patch")]
+    patching = [
+        c
+        for c in CHANGES
+        if c.__name__
+        in (
+            "class_attribute",
+            "method_of_a_class",
+            "class_of_torch",
+            "function_of_torch",
+            "method_of_tensor",
+            "module_global",
+            "code_or_closure",
+            "global_hook",
+            "undo_a_patch",
+        )
+    ]
     steps = PROGRESS.steps
     run_batch(make_machine("plain", patching), 0, options(examples=10), PROGRESS)
     assert PROGRESS.steps > steps + 50

@@ -113,8 +113,15 @@ def stages(capability: str | None, results: Path, device_name: str, cores: int) 
         slow = (programs[1],), (programs[0], "bf16", "f32", "f64")
         for tool in ("memcheck", "racecheck"):
             watched = (sanitizer() or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
-            checks.append(Step(tool, 200.0, tuple((*watched, *command) for command in slow), environment,
-                               needs=("compute-sanitizer",)))
+            checks.append(
+                Step(
+                    tool,
+                    200.0,
+                    tuple((*watched, *command) for command in slow),
+                    environment,
+                    needs=("compute-sanitizer",),
+                )
+            )
     bench = ("-m", "convext", "bench", "layers", "--device", "cuda", "--dtype", "bfloat16", "--batch", "32",
              "--seconds", "0.1", "--json")  # fmt: skip
     tables = [Step(network, 90.0, (python(*bench, results / result_name(device_name, network), network),), environment,
@@ -174,8 +181,14 @@ def run_at_once(commands: Iterable[tuple[str, ...]], environment: dict[str, str]
     for command in commands:
         file = tempfile.TemporaryFile("w+", errors="replace")  # a pipe that nobody reads would stop who fills it
         try:
-            process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=file,
-                                       stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**os.environ, **environment},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         except OSError as error:
             file.write(f"{command[0]}: {error.strerror}\n")
             process = None
@@ -224,8 +237,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"gpu-check: torch {torch.__version__} sees no GPU here, so nothing was checked", file=sys.stderr)
         return 1
     out = os.environ.get("OUT")
-    results, log = (Path(out), Path(out) / "gpu_check.log") if out else (
-        ROOT / "benchmarks" / "results", ROOT / "build" / "gpu_check.log")
+    results, log = (
+        (Path(out), Path(out) / "gpu_check.log")
+        if out
+        else (ROOT / "benchmarks" / "results", ROOT / "build" / "gpu_check.log")
+    )
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("")
     properties = torch.cuda.get_device_properties(0)
@@ -251,8 +267,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"\n---- {outcome.name}: {outcome.status}\n" + "\n".join(outcome.output.splitlines()[-25:]))
     failed = [outcome.name for outcome in outcomes if not outcome.ok]
     skipped = [outcome.name for outcome in outcomes if outcome.status == "skipped"]
-    print(f"gpu-check: {'FAILED ' + ', '.join(failed) if failed else 'passed'}"
-          + (f"; skipped {', '.join(skipped)}" if skipped else ""))
+    print(
+        f"gpu-check: {'FAILED ' + ', '.join(failed) if failed else 'passed'}"
+        + (f"; skipped {', '.join(skipped)}" if skipped else "")
+    )
     return 1 if failed else 0
 
 
@@ -261,8 +279,11 @@ def write_results(path: Path, outcomes: list[Outcome]) -> None:
     from convext.bench import machine, results
 
     fields = ("name", "status", "seconds", "told")
-    results.write(path, machine.record(torch.device("cuda"), ROOT),
-                  [{field: getattr(outcome, field) for field in fields} for outcome in outcomes])
+    results.write(
+        path,
+        machine.record(torch.device("cuda"), ROOT),
+        [{field: getattr(outcome, field) for field in fields} for outcome in outcomes],
+    )
 
 
 if __name__ == "__main__":

@@ -26,8 +26,12 @@ def run_all(groups, seconds=60.0):
 
 
 def test_one_failing_step_takes_nothing_else_down():
-    outcomes = run_all([[step("a", "print('x')", "import sys; print('no luck'); sys.exit(3)", "print('never')")],
-                        [step("b", "import os; print('b is', os.environ['STEP'])")]])
+    outcomes = run_all(
+        [
+            [step("a", "print('x')", "import sys; print('no luck'); sys.exit(3)", "print('never')")],
+            [step("b", "import os; print('b is', os.environ['STEP'])")],
+        ]
+    )
     assert (outcomes["a"].status, outcomes["b"].status) == ("failed", "passed")
     assert outcomes["a"].output == "x\nno luck\nexit status 3\n"
     assert outcomes["b"].told == "b is b"
@@ -42,8 +46,9 @@ def test_a_step_ends_at_its_limit_with_all_that_it_started_and_keeps_its_output(
 
 
 def test_steps_of_a_group_run_at_once_and_the_whole_has_a_limit_too(tmp_path):
-    meet = ("import time, pathlib\nme, other = map(pathlib.Path, {})\nme.touch()\n"
-            "while not other.exists(): time.sleep(.01)")
+    meet = (
+        "import time, pathlib\nme, other = map(pathlib.Path, {})\nme.touch()\nwhile not other.exists(): time.sleep(.01)"
+    )
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     outcomes = run_all([[step("a", meet.format((a, b))), step("b", meet.format((b, a)))]])
     assert all(outcome.ok for outcome in outcomes.values())
@@ -58,8 +63,10 @@ def test_a_program_that_is_not_there_fails_in_one_line():
 
 
 def test_commands_at_once_meet_and_the_slow_one_keeps_its_output(tmp_path):
-    meet = ("import time, pathlib\nme, other = map(pathlib.Path, {})\nme.touch()\n"
-            "while not other.exists(): time.sleep(.01)\nprint('1 passed', flush=True)")
+    meet = (
+        "import time, pathlib\nme, other = map(pathlib.Path, {})\nme.touch()\n"
+        "while not other.exists(): time.sleep(.01)\nprint('1 passed', flush=True)"
+    )
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     both = dataclasses.replace(step("tests", meet.format((a, b)), meet.format((b, a))), at_once=True)
     assert run_all([[both]])["tests"].told == "2 passed in 2 processes"
@@ -164,7 +171,9 @@ def test_results_and_log_are_written_whatever_happens(gpu, monkeypatch, capsys, 
     assert gpu_check.main([]) == int(broken)
     written = json.loads((gpu / "stand_in_1_check.json").read_text())
     assert [(r["name"], r["status"]) for r in written["results"]] == [
-        ("build", "passed"), ("kernels", "failed" if broken else "passed")]
+        ("build", "passed"),
+        ("kernels", "failed" if broken else "passed"),
+    ]
     assert written["machine"]["gpu"] == {"name": "Stand-in 1"} and written["machine"]["kernels"]
     assert "built\n" in (gpu / "gpu_check.log").read_text()
     assert capsys.readouterr().out.strip().endswith("FAILED kernels" if broken else "gpu-check: passed")

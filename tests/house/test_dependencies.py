@@ -47,8 +47,10 @@ def test_the_blocker_blocks():
 
 
 def test_importing_convext_takes_neither_numpy_nor_what_draws():
-    code = "import torch\nbefore = set(sys.modules)\nimport convext\n" \
-           "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
+    code = (
+        "import torch\nbefore = set(sys.modules)\nimport convext\n"
+        "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
+    )
     assert {"numpy", "rich", "typer", "torchvision"}.isdisjoint(printed(code).split())
     plain = subprocess.run([sys.executable, "-c", "import sys\n" + code], capture_output=True, text=True, check=True)
     assert {"rich", "typer", "torchvision"}.isdisjoint(plain.stdout.split())
@@ -66,7 +68,9 @@ x = torch.randn(2, 3, 9, 9)
 
 
 def test_swap_report_verify_and_revert_run():
-    text = printed(NETWORK + """
+    text = printed(
+        NETWORK
+        + """
 expected = model.eval()(x)
 convext.swap(model)
 torch.testing.assert_close(model(x), expected)
@@ -78,14 +82,18 @@ print(verification)
 print(bool(verification))
 convext.revert(model)
 print(type(model[0]) is nn.Conv2d)
-""")
+"""
+    )
     assert re.search(r"^module +layer +became +fused ", text, re.M) and "fused with what follows\n" in text
     assert re.search(r"^model +kind +worst of it ", text, re.M) and " values: swapped and unswapped agree\n" in text
     assert "('3 -> 8, 3x3, padding 1', 'bn + relu')" in text and text.endswith("True\nTrue\n")
 
 
 def test_every_operator_runs_forward_and_backward():
-    assert printed(NETWORK + """
+    assert (
+        printed(
+            NETWORK
+            + """
 w, d = torch.randn(4, 3, 3, 3, requires_grad=True), torch.randn(3, 1, 3, 3, requires_grad=True)
 s = torch.rand(4) + 0.5
 calls = [convext.conv2d(x, w), convext.dilated_conv2d(x, w), convext.depthwise_conv2d(x, d),
@@ -97,16 +105,23 @@ with convext.backend("aten"), convext.accuracy("strict"), convext.output_pool(0)
     model(x).sum().backward()
 convext.backends()
 print(bool(w.grad.isfinite().all() and d.grad.isfinite().all()))
-""") == "True\n"
+"""
+        )
+        == "True\n"
+    )
 
 
 MAIN = "from convext.__main__ import main\nsys.exit(main({arguments}))"
 
 
-@pytest.mark.parametrize("code", [
-    MAIN.format(arguments=["doctor"]),
-    "sys.argv[1:] = []\nimport runpy\nrunpy.run_module('convext', run_name='__main__', alter_sys=False)",
-], ids=["convext doctor", "python -m convext"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        MAIN.format(arguments=["doctor"]),
+        "sys.argv[1:] = []\nimport runpy\nrunpy.run_module('convext', run_name='__main__', alter_sys=False)",
+    ],
+    ids=["convext doctor", "python -m convext"],
+)
 def test_the_doctors_report_is_printed(code):
     text = printed(code)
     for line in ("convext ", "running with: torch", "CPU: ", "backends:", "serves cpu: "):
@@ -118,13 +133,14 @@ def test_any_other_command_says_in_one_line_what_to_install(arguments):
     found = run(MAIN.format(arguments=arguments))
     assert found.returncode == 2 and found.stdout == ""
     assert found.stderr == (
-        'convext: typer and rich not installed: pip install "convext[cli]"; `convext doctor` runs without\n')
+        'convext: typer and rich not installed: pip install "convext[cli]"; `convext doctor` runs without\n'
+    )
 
 
 def test_torch_is_the_only_requirement_and_the_extras_say_the_rest():
     text = (ROOT / "pyproject.toml").read_text()
     assert re.search(r'^dependencies = \["torch>=[0-9.]+"\]$', text, re.M)
-    extras = dict(re.findall(r'^(\w+) = \[(.*)\]$', text.partition("[project.optional-dependencies]")[2], re.M))
+    extras = dict(re.findall(r"^(\w+) = \[(.*)\]$", text.partition("[project.optional-dependencies]")[2], re.M))
     assert "typer" in extras["cli"] and "rich" in extras["cli"]
     for extra in ("demo", "smoke"):
         assert '"convext[cli]"' in extras[extra] and '"numpy"' in extras[extra]

@@ -20,8 +20,11 @@ def public(module: types.ModuleType) -> dict[str, object]:
     """The functions and classes that a module offers: those it lists, or those it defines, by their full names."""
     defined = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
     names = getattr(module, "__all__", defined)
-    return {f"{module.__name__}.{name}": getattr(module, name) for name in names
-            if not name.startswith("_") and not isinstance(getattr(module, name), types.ModuleType)}
+    return {
+        f"{module.__name__}.{name}": getattr(module, name)
+        for name in names
+        if not name.startswith("_") and not isinstance(getattr(module, name), types.ModuleType)
+    }
 
 
 PUBLIC = public(convext) | public(convext.nn)
@@ -49,7 +52,12 @@ def described(doc: str) -> dict[str, str]:
 def test_there_is_something_to_check():
     assert {"convext.conv2d", "convext.conv_bn_relu", "convext.nn.ConvBNReLU", "convext.accuracy"} <= PUBLIC.keys()
     assert {name for name in convext.__all__ if f"convext.{name}" not in PUBLIC} == {
-        "autograd", "backends", "functional", "nn", "ops", "problem",  # modules
+        "autograd",
+        "backends",
+        "functional",
+        "nn",
+        "ops",
+        "problem",  # modules
     }
 
 
@@ -96,8 +104,11 @@ def test_the_defaults_are_the_functions_own():
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_what_it_raises_is_said(name):
-    assert re.search(r"\bRaises? ", PUBLIC[name].__doc__) and "rror" in PUBLIC[name].__doc__ or \
-        re.search(r"Raises as `Conv2d`|Raises where `convext\.conv_bn_act` does", PUBLIC[name].__doc__)
+    assert (
+        re.search(r"\bRaises? ", PUBLIC[name].__doc__)
+        and "rror" in PUBLIC[name].__doc__
+        or re.search(r"Raises as `Conv2d`|Raises where `convext\.conv_bn_act` does", PUBLIC[name].__doc__)
+    )
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -131,8 +142,11 @@ def modules(package: str, *but: str) -> list[str]:
     return [package, *(f"{package}.{module.name}" for module in pkgutil.iter_modules(path) if module.name not in but)]
 
 
-MODULES = modules("convext", "__main__", "_C", "_CUDA", "_storage", "bench", "demo", "swap", "triton") \
-    + modules("convext.swap", "capture") + modules("convext.swap.capture")
+MODULES = (
+    modules("convext", "__main__", "_C", "_CUDA", "_storage", "bench", "demo", "swap", "triton")
+    + modules("convext.swap", "capture")
+    + modules("convext.swap.capture")
+)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -161,8 +175,12 @@ def test_the_examples_are_found():
 
 
 def settings() -> tuple[object, ...]:
-    return (convext.output_pool.limit(), convext.backends.forced(), convext.backends.native.accuracy(),
-            convext.layer_by_layer.on)
+    return (
+        convext.output_pool.limit(),
+        convext.backends.forced(),
+        convext.backends.native.accuracy(),
+        convext.layer_by_layer.on,
+    )
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -81,7 +81,7 @@ def circles(files: dict[str, str], targets=includes) -> list[list[str]]:
 
     def visit(name: str, path: list[str]) -> None:
         if name in path:
-            found.append([*path[path.index(name):], name])
+            found.append([*path[path.index(name) :], name])
         elif name not in done and name in files:
             for target in targets(name, files[name]):
                 visit(target, [*path, name])
@@ -140,11 +140,13 @@ def imports(name: str, text: str, modules: dict[str, str]) -> list[str]:
     found = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("convext")):
-            base = name.split("/")[:-node.level] if node.level else []
+            base = name.split("/")[: -node.level] if node.level else []
             path = [*base, *(node.module or "").removeprefix("convext").split(".")]
             for alias in node.names:
-                parts = ["/".join(filter(None, [*path, *more])) for more in ([alias.name], [alias.name, "__init__"], [],
-                                                                            ["__init__"])]
+                parts = [
+                    "/".join(filter(None, [*path, *more]))
+                    for more in ([alias.name], [alias.name, "__init__"], [], ["__init__"])
+                ]
                 found.append(next((part for part in parts if part in modules), parts[0]))
     return found
 
@@ -164,7 +166,7 @@ def swap_problems(package: Path) -> list[str]:
         for target in imports(name, text, modules):
             other, below = layer(target)
             if top == "swap" == other:
-                upwards = below not in SWAP[:SWAP.index(own)] and below != own
+                upwards = below not in SWAP[: SWAP.index(own)] and below != own
             else:
                 upwards = other == "swap" and top not in ABOVE_THE_SWAP or top == "swap" and other in ABOVE_THE_SWAP
             if upwards:
@@ -176,10 +178,22 @@ def swap_problems(package: Path) -> list[str]:
 
 def test_the_swap_imports_one_way():
     modules = modules_of(PACKAGE)
-    arrows = {(layer(name)[1], layer(target)[1]) for name, text in modules.items() if name.startswith("swap/")
-              for target in imports(name, text, modules) if target.startswith("swap/")}
-    assert {("planned", "plan"), ("plan", "lower"), ("lower", "schedule"), ("match", "units"), ("units", "capture"),
-            ("match", "match"), ("__init__", "report")} <= arrows
+    arrows = {
+        (layer(name)[1], layer(target)[1])
+        for name, text in modules.items()
+        if name.startswith("swap/")
+        for target in imports(name, text, modules)
+        if target.startswith("swap/")
+    }
+    assert {
+        ("planned", "plan"),
+        ("plan", "lower"),
+        ("lower", "schedule"),
+        ("match", "units"),
+        ("units", "capture"),
+        ("match", "match"),
+        ("__init__", "report"),
+    } <= arrows
     assert swap_problems(PACKAGE) == []
 
 
@@ -196,8 +210,16 @@ def test_the_swap_imports_one_way():
     ("swap/units/b", "from . import b", "swap/units/b -> swap/units/b is a circle"),
 ])  # fmt: skip
 def test_an_import_that_points_another_way_is_found(tmp_path, name, line, said):
-    for file in ("cli", "swap/__init__", "swap/planned", "swap/plan", "swap/report", "swap/lower/__init__",
-                 "swap/lower/calls", name):
+    for file in (
+        "cli",
+        "swap/__init__",
+        "swap/planned",
+        "swap/plan",
+        "swap/report",
+        "swap/lower/__init__",
+        "swap/lower/calls",
+        name,
+    ):
         (tmp_path / f"{file}.py").parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / f"{file}.py").write_text(line if file == name else "")
     assert swap_problems(tmp_path) == [said]

@@ -115,12 +115,14 @@ def replace(old: str, new: str):
 EDITS = {
     "a CPU kernel": {
         "csrc/cpu/kernels/pointwise/pointwise_f64_fprop.cpp": KERNEL,
-        "csrc/core/variants.inc": insert("CONVEXT_CPU_VARIANT(fprop_pointwise_f32)",
-                                         "CONVEXT_CPU_VARIANT(fprop_pointwise_f64)\n"),
+        "csrc/core/variants.inc": insert(
+            "CONVEXT_CPU_VARIANT(fprop_pointwise_f32)", "CONVEXT_CPU_VARIANT(fprop_pointwise_f64)\n"
+        ),
     },
     "an activation": {
         "csrc/core/epilogue.h": lambda source: insert("}  // namespace activation\n", STRUCT)(
-            replace("X(gelu)", "X(gelu) X(sigmoid)")(source)),
+            replace("X(gelu)", "X(gelu) X(sigmoid)")(source)
+        ),
         "convext/activation.py": insert("}\n", ENTRY),
         "convext/triton/epilogue.py": insert("    else:\n        tl.static_assert(ACTIVATION", BRANCH),
     },
@@ -218,16 +220,19 @@ def test_they_are_selected_and_reported(tree):
     assert (dilated["backend"], dilated["variant"]) == ("careful", "careful_fprop")
 
 
-@pytest.mark.parametrize(("file", "chosen", "least"), [
-    ("test_cases.py", "pointwise and float64 and native or careful and dilated", 20),
-    ("backends/test_isa.py", "pointwise and float64 and portable", 4),
-    ("test_functional.py", "sigmoid", 4),
-    ("test_nn.py", "sigmoid", 1),
-    ("test_checkpoint.py", "sigmoid", 1),
-    ("swap/test_linears.py", "sigmoid", 2),
-    ("test_problem.py", "activations", 1),
-    ("triton/test_triton.py", "every_activation", 0),  # where Triton is installed
-])
+@pytest.mark.parametrize(
+    ("file", "chosen", "least"),
+    [
+        ("test_cases.py", "pointwise and float64 and native or careful and dilated", 20),
+        ("backends/test_isa.py", "pointwise and float64 and portable", 4),
+        ("test_functional.py", "sigmoid", 4),
+        ("test_nn.py", "sigmoid", 1),
+        ("test_checkpoint.py", "sigmoid", 1),
+        ("swap/test_linears.py", "sigmoid", 2),
+        ("test_problem.py", "activations", 1),
+        ("triton/test_triton.py", "every_activation", 0),  # where Triton is installed
+    ],
+)
 def test_the_tests_that_are_there_try_them(tree, file, chosen, least):
     out = run(tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{file}", "-k", chosen)
     passed = re.search(r"(\d+) passed", out)

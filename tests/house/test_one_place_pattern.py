@@ -83,8 +83,14 @@ def _copied(folder: Path) -> Path:
 
 
 def _said(folder: Path) -> list[str]:
-    run = subprocess.run([sys.executable, "-c", USE], capture_output=True, text=True, cwd=folder, timeout=250,
-                         env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"})
+    run = subprocess.run(
+        [sys.executable, "-c", USE],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=250,
+        env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
+    )
     assert run.returncode == 0, run.stderr
     *said, file = run.stdout.splitlines()
     assert Path(file).is_relative_to(folder)

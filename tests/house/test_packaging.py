@@ -144,7 +144,7 @@ def test_pre_commit_runs_what_lint_runs_and_downloads_nothing():
     assert all(entry.startswith(".venv/bin/") for entry in entries)
     lint = re.search(r"^verb_lint\(\) \{\n(.*?)^\}", (ROOT / "dev").read_text(), re.M | re.S)[1]
     tools = set(re.findall(r"\$VENV/bin/([a-z-]+)", lint))
-    assert {"ruff", "mypy"} <= tools <= {Path(entry.split()[0]).name for entry in entries}
+    assert {"ruff", "mypy", "clang-format"} <= tools <= {Path(entry.split()[0]).name for entry in entries}
 
 
 def test_the_types_of_every_public_module_are_checked():
@@ -175,8 +175,13 @@ def published(tmp_path_factory):
     if not (ROOT / "setup.py").exists():
         pytest.skip("there is no source tree here")
     scratch = tmp_path_factory.mktemp("published")
-    tree = shutil.copytree(ROOT, scratch / "tree", ignore=shutil.ignore_patterns(
-        ".git", ".venv*", "build", "dist", "*.so", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis"))
+    tree = shutil.copytree(
+        ROOT,
+        scratch / "tree",
+        ignore=shutil.ignore_patterns(
+            ".git", ".venv*", "build", "dist", "*.so", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis"
+        ),
+    )
     setup_py(tree, scratch, "sdist", "--dist-dir", scratch / "dist")
     setup_py(tree, scratch, "build_py", "--build-lib", scratch / "lib")
     (archive,) = (scratch / "dist").iterdir()

@@ -4,7 +4,7 @@
         operands = case.operands(torch.float32)   # seeded by the case's name, lying in memory as it says
         y = convext.conv2d(operands.x, operands.w, operands.bias, *case.arguments)
 
-`reference.py` beside it computes the expected values in float64. PROBLEMS is the part of CASES that is one `ConvProblem`
+`reference.py` computes the expected values in float64. PROBLEMS is the part of CASES that is one `ConvProblem`
 as it stands, for tests that talk to an operator or a kernel and not to the public functions.
 """
 

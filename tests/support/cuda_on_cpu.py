@@ -1,9 +1,9 @@
 """Builds the CUDA kernels with g++ for the emulator in csrc/tests/cuda_on_cpu, in the forms that the tests run.
 
-    plain   the fast one, for the whole list of cases
-    asan    address sanitizer: shared memory past its end, local arrays
-    align   vector loads and stores at addresses that do not fit them, bad shifts and indices
-    race    every load and store checked for races in shared memory, and counted in global memory
+plain   the fast one, for the whole list of cases
+asan    address sanitizer: shared memory past its end, local arrays
+align   vector loads and stores at addresses that do not fit them, bad shifts and indices
+race    every load and store checked for races in shared memory, and counted in global memory
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 EMULATOR = "tests/cuda_on_cpu"
-SANITIZERS = {"plain": [], "asan": ["-fsanitize=address"], "race": [],
-              "align": ["-fsanitize=alignment,bounds,shift,integer-divide-by-zero", "-fno-sanitize-recover=all"]}
+SANITIZERS = {
+    "plain": [],
+    "asan": ["-fsanitize=address"],
+    "race": [],
+    "align": ["-fsanitize=alignment,bounds,shift,integer-divide-by-zero", "-fno-sanitize-recover=all"],
+}
 
 
 def cuda_include() -> Path | None:
@@ -47,9 +51,19 @@ def why_not() -> str | None:
 
 def flags(csrc: Path, form: str) -> list[str]:
     """The compiler's flags for one form."""
-    found = ["-std=c++20", "-O2" if form == "plain" else "-O1", "-g1", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi",
-             "-fno-strict-aliasing", f'-DCONVEXT_CUDA_ON_CPU="{EMULATOR}/cuda_names.h"', f"-I{csrc}",
-             "-isystem", str(cuda_include())]
+    found = [
+        "-std=c++20",
+        "-O2" if form == "plain" else "-O1",
+        "-g1",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+        "-Wno-psabi",
+        "-fno-strict-aliasing",
+        f'-DCONVEXT_CUDA_ON_CPU="{EMULATOR}/cuda_names.h"',
+        f"-I{csrc}",
+        "-isystem",
+        str(cuda_include()),
+    ]
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists() and " avx2 " in cpuinfo.read_text():
         found.append("-march=x86-64-v3")

@@ -4,6 +4,7 @@
 
 runs every scenario and writes {name: "" or how it failed} to FOLDER/RANK.json.
 """
+
 import contextlib
 import datetime
 import json
@@ -82,7 +83,7 @@ def network(maker=Net):
 def images(whole=False):
     """This process's, or all of them."""
     everything = torch.randn(2 * IMAGES, 3, SIZE, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    return everything if whole else everything[dist.get_rank() * IMAGES:][:IMAGES]
+    return everything if whole else everything[dist.get_rank() * IMAGES :][:IMAGES]
 
 
 def plain(t):
@@ -97,8 +98,9 @@ def trained(model, x):
         output = model(x)
         output.square().mean().backward()
         found[f"output {step}"] = plain(output)
-        found |= {f"gradient {step} of {name}": plain(p.grad) for name, p in model.named_parameters()
-                  if p.grad is not None}  # FSDP gives a process those of its own shard
+        found |= {
+            f"gradient {step} of {name}": plain(p.grad) for name, p in model.named_parameters() if p.grad is not None
+        }  # FSDP gives a process those of its own shard
         optimizer.step()
     found |= {f"parameter {name}": plain(p) for name, p in model.named_parameters()}
     found |= {f"buffer {name}": plain(b) for name, b in model.named_buffers()}
@@ -197,6 +199,7 @@ def fully_sharded():
 
 def trained_flat(use_orig_params, swapped_first):
     """FSDP of the first kind, which views weights into one flat parameter, freed between calls."""
+
     def wrap(model):
         return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=use_orig_params)
 
@@ -284,8 +287,13 @@ if __name__ == "__main__":
     rank, FOLDER = int(sys.argv[1]), pathlib.Path(sys.argv[2])
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{FOLDER / 'rendezvous'}", rank=rank, world_size=2,
-                            timeout=datetime.timedelta(seconds=40))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{FOLDER / 'rendezvous'}",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=40),
+    )
     found = {}
     for name, function in SCENARIOS.items():
         try:

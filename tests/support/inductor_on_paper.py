@@ -86,8 +86,10 @@ def _loaded(path, source):
         return keep
 
     path.write_text(source)
-    with mock.patch.object(triton_heuristics, "user_autotune", user_autotune), mock.patch(
-            "torch._inductor.runtime.triton_helpers.set_driver_to_gpu", lambda: None):
+    with (
+        mock.patch.object(triton_heuristics, "user_autotune", user_autotune),
+        mock.patch("torch._inductor.runtime.triton_helpers.set_driver_to_gpu", lambda: None),
+    ):
         spec = importlib.util.spec_from_file_location(path.stem, path)
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     return seen["kernel"], seen["meta"], seen["config"]

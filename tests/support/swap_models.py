@@ -1,4 +1,5 @@
 """Networks as people write them by hand: the blocks of the usual tutorials, and forwards that are awkward to trace."""
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -85,7 +86,8 @@ class DenseLayers(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(
             nn.Sequential(nn.BatchNorm2d(3 + 4 * i), nn.ReLU(inplace=True), nn.Conv2d(3 + 4 * i, 4, 3, padding=1))
-            for i in range(3))
+            for i in range(3)
+        )
 
     def forward(self, x):
         features = [x]
@@ -140,8 +142,9 @@ class Blocks(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU6())
-                                    for _ in range(3))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU6()) for _ in range(3)
+        )
         self.heads = nn.ModuleDict({"a": nn.Conv2d(3, 4, 1), "b": nn.Conv2d(3, 2, 1)})
 
     def forward(self, x):
@@ -162,10 +165,10 @@ class Reshapes(nn.Module):
     def forward(self, x):
         x = torch.relu(self.bn(self.conv1(x)))
         n, c, h, w = x.shape
-        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)   # channel shuffle
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)  # channel shuffle
         x = self.conv2(x)
         flat = x.view(n, -1)
-        flat.mul_(2)                                                                   # writes x
+        flat.mul_(2)  # writes x
         x = x.relu()
         y = F.hardswish(self.conv3(x))
         return y, x, y.permute(0, 2, 3, 1)
@@ -181,8 +184,18 @@ class Activations(nn.Module):
         self.modules_ = nn.ModuleList([nn.ReLU6(), nn.SiLU(inplace=True), nn.Hardswish(), nn.GELU(), nn.Hardtanh(0, 6)])
 
     def forward(self, x):
-        functions = [F.relu, torch.relu, torch.relu_, F.relu6, F.silu, F.hardswish, F.gelu, lambda v: v.relu(),
-                     lambda v: F.relu(v, inplace=True), *self.modules_]
+        functions = [
+            F.relu,
+            torch.relu,
+            torch.relu_,
+            F.relu6,
+            F.silu,
+            F.hardswish,
+            F.gelu,
+            lambda v: v.relu(),
+            lambda v: F.relu(v, inplace=True),
+            *self.modules_,
+        ]
         for function, conv, bn in zip(functions, self.convs, self.bns):
             x = function(bn(conv(x)))
         return x

@@ -37,8 +37,10 @@ class Compiled:
 def aiming_at(name, tf32=False):
     """Launches built inside are meant for that target, whichever device their tensors are on."""
     backend = TARGETS[name].backend
-    with mock.patch.object(launching, "target", lambda device_type: backend), torch.backends.cudnn.flags(
-            allow_tf32=tf32):
+    with (
+        mock.patch.object(launching, "target", lambda device_type: backend),
+        torch.backends.cudnn.flags(allow_tf32=tf32),
+    ):
         yield
 
 

@@ -69,7 +69,7 @@ class Doubled(Function):
 
     @staticmethod
     def backward(ctx, dy, _):
-        sign, = ctx.saved_tensors
+        (sign,) = ctx.saved_tensors
         return 5 * sign * dy
 
 
@@ -126,8 +126,15 @@ class Layer(nn.Module):
 
 
 def in_a_layer(function):
-    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), Layer(function), nn.ReLU(),
-                         nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        Layer(function),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+    )
 
 
 class Trunk(nn.Module):
@@ -202,8 +209,9 @@ def test_a_function_keeps_its_backward(network, function, training):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("network", [Rounds, Reverses, Scales, TakesBoth, ByHelper, ByInstance],
-                         ids=lambda n: n.__name__)
+@pytest.mark.parametrize(
+    "network", [Rounds, Reverses, Scales, TakesBoth, ByHelper, ByInstance], ids=lambda n: n.__name__
+)
 def test_a_function_called_by_its_name_keeps_its_backward(network, training):
     compare(network(), training)
 

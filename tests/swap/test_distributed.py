@@ -1,6 +1,7 @@
 """Swapped networks trained by two processes over gloo: what they compute is what unswapped ones do.
 
 Both processes run all of tests/support/distributed_worker.py once; each scenario is a test here."""
+
 import json
 import os
 import pathlib
@@ -14,8 +15,10 @@ import torch
 WORKER = pathlib.Path(__file__).parents[1] / "support" / "distributed_worker.py"
 SCENARIOS = re.findall(r"^@scenario\ndef (\w+)", WORKER.read_text(), re.MULTILINE)
 
-pytestmark = pytest.mark.skipif(not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
-                                reason="this torch was built without gloo")
+pytestmark = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="this torch was built without gloo",
+)
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +26,16 @@ def outcomes(tmp_path_factory):
     """{scenario: how it failed in either process, or ""}"""
     folder = tmp_path_factory.mktemp("distributed")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [subprocess.Popen([sys.executable, WORKER, str(rank), folder], env=environment, text=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(2)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, WORKER, str(rank), folder],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]
     outputs = []
     try:
         for process in processes:
@@ -32,10 +43,17 @@ def outcomes(tmp_path_factory):
     finally:
         for process in processes:
             process.kill()
-    found = [json.loads((folder / f"{rank}.json").read_text()) if (folder / f"{rank}.json").exists() else {}
-             for rank in range(2)]
-    return {name: "".join(each.get(name, f"process {rank} did not come so far:\n{output}")
-                          for rank, (each, output) in enumerate(zip(found, outputs))) for name in SCENARIOS}
+    found = [
+        json.loads((folder / f"{rank}.json").read_text()) if (folder / f"{rank}.json").exists() else {}
+        for rank in range(2)
+    ]
+    return {
+        name: "".join(
+            each.get(name, f"process {rank} did not come so far:\n{output}")
+            for rank, (each, output) in enumerate(zip(found, outputs))
+        )
+        for name in SCENARIOS
+    }
 
 
 @pytest.mark.timeout(450)

@@ -3,6 +3,7 @@
 A plain and a swapped twin go through the same steps, without gradients and with them, and what they give is compared.
 Where it can be told, what is right is written down as well: a result is so many times `Net.feats` of the input.
 """
+
 import builtins
 import collections
 import contextlib
@@ -49,12 +50,14 @@ class Net(nn.Module):
 
 def net(forward, held=None):
     """Makes a Net of a class of its own with this forward, which may use `self.held`."""
+
     def make():
         model = type("Net", (Net,), {"forward": forward})()
         model.held = held() if held else None
         if isinstance(model.held, Child):
             model.held.around.append(model)
         return model
+
     return make
 
 
@@ -122,19 +125,23 @@ def check(make, steps, factors=None, differs=False, raises=None, modes=(False, T
 
 def times(count, x=X):
     """Steps: so many calls."""
+
     def steps(model):
         for _ in range(count):
             yield model(x)
+
     return steps
 
 
 def during(change):
     """Steps: two calls before a change, two while it holds, one after it."""
+
     def steps(model):
         yield from times(2)(model)
         with change(model):
             yield from times(2)(model)
         yield model(X)
+
     return steps
 
 
@@ -176,6 +183,7 @@ class Child(nn.Module):
 
 class LastInput(nn.Module):
     """Keeps what it was given, a size of it, and a tensor that it replaces at every call."""
+
     h = torch.zeros(1)
 
     def forward(self, x):
@@ -191,18 +199,32 @@ class MoreEachTime(nn.Module):
         return [x] * self.calls
 
 
-@pytest.mark.parametrize("forward, held, factors", rows({
-    "its count": (lambda m, x: m.held(m.feats(x)) * m.held.calls, Child, (1, 2, 3, 4)),
-    "a list of the parent": (lambda m, x: m.held(m.feats(x)) * len(m.seen),
-        lambda: Child(lambda model, call: model.seen.append(call)), (1, 2, 3, 4)),
-    "a configuration that both have": (lambda m, x: m.held(m.feats(x)) * (-1 if m.config.deep else 1),
-        lambda: Child(lambda model, call: setattr(model.config, "deep", call % 2 == 0)), (1, -1, 1, -1)),
-    "the parent's mode": (lambda m, x: m.held(m.feats(x)) * (2 if m.training else 1),
-        lambda: Child(lambda model, call: model.train(call % 2 == 0).bn.eval()), (1, 2, 1, 2)),
-    "a number of its own": (lambda m, x: m.held(m.feats(x)) / m.held.size, LastInput, (0.5, 0.5)),
-    "a tensor of its own": (lambda m, x: m.held(m.feats(x)) + getattr(m.held, "kept", 0.0), LastInput, (3, 3)),
-    "the list it returns": (lambda m, x: m.held(m.feats(x))[-1] * m.held.calls, MoreEachTime, (1, 2, 3)),
-}))
+@pytest.mark.parametrize(
+    "forward, held, factors",
+    rows(
+        {
+            "its count": (lambda m, x: m.held(m.feats(x)) * m.held.calls, Child, (1, 2, 3, 4)),
+            "a list of the parent": (
+                lambda m, x: m.held(m.feats(x)) * len(m.seen),
+                lambda: Child(lambda model, call: model.seen.append(call)),
+                (1, 2, 3, 4),
+            ),
+            "a configuration that both have": (
+                lambda m, x: m.held(m.feats(x)) * (-1 if m.config.deep else 1),
+                lambda: Child(lambda model, call: setattr(model.config, "deep", call % 2 == 0)),
+                (1, -1, 1, -1),
+            ),
+            "the parent's mode": (
+                lambda m, x: m.held(m.feats(x)) * (2 if m.training else 1),
+                lambda: Child(lambda model, call: model.train(call % 2 == 0).bn.eval()),
+                (1, 2, 1, 2),
+            ),
+            "a number of its own": (lambda m, x: m.held(m.feats(x)) / m.held.size, LastInput, (0.5, 0.5)),
+            "a tensor of its own": (lambda m, x: m.held(m.feats(x)) + getattr(m.held, "kept", 0.0), LastInput, (3, 3)),
+            "the list it returns": (lambda m, x: m.held(m.feats(x))[-1] * m.held.calls, MoreEachTime, (1, 2, 3)),
+        }
+    ),
+)
 def test_a_child_sets_what_the_parent_reads_after_it(forward, held, factors):
     def steps(model):
         model.seen, model.config = [], types.SimpleNamespace(deep=False)
@@ -232,9 +254,14 @@ def test_a_child_replaces_the_layer_after_it():
         model.head = model.a
         yield from times(4)(model)
 
-    check(net(lambda m, x: F.relu(m.head(m.held(m.feats(x)))),
-              lambda: Child(lambda model, call: setattr(model, "head", model.a if call % 2 else model.b))), steps,
-          differs=True)
+    check(
+        net(
+            lambda m, x: F.relu(m.head(m.held(m.feats(x)))),
+            lambda: Child(lambda model, call: setattr(model, "head", model.a if call % 2 else model.b)),
+        ),
+        steps,
+        differs=True,
+    )
 
 
 class Chain(Net):
@@ -291,10 +318,14 @@ class HalvesTheWeight(nn.Module):
             self.weights[0].mul_(0.5)
 
 
-@pytest.mark.parametrize("forward", [
-    lambda m, x: F.relu(m.bn((m.conv(x), m.halve())[0])),
-    lambda m, x: F.relu(m.bn((m.conv(x), m.alias.mul_(0.5))[0])),
-], ids=["by a child", "by an alias"])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: F.relu(m.bn((m.conv(x), m.halve())[0])),
+        lambda m, x: F.relu(m.bn((m.conv(x), m.alias.mul_(0.5))[0])),
+    ],
+    ids=["by a child", "by an alias"],
+)
 def test_a_weight_is_written_between_its_convolution_and_the_batch_norm_after_it(forward):
     def steps(model):
         model.halve, model.alias = HalvesTheWeight(model.conv.weight), model.conv.weight.data
@@ -358,8 +389,7 @@ def test_a_hook_collects_what_the_forward_reads_after(layer):
         model.taken.clear()
         yield model(X)
 
-    check(net(lambda m, x: m.held(m.feats(x)) * 0 + m.taken["kept"], Half), steps,
-          (1 if layer == "held" else 2,) * 4)
+    check(net(lambda m, x: m.held(m.feats(x)) * 0 + m.taken["kept"], Half), steps, (1 if layer == "held" else 2,) * 4)
 
 
 def test_a_hook_that_comes_later_sets_what_the_forward_reads_after_it():
@@ -378,7 +408,8 @@ def test_a_hook_that_comes_later_sets_what_the_forward_reads_after_it():
         model.gain = nn.Parameter(torch.ones(1))
         yield model(X)
         model.held.register_forward_hook(
-            lambda layer, args, y: setattr(model, "gain", nn.Parameter(model.gain.detach() + 1)))
+            lambda layer, args, y: setattr(model, "gain", nn.Parameter(model.gain.detach() + 1))
+        )
         yield from times(2)(model)
 
     check(net(lambda m, x: m.held(m.feats(x)) * (-1 if m.hot else 1), Half), flag, (0.5, -0.5, -0.5, 0.5))
@@ -405,30 +436,60 @@ def sum_in_place_is_the_same_tensor(self, x):
     return y * 2 if z is y else y
 
 
-@pytest.mark.parametrize("forward, held, factor", rows({
-    "whether it can be called": (lambda m, x: m.feats(x() if callable(x) else x), None, 1),
-    "its class": (lambda m, x: m.feats(x) * (2 if x.__class__ is torch.Tensor else 1), None, 2),
-    "its type by another name": (lambda m, x: m.feats(x) * (2 if kind_of(x) is torch.Tensor else 1), None, 2),
-    "a layer's type by another name": (lambda m, x: m.feats(x) * (2 if kind_of(m.bn) is nn.BatchNorm2d else 1), None,
-        2),
-    "isinstance as a default": (lambda m, x, _is=isinstance: m.feats(x) * (2 if _is(x, torch.Tensor) else 1), None, 2),
-    "a legacy tensor type": (lambda m, x: m.feats(x) * (2 if isinstance(x, torch.DoubleTensor) else 1), None, 2),
-    "whether contiguous is itself": (lambda m, x: m.feats(x) * (2 if x.contiguous() is x else 1), None, 2),
-    "a sum in place": (sum_in_place_is_the_same_tensor, None, 6),
-    "dropout in eval": (lambda m, x: (y := m.feats(x)) * (2 if m.held(y) is y else 1), nn.Dropout, 2),
-    "dtype is": (lambda m, x: m.feats(x) * (2 if x.dtype is torch.float64 else 1), None, 2),
-    "dtype in a set": (lambda m, x: m.feats(x) * (2 if x.dtype in LOW else 1), None, 2),
-    "dtype of a dictionary": (lambda m, x: m.feats(x) * m.held.get(x.dtype, 1.0), lambda: {torch.float64: 2.0}, 2),
-    "text of a dtype": (
-        lambda m, x: m.feats(x) * m.held.get("{}".format(x.dtype), 1.0),  # noqa: UP032 (it is about format)
-        lambda: {"torch.float64": 2.0}, 2),
-    "text of a device": (lambda m, x: m.feats(x) * (2 if str(x.device) == "cpu" else 1), None, 2),
-    "size in a dictionary": (lambda m, x: m.feats(x) * (3 if x.shape[2] in m.held else 1), lambda: {8: 1}, 3),
-    "size that is not there": (lambda m, x: m.feats(x) * (3 if x.shape[2] in m.held else 1), lambda: {9: 1}, 1),
-    "keys": (lambda m, x: m.feats(x["image"] if hasattr(x, "keys") else x), None, 1),
-    "names of a proxy": (lambda m, x: m.feats(x) * (2 if hasattr(x, "node") or hasattr(x, "tracer") else 1), None, 1),
-    "whether a result is None": (lambda m, x: m.feats(x) * (2 if operator.is_(m.held(x), None) else 1), ReturnsNone, 2),
-}))
+@pytest.mark.parametrize(
+    "forward, held, factor",
+    rows(
+        {
+            "whether it can be called": (lambda m, x: m.feats(x() if callable(x) else x), None, 1),
+            "its class": (lambda m, x: m.feats(x) * (2 if x.__class__ is torch.Tensor else 1), None, 2),
+            "its type by another name": (lambda m, x: m.feats(x) * (2 if kind_of(x) is torch.Tensor else 1), None, 2),
+            "a layer's type by another name": (
+                lambda m, x: m.feats(x) * (2 if kind_of(m.bn) is nn.BatchNorm2d else 1),
+                None,
+                2,
+            ),
+            "isinstance as a default": (
+                lambda m, x, _is=isinstance: m.feats(x) * (2 if _is(x, torch.Tensor) else 1),
+                None,
+                2,
+            ),
+            "a legacy tensor type": (
+                lambda m, x: m.feats(x) * (2 if isinstance(x, torch.DoubleTensor) else 1),
+                None,
+                2,
+            ),
+            "whether contiguous is itself": (lambda m, x: m.feats(x) * (2 if x.contiguous() is x else 1), None, 2),
+            "a sum in place": (sum_in_place_is_the_same_tensor, None, 6),
+            "dropout in eval": (lambda m, x: (y := m.feats(x)) * (2 if m.held(y) is y else 1), nn.Dropout, 2),
+            "dtype is": (lambda m, x: m.feats(x) * (2 if x.dtype is torch.float64 else 1), None, 2),
+            "dtype in a set": (lambda m, x: m.feats(x) * (2 if x.dtype in LOW else 1), None, 2),
+            "dtype of a dictionary": (
+                lambda m, x: m.feats(x) * m.held.get(x.dtype, 1.0),
+                lambda: {torch.float64: 2.0},
+                2,
+            ),
+            "text of a dtype": (
+                lambda m, x: m.feats(x) * m.held.get("{}".format(x.dtype), 1.0),  # noqa: UP032 (it is about format)
+                lambda: {"torch.float64": 2.0},
+                2,
+            ),
+            "text of a device": (lambda m, x: m.feats(x) * (2 if str(x.device) == "cpu" else 1), None, 2),
+            "size in a dictionary": (lambda m, x: m.feats(x) * (3 if x.shape[2] in m.held else 1), lambda: {8: 1}, 3),
+            "size that is not there": (lambda m, x: m.feats(x) * (3 if x.shape[2] in m.held else 1), lambda: {9: 1}, 1),
+            "keys": (lambda m, x: m.feats(x["image"] if hasattr(x, "keys") else x), None, 1),
+            "names of a proxy": (
+                lambda m, x: m.feats(x) * (2 if hasattr(x, "node") or hasattr(x, "tracer") else 1),
+                None,
+                1,
+            ),
+            "whether a result is None": (
+                lambda m, x: m.feats(x) * (2 if operator.is_(m.held(x), None) else 1),
+                ReturnsNone,
+                2,
+            ),
+        }
+    ),
+)
 def test_a_forward_asks_what_a_value_is(forward, held, factor):
     check(net(forward, held), times(2), (factor, factor))
 
@@ -449,54 +510,96 @@ class Holder:
         self.logits = logits
 
 
-@pytest.mark.parametrize("forward", [
-    lambda m, x: (y.logits if hasattr(y := m.held(m.feats(x)), "logits") else y) * 2,
-    lambda m, x: getattr(y := m.held(m.feats(x)), "logits", y) * 2,
-], ids=["hasattr", "getattr"])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: (y.logits if hasattr(y := m.held(m.feats(x)), "logits") else y) * 2,
+        lambda m, x: getattr(y := m.held(m.feats(x)), "logits", y) * 2,
+    ],
+    ids=["hasattr", "getattr"],
+)
 @pytest.mark.parametrize("result", [Holder, lambda y: Output(y, y * 2), lambda y: y], ids=["object", "tuple", "tensor"])
 def test_a_forward_asks_for_an_attribute_of_what_a_child_returned(forward, result):
     check(net(forward, lambda: Returns(result)), times(2), (2, 2))
 
 
-@pytest.mark.parametrize("forward", [
-    lambda m, x: getattr(m.held, f"{x.shape[-1]}", m.conv2)(m.feats(x)),
-    lambda m, x: (m.held[key] if (key := str(x.shape[-1])) in m.held else m.conv2)(m.feats(x)),
-], ids=["attribute", "key"])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: getattr(m.held, f"{x.shape[-1]}", m.conv2)(m.feats(x)),
+        lambda m, x: (m.held[key] if (key := str(x.shape[-1])) in m.held else m.conv2)(m.feats(x)),
+    ],
+    ids=["attribute", "key"],
+)
 def test_a_head_is_chosen_by_the_text_of_a_size(forward):
-    check(net(forward, lambda: nn.ModuleDict({"8": nn.Conv2d(4, 4, 1)})),
-          lambda m: (m(x) for x in (X, X, X[..., :6], X)), differs=True)
+    check(
+        net(forward, lambda: nn.ModuleDict({"8": nn.Conv2d(4, 4, 1)})),
+        lambda m: (m(x) for x in (X, X, X[..., :6], X)),
+        differs=True,
+    )
 
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_forward_asks_for_a_node_of_autograd(grad):
-    check(net(lambda m, x: (y := m.feats(x)) * (1 if y.grad_fn is None else 2)), times(2), (1 + grad,) * 2,
-          modes=(grad,))
+    check(
+        net(lambda m, x: (y := m.feats(x)) * (1 if y.grad_fn is None else 2)), times(2), (1 + grad,) * 2, modes=(grad,)
+    )
 
 
-@pytest.mark.parametrize("forward, change, factors", rows({
-    "the gradient of a weight": (lambda m, x: m.feats(x) * (1 if m.conv.weight.grad is None else 2),
-        lambda m: changed(m.conv.weight, "grad", torch.ones_like(m.conv.weight)), (1, 1, 2, 2, 1)),
-    "whether a weight has one": (lambda m, x: m.feats(x) * (2 if m.conv.weight.requires_grad is True else 1),
-        lambda m: changed(m.conv.weight, "requires_grad", False), (2, 2, 1, 1, 2)),
-    "an attribute of a weight": (lambda m, x: m.feats(x) * getattr(m.conv.weight, "gain", 1.0),
-        lambda m: changed(m.conv.weight, "gain", 3.0), (1, 1, 3, 3, 1)),
-    "an attribute of the input": (lambda m, x: m.feats(x) * getattr(x, "gain", 1.0), lambda m: changed(X, "gain", 3.0),
-        (1, 1, 3, 3, 1)),
-    "hasattr of the input": (lambda m, x: m.feats(x) * (x.gain if hasattr(x, "gain") else 1.0),
-        lambda m: changed(X, "gain", 3.0), (1, 1, 3, 3, 1)),
-    "the __dict__ of the input": (lambda m, x: m.feats(x) * (3 if "gain" in x.__dict__ else 1),
-        lambda m: changed(X, "gain", 3.0), (1, 1, 3, 3, 1)),
-    "a method that torch.Tensor gets": (lambda m, x: m.feats(x) * (2 if hasattr(x, "frobnicate") else 1),
-        lambda m: changed(torch.Tensor, "frobnicate", lambda t: t), (1, 1, 2, 2, 1)),
-}))
+@pytest.mark.parametrize(
+    "forward, change, factors",
+    rows(
+        {
+            "the gradient of a weight": (
+                lambda m, x: m.feats(x) * (1 if m.conv.weight.grad is None else 2),
+                lambda m: changed(m.conv.weight, "grad", torch.ones_like(m.conv.weight)),
+                (1, 1, 2, 2, 1),
+            ),
+            "whether a weight has one": (
+                lambda m, x: m.feats(x) * (2 if m.conv.weight.requires_grad is True else 1),
+                lambda m: changed(m.conv.weight, "requires_grad", False),
+                (2, 2, 1, 1, 2),
+            ),
+            "an attribute of a weight": (
+                lambda m, x: m.feats(x) * getattr(m.conv.weight, "gain", 1.0),
+                lambda m: changed(m.conv.weight, "gain", 3.0),
+                (1, 1, 3, 3, 1),
+            ),
+            "an attribute of the input": (
+                lambda m, x: m.feats(x) * getattr(x, "gain", 1.0),
+                lambda m: changed(X, "gain", 3.0),
+                (1, 1, 3, 3, 1),
+            ),
+            "hasattr of the input": (
+                lambda m, x: m.feats(x) * (x.gain if hasattr(x, "gain") else 1.0),
+                lambda m: changed(X, "gain", 3.0),
+                (1, 1, 3, 3, 1),
+            ),
+            "the __dict__ of the input": (
+                lambda m, x: m.feats(x) * (3 if "gain" in x.__dict__ else 1),
+                lambda m: changed(X, "gain", 3.0),
+                (1, 1, 3, 3, 1),
+            ),
+            "a method that torch.Tensor gets": (
+                lambda m, x: m.feats(x) * (2 if hasattr(x, "frobnicate") else 1),
+                lambda m: changed(torch.Tensor, "frobnicate", lambda t: t),
+                (1, 1, 2, 2, 1),
+            ),
+        }
+    ),
+)
 def test_what_a_tensor_has_changes(forward, change, factors):
     check(net(forward), during(change), factors)
 
 
-@pytest.mark.parametrize("forward", [
-    lambda m, x: m.feats(x) * (2 if m.bn.weight is m.bn.bias else 1),
-    lambda m, x: m.feats(x) + sum(p.sum() for p in m.parameters()),
-], ids=["is", "parameters"])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.feats(x) * (2 if m.bn.weight is m.bn.bias else 1),
+        lambda m, x: m.feats(x) + sum(p.sum() for p in m.parameters()),
+    ],
+    ids=["is", "parameters"],
+)
 def test_parameters_are_tied_later(forward):
     def steps(model):
         yield from times(2)(model)
@@ -535,14 +638,31 @@ def test_a_shape_is_unpacked_into_another_number_of_names():
 # Effects that an audit must see
 
 
-@pytest.mark.parametrize("forward, held, between, seen", rows({
-    "the slot of a dict": (lambda m, x: (dict.__setitem__(m.held, "n", 1), m.feats(x))[1], lambda: {"n": 0},
-        lambda held: held.update(n=5), {"n": 1}),
-    "the slot of a list": (lambda m, x: (list.__iadd__(m.held, [1]), m.feats(x))[1], list, lambda held: held.clear(),
-        [1]),
-    "difference_update of a set": (lambda m, x: (m.held.difference_update(["a"]), m.feats(x) * len(m.held))[1],
-        lambda: {"a", "b"}, lambda held: held.add("a"), {"b"}),
-}))
+@pytest.mark.parametrize(
+    "forward, held, between, seen",
+    rows(
+        {
+            "the slot of a dict": (
+                lambda m, x: (dict.__setitem__(m.held, "n", 1), m.feats(x))[1],
+                lambda: {"n": 0},
+                lambda held: held.update(n=5),
+                {"n": 1},
+            ),
+            "the slot of a list": (
+                lambda m, x: (list.__iadd__(m.held, [1]), m.feats(x))[1],
+                list,
+                lambda held: held.clear(),
+                [1],
+            ),
+            "difference_update of a set": (
+                lambda m, x: (m.held.difference_update(["a"]), m.feats(x) * len(m.held))[1],
+                lambda: {"a", "b"},
+                lambda held: held.add("a"),
+                {"b"},
+            ),
+        }
+    ),
+)
 def test_a_container_of_the_model_is_changed_by_its_forward(forward, held, between, seen):
     def steps(model):
         for _ in range(3):
@@ -553,9 +673,14 @@ def test_a_container_of_the_model_is_changed_by_its_forward(forward, held, betwe
     check(net(forward, held), steps, (1, 1, 1))
 
 
-@pytest.mark.parametrize("forward", [
-    lambda m, x: (list(map(print, ["called"])), m.feats(x))[1], lambda m, x: (m.held(), m.feats(x))[1],
-], ids=["map", "partial"])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: (list(map(print, ["called"])), m.feats(x))[1],
+        lambda m, x: (m.held(), m.feats(x))[1],
+    ],
+    ids=["map", "partial"],
+)
 def test_a_forward_prints_at_every_call(forward):
     def steps(model):
         with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -576,16 +701,25 @@ def test_a_clock_in_a_partial_goes_on():
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("forward", [
-    pytest.param(lambda m, x: m.feats(x) * (2 if m.held() else 1), id="partial"),
-    pytest.param(lambda m, x: m.feats(x) * (2 if operator.call(torch.is_grad_enabled) else 1), id="operator.call",
-                 marks=pytest.mark.skipif(sys.version_info < (3, 11), reason="operator.call is of Python 3.11")),
-])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        pytest.param(lambda m, x: m.feats(x) * (2 if m.held() else 1), id="partial"),
+        pytest.param(
+            lambda m, x: m.feats(x) * (2 if operator.call(torch.is_grad_enabled) else 1),
+            id="operator.call",
+            marks=pytest.mark.skipif(sys.version_info < (3, 11), reason="operator.call is of Python 3.11"),
+        ),
+    ],
+)
 def test_a_forward_asks_for_the_mode_of_autograd(forward, grad):
     outside, inside = 1 + grad, 2 - grad
-    check(net(forward, lambda: functools.partial(torch.is_grad_enabled)),
-          during(lambda m: torch.set_grad_enabled(not grad)), (outside, outside, inside, inside, outside),
-          modes=(grad,))
+    check(
+        net(forward, lambda: functools.partial(torch.is_grad_enabled)),
+        during(lambda m: torch.set_grad_enabled(not grad)),
+        (outside, outside, inside, inside, outside),
+        modes=(grad,),
+    )
 
 
 post = functools.singledispatch(F.relu)
@@ -636,6 +770,7 @@ def five_times(function):
     @functools.wraps(function)
     def inner(x):
         return function(x) * 5
+
     return inner
 
 
@@ -654,25 +789,53 @@ KINDS = {Block}
 GAINS = {Block: 3.0}
 
 
-@pytest.mark.parametrize("forward, held, factor", rows({
-    "its class is in a set": (lambda m, x: m.feats(x) * (2 if m.held.__class__ in KINDS else 1), Block, 2),
-    "its class is a key": (lambda m, x: m.feats(x) * GAINS.get(m.held.__class__, 1.0), Block, 3),
-    "its class is a subclass": (lambda m, x: m.feats(x) * (2 if issubclass(m.held.__class__, Block) else 1), Special,
-        2),
-    "class of a list": (lambda m, x: m.feats(x) * (2 if m.held.__class__ is list else 1), lambda: [1], 2),
-    "isinstance of OrderedDict": (lambda m, x: m.feats(x) * (2 if isinstance(m.held, collections.OrderedDict) else 1),
-        lambda: collections.OrderedDict(a=2.0), 2),
-    "equality of OrderedDicts": (lambda m, x: m.feats(x) * (2 if m.held.a == m.held.b else 1),
-        lambda: types.SimpleNamespace(a=collections.OrderedDict(x=1, y=2), b=collections.OrderedDict(y=2, x=1)), 1),
-    "text of a set": (lambda m, x: m.feats(x) * (2 if str(m.held) == "{1}" else 1), lambda: {1}, 2),
-    "equal dataclasses are one key": (lambda m, x: m.feats(x) * len({m.held.a, m.held.b}),
-        lambda: types.SimpleNamespace(a=Config(), b=Config()), 1),
-    "is_dataclass": (lambda m, x: m.feats(x) * (m.held.gain if dataclasses.is_dataclass(m.held) else 1), Config, 2),
-    "what a decorator wraps": (lambda m, x: getattr(m.held, "__wrapped__", m.held)(m.feats(x)), lambda: doubled, 2),
-    "attribute of a partial": (lambda m, x: m.held(m.feats(x)) * getattr(m.held, "gain", 1.0), activation_with_a_gain,
-        3),
-    "property that fails": (lambda m, x: m.feats(x) * getattr(m.held, "gain", 1.0), Asked, 3),
-}))
+@pytest.mark.parametrize(
+    "forward, held, factor",
+    rows(
+        {
+            "its class is in a set": (lambda m, x: m.feats(x) * (2 if m.held.__class__ in KINDS else 1), Block, 2),
+            "its class is a key": (lambda m, x: m.feats(x) * GAINS.get(m.held.__class__, 1.0), Block, 3),
+            "its class is a subclass": (
+                lambda m, x: m.feats(x) * (2 if issubclass(m.held.__class__, Block) else 1),
+                Special,
+                2,
+            ),
+            "class of a list": (lambda m, x: m.feats(x) * (2 if m.held.__class__ is list else 1), lambda: [1], 2),
+            "isinstance of OrderedDict": (
+                lambda m, x: m.feats(x) * (2 if isinstance(m.held, collections.OrderedDict) else 1),
+                lambda: collections.OrderedDict(a=2.0),
+                2,
+            ),
+            "equality of OrderedDicts": (
+                lambda m, x: m.feats(x) * (2 if m.held.a == m.held.b else 1),
+                lambda: types.SimpleNamespace(a=collections.OrderedDict(x=1, y=2), b=collections.OrderedDict(y=2, x=1)),
+                1,
+            ),
+            "text of a set": (lambda m, x: m.feats(x) * (2 if str(m.held) == "{1}" else 1), lambda: {1}, 2),
+            "equal dataclasses are one key": (
+                lambda m, x: m.feats(x) * len({m.held.a, m.held.b}),
+                lambda: types.SimpleNamespace(a=Config(), b=Config()),
+                1,
+            ),
+            "is_dataclass": (
+                lambda m, x: m.feats(x) * (m.held.gain if dataclasses.is_dataclass(m.held) else 1),
+                Config,
+                2,
+            ),
+            "what a decorator wraps": (
+                lambda m, x: getattr(m.held, "__wrapped__", m.held)(m.feats(x)),
+                lambda: doubled,
+                2,
+            ),
+            "attribute of a partial": (
+                lambda m, x: m.held(m.feats(x)) * getattr(m.held, "gain", 1.0),
+                activation_with_a_gain,
+                3,
+            ),
+            "property that fails": (lambda m, x: m.feats(x) * getattr(m.held, "gain", 1.0), Asked, 3),
+        }
+    ),
+)
 def test_a_forward_asks_what_it_holds(forward, held, factor):
     check(net(forward, held), times(2), (factor, factor))
 
@@ -699,10 +862,13 @@ def late_set():
     return held
 
 
-@pytest.mark.parametrize("forward, held", [
-    (applies_items_in_order, lambda: collections.OrderedDict(a=2.0, b=3.0)),
-    (applies_items_in_order, lambda: collections.OrderedDict(a=nn.Tanh(), b=nn.Hardtanh(-0.1, 0.1))),
-])
+@pytest.mark.parametrize(
+    "forward, held",
+    [
+        (applies_items_in_order, lambda: collections.OrderedDict(a=2.0, b=3.0)),
+        (applies_items_in_order, lambda: collections.OrderedDict(a=nn.Tanh(), b=nn.Hardtanh(-0.1, 0.1))),
+    ],
+)
 def test_an_ordered_dict_is_reordered(forward, held):
     def steps(model):
         yield from times(2)(model)
@@ -792,54 +958,134 @@ def isinstance_that_lies(value, kind, former=isinstance):
     return former(value, kind) or kind is nn.ReLU and former(value, nn.BatchNorm2d)
 
 
-@pytest.mark.parametrize("forward, held, change, factors", rows({
-    "a flag of torch.backends": (lambda m, x: m.feats(x) * (2 if torch.backends.cudnn.benchmark else 1), None,
-        lambda m: torch.backends.cudnn.flags(enabled=True, benchmark=True), (1, 2)),
-    "isinstance itself": (lambda m, x: m.feats(x) * (2 if isinstance(m.bn, nn.ReLU) else 1), None,
-        lambda m: changed(builtins, "isinstance", isinstance_that_lies), (1, 2)),
-    "a class that can be called": (lambda m, x: m.feats(x) * (2 if callable(m.held) else 1), Open,
-        lambda m: changed(Open, "__call__", lambda self: 1), (1, 2)),
-    "the name of a class": (lambda m, x: m.feats(x) * (2 if m.__class__.__name__ == "Net" else 1), None,
-        lambda m: changed(type(m), "__name__", "Other"), (2, 1)),
-    "the name of a function": (lambda m, x: m.feats(x) * (2 if function.__name__ == "function" else 1), None,
-        lambda m: changed(function, "__name__", "other"), (2, 1)),
-    "an attribute of a function": (lambda m, x: m.held(m.feats(x)) * getattr(m.held, "gain", 1.0), lambda: function,
-        lambda m: changed(function, "gain", 4.0), (3, 4)),
-    "an attribute of an enum": (lambda m, x: m.feats(x) * Level.gain, None, lambda m: changed(Level, "gain", 5.0),
-        (2, 5)),
-    "what a member has of its enum": (lambda m, x: m.feats(x) * m.held.gain, lambda: Level.LOW,
-        lambda m: changed(Level, "gain", 5.0), (2, 5)),
-    "what a tuple has of its class": (lambda m, x: m.feats(x) * m.held.gain, lambda: Pair(1, 2),
-        lambda m: changed(Pair, "gain", 5.0), (2, 5)),
-    "an attribute of a tuple": (lambda m, x: m.feats(x) * getattr(m.held, "gain", 1.0), pair_with_a_gain,
-        lambda m: changed(m.held, "gain", 5.0), (3, 5)),
-    "a slot without a value": (lambda m, x: m.feats(x) * getattr(m.held, "gain", 1.0), Slotted,
-        lambda m: changed(m.held, "gain", 3.0), (1, 3)),
-    "an attribute of a class of torch": (lambda m, x: m.feats(x) * getattr(nn.Conv2d, "gain", 1.0), None,
-        lambda m: changed(nn.Conv2d, "gain", 3.0), (1, 3)),
-}))
+@pytest.mark.parametrize(
+    "forward, held, change, factors",
+    rows(
+        {
+            "a flag of torch.backends": (
+                lambda m, x: m.feats(x) * (2 if torch.backends.cudnn.benchmark else 1),
+                None,
+                lambda m: torch.backends.cudnn.flags(enabled=True, benchmark=True),
+                (1, 2),
+            ),
+            "isinstance itself": (
+                lambda m, x: m.feats(x) * (2 if isinstance(m.bn, nn.ReLU) else 1),
+                None,
+                lambda m: changed(builtins, "isinstance", isinstance_that_lies),
+                (1, 2),
+            ),
+            "a class that can be called": (
+                lambda m, x: m.feats(x) * (2 if callable(m.held) else 1),
+                Open,
+                lambda m: changed(Open, "__call__", lambda self: 1),
+                (1, 2),
+            ),
+            "the name of a class": (
+                lambda m, x: m.feats(x) * (2 if m.__class__.__name__ == "Net" else 1),
+                None,
+                lambda m: changed(type(m), "__name__", "Other"),
+                (2, 1),
+            ),
+            "the name of a function": (
+                lambda m, x: m.feats(x) * (2 if function.__name__ == "function" else 1),
+                None,
+                lambda m: changed(function, "__name__", "other"),
+                (2, 1),
+            ),
+            "an attribute of a function": (
+                lambda m, x: m.held(m.feats(x)) * getattr(m.held, "gain", 1.0),
+                lambda: function,
+                lambda m: changed(function, "gain", 4.0),
+                (3, 4),
+            ),
+            "an attribute of an enum": (
+                lambda m, x: m.feats(x) * Level.gain,
+                None,
+                lambda m: changed(Level, "gain", 5.0),
+                (2, 5),
+            ),
+            "what a member has of its enum": (
+                lambda m, x: m.feats(x) * m.held.gain,
+                lambda: Level.LOW,
+                lambda m: changed(Level, "gain", 5.0),
+                (2, 5),
+            ),
+            "what a tuple has of its class": (
+                lambda m, x: m.feats(x) * m.held.gain,
+                lambda: Pair(1, 2),
+                lambda m: changed(Pair, "gain", 5.0),
+                (2, 5),
+            ),
+            "an attribute of a tuple": (
+                lambda m, x: m.feats(x) * getattr(m.held, "gain", 1.0),
+                pair_with_a_gain,
+                lambda m: changed(m.held, "gain", 5.0),
+                (3, 5),
+            ),
+            "a slot without a value": (
+                lambda m, x: m.feats(x) * getattr(m.held, "gain", 1.0),
+                Slotted,
+                lambda m: changed(m.held, "gain", 3.0),
+                (1, 3),
+            ),
+            "an attribute of a class of torch": (
+                lambda m, x: m.feats(x) * getattr(nn.Conv2d, "gain", 1.0),
+                None,
+                lambda m: changed(nn.Conv2d, "gain", 3.0),
+                (1, 3),
+            ),
+        }
+    ),
+)
 def test_a_forward_reads_what_changes(forward, held, change, factors):
     before, inside = factors
     check(net(forward, held), during(change), (before, before, inside, inside, before))
 
 
-@pytest.mark.parametrize("forward, held, change", rows({
-    "F of the activations": (lambda m, x: m.held(m.bn(m.conv(x))), nn.ReLU,
-        lambda m: changed(nn.modules.activation, "F", types.SimpleNamespace(relu=lambda x, inplace=False: x * 5))),
-    "eps, a property of the class": (lambda m, x: F.relu(m.bn(m.conv(x))), None,
-        lambda m: changed(nn.BatchNorm2d, "eps", property(lambda self: 10.0))),
-    "_call_impl of a class": (lambda m, x: m.held(m.feats(x)), Block,
-        lambda m: changed(Block, "_call_impl", lambda self, *args, **kwargs: args[0] * 5)),
-    "_call_impl of a module": (lambda m, x: m.held(m.feats(x)), Block,
-        lambda m: changed(m.held, "_call_impl", lambda *args, **kwargs: args[0] * 5)),
-    "_call_impl of a Sequential": (lambda m, x: m.held(m.feats(x)),
-        lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()),
-        lambda m: changed(m.held, "_call_impl", lambda *args, **kwargs: args[0] * 5)),
-    "torch.Tensor.__add__": (lambda m, x: m.conv2(y := m.conv(x)) + y, None,
-        lambda m: changed(torch.Tensor, "__add__", lambda self, other: self * 5)),
-    "torch.Tensor.relu": (lambda m, x: m.conv(x).relu(), None,
-        lambda m: changed(torch.Tensor, "relu", lambda self: self * 5)),
-}))
+@pytest.mark.parametrize(
+    "forward, held, change",
+    rows(
+        {
+            "F of the activations": (
+                lambda m, x: m.held(m.bn(m.conv(x))),
+                nn.ReLU,
+                lambda m: changed(
+                    nn.modules.activation, "F", types.SimpleNamespace(relu=lambda x, inplace=False: x * 5)
+                ),
+            ),
+            "eps, a property of the class": (
+                lambda m, x: F.relu(m.bn(m.conv(x))),
+                None,
+                lambda m: changed(nn.BatchNorm2d, "eps", property(lambda self: 10.0)),
+            ),
+            "_call_impl of a class": (
+                lambda m, x: m.held(m.feats(x)),
+                Block,
+                lambda m: changed(Block, "_call_impl", lambda self, *args, **kwargs: args[0] * 5),
+            ),
+            "_call_impl of a module": (
+                lambda m, x: m.held(m.feats(x)),
+                Block,
+                lambda m: changed(m.held, "_call_impl", lambda *args, **kwargs: args[0] * 5),
+            ),
+            "_call_impl of a Sequential": (
+                lambda m, x: m.held(m.feats(x)),
+                lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()),
+                lambda m: changed(m.held, "_call_impl", lambda *args, **kwargs: args[0] * 5),
+            ),
+            "torch.Tensor.__add__": (
+                lambda m, x: m.conv2(y := m.conv(x)) + y,
+                None,
+                lambda m: changed(torch.Tensor, "__add__", lambda self, other: self * 5),
+            ),
+            "torch.Tensor.relu": (
+                lambda m, x: m.conv(x).relu(),
+                None,
+                lambda m: changed(torch.Tensor, "relu", lambda self: self * 5),
+            ),
+        }
+    ),
+)
 def test_what_layers_are_made_of_is_patched(forward, held, change):
     check(net(forward, held), during(change), differs=True)
 
@@ -847,8 +1093,11 @@ def test_what_layers_are_made_of_is_patched(forward, held, change):
 def test_a_function_of_torchvision_is_patched():
     ops = pytest.importorskip("torchvision.ops")
     module = importlib.import_module("torchvision.ops.stochastic_depth")
-    check(net(lambda m, x: m.held(m.bn(m.conv(x))) + m.conv(x), lambda: ops.StochasticDepth(0.1, "row")),
-          during(lambda m: changed(module, "stochastic_depth", lambda x, p, mode, training: x * 5)), differs=True)
+    check(
+        net(lambda m, x: m.held(m.bn(m.conv(x))) + m.conv(x), lambda: ops.StochasticDepth(0.1, "row")),
+        during(lambda m: changed(module, "stochastic_depth", lambda x, p, mode, training: x * 5)),
+        differs=True,
+    )
 
 
 def test_a_class_is_registered_as_a_sequence_later():
@@ -857,8 +1106,11 @@ def test_a_class_is_registered_as_a_sequence_later():
         Sequence.register(type(model.held))  # its registry is weak: the class dies with the model
         yield from times(2)(model)
 
-    check(net(lambda m, x: m.feats(x) * (2 if isinstance(m.held, Sequence) else 1),
-              lambda: type("Late", (), {})()), steps, (1, 1, 2, 2))
+    check(
+        net(lambda m, x: m.feats(x) * (2 if isinstance(m.held, Sequence) else 1), lambda: type("Late", (), {})()),
+        steps,
+        (1, 1, 2, 2),
+    )
 
 
 class Twice(Net):
@@ -886,13 +1138,13 @@ def test_a_partial_gets_another_state():
         model.held.__setstate__((torch.mul, (), {"other": 5.0}, {}))
         yield from times(2)(model)
 
-    check(net(lambda m, x: m.held(m.feats(x)), lambda: functools.partial(torch.mul, other=2.0)), steps,
-          (2, 2, 5, 5))
+    check(net(lambda m, x: m.held(m.feats(x)), lambda: functools.partial(torch.mul, other=2.0)), steps, (2, 2, 5, 5))
 
 
 def test_a_module_of_python_is_replaced(monkeypatch):
     def forward(self, x):
         import found_by_breaking_config
+
         return self.feats(x) * found_by_breaking_config.gain
 
     def configuration(gain):
@@ -944,8 +1196,11 @@ def test_an_eps_of_zero_is_an_error_as_in_eager(grad, train):
     agree(*reversed(results))
 
 
-@pytest.mark.parametrize("x", [X, X.bfloat16(), torch.randn(2, 4, 8, 8), torch.randn(2, 3, 2, 2)],
-                         ids=["float64", "bfloat16", "channels", "size"])
+@pytest.mark.parametrize(
+    "x",
+    [X, X.bfloat16(), torch.randn(2, 4, 8, 8), torch.randn(2, 3, 2, 2)],
+    ids=["float64", "bfloat16", "channels", "size"],
+)
 def test_errors_have_the_class_and_text_of_eager(x):
     plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU()).eval()
     swapped = convext.swap(copy.deepcopy(plain))
@@ -957,8 +1212,9 @@ def test_errors_have_the_class_and_text_of_eager(x):
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("kernel, groups, alone", [(1, 1, False), (3, 8, False), (3, 8, True)],
-                         ids=["1x1", "depthwise", "depthwise alone"])
+@pytest.mark.parametrize(
+    "kernel, groups, alone", [(1, 1, False), (3, 8, False), (3, 8, True)], ids=["1x1", "depthwise", "depthwise alone"]
+)
 def test_only_a_1x1_or_depthwise_weight_is_channels_last(kernel, groups, alone, grad):
     layer = nn.Conv2d(8, 8, kernel, padding=kernel // 2, groups=groups).to(memory_format=CL)
     plain = nn.Sequential(*[] if alone else [nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()], layer)
@@ -998,8 +1254,11 @@ class Aspp(nn.Module):
 
 
 @pytest.mark.parametrize("weights", [torch.contiguous_format, CL], ids=["KCRS", "KRSC"])
-@pytest.mark.parametrize("x", [torch.randn(2, 8, 12, 12), torch.randn(2, 8, 12, 12).to(memory_format=CL),
-                               torch.randn(2, 8, 1, 1)], ids=["NCHW", "NHWC", "one pixel"])
+@pytest.mark.parametrize(
+    "x",
+    [torch.randn(2, 8, 12, 12), torch.randn(2, 8, 12, 12).to(memory_format=CL), torch.randn(2, 8, 1, 1)],
+    ids=["NCHW", "NHWC", "one pixel"],
+)
 def test_strides_of_a_pooled_branch_and_of_what_it_is_joined_with(weights, x):
     for train in (True, False):
         plain = Aspp().to(memory_format=weights).train(train)
@@ -1016,7 +1275,7 @@ def test_gradients_of_a_contiguous_input_can_be_viewed():
     penalties, seen = [], []
     for model in (plain, convext.swap(copy.deepcopy(plain))):
         x = X.clone().requires_grad_()
-        g, = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        (g,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
         weights = torch.autograd.grad(model(x).sum(), list(model.parameters()))
         x.register_hook(lambda t: seen.append(t.view(2, -1)) and None)
         model(x).sum().backward()
@@ -1076,12 +1335,15 @@ def test_a_report_names_three_dimensional_layers():
     assert [row.module for row in report] == ["0", "2"] and "Conv3d is no 2-D convolution" in str(report)
 
 
-@pytest.mark.parametrize("layers", [
-    lambda: [nn.Conv2d(3, 8, 3, padding=1)],
-    lambda: [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()],
-    lambda: [nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8)],
-    lambda: [nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.Sequential(nn.Conv2d(8, 8, 1), nn.SiLU())],
-])
+@pytest.mark.parametrize(
+    "layers",
+    [
+        lambda: [nn.Conv2d(3, 8, 3, padding=1)],
+        lambda: [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()],
+        lambda: [nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8)],
+        lambda: [nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.Sequential(nn.Conv2d(8, 8, 1), nn.SiLU())],
+    ],
+)
 @pytest.mark.parametrize("weights", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("images", [torch.contiguous_format, torch.channels_last])
 def test_empty_batches_have_the_strides_of_pytorch(layers, weights, images):
@@ -1098,6 +1360,7 @@ def test_empty_batches_have_the_strides_of_pytorch(layers, weights, images):
 @pytest.mark.parametrize("train", [False, True])
 def test_inference_tensors_are_not_saved_for_backward_in_another_format(train):
     """The copy would be an ordinary tensor, which autograd does not refuse."""
+
     class Inference(nn.Conv2d):
         forward = torch.inference_mode()(nn.Conv2d.forward)
 
@@ -1105,6 +1368,7 @@ def test_inference_tensors_are_not_saved_for_backward_in_another_format(train):
 
     def steps(model):
         yield model.train(train)(X)
+
     check(lambda: nn.Sequential(Inference(3, 3, 1), part()), steps, raises=RuntimeError, modes=(True,))
     check(lambda: nn.Sequential(Inference(3, 3, 1), part()), steps, modes=(False,))
 

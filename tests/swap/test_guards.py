@@ -1,4 +1,5 @@
 """csrc/python/guards.h: every kind of fact notices its change, and the end of it."""
+
 import gc
 import weakref
 
@@ -64,6 +65,7 @@ def everything():
     def put(target, key, new):
         def change():
             target[key] = new
+
         return change
 
     own = thing.__dict__
@@ -88,8 +90,10 @@ def everything():
         (lambda: setattr(Base, "inherited", 2), lambda: setattr(Base, "inherited", 1)),
         (lambda: setattr(Thing, "inherited", 2), lambda: delattr(Thing, "inherited")),
         (lambda: setattr(Base, "nowhere", 2), lambda: delattr(Base, "nowhere")),
-        (lambda: setattr(function, "__code__", (lambda a=1, *, b=2: a).__code__),
-         lambda: setattr(function, "__code__", code)),
+        (
+            lambda: setattr(function, "__code__", (lambda a=1, *, b=2: a).__code__),
+            lambda: setattr(function, "__code__", code),
+        ),
         (lambda: setattr(function, "__defaults__", (2,)), lambda: setattr(function, "__defaults__", defaults)),
         (lambda: setattr(function, "__kwdefaults__", {"b": 3}), lambda: setattr(function, "__kwdefaults__", by_name)),
         (lambda: set_inside(6), lambda: set_inside(5)),
@@ -162,10 +166,15 @@ def test_guards_that_hold_each_other_are_collected():
     assert gone() is None
 
 
-@pytest.mark.parametrize("call", [
-    lambda g: g.item("no dictionary", "key", 1), lambda g: g.function(len, None, (None, None)),
-    lambda g: g.cell(3, 1), lambda g: g.elements((1,), (1,)),
-])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda g: g.item("no dictionary", "key", 1),
+        lambda g: g.function(len, None, (None, None)),
+        lambda g: g.cell(3, 1),
+        lambda g: g.elements((1,), (1,)),
+    ],
+)
 def test_wrong_arguments_are_refused(call):
     with pytest.raises(TypeError):
         call(_C.Guards())

@@ -59,7 +59,7 @@ def _close(actual, model, x):
     """Within the rounding of four layers in the type of x, each of sums of at most 20 * 20 pixels or 37 channels, each
     error scaled by what the layers after it do to values: less than 4 a layer."""
     exact = copy.deepcopy(model).double()(x.double())
-    bound = 4 * 4 * 40 ** 0.5 * torch.finfo(x.dtype).eps * exact.abs().max()
+    bound = 4 * 4 * 40**0.5 * torch.finfo(x.dtype).eps * exact.abs().max()
     assert (actual - exact).abs().max() <= bound
 
 

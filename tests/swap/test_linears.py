@@ -1,4 +1,5 @@
 """Linear layers of a swapped network in training: run as 1x1 convolutions, with the activation after them."""
+
 import copy
 
 import pytest
@@ -132,5 +133,5 @@ def test_gradient_and_its_sum_from_one_pass(activation, dtype):
     eps, count = torch.finfo(dtype).eps, shape[0] * shape[2] * shape[3]
     compute = max(eps * 0.5, 8 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps)
     assert ((dz - exact).abs() <= compute * (exact.abs() + dout.abs().double())).all()
-    limit = (eps + compute * count ** 0.5) * dout.abs().double().sum((0, 2, 3))
+    limit = (eps + compute * count**0.5) * dout.abs().double().sum((0, 2, 3))
     assert ((sums - exact.sum((0, 2, 3))).abs() <= limit).all()

@@ -21,8 +21,12 @@ def _settled(model):
     generator = torch.Generator().manual_seed(3)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            for tensor, low, high in ((module.running_mean, -0.3, 0.3), (module.running_var, 0.5, 2.0),
-                                      (module.weight.data, 0.5, 1.5), (module.bias.data, -0.3, 0.3)):
+            for tensor, low, high in (
+                (module.running_mean, -0.3, 0.3),
+                (module.running_var, 0.5, 2.0),
+                (module.weight.data, 0.5, 1.5),
+                (module.bias.data, -0.3, 0.3),
+            ):
                 tensor.uniform_(low, high, generator=generator)
     return model.eval()
 
@@ -31,8 +35,9 @@ def _mobile(*settings):
     """Inverted residuals as torchvision builds them, behind a first layer."""
     from torchvision.models.mobilenetv3 import InvertedResidual, InvertedResidualConfig
 
-    blocks = [InvertedResidual(InvertedResidualConfig(*s, dilation=1, width_mult=1.0), nn.BatchNorm2d)
-              for s in settings]
+    blocks = [
+        InvertedResidual(InvertedResidualConfig(*s, dilation=1, width_mult=1.0), nn.BatchNorm2d) for s in settings
+    ]
     first = [nn.Conv2d(3, settings[0][0], 3, 2, 1, bias=False), nn.BatchNorm2d(settings[0][0]), nn.Hardswish()]
     return _settled(nn.Sequential(*first, *blocks))
 
@@ -92,10 +97,19 @@ def _large_images_then_large_weights():
     def down(c, k, stride):
         return nn.Sequential(nn.Conv2d(c, k, 1, stride, bias=False), nn.BatchNorm2d(k))
 
-    return _settled(nn.Sequential(
-        nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), BasicBlock(64, 64), BasicBlock(64, 64),
-        BasicBlock(64, 96, 2, down(64, 96, 2)), BasicBlock(96, 96),
-        BasicBlock(96, 512, 8, down(96, 512, 8)), BasicBlock(512, 512), BasicBlock(512, 512)))
+    return _settled(
+        nn.Sequential(
+            nn.Conv2d(3, 64, 3, padding=1),
+            nn.ReLU(),
+            BasicBlock(64, 64),
+            BasicBlock(64, 64),
+            BasicBlock(64, 96, 2, down(64, 96, 2)),
+            BasicBlock(96, 96),
+            BasicBlock(96, 512, 8, down(96, 512, 8)),
+            BasicBlock(512, 512),
+            BasicBlock(512, 512),
+        )
+    )
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -127,8 +141,9 @@ def _change_weight_through_data(model):
 
 
 def _load(model):
-    model.load_state_dict({key: value * 1.1 if value.is_floating_point() else value
-                           for key, value in model.state_dict().items()})
+    model.load_state_dict(
+        {key: value * 1.1 if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    )
 
 
 def _change_eps(model):
@@ -173,9 +188,22 @@ def _gate(model):
     model[3].block[2].scale_activation = nn.Sigmoid()
 
 
-CHANGES = [_replace_weight, _change_weight_in_place, _change_weight_through_data, _load, _change_eps,
-           _change_statistics, _replace_statistics, _hook, _hook_inside_squeeze_and_excitation, _replace_forward,
-           _exchange_module, _training_statistics, _wider_dilation, _gate]
+CHANGES = [
+    _replace_weight,
+    _change_weight_in_place,
+    _change_weight_through_data,
+    _load,
+    _change_eps,
+    _change_statistics,
+    _replace_statistics,
+    _hook,
+    _hook_inside_squeeze_and_excitation,
+    _replace_forward,
+    _exchange_module,
+    _training_statistics,
+    _wider_dilation,
+    _gate,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
@@ -291,8 +319,9 @@ def test_a_container_that_is_no_sequence_leaves_those_around_it(sequence_calls):
         def forward(self, x):
             return torch.cat([self.one(x), self.three(x)], 1)
 
-    model = _settled(nn.Sequential(nn.Conv2d(3, 16, 3), BasicBlock(16, 16), BasicBlock(16, 16), Branches(),
-                                   BasicBlock(16, 16)))
+    model = _settled(
+        nn.Sequential(nn.Conv2d(3, 16, 3), BasicBlock(16, 16), BasicBlock(16, 16), Branches(), BasicBlock(16, 16))
+    )
     swapped, x = convext.swap(copy.deepcopy(model)), torch.randn(2, 3, 20, 20)
     expected, apart = model(x), swapped(x)
     swapped(x)
@@ -305,8 +334,13 @@ def test_a_container_that_is_no_sequence_leaves_those_around_it(sequence_calls):
 
 @torch.no_grad()
 def test_a_batch_norm_that_keeps_no_statistics_runs_by_itself(sequence_calls):
-    layers = [nn.Conv2d(8, 32, 1), nn.BatchNorm2d(32, track_running_stats=False), nn.ReLU(),
-              nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.Conv2d(32, 16, 1)]
+    layers = [
+        nn.Conv2d(8, 32, 1),
+        nn.BatchNorm2d(32, track_running_stats=False),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1, groups=32),
+        nn.Conv2d(32, 16, 1),
+    ]
     model, x = nn.Sequential(*layers).eval(), torch.randn(2, 8, 24, 24)
     swapped = convext.swap(copy.deepcopy(model))
     for _ in range(3):

@@ -2,6 +2,7 @@
 
 Each test has a plain and a swapped twin, changes both in the same way after some calls, and compares.
 """
+
 import collections
 import contextlib
 import copy
@@ -137,6 +138,7 @@ class Reader(nn.Module):
 
 def of_class(name, value):
     """A change of an attribute of a class, and its undoing."""
+
     @contextlib.contextmanager
     def change(models):
         owner, _, attribute = name.rpartition(".")
@@ -147,6 +149,7 @@ def of_class(name, value):
             yield
         finally:
             setattr(owner, attribute, former)
+
     return change
 
 
@@ -199,6 +202,7 @@ def in_a_global_dict(models):
 
 def each(function):
     """A change that is made to both twins."""
+
     @contextlib.contextmanager
     def change(models):
         for model in models:
@@ -206,6 +210,7 @@ def each(function):
             function(model)
             model.eval()
         yield
+
     return change
 
 
@@ -260,11 +265,13 @@ CHANGES = {
     "defaults of a function": new_defaults,
     "entry of a global dict": in_a_global_dict,
     "running statistics become None": each(
-        lambda m: (setattr(m.bn, "running_mean", None), setattr(m.bn, "running_var", None))),
+        lambda m: (setattr(m.bn, "running_mean", None), setattr(m.bn, "running_var", None))
+    ),
     "bias becomes None": each(lambda m: setattr(m.conv, "bias", None)),
     "forward of a layer": each(lambda m: setattr(m.bn, "forward", lambda y: y * 2)),
     "_conv_forward of a layer": each(
-        lambda m: setattr(m.conv, "_conv_forward", lambda x, w, b: F.conv2d(x, w, b, padding=1) * 2)),
+        lambda m: setattr(m.conv, "_conv_forward", lambda x, w, b: F.conv2d(x, w, b, padding=1) * 2)
+    ),
     "layer exchanged": each(lambda m: setattr(m, "conv", nn.Conv2d(3, 8, 1))),
 }
 
@@ -355,15 +362,18 @@ def chain(act=None):
     return model.double()
 
 
-@pytest.mark.parametrize("kind, name, function", [
-    (nn.Conv2d, "forward", lambda self, x: F.conv2d(x, self.weight) * 2),
-    (nn.Conv2d, "_conv_forward", lambda self, x, w, b: F.conv2d(x, w) * 3),
-    (nn.BatchNorm2d, "forward", lambda self, x: x * 2),
-    (nn.modules.batchnorm._BatchNorm, "forward", lambda self, x: x * 2),
-    (nn.ReLU, "forward", lambda self, x: x - 1),
-    (nn.Sequential, "forward", lambda self, x: -self[1](self[0](x))),
-    (nn.Module, "__call__", None),
-])
+@pytest.mark.parametrize(
+    "kind, name, function",
+    [
+        (nn.Conv2d, "forward", lambda self, x: F.conv2d(x, self.weight) * 2),
+        (nn.Conv2d, "_conv_forward", lambda self, x, w, b: F.conv2d(x, w) * 3),
+        (nn.BatchNorm2d, "forward", lambda self, x: x * 2),
+        (nn.modules.batchnorm._BatchNorm, "forward", lambda self, x: x * 2),
+        (nn.ReLU, "forward", lambda self, x: x - 1),
+        (nn.Sequential, "forward", lambda self, x: -self[1](self[0](x))),
+        (nn.Module, "__call__", None),
+    ],
+)
 @pytest.mark.parametrize("when", ["before the swap", "after calls"])
 def test_code_of_torchs_classes_may_be_replaced(kind, name, function, when, monkeypatch):
     if function is None:
@@ -385,8 +395,9 @@ def test_code_of_torchs_classes_may_be_replaced(kind, name, function, when, monk
     assert [row.fused for row in convext.report(model)] == ["bn + relu"]
 
 
-@pytest.mark.parametrize("place, name", [
-    (F, "conv2d"), (F, "batch_norm"), (F, "relu"), (torch, "relu"), (torch, "batch_norm")])
+@pytest.mark.parametrize(
+    "place, name", [(F, "conv2d"), (F, "batch_norm"), (F, "relu"), (torch, "relu"), (torch, "batch_norm")]
+)
 def test_functions_of_torch_may_be_replaced(place, name, monkeypatch):
     plain, model, x = chain(), convext.swap(chain()), torch.randn(1, 3, 8, 8, dtype=torch.float64)
     original, seen = getattr(place, name), []
@@ -423,8 +434,10 @@ def to_attributes(module, *names):
 
 
 @pytest.mark.parametrize("change", [to_buffers, to_attributes])
-@pytest.mark.parametrize("index, names", [
-    (1, ("weight", "bias")), (1, ("weight",)), (0, ("bias",)), (0, ("weight",)), (0, ("weight", "bias"))])
+@pytest.mark.parametrize(
+    "index, names",
+    [(1, ("weight", "bias")), (1, ("weight",)), (0, ("bias",)), (0, ("weight",)), (0, ("weight", "bias"))],
+)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_parameters_may_be_buffers_or_attributes(change, index, names, when):
     plain, model, x = chain(), chain(), torch.randn(1, 3, 8, 8, dtype=torch.float64)
@@ -439,11 +452,19 @@ def test_parameters_may_be_buffers_or_attributes(change, index, names, when):
             close(model(x), plain(x))
 
 
-@pytest.mark.parametrize("act, change", [
-    (nn.GELU(), ("approximate", "tanh")), (nn.Hardtanh(0, 6), ("max_val", 1.0)), (nn.Hardtanh(0, 6), ("min_val", -2.0)),
-    (nn.ReLU6(), ("max_val", 1.0)), (nn.LeakyReLU(0.1), ("negative_slope", 0.7)), (nn.ELU(), ("alpha", 3.0)),
-    (nn.Softplus(), ("beta", 3)),
-], ids=str)
+@pytest.mark.parametrize(
+    "act, change",
+    [
+        (nn.GELU(), ("approximate", "tanh")),
+        (nn.Hardtanh(0, 6), ("max_val", 1.0)),
+        (nn.Hardtanh(0, 6), ("min_val", -2.0)),
+        (nn.ReLU6(), ("max_val", 1.0)),
+        (nn.LeakyReLU(0.1), ("negative_slope", 0.7)),
+        (nn.ELU(), ("alpha", 3.0)),
+        (nn.Softplus(), ("beta", 3)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_settings_of_an_activation_may_change(act, change, when):
     plain, model = chain(copy.deepcopy(act)), chain(copy.deepcopy(act))
@@ -488,8 +509,11 @@ class Base(nn.Module):
 
 
 DECORATORS = {
-    "autocast": torch.autocast("cpu", dtype=torch.bfloat16), "no autocast": torch.autocast("cpu", enabled=False),
-    "no_grad": torch.no_grad(), "enable_grad": torch.enable_grad(), "inference_mode": torch.inference_mode(),
+    "autocast": torch.autocast("cpu", dtype=torch.bfloat16),
+    "no autocast": torch.autocast("cpu", enabled=False),
+    "no_grad": torch.no_grad(),
+    "enable_grad": torch.enable_grad(),
+    "inference_mode": torch.inference_mode(),
 }
 
 
@@ -501,10 +525,12 @@ def test_contexts_of_a_forward_hold(name, inside, training):
 
     class Net(Base):
         if inside:
+
             def forward(self, x):
                 with context:
                     return self.body(x)
         else:
+
             @context
             def forward(self, x):
                 return self.body(x)
@@ -584,17 +610,20 @@ def _swallows(self, x):
 
 def _imports(self, x):
     import math
+
     return self.body(x) * math.pi
 
 
 def _own_class(self, x):
     class Local:
         factor = 2
+
     return self.body(x) * Local.factor
 
 
-@pytest.mark.parametrize("forward", [_except, _counts, _list_argument, _matches, _swallows, _imports, _own_class],
-                         ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "forward", [_except, _counts, _list_argument, _matches, _swallows, _imports, _own_class], ids=lambda f: f.__name__
+)
 def test_effects_and_handlers_of_a_forward_happen(forward):
     net = type("Net", (Base,), {"forward": forward})
     torch.manual_seed(0)
@@ -675,8 +704,18 @@ class Net(Base):
 def test_a_planned_forward_is_a_bound_method_to_who_asks():
     model = convext.swap(Net().eval())
     forward, bound = model.forward, types.MethodType(Net.forward, model)
-    for name in ("__self__", "__func__", "__code__", "__name__", "__qualname__", "__defaults__", "__annotations__",
-                 "__doc__", "__module__", "__globals__"):
+    for name in (
+        "__self__",
+        "__func__",
+        "__code__",
+        "__name__",
+        "__qualname__",
+        "__defaults__",
+        "__annotations__",
+        "__doc__",
+        "__module__",
+        "__globals__",
+    ):
         assert getattr(forward, name) == getattr(bound, name), name
     assert not hasattr(forward, "__wrapped__")
     x = torch.randn(1, 3, 8, 8)
@@ -710,7 +749,8 @@ def test_a_swapped_model_exports_as_the_plain_one(strict):
         model(x)
     exported = torch.export.export(model, (x,), strict=strict)
     assert {str(n.target) for n in exported.graph.nodes if n.op == "call_function"} == {
-        str(n.target) for n in torch.export.export(plain, (x,), strict=strict).graph.nodes if n.op == "call_function"}
+        str(n.target) for n in torch.export.export(plain, (x,), strict=strict).graph.nodes if n.op == "call_function"
+    }
     torch.testing.assert_close(exported.module()(x), plain(x), rtol=1e-5, atol=1e-5)
 
 
@@ -741,6 +781,7 @@ def test_a_wrapped_forward_is_unwrapped_in_any_order():
 def test_type_keyed_tools_find_their_layers():
     from torch.ao.quantization import fuse_modules
     from torch.fx.experimental.optimization import fuse
+
     model, x = convext.swap(chain().float()), torch.randn(1, 3, 8, 8)
     expected = model(x)
     fused = fuse_modules(copy.deepcopy(model), [["0", "1", "2"]])

@@ -1,4 +1,5 @@
 """What a swap keeps: classes, keys, parameters, hooks, copies, and whatever the user does with the model afterwards."""
+
 import copy
 import gc
 import io
@@ -149,8 +150,9 @@ class OwnConv(nn.Conv2d):
 
 
 def test_subclasses_parametrized_and_lazy_layers_are_left_alone_with_a_reason():
-    model = nn.Sequential(OwnConv(3, 4, 1), nn.Conv2d(4, 4, 1), nn.LazyConv2d(4, 1), nn.Conv1d(4, 4, 1),
-                          nn.ConvTranspose2d(4, 4, 1))
+    model = nn.Sequential(
+        OwnConv(3, 4, 1), nn.Conv2d(4, 4, 1), nn.LazyConv2d(4, 1), nn.Conv1d(4, 4, 1), nn.ConvTranspose2d(4, 4, 1)
+    )
     torch.nn.utils.parametrizations.weight_norm(model[1])
     kinds = list(map(type, model))
     convext.swap(model)
@@ -161,8 +163,11 @@ def test_subclasses_parametrized_and_lazy_layers_are_left_alone_with_a_reason():
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("change", [torch.nn.utils.weight_norm, lambda m: prune.l1_unstructured(m, "weight", 0.5)],
-                         ids=["weight_norm", "pruning"])
+@pytest.mark.parametrize(
+    "change",
+    [torch.nn.utils.weight_norm, lambda m: prune.l1_unstructured(m, "weight", 0.5)],
+    ids=["weight_norm", "pruning"],
+)
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
 def test_layers_that_compute_their_weight_in_a_hook_run_by_themselves(change, when):
     plain, swapped = make().eval(), make().eval()
@@ -201,7 +206,7 @@ def hear(module, kind, heard, name):
 def test_whoever_listens_is_heard(when, kind, training):
     for name in ("stem", "stem.0", "stem.1", "stem.2", "conv", "bn", "act", "fc", ""):
         plain, swapped = make().train(training), make().train(training)
-        plain.act.inplace = swapped.act.inplace = False   # backward hooks forbid it
+        plain.act.inplace = swapped.act.inplace = False  # backward hooks forbid it
         expected, heard = [], []
         hear(plain.get_submodule(name), kind, expected, name)
         if when == "after":
@@ -267,14 +272,23 @@ def test_global_module_hooks_hear_every_layer():
 # ---- batch norm ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", [
-    lambda bn: None, lambda bn: setattr(bn, "momentum", None), lambda bn: setattr(bn, "momentum", 0.7),
-    lambda bn: bn.eval(), lambda bn: setattr(bn, "eps", 0.1), lambda bn: bn.requires_grad_(False),
-    lambda bn: setattr(bn, "track_running_stats", False),
-    lambda bn: setattr(bn, "weight", None) or setattr(bn, "bias", None), lambda bn: setattr(bn, "bias", None),
-    lambda bn: [setattr(bn, n, None) for n in ("running_mean", "running_var", "num_batches_tracked")],
-    lambda bn: setattr(bn, "num_batches_tracked", None),
-], ids="default cumulative momentum frozen eps no_grad untracked not_affine no_bias no_statistics no_counter".split())
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda bn: None,
+        lambda bn: setattr(bn, "momentum", None),
+        lambda bn: setattr(bn, "momentum", 0.7),
+        lambda bn: bn.eval(),
+        lambda bn: setattr(bn, "eps", 0.1),
+        lambda bn: bn.requires_grad_(False),
+        lambda bn: setattr(bn, "track_running_stats", False),
+        lambda bn: setattr(bn, "weight", None) or setattr(bn, "bias", None),
+        lambda bn: setattr(bn, "bias", None),
+        lambda bn: [setattr(bn, n, None) for n in ("running_mean", "running_var", "num_batches_tracked")],
+        lambda bn: setattr(bn, "num_batches_tracked", None),
+    ],
+    ids="default cumulative momentum frozen eps no_grad untracked not_affine no_bias no_statistics no_counter".split(),
+)
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("training", [True, False])
 def test_batch_norm_in_every_setting(change, when, training):
@@ -373,7 +387,7 @@ def test_dtype_changes_after_the_swap(dtype):
     found = model.to(dtype)(sample(torch.float32).to(dtype))
     assert found.dtype is dtype
     # The longest sum has 4*3*3 products, and there are four layers.
-    close(found.double(), reference, 8 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) * 36 ** 0.5)
+    close(found.double(), reference, 8 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) * 36**0.5)
     convext.verify(model, sample(torch.float32).to(dtype))
 
 
@@ -460,10 +474,18 @@ def test_frozen_parameters_get_no_gradient():
     assert model.conv.weight.grad is None and model.conv.bias.grad is not None and model.stem[0].weight.grad is not None
 
 
-@pytest.mark.parametrize("replacement", [
-    ("fc", lambda: nn.Linear(4, 7)), ("conv", lambda: nn.Conv2d(4, 4, 5, padding=2)), ("bn", lambda: nn.Identity()),
-    ("act", lambda: nn.SiLU()), ("act", lambda: nn.Tanh()), ("conv", lambda: OwnConv(4, 4, 1)),
-    ("stem", lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU6()))])
+@pytest.mark.parametrize(
+    "replacement",
+    [
+        ("fc", lambda: nn.Linear(4, 7)),
+        ("conv", lambda: nn.Conv2d(4, 4, 5, padding=2)),
+        ("bn", lambda: nn.Identity()),
+        ("act", lambda: nn.SiLU()),
+        ("act", lambda: nn.Tanh()),
+        ("conv", lambda: OwnConv(4, 4, 1)),
+        ("stem", lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU6())),
+    ],
+)
 def test_replacing_a_module_after_the_swap(replacement):
     name, maker = replacement
     model = convext.swap(make().eval())
@@ -484,8 +506,10 @@ def test_changing_a_sequential_inside():
     close(model(sample()), convext.revert(copy.deepcopy(model))(sample()))
 
 
-@pytest.mark.parametrize("setting", [("stride", (2, 2)), ("padding", (0, 0)), ("dilation", (2, 2)), ("padding", "same"),
-                                     ("padding_mode", "circular")])
+@pytest.mark.parametrize(
+    "setting",
+    [("stride", (2, 2)), ("padding", (0, 0)), ("dilation", (2, 2)), ("padding", "same"), ("padding_mode", "circular")],
+)
 def test_changing_a_layers_geometry_after_the_swap(setting):
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()).double().eval()
     swapped = convext.swap(copy.deepcopy(model))
@@ -497,9 +521,12 @@ def test_changing_a_layers_geometry_after_the_swap(setting):
 
 def test_replacing_a_parameter_and_its_data():
     model = convext.swap(make().eval())
-    for change in (lambda m: setattr(m.conv, "weight", nn.Parameter(m.conv.weight * 2)),
-                   lambda m: setattr(m.conv.weight, "data", m.conv.weight.data * 3),
-                   lambda m: m.conv.weight.data.mul_(0.1), lambda m: setattr(m.conv, "bias", None)):
+    for change in (
+        lambda m: setattr(m.conv, "weight", nn.Parameter(m.conv.weight * 2)),
+        lambda m: setattr(m.conv.weight, "data", m.conv.weight.data * 3),
+        lambda m: m.conv.weight.data.mul_(0.1),
+        lambda m: setattr(m.conv, "bias", None),
+    ):
         model(sample())
         change(model)
         close(model(sample()), convext.revert(copy.deepcopy(model))(sample()))
@@ -511,7 +538,7 @@ def test_optimizer_built_before_the_swap_trains_the_same():
     for model, swap in zip(models, (False, True)):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         for step in range(6):
-            if swap and step == 2:      # in the middle of training
+            if swap and step == 2:  # in the middle of training
                 convext.swap(model)
             optimizer.zero_grad()
             loss = F.cross_entropy(model(sample(n=4)), torch.tensor([0, 1, 1, 0]))
@@ -569,8 +596,10 @@ def test_func_grad_and_vmap_over_a_swapped_model():
     def loss(parameters, model, x):
         return torch.func.functional_call(model, parameters, (x[None],)).square().sum()
 
-    grads = [torch.func.vmap(torch.func.grad(loss), in_dims=(None, None, 0))(parameters, model, sample())
-             for model in (plain, swapped)]
+    grads = [
+        torch.func.vmap(torch.func.grad(loss), in_dims=(None, None, 0))(parameters, model, sample())
+        for model in (plain, swapped)
+    ]
     for name in parameters:
         close(grads[0][name], grads[1][name])
 
@@ -579,7 +608,7 @@ def test_gradient_of_the_gradient():
     results = []
     for model in (make(), convext.swap(make())):
         x = sample().requires_grad_()
-        g, = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        (g,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
         g.square().sum().backward()
         results.append([p.grad for p in model.parameters() if p.grad is not None])
     for a, b in zip(*results, strict=True):
@@ -620,6 +649,7 @@ def test_fx_and_jit_traces_go_through_the_forward_as_written():
 def test_data_parallel_training_in_one_process():
     from torch.distributed import destroy_process_group, init_process_group
     from torch.nn.parallel import DistributedDataParallel
+
     store = torch.distributed.HashStore()
     init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
@@ -639,7 +669,8 @@ def test_data_parallel_training_in_one_process():
 
 def test_ordinary_use_from_several_threads():
     from concurrent.futures import ThreadPoolExecutor
-    model = convext.swap(make().train()).eval()   # the plan for evaluation is made inside
+
+    model = convext.swap(make().train()).eval()  # the plan for evaluation is made inside
     expected = make().eval()(sample())
     with torch.no_grad(), ThreadPoolExecutor(8) as pool:
         for found in pool.map(lambda _: model(sample()), range(32)):
@@ -697,6 +728,7 @@ def test_verify_draws_its_numbers_wherever_the_default_device_is():
 
 def test_verify_sees_a_difference(monkeypatch):
     from convext import functional
+
     model = make(SharedReLU)
     right = functional.conv_bn_act
     monkeypatch.setattr(functional, "conv_bn_act", lambda *a, eps, **k: right(*a, eps=eps * 1.01, **k))
@@ -704,9 +736,14 @@ def test_verify_sees_a_difference(monkeypatch):
     assert not found.ok and "DISAGREE" in str(found)
 
 
-@pytest.mark.parametrize(("bad", "error", "match"), [
-    (3, TypeError, "sample: expected a tensor"), ((), TypeError, "sample: expected a tensor"),
-    (torch.zeros(2, 5, 8, 8), ValueError, "sample: the unswapped Net fails on it")])
+@pytest.mark.parametrize(
+    ("bad", "error", "match"),
+    [
+        (3, TypeError, "sample: expected a tensor"),
+        ((), TypeError, "sample: expected a tensor"),
+        (torch.zeros(2, 5, 8, 8), ValueError, "sample: the unswapped Net fails on it"),
+    ],
+)
 def test_bad_sample_is_named(bad, error, match):
     with pytest.raises(error, match=match):
         convext.verify(make(dtype=torch.float32), bad)

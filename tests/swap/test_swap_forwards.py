@@ -1,4 +1,5 @@
 """Forwards that a careless trace would freeze, lose or reorder, and the strides that user code sees."""
+
 import collections
 import copy
 import random
@@ -55,6 +56,7 @@ class Attention(nn.Module):
 
 def network(forward, **modules):
     """A module of one conv + bn chain `body`, and a forward."""
+
     class Network(nn.Module):
         def __init__(self):
             super().__init__()
@@ -250,15 +252,54 @@ def swaps_an_argument(self, x):
     return torch.relu(self.body(x)), (lambda a, b=2: a * b)(x), {"k": x}["k"]
 
 
-FORWARDS = [stores, counts, appends, appends_globally, draws_in_python, draws_in_numpy, draws_in_torch, drops_path,
-            decides_by_a_draw, decides_by_a_parameter, computes_on_a_parameter, asks_for_grad_mode, turns_grad_off,
-            own_function, checkpoints, asks_for_the_type, is_instance, adds_in_place_to_the_input, writes_between,
-            writes_the_residual_between, writes_through_a_view, reuses_the_sum, adds_itself, adds_with_alpha,
-            broadcasts, promotes, uses_a_weight, uses_a_config, by_shape, returns_a_structure, reads_strides,
-            writes_an_alias_of_the_result, swaps_an_argument]
+FORWARDS = [
+    stores,
+    counts,
+    appends,
+    appends_globally,
+    draws_in_python,
+    draws_in_numpy,
+    draws_in_torch,
+    drops_path,
+    decides_by_a_draw,
+    decides_by_a_parameter,
+    computes_on_a_parameter,
+    asks_for_grad_mode,
+    turns_grad_off,
+    own_function,
+    checkpoints,
+    asks_for_the_type,
+    is_instance,
+    adds_in_place_to_the_input,
+    writes_between,
+    writes_the_residual_between,
+    writes_through_a_view,
+    reuses_the_sum,
+    adds_itself,
+    adds_with_alpha,
+    broadcasts,
+    promotes,
+    uses_a_weight,
+    uses_a_config,
+    by_shape,
+    returns_a_structure,
+    reads_strides,
+    writes_an_alias_of_the_result,
+    swaps_an_argument,
+]
 # What must be seen through all the same, for the rest would be an easy promise.
-FUSED = {drops_path, computes_on_a_parameter, is_instance, uses_a_config, by_shape, returns_a_structure, broadcasts,
-         adds_itself, reads_strides, draws_in_torch}
+FUSED = {
+    drops_path,
+    computes_on_a_parameter,
+    is_instance,
+    uses_a_config,
+    by_shape,
+    returns_a_structure,
+    broadcasts,
+    adds_itself,
+    reads_strides,
+    draws_in_torch,
+}
 
 
 # Autograd refuses what these write over, with and without convext.
@@ -277,8 +318,19 @@ def observe(model, x, backward=True):
             sum(t.square().sum() for t in out if t.requires_grad).backward()
         with torch.no_grad():
             quiet = [t for t in torch.utils._pytree.tree_leaves(model(x.clone()))]
-        observed += [*out, given.grad, *quiet, *(t for t in model.buffers()), random.random(), torch.rand(1),
-                     len(model.seen), model.count, len(GLOBAL), [t.stride() for t in out], [t.stride() for t in quiet]]
+        observed += [
+            *out,
+            given.grad,
+            *quiet,
+            *(t for t in model.buffers()),
+            random.random(),
+            torch.rand(1),
+            len(model.seen),
+            model.count,
+            len(GLOBAL),
+            [t.stride() for t in out],
+            [t.stride() for t in quiet],
+        ]
         model.flag = not model.flag
         model.rate /= 2
         with torch.no_grad():
@@ -332,11 +384,19 @@ def test_forward_with_arguments_of_several_kinds():
     plain = Network().double().eval()
     swapped = convext.swap(copy.deepcopy(plain))
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
-    calls = [((x,), {}), ((x, x), {}), ((x,), {"skip": x}), ((x, None, 2.0), {}), ((x, x, 2), {"flip": True}),
-             ((x,), {"parts": [x, x]}), ((x,), {"parts": (x,)}), ((x, x), {"parts": [x], "scale": 0.5})]
+    calls = [
+        ((x,), {}),
+        ((x, x), {}),
+        ((x,), {"skip": x}),
+        ((x, None, 2.0), {}),
+        ((x, x, 2), {"flip": True}),
+        ((x,), {"parts": [x, x]}),
+        ((x,), {"parts": (x,)}),
+        ((x, x), {"parts": [x], "scale": 0.5}),
+    ]
     for args, kwargs in calls * 2:
         torch.testing.assert_close(swapped(*args, **kwargs), plain(*args, **kwargs), rtol=1e-12, atol=1e-12)
-    for step in range(40):   # ever new constants do not fill the memory
+    for step in range(40):  # ever new constants do not fill the memory
         torch.testing.assert_close(swapped(x, scale=step), plain(x, scale=step), rtol=1e-12, atol=1e-12)
     assert len(swapped.__dict__["forward"]._plans) < 20
     with pytest.raises(TypeError, match="unexpected keyword argument 'skp'"):
@@ -348,8 +408,10 @@ def test_tracing_leaves_nothing_behind_in_the_model():
     before = set(model.__dict__)
     convext.swap(model)
     assert set(model.__dict__) - before == {"forward"} and model.seen == []
-    assert "sets the attribute 'features'" in convext.report(model)["body.0"].reason or \
-        convext.report(model)["body.0"].fused == "bn"
+    assert (
+        "sets the attribute 'features'" in convext.report(model)["body.0"].reason
+        or convext.report(model)["body.0"].fused == "bn"
+    )
 
 
 def test_prints_at_every_call(capsys):
@@ -392,8 +454,14 @@ class Block(nn.Module):
 
 
 def inner_variants(model):
-    return [v for m in model.modules() if isinstance(m.__dict__.get("forward"), PlannedForward)
-            for plans in m.__dict__["forward"]._plans.values() for plan in plans for v in plan.by_mode.values()]
+    return [
+        v
+        for m in model.modules()
+        if isinstance(m.__dict__.get("forward"), PlannedForward)
+        for plans in m.__dict__["forward"]._plans.values()
+        for plan in plans
+        for v in plan.by_mode.values()
+    ]
 
 
 @native
@@ -437,7 +505,7 @@ def test_block_that_starts_to_listen_gets_contiguous_tensors_and_its_writes_are_
             self.act, self.body = nn.ReLU(inplace=True), conv_bn()
 
         def forward(self, x):
-            return F.relu(self.body(self.act(x)))     # writes its argument
+            return F.relu(self.body(self.act(x)))  # writes its argument
 
     class Network(nn.Module):
         def __init__(self):
@@ -447,7 +515,7 @@ def test_block_that_starts_to_listen_gets_contiguous_tensors_and_its_writes_are_
         def forward(self, x):
             x = self.stem(x) - 1
             y = self.block(x)
-            return y * x                               # sees what the block wrote
+            return y * x  # sees what the block wrote
 
     plain = Network().double().eval()
     swapped = convext.swap(copy.deepcopy(plain))
@@ -556,6 +624,7 @@ def test_a_backbone_that_returns_features_by_name_is_looked_through():
 @torch.no_grad()
 def test_features_that_are_written_in_place_keep_their_values():
     """Features are the backbone's own values, some of them another layer's argument and result at once."""
+
     class Writes(nn.Module):
         def __init__(self, backbone):
             super().__init__()
@@ -565,9 +634,9 @@ def test_features_that_are_written_in_place_keep_their_values():
             features = self.backbone(x)
             one, two = features["aux"], features["out"]
             y = F.relu(self.body(one))
-            one += two                     # after its reader
+            one += two  # after its reader
             z = self.body[0](two)
-            two.view(-1).mul_(2)           # through a view
+            two.view(-1).mul_(2)  # through a view
             return {"y": y, "z": z, "one": one, "two": two, "sum": y + one}
 
     torch.manual_seed(0)
@@ -599,7 +668,7 @@ def test_a_write_into_what_a_container_returned_reaches_its_argument():
             out = self.same(x)
             early = self.body(x)
             back = out["x"]
-            back += early                  # writes x
+            back += early  # writes x
             return {"early": early, "late": self.body[0](x), "y": out["y"]}
 
     torch.manual_seed(0)
@@ -619,18 +688,30 @@ def test_what_a_result_may_share_memory_with():
         def forward(self, x, y):
             a = self.conv(x)
             b = a
-            b += y                                    # the first argument alone
+            b += y  # the first argument alone
             c = b.mul_(y)
-            d = torch.add(c, y, out=x)                # nobody looks who is written
-            e = F.interpolate(c, scale_factor=1)      # a new tensor, whatever the size
-            f = self.block(y)                         # a container's result: anything that it was given
-            f += c                                    # and so it may be no tensor
+            d = torch.add(c, y, out=x)  # nobody looks who is written
+            e = F.interpolate(c, scale_factor=1)  # a new tensor, whatever the size
+            f = self.block(y)  # a container's result: anything that it was given
+            f += c  # and so it may be no tensor
             return F.relu(e, inplace=True), d, f
 
     trace = Trace(Network(), ((signature.TENSOR,) * 2, ()))
-    found = {node.name: {alias.name for alias in aliases - {node}}
-             for node, aliases in Graph(trace).aliases.items() if node.op != "output"}
+    found = {
+        node.name: {alias.name for alias in aliases - {node}}
+        for node, aliases in Graph(trace).aliases.items()
+        if node.op != "output"
+    }
     x, y = (node.name for node in trace.graph.nodes if node.op == "placeholder")
-    assert found == {x: set(), y: set(), "conv": set(), "iadd": {"conv"}, "mul_": {"conv", "iadd"},
-                     "add": {"conv", "iadd", "mul_", x, y}, "interpolate": set(), "block": {y},
-                     "iadd_1": {"conv", "iadd", "mul_", "block", y}, "relu": {"interpolate"}}
+    assert found == {
+        x: set(),
+        y: set(),
+        "conv": set(),
+        "iadd": {"conv"},
+        "mul_": {"conv", "iadd"},
+        "add": {"conv", "iadd", "mul_", x, y},
+        "interpolate": set(),
+        "block": {y},
+        "iadd_1": {"conv", "iadd", "mul_", "block", y},
+        "relu": {"interpolate"},
+    }

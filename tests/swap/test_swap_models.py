@@ -1,4 +1,5 @@
 """Swapped against unswapped in float64: outputs, all gradients and running statistics, and what was fused."""
+
 import copy
 from collections import Counter
 
@@ -26,8 +27,12 @@ def randomise(model):
     generator = torch.Generator().manual_seed(1)
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
-            for t, low, high in ((m.running_mean, -0.3, 0.3), (m.running_var, 0.5, 1.5), (m.weight, 0.5, 1.5),
-                                 (m.bias, -0.3, 0.3)):
+            for t, low, high in (
+                (m.running_mean, -0.3, 0.3),
+                (m.running_var, 0.5, 1.5),
+                (m.weight, 0.5, 1.5),
+                (m.bias, -0.3, 0.3),
+            ):
                 t.data.copy_(torch.rand(t.shape, generator=generator) * (high - low) + low)
     return model
 
@@ -58,7 +63,7 @@ def assert_same(model, x):
             else:
                 torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
         assert found_strides == strides
-    plain.eval(), swapped.eval()   # on statistics that training has moved
+    plain.eval(), swapped.eval()  # on statistics that training has moved
     with torch.no_grad():
         for a, b in zip(pytree.tree_leaves(swapped(x)), pytree.tree_leaves(plain(x)), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
@@ -101,10 +106,17 @@ def test_channels_last_network(name):
     assert_same(model, torch.randn(2, 3, 64, 64, dtype=torch.float64).to(memory_format=torch.channels_last))
 
 
-@pytest.mark.parametrize(("name", "expected"), [
-    ("inception_v3", {"bn + relu": 94}), ("vgg11", {"relu": 8}), ("efficientnet_b0", {"bn + silu": 33}),
-    ("googlenet", {"bn + relu": 57}), ("densenet121", {"bn + relu": 59}), ("regnet_y_400mf", {"bn + add + relu": 16}),
-])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("inception_v3", {"bn + relu": 94}),
+        ("vgg11", {"relu": 8}),
+        ("efficientnet_b0", {"bn + silu": 33}),
+        ("googlenet", {"bn + relu": 57}),
+        ("densenet121", {"bn + relu": 59}),
+        ("regnet_y_400mf", {"bn + add + relu": 16}),
+    ],
+)
 def test_chains_found(name, expected):
     options = {"init_weights": False, "aux_logits": False} if name in ("inception_v3", "googlenet") else {}
     model = convext.swap(torchvision.models.get_model(name, **options).eval())

@@ -1,4 +1,5 @@
 """What verify finds, what it lets pass, and what it leaves as it was."""
+
 import copy
 import random
 import types
@@ -81,6 +82,7 @@ def test_small_networks_agree(training, dtype):
 
 def test_one_number_is_enough():
     """Of one element a single run with moved operands tells nothing: it may not move at all."""
+
     class Loss(Net):
         def forward(self, x):
             return super().forward(x).sum()
@@ -96,13 +98,14 @@ def test_gradient_that_is_nothing_but_rounding_agrees():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU())
     for seed in range(8):
         found = convext.verify(model, sample(), seed=seed)
-        bias, = (r for r in found.rows if (r.name, r.kind, r.of) == ("0.bias", "gradient", "live"))
+        (bias,) = (r for r in found.rows if (r.name, r.kind, r.of) == ("0.bias", "gradient", "live"))
         assert found.ok and bias.own > 0, found
 
 
 def test_the_limit_is_of_the_size_of_rounding():
     """An alarm that never rings is none: no output, statistic or gradient of a smooth network has more than some
     thousand roundings' room."""
+
     class Smooth(Net):
         def __init__(self):
             super().__init__()
@@ -191,8 +194,10 @@ def _relu_for_relu6(model):
 
 
 def _no_residual(model):
-    _forward(model.block, lambda self, x: self.bn3(self.conv3(self.act(self.bn2(self.conv2(
-        self.act(self.bn1(self.conv1(x)))))))))
+    _forward(
+        model.block,
+        lambda self, x: self.bn3(self.conv3(self.act(self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))))),
+    )
 
 
 def _wrong_groups(model):
@@ -212,6 +217,7 @@ def _biased_variance(model):
             n = x.numel() / x.shape[1]
             self.running_var.data.copy_(0.9 * before + (self.running_var - 0.9 * before) * ((n - 1) / n))
         return y
+
     _forward(model.stem[1], forward)
 
 
@@ -221,6 +227,7 @@ def _count_off_by_one(model):
         if self.training:
             self.num_batches_tracked.data.add_(1)
         return y
+
     _forward(model.block.bn1, forward)
 
 
@@ -244,7 +251,7 @@ class _Open(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        x, = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         return dy * (x > 0)
 
 
@@ -261,28 +268,47 @@ def _gradient_missing(model):
     _forward(conv, lambda self, x: F.conv2d(x, self.weight, self.bias.detach()))
 
 
-EVERYWHERE = [_bias_dropped, _filter_transposed, _filter_stale, _wrong_eps, _wrong_stride, _wrong_offset,
-              _relu_for_relu6, _no_residual, _wrong_groups, _gradient_scaled, _gradient_open_above, _gradient_missing]
+EVERYWHERE = [
+    _bias_dropped,
+    _filter_transposed,
+    _filter_stale,
+    _wrong_eps,
+    _wrong_stride,
+    _wrong_offset,
+    _relu_for_relu6,
+    _no_residual,
+    _wrong_groups,
+    _gradient_scaled,
+    _gradient_open_above,
+    _gradient_missing,
+]
 STATISTICS = [_momentum_twice, _biased_variance, _count_off_by_one]
 
 
 @pytest.fixture
 def swapped_wrong(monkeypatch):
     """f(plant): verify then takes a model with an error planted in it for the freshly swapped copy."""
+
     def use(plant):
         swap = convext.swap
 
         def wrong(model):
             plant(model)
             return swap(model)
+
         monkeypatch.setattr(__import__("sys").modules["convext.swap.swapping"], "swap", wrong)
+
     return use
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("plant", "training"), [
-    *((plant, training) for plant in EVERYWHERE for training in (True, False)),
-    *((plant, True) for plant in STATISTICS)])
+@pytest.mark.parametrize(
+    ("plant", "training"),
+    [
+        *((plant, training) for plant in EVERYWHERE for training in (True, False)),
+        *((plant, True) for plant in STATISTICS),
+    ],
+)
 def test_a_planted_error_is_found(plant, training, dtype, swapped_wrong):
     model, x = make(dtype, training), sample(dtype)
     swapped_wrong(plant)
@@ -418,8 +444,10 @@ def test_the_model_is_afterwards_what_it_was():
         holders += [v for d in holders for v in d.values() if isinstance(v, (dict, OrderedDict, list, set))]
         found = [[(k, id(v)) for k, v in h.items()] if isinstance(h, dict) else list(map(id, h)) for h in holders]
         tensors = [*model.parameters(), *model.buffers(), model[0].plain, x, elsewhere]
-        values = [(t.detach().clone(), t.requires_grad, id(t.grad), None if t.grad is None else t.grad.clone())
-                  for t in tensors]
+        values = [
+            (t.detach().clone(), t.requires_grad, id(t.grad), None if t.grad is None else t.grad.clone())
+            for t in tensors
+        ]
         return found, values, torch.get_rng_state(), random.getstate(), numpy.random.get_state()
 
     def same(a, b):
@@ -462,6 +490,7 @@ def test_a_failing_call_leaves_the_model_as_it_was():
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # without gradients, rightly
 def test_reentrant_checkpoints_are_verified():
     """They forbid asking for single gradients."""
+
     class Checkpointed(nn.Module):
         def __init__(self, reentrant):
             super().__init__()

@@ -31,8 +31,15 @@ class TestInTheInterpreter:
 
     @pytest.mark.timeout(900)  # about a minute of one core's time each, on a machine that may be busy
     @pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")
-    @pytest.mark.parametrize("part", ["cases_float32", "cases_in_other_dtypes or empty_batch", "TestNetworks",
-                                      "not cases and not empty_batch and not TestNetworks"])
+    @pytest.mark.parametrize(
+        "part",
+        [
+            "cases_float32",
+            "cases_in_other_dtypes or empty_batch",
+            "TestNetworks",
+            "not cases and not empty_batch and not TestNetworks",
+        ],
+    )
     def test_passes(self, part):
         program = ROOT / "tests/triton/triton_interpreter.py"
         arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", program, "-k", part]
@@ -90,8 +97,11 @@ class TestWhoServes:
 
     def test_absent_cuda_library_leaves_triton_first(self, monkeypatch):
         """With a GPU, Triton, and no compiled CUDA library, every pass of every problem is Triton's."""
-        monkeypatch.setattr(convext.backends, "_unavailable", {
-            ("native", "cuda"): "the CUDA library is not built", ("triton", "cuda"): None, ("aten", "cuda"): None})
+        monkeypatch.setattr(
+            convext.backends,
+            "_unavailable",
+            {("native", "cuda"): "the CUDA library is not built", ("triton", "cuda"): None, ("aten", "cuda"): None},
+        )
         monkeypatch.setattr(convext.backends, "_choices", {})
         for groups in (1, 4, 16):
             for dilation in (1, 3):
@@ -108,8 +118,9 @@ class TestWhoServes:
     def test_what_the_cuda_library_rejects_is_tritons(self, monkeypatch):
         """More groups than a grid has blocks in y, and none of them depthwise."""
         reason = "there are more than 65535 groups"
-        monkeypatch.setattr(convext.backends, "_unavailable", dict.fromkeys(
-            (name, "cuda") for name in ("native", "triton", "aten")))
+        monkeypatch.setattr(
+            convext.backends, "_unavailable", dict.fromkeys((name, "cuda") for name in ("native", "triton", "aten"))
+        )
         monkeypatch.setattr(convext.backends, "_choices", {})
         monkeypatch.setattr(convext.backends.get("native", "cuda"), "reject", lambda pass_, problem: reason)
         problem = ConvProblem(1, 1 << 17, 4, 4, 1 << 17, 3, 3, 1, 1, 1, 1, 1, 1, 1 << 16, device="cuda")
@@ -395,8 +406,10 @@ class TestCompilerSeesThrough:
         """The kernels' sources that it copies into its module compile from there."""
         from inductor_on_paper import compile_kernels, written
 
-        model = torch.nn.Sequential(convext.nn.ConvBNReLU(32, 64, 3, padding=1, activation="gelu"),
-                                    convext.nn.DepthwiseConv2d(64, 3, dilation=2)).train(training)
+        model = torch.nn.Sequential(
+            convext.nn.ConvBNReLU(32, 64, 3, padding=1, activation="gelu"),
+            convext.nn.DepthwiseConv2d(64, 3, dilation=2),
+        ).train(training)
         ((graph, inputs),), mode = self.compiled(model, (4, 32, 28, 28))
         module = written(graph, inputs, mode)
         assert "convext" not in re.sub("#.*", "", module)
@@ -446,11 +459,18 @@ if HAVE_TRITON:
     TARGET = GPUTarget("cuda", 90, 32)
 
 WRITTEN = {
-    "fprop_kernel": {"y_ptr"}, "finish_kernel": {"y_ptr"}, "dgrad_kernel": {"dx_ptr"}, "wgrad_kernel": {"dw_ptr"},
+    "fprop_kernel": {"y_ptr"},
+    "finish_kernel": {"y_ptr"},
+    "dgrad_kernel": {"dx_ptr"},
+    "wgrad_kernel": {"dw_ptr"},
     "reduce_kernel": {"out_ptr"},
-    "depthwise_fprop_kernel": {"y_ptr"}, "depthwise_backward_kernel": {"dx_ptr", "slab_ptr"},
-    "stats_tile_kernel": {"slab_ptr"}, "stats_merge_kernel": {"mean_ptr", "var_ptr"}, "bn_act_kernel": {"out_ptr"},
-    "bn_act_backward_sums_kernel": {"slab_ptr"}, "bn_act_backward_kernel": {"dy_ptr", "dz_ptr"},
+    "depthwise_fprop_kernel": {"y_ptr"},
+    "depthwise_backward_kernel": {"dx_ptr", "slab_ptr"},
+    "stats_tile_kernel": {"slab_ptr"},
+    "stats_merge_kernel": {"mean_ptr", "var_ptr"},
+    "bn_act_kernel": {"out_ptr"},
+    "bn_act_backward_sums_kernel": {"slab_ptr"},
+    "bn_act_backward_kernel": {"dy_ptr", "dz_ptr"},
 }
 
 

@@ -19,8 +19,12 @@ from convext.triton import batch_norm, depthwise, direct, wgrad
 
 MATRIX = {"sm_80": r"mma\.sync\S+", "sm_90": r"wgmma\.mma_async\S+", "gfx942": r"v_mfma_\w+"}
 OPERANDS = {
-    ("sm_80", torch.bfloat16): "bf16.bf16", ("sm_90", torch.bfloat16): "bf16.bf16", ("gfx942", torch.bfloat16): "bf16",
-    ("sm_80", torch.float16): "f16.f16", ("sm_90", torch.float16): "f16.f16", ("gfx942", torch.float16): "f16",
+    ("sm_80", torch.bfloat16): "bf16.bf16",
+    ("sm_90", torch.bfloat16): "bf16.bf16",
+    ("gfx942", torch.bfloat16): "bf16",
+    ("sm_80", torch.float16): "f16.f16",
+    ("sm_90", torch.float16): "f16.f16",
+    ("gfx942", torch.float16): "f16",
 }
 
 
@@ -47,10 +51,12 @@ class Layer:
 
     def depthwise(self):
         problem = self.problem
-        return [depthwise.fprop(problem, self.x, self.w, self.epilogue("hardswish"), self.y),
-                *depthwise.backward(problem, self.y, self.x, self.w, self.x, self.w),
-                depthwise.backward(problem, self.y, None, self.w, self.x, None)[0],
-                depthwise.backward(problem, self.y, self.x, None, None, self.w)[0]]
+        return [
+            depthwise.fprop(problem, self.x, self.w, self.epilogue("hardswish"), self.y),
+            *depthwise.backward(problem, self.y, self.x, self.w, self.x, self.w),
+            depthwise.backward(problem, self.y, None, self.w, self.x, None)[0],
+            depthwise.backward(problem, self.y, self.x, None, None, self.w)[0],
+        ]
 
     def epilogue(self, activation):
         k = self.w.shape[0]
@@ -155,8 +161,10 @@ class TestMemoryBoundKernels:
             launches = [
                 *batch_norm.batch_stats(y, e.mean, e.var),
                 batch_norm.bn_act(y, e.mean, e.var, e.gamma, e.beta, y, 1e-5, "relu", y),
-                *batch_norm.bn_act_backward(y, y, e.mean, e.var, e.gamma, e.beta, y, 1e-5, "silu", True, y,
-                                            e.gamma, e.beta, y)]
+                *batch_norm.bn_act_backward(
+                    y, y, e.mean, e.var, e.gamma, e.beta, y, 1e-5, "silu", True, y, e.gamma, e.beta, y
+                ),
+            ]
             assert list(check(target, launches)) == []
 
     def test_batch_norm_of_one_pixel_and_of_one_image(self, target):
@@ -164,9 +172,12 @@ class TestMemoryBoundKernels:
         layer = Layer(torch.float32, (8, 64, 1, 1), (64, 64, 1, 1), ((1, 1), (0, 0), (1, 1), 1), nhwc=False)
         y, e = layer.y, layer.epilogue("relu")
         with aiming_at(target):
-            launches = [*batch_norm.batch_stats(y, e.mean, e.var),
-                        *batch_norm.bn_act_backward(y, y, e.mean, e.var, e.gamma, e.beta, None, 1e-5, "silu", True, y,
-                                                    e.gamma, e.beta, None)]
+            launches = [
+                *batch_norm.batch_stats(y, e.mean, e.var),
+                *batch_norm.bn_act_backward(
+                    y, y, e.mean, e.var, e.gamma, e.beta, None, 1e-5, "silu", True, y, e.gamma, e.beta, None
+                ),
+            ]
             assert list(check(target, launches)) == []
 
     def test_every_activation(self, target):
@@ -177,8 +188,9 @@ class TestMemoryBoundKernels:
         with aiming_at(target):
             fused = direct.fprop(layer.problem, layer.x, layer.w, e, y)
             assert len(list(check(target, fused, only_first=True, may_spill=True))) == 1
-            launches = [batch_norm.bn_act(y, e.mean, e.var, None, None, None, 1e-5, activation, y)
-                        for activation in ACTIVATIONS]
+            launches = [
+                batch_norm.bn_act(y, e.mean, e.var, None, None, None, 1e-5, activation, y) for activation in ACTIVATIONS
+            ]
             assert list(check(target, launches)) == []
 
     def test_offsets_beyond_32_bits(self, target):

@@ -26,8 +26,10 @@ from convext.triton import configs, direct, launch, wgrad
 
 RUNNABLE = [case for case in PROBLEMS if case.x[0] > 0]
 # Every fifth case, a different fifth for each dtype: the geometry is float32's business.
-FIFTHS = {dtype: [case for case in RUNNABLE if (zlib.crc32(case.name.encode()) + i) % 5 == 0]
-          for i, dtype in enumerate((torch.float16, torch.bfloat16, torch.float64))}
+FIFTHS = {
+    dtype: [case for case in RUNNABLE if (zlib.crc32(case.name.encode()) + i) % 5 == 0]
+    for i, dtype in enumerate((torch.float16, torch.bfloat16, torch.float64))
+}
 BATCH_NORM_SHAPES = [(2, 5, 6, 7), (2, 70, 5, 3), (1, 3, 60, 50)]
 
 
@@ -103,8 +105,11 @@ def double(t):
     return t.double() if isinstance(t, torch.Tensor) else t
 
 
-@pytest.mark.parametrize("activation, dtype", [(activation, torch.float32) for activation in ACTIVATIONS] + [
-    ("silu", torch.float16), ("gelu", torch.float64)], ids=str)
+@pytest.mark.parametrize(
+    "activation, dtype",
+    [(activation, torch.float32) for activation in ACTIVATIONS] + [("silu", torch.float16), ("gelu", torch.float64)],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["three_by_three", "depthwise", "channels_last_everything"])
 class TestFusedEpilogue:
     def test_bias_batch_norm_residual_and_activation(self, name, activation, dtype):
@@ -115,9 +120,9 @@ class TestFusedEpilogue:
         y = Nest(case).fprop(o.x, o.w, o.bias)
         residual = torch.linspace(-2, 2, y.numel(), dtype=torch.float64).view(y.shape).to(dtype)
         out = convext.ops.conv_bn_act(
-            o.x, o.w, Epilogue(o.bias, mean, var, gamma, beta, residual, 1e-3, activation), geom)
-        expected = ATEN.bn_act(
-            y, Epilogue(None, *map(double, (mean, var, gamma, beta, residual)), 1e-3, activation))
+            o.x, o.w, Epilogue(o.bias, mean, var, gamma, beta, residual, 1e-3, activation), geom
+        )
+        expected = ATEN.bn_act(y, Epilogue(None, *map(double, (mean, var, gamma, beta, residual)), 1e-3, activation))
         self.close(out, expected, y, case)
         assert len(served()) == 1, "one kernel for all of it"
 
@@ -169,8 +174,10 @@ class TestBatchNorm:
         for i, shape in enumerate(BATCH_NORM_SHAPES):
             generator = torch.Generator().manual_seed(i)
             format_ = (torch.contiguous_format, torch.channels_last)[(i + training) % 2]
-            y, dout, z = (torch.randn(shape, generator=generator, dtype=torch.float64).contiguous(memory_format=format_)
-                          for _ in range(3))
+            y, dout, z = (
+                torch.randn(shape, generator=generator, dtype=torch.float64).contiguous(memory_format=format_)
+                for _ in range(3)
+            )
             z = z if residual else None
             parameters = channels(shape[1], torch.float64)
             if training:
@@ -191,8 +198,17 @@ class TestBatchNorm:
         torch.testing.assert_close(convext.ops.bn_act(y, epilogue), ATEN.bn_act(y, epilogue))
 
 
-@pytest.mark.parametrize("name", ["depthwise", "depthwise_strided", "depthwise_dilated_strided",
-                                  "depthwise_multiplier", "depthwise_seven_by_seven", "depthwise_strided_dgrad_hole"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "depthwise",
+        "depthwise_strided",
+        "depthwise_dilated_strided",
+        "depthwise_multiplier",
+        "depthwise_seven_by_seven",
+        "depthwise_strided_dgrad_hole",
+    ],
+)
 def test_depthwise_backward_in_one_pass_is_the_two_passes(name):
     case = BY_NAME[name]
     o, geom = case.operands(), Geom(*case.geom)
@@ -245,8 +261,9 @@ class TestDeterminism:
         Nest(case).expected(o)["wgrad"].check(first)
         assert torch.equal(first, TRITON.wgrad(problem, o.dy, o.x))
 
-    @pytest.mark.parametrize("name", ["long_reduction", "strided", "groups_strided", "dilation_past_border",
-                                      "channels_last_everything"])
+    @pytest.mark.parametrize(
+        "name", ["long_reduction", "strided", "groups_strided", "dilation_past_border", "channels_last_everything"]
+    )
     def test_split_loops_give_the_same_bits_and_the_right_ones(self, name, monkeypatch):
         """Split as on a GPU with many multiprocessors, into more parts than some tiles have steps."""
         monkeypatch.setattr(direct, "processors", lambda device: 1000)
@@ -354,8 +371,17 @@ def resnet50_cut():
     """The stem and the first blocks of the first two stages, of which the second strides and widens."""
     torchvision = pytest.importorskip("torchvision")
     net = torchvision.models.resnet50(num_classes=10)
-    return nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1[0], net.layer2[0], net.avgpool,
-                         nn.Flatten(), nn.Linear(512, 10))
+    return nn.Sequential(
+        net.conv1,
+        net.bn1,
+        net.relu,
+        net.maxpool,
+        net.layer1[0],
+        net.layer2[0],
+        net.avgpool,
+        nn.Flatten(),
+        nn.Linear(512, 10),
+    )
 
 
 def mobilenet_v2_cut():
@@ -402,7 +428,13 @@ class TestNetworks:
 
 
 def test_variants_name_their_family():
-    names = {name: TRITON.variant(Pass.FPROP, ConvProblem.of_fprop(o.x, o.w, Geom(*BY_NAME[name].geom)))
-             for name in ("pointwise", "dilated", "depthwise_dilated") for o in [BY_NAME[name].operands()]}
-    assert names == {"pointwise": "fprop_direct_float32_triton", "dilated": "fprop_dilated_float32_triton",
-                     "depthwise_dilated": "fprop_depthwise_float32_triton"}
+    names = {
+        name: TRITON.variant(Pass.FPROP, ConvProblem.of_fprop(o.x, o.w, Geom(*BY_NAME[name].geom)))
+        for name in ("pointwise", "dilated", "depthwise_dilated")
+        for o in [BY_NAME[name].operands()]
+    }
+    assert names == {
+        "pointwise": "fprop_direct_float32_triton",
+        "dilated": "fprop_dilated_float32_triton",
+        "depthwise_dilated": "fprop_depthwise_float32_triton",
+    }

@@ -7,6 +7,7 @@ known to be a pure function of its arguments, before it runs. It stops as well a
 capture's own globals: that would read what nobody notes. It errs towards refusing: a refused forward still runs, as
 written.
 """
+
 import contextlib
 import dis
 import enum
@@ -21,12 +22,26 @@ from ..refusal import ForNow, Untraceable
 from .pure import STDLIB, is_library, is_stdlib, root_of, why_impure
 from .stand_ins import ClassStandIn, Globals, List, StandIn
 
-_TORCH_PYTHON = ("torch.nn.functional", "torch.functional", "torch._tensor", "torch.overrides", "torch._jit_internal",
-                 "torch.jit", "torch.fx", "torch.nn.modules.container", "torch.nn.modules.utils", "torch.nn.parameter",
-                 "torch._VF", "torch.types", "torch.utils._device")
+_TORCH_PYTHON = (
+    "torch.nn.functional",
+    "torch.functional",
+    "torch._tensor",
+    "torch.overrides",
+    "torch._jit_internal",
+    "torch.jit",
+    "torch.fx",
+    "torch.nn.modules.container",
+    "torch.nn.modules.utils",
+    "torch.nn.parameter",
+    "torch._VF",
+    "torch.types",
+    "torch.utils._device",
+)
 # Methods of nn.Module that only look, and the forwards of layers, which only compute.
-_MODULE_METHODS = frozenset("__getattr__ children named_children modules named_modules __hash__ __dir__ _get_name "
-                            "forward _conv_forward _check_input_dim".split())
+_MODULE_METHODS = frozenset(
+    "__getattr__ children named_children modules named_modules __hash__ __dir__ _get_name "
+    "forward _conv_forward _check_input_dim".split()
+)
 # Instructions -> what they do that no graph does again. An operation of a graph that raises would find no handler.
 _REFUSED = {
     **dict.fromkeys(("MATCH_CLASS", "MATCH_MAPPING", "MATCH_SEQUENCE", "MATCH_KEYS"), "uses match"),
@@ -114,7 +129,7 @@ class Audit:
         if sys.getprofile() is not None:
             raise ForNow("a Python profiler is on")
         self._collecting = gc.isenabled()
-        gc.disable()     # whatever listens to the collector would look like a call of the forward's
+        gc.disable()  # whatever listens to the collector would look like a call of the forward's
         sys.setprofile(self._event)
         return self
 
@@ -130,7 +145,7 @@ class Audit:
 
     def _event(self, frame, event, arg):
         self._look(frame, event, arg)
-        self.check()     # raises before the call is made, so that it leaves nothing behind
+        self.check()  # raises before the call is made, so that it leaves nothing behind
 
     def _look(self, frame, event, arg):
         if event == "call":
@@ -209,10 +224,14 @@ class Audit:
             self.problem = why_impure(function)
 
 
-_MUTATORS = frozenset("append extend insert pop remove clear sort reverse update add discard setdefault popitem "
-                      "difference_update intersection_update symmetric_difference_update move_to_end".split())
+_MUTATORS = frozenset(
+    "append extend insert pop remove clear sort reverse update add discard setdefault popitem "
+    "difference_update intersection_update symmetric_difference_update move_to_end".split()
+)
 
 
 def _hold_stand_ins(values):
-    return any(isinstance(v, (StandIn, ClassStandIn, fx.Proxy)) or type(v) in (list, tuple) and _hold_stand_ins(v)
-               for v in values)
+    return any(
+        isinstance(v, (StandIn, ClassStandIn, fx.Proxy)) or type(v) in (list, tuple) and _hold_stand_ins(v)
+        for v in values
+    )

@@ -3,6 +3,7 @@
 None stands for the owner of the plan, or for its dictionary: the owner holds the plan, so the plan must not hold the
 owner.
 """
+
 import types
 
 from ..refusal import Untraceable
@@ -96,8 +97,9 @@ class Facts:
 
     def function(self, function):
         """A Python function's code and defaults are what they are now."""
-        self._add("function", function, "", _Same(function.__code__),
-                  _Same((function.__defaults__, function.__kwdefaults__)))
+        self._add(
+            "function", function, "", _Same(function.__code__), _Same((function.__defaults__, function.__kwdefaults__))
+        )
 
     def cell(self, cell):
         """A closure's cell holds what it holds now; returns that."""

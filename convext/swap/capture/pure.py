@@ -1,4 +1,5 @@
 """What is known to do nothing but compute from its arguments: of C functions, torch's and the standard library's."""
+
 import sys
 import types
 
@@ -7,14 +8,33 @@ import torch
 BUILTINS = frozenset(
     "len range isinstance issubclass getattr hasattr callable zip enumerate sum min max abs all any sorted reversed "
     "tuple list dict set frozenset int float bool complex str iter next map filter round divmod pow slice repr format "
-    "chr ord super object property".split())
-STDLIB = frozenset("collections typing functools itertools math operator _operator abc enum numbers types dataclasses "
-                   "_collections_abc builtins".split())
+    "chr ord super object property".split()
+)
+STDLIB = frozenset(
+    "collections typing functools itertools math operator _operator abc enum numbers types dataclasses "
+    "_collections_abc builtins".split()
+)
 # They see what a stand-in hides, or change what they are given.
 _NOT_PURE = frozenset("is_ is_not call setitem delitem".split())
 _STATE = ("is_", "get_", "set_", "initial_seed", "manual_seed", "seed", "default_generator", "_")
-VALUES = (list, tuple, dict, set, frozenset, str, int, float, bool, type({}.keys()), type({}.items()),
-          type({}.values()), slice, range, type(None), types.GeneratorType)
+VALUES = (
+    list,
+    tuple,
+    dict,
+    set,
+    frozenset,
+    str,
+    int,
+    float,
+    bool,
+    type({}.keys()),
+    type({}.items()),
+    type({}.values()),
+    slice,
+    range,
+    type(None),
+    types.GeneratorType,
+)
 
 
 def root_of(name):

@@ -2,6 +2,7 @@
 
 Two calls of the same signature take the same path through a traceable forward, so a plan is made per signature.
 """
+
 import inspect
 import math
 
@@ -55,6 +56,7 @@ def build(signature, new_tensor, constant_list=list):
     """(args, kwargs) of the given signature with `new_tensor()` in the place of every tensor, `constant_list` in that
     of
     list."""
+
     def make(k):
         if k == TENSOR:
             return new_tensor()

@@ -14,6 +14,7 @@ value that such a frame gets hold of is one of these, and whatever comes out of 
 What a look-up finds is a fact (facts.py). The audit (audit.py) sees to it that no other user code runs, and that C and
 library functions are called only where they are known to do nothing but compute.
 """
+
 import builtins
 import enum
 import functools
@@ -30,9 +31,18 @@ from .facts import ABSENT, PLAIN
 from .pure import BUILTINS, is_library, is_stdlib, why_impure
 
 _PLAIN = frozenset((*PLAIN, torch.dtype, torch.device, torch.memory_format, torch.layout, torch.Size, slice, range))
-_C_FUNCTIONS = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType,
-                types.MethodWrapperType, types.ClassMethodDescriptorType, operator.attrgetter, operator.itemgetter,
-                operator.methodcaller, torch._ops.OpOverloadPacket, torch._ops.OpOverload)
+_C_FUNCTIONS = (
+    types.BuiltinFunctionType,
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+    types.MethodWrapperType,
+    types.ClassMethodDescriptorType,
+    operator.attrgetter,
+    operator.itemgetter,
+    operator.methodcaller,
+    torch._ops.OpOverloadPacket,
+    torch._ops.OpOverload,
+)
 _GETATTRIBUTE = object.__getattribute__
 _MODULE_GETATTR = nn.Module.__getattr__
 
@@ -111,6 +121,7 @@ _recorder, _real = StandIn._recorder.__get__, StandIn._real.__get__
 def _forwarded(name):
     def method(self, *args):
         return _recorder(self).special(self, name, *args)
+
     method.__name__ = name
     return method
 
@@ -118,6 +129,7 @@ def _forwarded(name):
 def _refused(name):
     def method(self, *args):
         raise Untraceable(f"its forward asks for {name} of a {type(_real(self)).__name__}")
+
     method.__name__ = name
     return method
 
@@ -214,15 +226,20 @@ def _cannot_change(self, *args, **kwargs):
 
 
 def _constant(kind, *mutators):
-    return type(kind.__name__.capitalize(), (kind,), {
-        "__class__": property(lambda self: kind), **{name: _cannot_change for name in mutators}})
+    return type(
+        kind.__name__.capitalize(),
+        (kind,),
+        {"__class__": property(lambda self: kind), **{name: _cannot_change for name in mutators}},
+    )
 
 
 List = _constant(
-    list, *"append extend insert pop remove clear sort reverse __setitem__ __delitem__ __iadd__ __imul__".split())
+    list, *"append extend insert pop remove clear sort reverse __setitem__ __delitem__ __iadd__ __imul__".split()
+)
 Dict = _constant(dict, *"__setitem__ __delitem__ pop popitem clear update setdefault __ior__".split())
 Set = _constant(
-    set, *"add discard remove pop clear update __ior__ __iand__ __isub__ __ixor__ __iter__ __repr__".split())
+    set, *"add discard remove pop clear update __ior__ __iand__ __isub__ __ixor__ __iter__ __repr__".split()
+)
 
 
 class Super:
@@ -238,7 +255,7 @@ class Super:
         recorder.know(real)
         mro = kind.__mro__
         recorder.facts.attribute(kind, "__mro__", mro)
-        for base in mro[mro.index(start) + 1:]:
+        for base in mro[mro.index(start) + 1 :]:
             recorder.facts.class_item(base, name)
             if name in base.__dict__:
                 return recorder.bound(base.__dict__[name], name, real, subject)
@@ -267,10 +284,14 @@ class Recorder:
 
     def __init__(self, tracer, facts):
         self.tracer, self.facts, self.over = tracer, facts, False
-        self._made = {}      # id of an object -> (the object, what stands for it)
-        self._copies = []    # (copy of a container, what was in it)
-        for function, own in ((builtins.super, self.super), (builtins.callable, self.callable),
-                              (builtins.isinstance, self.isinstance), (builtins.issubclass, self.issubclass)):
+        self._made = {}  # id of an object -> (the object, what stands for it)
+        self._copies = []  # (copy of a container, what was in it)
+        for function, own in (
+            (builtins.super, self.super),
+            (builtins.callable, self.callable),
+            (builtins.isinstance, self.isinstance),
+            (builtins.issubclass, self.issubclass),
+        ):
             self._made[id(function)] = function, own
         self.builtins = {**builtins.__dict__, "__import__": self.import_}
 
@@ -335,16 +356,24 @@ class Recorder:
         self.facts.contents(member.__dict__)
 
     def _is_constant(self, value):
-        return type(value) in _PLAIN or isinstance(value, (enum.Enum, type, types.BuiltinFunctionType)) \
-            or isinstance(value, (tuple, frozenset)) and all(map(self._is_constant, value))
+        return (
+            type(value) in _PLAIN
+            or isinstance(value, (enum.Enum, type, types.BuiltinFunctionType))
+            or isinstance(value, (tuple, frozenset))
+            and all(map(self._is_constant, value))
+        )
 
     def _c_function(self, value):
         why = why_impure(value)
         if why is not None:
             raise Untraceable(f"its forward {why}")
         owner = getattr(value, "__self__", None)
-        if owner is None or isinstance(owner, (types.ModuleType, type)) or type(owner) in _PLAIN \
-                or type(owner).__module__ in ("torch._C", "torch"):
+        if (
+            owner is None
+            or isinstance(owner, (types.ModuleType, type))
+            or type(owner) in _PLAIN
+            or type(owner).__module__ in ("torch._C", "torch")
+        ):
             return value
         raise Untraceable(f"its forward uses {value.__name__}() of a {type(owner).__name__}")
 
@@ -353,8 +382,11 @@ class Recorder:
         if isinstance(value, tuple):
             if kind is tuple:
                 return tuple(wrap(item) for item in value)
-            if hasattr(kind, "_fields") and kind.__new__.__module__.startswith("namedtuple_") \
-                    and not hasattr(value, "__dict__"):
+            if (
+                hasattr(kind, "_fields")
+                and kind.__new__.__module__.startswith("namedtuple_")
+                and not hasattr(value, "__dict__")
+            ):
                 self._note_class(kind)
                 return tuple.__new__(kind, [wrap(item) for item in value])
         elif kind is frozenset and all(map(self._is_constant, value)):
@@ -397,8 +429,12 @@ class Recorder:
         self.facts.attribute(function, "__name__", function.__name__)
         cells = function.__closure__
         made = types.FunctionType(
-            function.__code__, self._globals(real), function.__name__, None,
-            cells and tuple(types.CellType() for _ in cells))
+            function.__code__,
+            self._globals(real),
+            function.__name__,
+            None,
+            cells and tuple(types.CellType() for _ in cells),
+        )
         self._made[id(function)] = function, made  # before its cells: it may be in one of them
         for cell, new in zip(cells or (), made.__closure__ or ()):
             try:
@@ -543,8 +579,9 @@ class Recorder:
         if isinstance(found, classmethod) and isinstance(found.__func__, types.FunctionType):
             return types.MethodType(self.function(found.__func__), self.wrap(type(_real(stand_in))))
         if hasattr(type(found), "__get__") and not isinstance(found, (type, types.BuiltinFunctionType)):
-            raise Untraceable(f"its forward uses {name!r} of a {type(_real(stand_in)).__name__}, "
-                              f"a {type(found).__name__}")
+            raise Untraceable(
+                f"its forward uses {name!r} of a {type(_real(stand_in)).__name__}, a {type(found).__name__}"
+            )
         return self.wrap(found)
 
     def load_of_class(self, kind, name, stand_in):
@@ -552,8 +589,11 @@ class Recorder:
         if name in ("__name__", "__qualname__", "__module__"):
             self.facts.attribute(kind, name, getattr(kind, name))
             return getattr(kind, name)
-        if type(kind) is not type and self.facts.class_item(type(kind), name) is not ABSENT \
-                or issubclass(kind, torch.autograd.Function):
+        if (
+            type(kind) is not type
+            and self.facts.class_item(type(kind), name) is not ABSENT
+            or issubclass(kind, torch.autograd.Function)
+        ):
             raise Untraceable(f"its forward uses {name!r} of the class {kind.__name__}")
         found = self.facts.class_item(kind, name)
         if found is ABSENT:
@@ -615,9 +655,16 @@ class Recorder:
 
     def _is_tensor_of(self, value, kind):
         found = self.tracer.type_of(value)
-        if found is None or kind not in (torch.Tensor, object) and (
-                issubclass(type(kind), type(torch.FloatTensor)) or type(kind) is not type
-                or issubclass(kind, torch.Tensor) and value.node.op == "placeholder"):
+        if (
+            found is None
+            or kind not in (torch.Tensor, object)
+            and (
+                issubclass(type(kind), type(torch.FloatTensor))
+                or type(kind) is not type
+                or issubclass(kind, torch.Tensor)
+                and value.node.op == "placeholder"
+            )
+        ):
             raise Untraceable("its forward asks for the type of a value that only running it can tell")
         return issubclass(found, kind)
 

@@ -4,6 +4,7 @@ A plan computes known layers (convolutions, batch norms, activations, ...) by it
 so only where a call would have run nothing but the library's code. `is_standard` says so now, and `note` notes all that
 the answer rests on.
 """
+
 import functools
 import os
 import sys
@@ -18,8 +19,16 @@ from ..refusal import ForNow
 from .facts import ABSENT, PLAIN
 
 _LIBRARIES = ("torch", "torchvision", "timm", "convext")
-_CODE = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__", "forward", "_conv_forward",
-         "_check_input_dim")
+_CODE = (
+    "__call__",
+    "_call_impl",
+    "_wrapped_call_impl",
+    "__getattr__",
+    "__getattribute__",
+    "forward",
+    "_conv_forward",
+    "_check_input_dim",
+)
 # Where a layer's class puts its tensors: class -> (parameters, buffers), those of its bases included.
 _TENSORS = {
     nn.modules.conv._ConvNd: (("weight", "bias"), ()),
@@ -32,10 +41,10 @@ _OTHER_NAMES = {(nn.Module, "__call__"): "Module._wrapped_call_impl", (nn.Module
 # What torch's layers go through, and plans pass by.
 _FUNCTIONS = {
     F: "conv2d linear batch_norm layer_norm relu relu_ relu6 silu hardswish hardtanh hardsigmoid gelu sigmoid tanh "
-       "leaky_relu elu mish softplus dropout dropout2d max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d "
-       "interpolate pad",
+    "leaky_relu elu mish softplus dropout dropout2d max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d "
+    "interpolate pad",
     torch: "conv2d convolution batch_norm layer_norm relu relu_ sigmoid tanh add mul sub div mean flatten cat permute "
-           "reshape",
+    "reshape",
 }
 
 
@@ -54,8 +63,12 @@ _METHODS = """__add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul
 __itruediv__ __neg__ __torch_function__ add add_ sub mul div relu relu_ sigmoid tanh mean flatten reshape view permute
 contiguous""".split()
 
-_AS_SHIPPED = {(place, name): getattr(place, name) for place, names in _FUNCTIONS.items() for name in names.split()
-               if _is_torchs(getattr(place, name, None))}
+_AS_SHIPPED = {
+    (place, name): getattr(place, name)
+    for place, names in _FUNCTIONS.items()
+    for name in names.split()
+    if _is_torchs(getattr(place, name, None))
+}
 _TENSORS_METHODS = {name: getattr(torch.Tensor, name) for name in _METHODS}
 
 
@@ -65,9 +78,13 @@ def _is_own(function, module, qualname):
     if isinstance(function, types.BuiltinFunctionType):
         return function.__name__ == qualname.rpartition(".")[2]
     package = module.partition(".")[0]
-    return isinstance(function, types.FunctionType) and function.__module__ == module \
-        and function.__qualname__ == qualname and function.__closure__ is None \
+    return (
+        isinstance(function, types.FunctionType)
+        and function.__module__ == module
+        and function.__qualname__ == qualname
+        and function.__closure__ is None
         and function.__code__.co_filename.startswith(_folder(package))
+    )
 
 
 MODULE_CALL = nn.Module.__call__  # what it is is checked in `is_original`
@@ -103,15 +120,20 @@ def is_standard(module: nn.Module) -> bool:
     for name, value in attributes.items():
         if any(hasattr(type(base.__dict__.get(name)), "__set__") for base in kind.__mro__):
             return False  # a property of the class hides it
-        if callable(value) and hasattr(kind, name) and not (name == "_conv_forward" and type(value) is ConvForward
-                                                            and value.is_of(module)):
+        if (
+            callable(value)
+            and hasattr(kind, name)
+            and not (name == "_conv_forward" and type(value) is ConvForward and value.is_of(module))
+        ):
             return False
     for base, (parameters, buffers) in _TENSORS.items():
         if isinstance(module, base):
             places = [(module._parameters, parameters), (module._buffers, buffers)]
-            return all(name in place and name not in attributes and not _class_has(kind, name)
-                       for place, names in places for name in names) \
-                and not any(name in module._buffers for name in parameters)
+            return all(
+                name in place and name not in attributes and not _class_has(kind, name)
+                for place, names in places
+                for name in names
+            ) and not any(name in module._buffers for name in parameters)
     return True
 
 
@@ -163,9 +185,12 @@ def is_of_a_library(module: nn.Module, facts) -> bool:
     """True of a module all of whose code, and of whose submodules' code, is a known library's, where nobody listens;
     notes that."""
     for part in module.modules():
-        if not is_original(type(part)) or not calls_forward(part, facts) \
-                or any(callable(value) and hasattr(type(part), name) for name, value in part.__dict__.items()) \
-                or any(part.__dict__[name] for name in _FORWARD_HOOKS):
+        if (
+            not is_original(type(part))
+            or not calls_forward(part, facts)
+            or any(callable(value) and hasattr(type(part), name) for name, value in part.__dict__.items())
+            or any(part.__dict__[name] for name in _FORWARD_HOOKS)
+        ):
             return False
         note_code(part, facts)
         facts.type(part)
@@ -212,4 +237,3 @@ def note_functions(facts) -> None:
         raise ForNow("nn.Module's calls have been replaced")
     facts.class_item(nn.Module, "__call__")
     facts.class_item(nn.Module, "_call_impl")
-

@@ -6,6 +6,7 @@ forward runs on proxies of tensors and stand-ins of everything else (stand_ins.p
 what it takes for granted: `isinstance(x, torch.Tensor)` is true of tensors and refused where nobody can know, `x += y`
 stays in place, operations on parameters alone and random numbers are recorded, not computed once.
 """
+
 import dis
 import operator
 import random
@@ -36,8 +37,11 @@ def inlined(module):
     that of torchvision's IntermediateLayerGetter, which returns some of the results by name."""
     if isinstance(module, nn.Sequential):
         return type(module).forward is nn.Sequential.forward
-    return isinstance(module, nn.ModuleDict) and type(module).__name__ == "IntermediateLayerGetter" \
+    return (
+        isinstance(module, nn.ModuleDict)
+        and type(module).__name__ == "IntermediateLayerGetter"
         and type(module).__module__ == "torchvision.models._utils"
+    )
 
 
 _TENSOR_NAMES = frozenset(dir(torch.Tensor)) - {"__class__", "__dict__", "__hash__"}
@@ -68,9 +72,18 @@ class _Traced:
         frame = sys._getframe(1)
         here = next((i for i in dis.get_instructions(frame.f_code) if i.offset == frame.f_lasti), None)
         node = self.node
-        if here is None or here.opname != "UNPACK_SEQUENCE" or not (
-                node.op == "call_method" and node.target == "size" and len(node.args) == 1
-                or node.op == "call_function" and node.target is getattr and node.args[1] == "shape"):
+        if (
+            here is None
+            or here.opname != "UNPACK_SEQUENCE"
+            or not (
+                node.op == "call_method"
+                and node.target == "size"
+                and len(node.args) == 1
+                or node.op == "call_function"
+                and node.target is getattr
+                and node.args[1] == "shape"
+            )
+        ):
             raise Untraceable("its forward iterates over a tensor or unpacks a result")
         extents = self.tracer.create_proxy("call_function", unpacked, (self, here.argval), {})
         return iter([extents[i] for i in range(here.argval)])
@@ -141,12 +154,12 @@ class _Tracer(fx.proxy.TracerBase):
         super().__init__()
         self.trace = trace
         self.graph = fx.Graph()
-        self.types = {}          # node whose value is known to be one tensor -> its type
-        self.guessed = None      # path of a leaf whose result is taken for something else than None
-        self.inside = []         # nested inlined containers
+        self.types = {}  # node whose value is known to be one tensor -> its type
+        self.guessed = None  # path of a leaf whose result is taken for something else than None
+        self.inside = []  # nested inlined containers
         self.audit = Audit()
         self.recorder = Recorder(self, trace.facts)
-        self._tensors = {}       # id of a tensor -> (the tensor, its proxy, where it was found)
+        self._tensors = {}  # id of a tensor -> (the tensor, its proxy, where it was found)
 
     def end(self):
         """Lets go of the user's objects."""
@@ -178,8 +191,13 @@ class _Tracer(fx.proxy.TracerBase):
             return self.create_node("call_function", type(value), tuple(map(self.create_arg, value)), {})
         if isinstance(getattr(value, "__globals__", None), Globals):
             raise Untraceable("its forward passes a function of its own to a function")
-        if isinstance(value, _PLAIN) or value is Ellipsis or callable(value) and hasattr(value, "__name__") \
-                or isinstance(value, (torch.memory_format, torch.layout)):
+        if (
+            isinstance(value, _PLAIN)
+            or value is Ellipsis
+            or callable(value)
+            and hasattr(value, "__name__")
+            or isinstance(value, (torch.memory_format, torch.layout))
+        ):
             return value
         if isinstance(value, (range, torch.Size)):
             return tuple(value)
@@ -247,8 +265,13 @@ class _Tracer(fx.proxy.TracerBase):
             raise Untraceable("its forward calls itself")
         if module not in self.trace.descendants:
             raise Untraceable(f"its forward calls a {type(module).__name__} that is not among its submodules")
-        if inlined(module) and (own is None or isinstance(own, ForwardMethod)) and module not in self.inside \
-                and calls_forward and not self._listens(module):
+        if (
+            inlined(module)
+            and (own is None or isinstance(own, ForwardMethod))
+            and module not in self.inside
+            and calls_forward
+            and not self._listens(module)
+        ):
             self.trace.inline(module)
             self.inside.append(module)
             try:
@@ -256,8 +279,12 @@ class _Tracer(fx.proxy.TracerBase):
                 return self.recorder.function(forward)(self.recorder.wrap(module), *args, **kwargs)
             finally:
                 self.inside.pop()
-        node = self.create_node("call_module", self.trace.key(module), *map(self.create_arg, (tuple(args), kwargs)),
-                                name=self.trace.descendants[module].replace(".", "_"))
+        node = self.create_node(
+            "call_module",
+            self.trace.key(module),
+            *map(self.create_arg, (tuple(args), kwargs)),
+            name=self.trace.descendants[module].replace(".", "_"),
+        )
         with paused(), _pop_mode_temporarily():
             returns_tensor, effect = self.trace.leaf(module, node, self.kinds(args, kwargs))
         if returns_tensor:
@@ -457,8 +484,12 @@ def _outlives(value):
     cannot return as it is."""
     if isinstance(value, (Dict, List, Set, range, torch.Size, slice)):
         return True
-    return isinstance(value, (list, tuple)) and any(map(_outlives, value)) \
-        or isinstance(value, dict) and any(map(_outlives, value.values()))
+    return (
+        isinstance(value, (list, tuple))
+        and any(map(_outlives, value))
+        or isinstance(value, dict)
+        and any(map(_outlives, value.values()))
+    )
 
 
 def _twice(value):

@@ -3,6 +3,7 @@
 A unit is called by itself, or cooperatively with its neighbours, in one call of the compiled library; where that cannot
 be, its modules run.
 """
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -44,9 +45,15 @@ def lower(graph, rows, layout, mode) -> Compiled:
     units = [unit for row in rows for block in row for unit in block]
     inside = {node for unit in units for node in unit.all_nodes}
     made_contiguous = contiguous_unrecorded if mode.direct else contiguous
-    function = generate(graph.graph, {call.last: (call.inputs, call.function) for call in made}, inside,
-                        lambda node: _leaf(graph, node, layout), graph.attribute, layout.must_be_contiguous,
-                        made_contiguous)
+    function = generate(
+        graph.graph,
+        {call.last: (call.inputs, call.function) for call in made},
+        inside,
+        lambda node: _leaf(graph, node, layout),
+        graph.attribute,
+        layout.must_be_contiguous,
+        made_contiguous,
+    )
     whole = made[0] if mode.direct and len(made) == 1 and _is_all(made[0], inside, graph) else None
     return Compiled(function, units, graph.reasons, layout, made_contiguous, whole)
 

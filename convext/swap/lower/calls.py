@@ -1,4 +1,5 @@
 """What a plan calls in the place of units: one by itself, or several cooperatively."""
+
 import operator
 
 import torch
@@ -99,8 +100,9 @@ class BlockCall(CooperativeCall):
         super().__init__(inputs_of(block), members, autocast)
         for before, unit in zip(block, block[1:]):
             unit.first.excite = before.first.excitation
-        self.block = [(unit, inputs) for unit, (_, inputs, _) in zip(block, self.steps)
-                      if unit.first.excitation is None]
+        self.block = [
+            (unit, inputs) for unit, (_, inputs, _) in zip(block, self.steps) if unit.first.excitation is None
+        ]
 
     def emit(self, program, values):
         steps, residuals = [], []
@@ -137,6 +139,7 @@ def fallback(unit, graph):
         if node.op == "call_module":
             function = graph.modules[node.target]
         elif node.op == "call_method":
+
             def function(value, *others, **named):
                 return operator.methodcaller(node.target, *others, **named)(value)
 
@@ -145,6 +148,7 @@ def fallback(unit, graph):
             if readers:
                 given = [readers[a]() if isinstance(a, torch.fx.Node) else a for a in given]
             return function(*given, **kwargs)
+
         return run
 
     steps = [step(node, before) for node, before in zip(unit.nodes, [unit.source, *unit.nodes])]

@@ -7,6 +7,7 @@ The function reads as the forward would with everything looked up beforehand:
         v2 = pool(v1); v1 = None
         return v2
 """
+
 import math
 
 from torch import fx
@@ -71,7 +72,7 @@ class _Writer:
         self.arguments, self.lines, self.names = ["owner"], [], {}
 
     def name(self, wish, value):
-        wish = "_g_" + "".join(c if c.isalnum() else "_" for c in wish)   # no local has such a name
+        wish = "_g_" + "".join(c if c.isalnum() else "_" for c in wish)  # no local has such a name
         name = wish
         while name in self.names and self.names[name] is not value:
             name = f"{wish}_{len(self.names)}"

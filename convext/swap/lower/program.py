@@ -1,4 +1,5 @@
 """What runs together becomes the program of one call of the compiled library."""
+
 from collections import Counter
 
 import torch
@@ -58,8 +59,12 @@ def prepared(program, signature):
     ops, x = program.ops, program.x
     choices = [op.choice for op in ops if op.choice is not None]
     backend = choices[0].backend if choices else None
-    if backend is None or any(choice.backend is not backend for choice in choices) \
-            or not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
+    if (
+        backend is None
+        or any(choice.backend is not backend for choice in choices)
+        or not x.is_contiguous()
+        and not x.is_contiguous(memory_format=torch.channels_last)
+    ):
         return None
     sequence = backend.prepared_sequence(program.blocks)
     if sequence is None:

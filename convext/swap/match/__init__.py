@@ -9,17 +9,21 @@ of a `Graph` whose units are those of the patterns before it and its own so far.
 its last node: `match` leaves out a unit between whose ends something else may write what it reads. To add a pattern,
 write it into a file of its own here and enter it into the list.
 """
+
 from importlib import import_module
 
 from .graph import Graph
 
-PATTERNS = [import_module(f"{__name__}.{name}") for name in (
-    "conv_bn_act",
-    "head",
-    "channel_layers",
-    "linear",
-    "containers",
-)]
+PATTERNS = [
+    import_module(f"{__name__}.{name}")
+    for name in (
+        "conv_bn_act",
+        "head",
+        "channel_layers",
+        "linear",
+        "containers",
+    )
+]
 
 
 def match(trace, mode) -> Graph:

@@ -6,6 +6,7 @@
 Over a channels-last image a permutation is a view, and so the layers are steps of a sequence like any convolution's. A
 LayerNorm2d, which permutes by itself, is a unit of one layer.
 """
+
 import torch
 from torch import fx, nn
 
@@ -45,8 +46,11 @@ def _inside(graph, unit):
         if first and unit.ops and _permutation(graph, node) == _TO_NCHW:
             unit.nodes.append(node)
             return True
-        if not (first and (takes_layer(graph, unit, node) or graph.passes_through(node))
-                or _takes_scale(graph, unit, node, ((-1,),))):
+        if not (
+            first
+            and (takes_layer(graph, unit, node) or graph.passes_through(node))
+            or _takes_scale(graph, unit, node, ((-1,),))
+        ):
             return False
         unit.nodes.append(node)
     return False
@@ -60,8 +64,11 @@ def _outside(graph, unit):
             unit.residual, unit.comes_second = pair[1] if first else pair[0], not first
             unit.nodes.append(node)
             return
-        if not (_reads_alone(node, unit.last) and graph.passes_through(node)
-                or _takes_scale(graph, unit, node, ((-1, 1, 1), (1, -1, 1, 1)))):
+        if not (
+            _reads_alone(node, unit.last)
+            and graph.passes_through(node)
+            or _takes_scale(graph, unit, node, ((-1, 1, 1), (1, -1, 1, 1)))
+        ):
             return
         unit.nodes.append(node)
 
@@ -91,13 +98,23 @@ def ends_in_linear(ops):
 def _takes_scale(graph, unit, node, shapes):
     """True of a node that multiplies the unit's last by a parameter of the container, of one of the shapes, where -1
     stands for the channels; notes it as the scale of the last op."""
-    if not ends_in_linear(unit.ops) or unit.ops[-1].scale or not calls.is_product(node) \
-            or len(node.args) != 2 or unit.last not in node.args:
+    if (
+        not ends_in_linear(unit.ops)
+        or unit.ops[-1].scale
+        or not calls.is_product(node)
+        or len(node.args) != 2
+        or unit.last not in node.args
+    ):
         return False
     factor, between = next((a for a in node.args if a is not unit.last), None), []
-    if isinstance(factor, fx.Node) and factor.op == "call_method" and factor.target in ("reshape", "view") \
-            and len(factor.users) == 1 and (1, -1, 1, 1) in shapes \
-            and factor.args[1:] in ((1, -1, 1, 1), ((1, -1, 1, 1),), ([1, -1, 1, 1],)):
+    if (
+        isinstance(factor, fx.Node)
+        and factor.op == "call_method"
+        and factor.target in ("reshape", "view")
+        and len(factor.users) == 1
+        and (1, -1, 1, 1) in shapes
+        and factor.args[1:] in ((1, -1, 1, 1), ((1, -1, 1, 1),), ([1, -1, 1, 1],))
+    ):
         between, factor, shapes = [factor], factor.args[0], ((-1,),)
     if not isinstance(factor, fx.Node) or factor.op != "get_attr" or len(factor.users) != 1:
         return False
@@ -114,8 +131,16 @@ def _permutation(graph, node):
     if node.op == "call_module":
         module = graph.module(node)
         return None if module is None else calls.permutation_of(module)
-    if node.kwargs or not node.args or not (node.op == "call_method" and node.target == "permute"
-                                            or node.op == "call_function" and node.target is torch.permute):
+    if (
+        node.kwargs
+        or not node.args
+        or not (
+            node.op == "call_method"
+            and node.target == "permute"
+            or node.op == "call_function"
+            and node.target is torch.permute
+        )
+    ):
         return None
     dims = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (list, tuple)) else node.args[1:]
     return tuple(dims) if all(type(d) is int for d in dims) else None

@@ -5,6 +5,7 @@
 
 with 1x1 convolutions.
 """
+
 from .. import calls
 from ..capture.signature import ONE_TENSOR
 from ..units import Format, Unit
@@ -35,9 +36,15 @@ def _squeeze_excite(plan, mode):
     if len(graph.units) != 2 or x.op != "placeholder" or graph.nodes[-1].all_input_nodes != [product]:
         return None
     squeeze, excite = graph.units
-    if squeeze.source.args[:1] != (x,) or calls.mean_over_pixels(squeeze.source, graph.modules) is not False \
-            or excite.source is not squeeze.last or excite.words or not calls.is_product(product) \
-            or squeeze.first.batch_norm is not None or squeeze.residual is not None:
+    if (
+        squeeze.source.args[:1] != (x,)
+        or calls.mean_over_pixels(squeeze.source, graph.modules) is not False
+        or excite.source is not squeeze.last
+        or excite.words
+        or not calls.is_product(product)
+        or squeeze.first.batch_norm is not None
+        or squeeze.residual is not None
+    ):
         return None
     gates = [a for a in product.args if a is not x]
     if len(product.args) != 2 or len(gates) != 1 or x not in product.args:

@@ -5,6 +5,7 @@
 Each is the only reader of the one before. It runs at the place of its last node, so nothing between its ends may write
 what it reads: it ends before that.
 """
+
 from .. import calls
 from ..units import Unit
 from ..units.conv import Conv
@@ -55,14 +56,18 @@ def _followers(graph, node):
                 return
         passed.append(follower)
         if stage is not None:
-            nodes, passed, stages = nodes + passed, [], stages[stages.index(stage) + 1:]
+            nodes, passed, stages = nodes + passed, [], stages[stages.index(stage) + 1 :]
             yield nodes, stage, found
         node = follower
 
 
 def _fused(graph, node, follower, first):
-    if first and (module := graph.module(follower)) is not None and calls.is_batch_norm(module) \
-            and graph.uses[follower.target] == 1:
+    if (
+        first
+        and (module := graph.module(follower)) is not None
+        and calls.is_batch_norm(module)
+        and graph.uses[follower.target] == 1
+    ):
         return "batch_norm", module
     if (pair := calls.summands(follower)) and (first or not calls.writes_first_argument(follower, graph.modules)):
         return "residual", pair[1] if pair[0] is node else pair[0]

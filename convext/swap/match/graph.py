@@ -1,4 +1,5 @@
 """A captured forward as patterns look at it."""
+
 import functools
 import operator
 from collections import Counter
@@ -41,8 +42,13 @@ class Graph:
     def module(self, node, *kinds):
         """The module that a node calls with one argument, if it may be looked into and is exactly of one of the kinds,
         else None."""
-        if node.op != "call_module" or len(node.args) != 1 or node.kwargs or node.target in self._opaque \
-                or not isinstance(node.args[0], fx.Node):
+        if (
+            node.op != "call_module"
+            or len(node.args) != 1
+            or node.kwargs
+            or node.target in self._opaque
+            or not isinstance(node.args[0], fx.Node)
+        ):
             return None
         module = self.modules[node.target]
         return module if not kinds or type(module) in kinds else None
@@ -57,8 +63,12 @@ class Graph:
 
     def container(self, node):
         """The planned forward of the container that a node calls with tensors alone, or None."""
-        if node not in self._trace.planned or node.kwargs or not node.args \
-                or any(not isinstance(a, fx.Node) for a in node.args):
+        if (
+            node not in self._trace.planned
+            or node.kwargs
+            or not node.args
+            or any(not isinstance(a, fx.Node) for a in node.args)
+        ):
             return None
         return self.modules[node.target].__dict__["forward"]
 
@@ -101,6 +111,9 @@ class Graph:
         """True where a node between the ends of `nodes`, which run at the last one's place, may write an input."""
         reads = set().union(*(self.aliases[node] for node in inputs))
         members = set(nodes)
-        return any(self.aliases[target] & reads or any(alias.op == "get_attr" for alias in self.aliases[target])
-                   for node in self.nodes[self.order[nodes[0]] + 1:self.order[nodes[-1]]] if node not in members
-                   for target in calls.written(node, self.modules))  # a tensor that a module holds may share its memory
+        return any(
+            self.aliases[target] & reads or any(alias.op == "get_attr" for alias in self.aliases[target])
+            for node in self.nodes[self.order[nodes[0]] + 1 : self.order[nodes[-1]]]
+            if node not in members
+            for target in calls.written(node, self.modules)
+        )  # a tensor that a module holds may share its memory

@@ -6,6 +6,7 @@
 The mean is a kernel of its own (csrc's mean.h), an image of one pixel the same memory flattened, and a linear layer a
 1x1 convolution, whose kernel reads the weights once, by all threads. So the head is the last member of a sequence.
 """
+
 import torch
 from torch import nn
 

@@ -1,4 +1,5 @@
 """Linear layers beside the convolutions, in training, and the activation after them: units/channels.py says how."""
+
 from torch import nn
 
 from ..units import Format, Unit
@@ -14,9 +15,14 @@ def match(graph, mode):
             continue
         op, source, follower = Linear(module), node.args[0], graph.follower(node)
         unit = Unit(source, [op], [node], format=Format.AS_NODES)
-        if follower is not None and follower.args[:1] == (node,) and follower.all_input_nodes == [node] \
-                and not graph.crosses_a_write([node, follower], [source]) \
-                and (name := graph.activation(follower)) and name != "identity":
+        if (
+            follower is not None
+            and follower.args[:1] == (node,)
+            and follower.all_input_nodes == [node]
+            and not graph.crosses_a_write([node, follower], [source])
+            and (name := graph.activation(follower))
+            and name != "identity"
+        ):
             op.activation = name
             unit.nodes.append(follower)
         yield unit

@@ -7,6 +7,7 @@ may be in either format; any other is made contiguous where it is computed, once
 A third kind is *channels-last* whatever the input was, in the forward as it is written: what comes out of a permutation
 from NHWC (match/channel_layers.py), and what convolutions make of it. It is so here, too.
 """
+
 import torch
 from torch import fx
 
@@ -22,12 +23,21 @@ def wanted(tensors):
     """True where the native backend would serve, and the caller's tensors are contiguous and not channels-last. An
     empty one is contiguous whatever its strides are, which a user may look at."""
     forced = backends.forced()
-    if forced is not None and forced != "native" or torch._C._are_functorch_transforms_active() \
-            or ops.batched_the_older_way(*tensors):
+    if (
+        forced is not None
+        and forced != "native"
+        or torch._C._are_functorch_transforms_active()
+        or ops.batched_the_older_way(*tensors)
+    ):
         return False
     for t in tensors:
-        if t.dtype not in _DTYPES or backends.unavailable("native", t.device.type) is not None \
-                or not t.is_contiguous() or suggests_channels_last(t) or t.numel() == 0:
+        if (
+            t.dtype not in _DTYPES
+            or backends.unavailable("native", t.device.type) is not None
+            or not t.is_contiguous()
+            or suggests_channels_last(t)
+            or t.numel() == 0
+        ):
             return False
     return bool(tensors)
 
@@ -75,9 +85,17 @@ def contiguous(t):
 def contiguous_unrecorded(t):
     """The same where nothing is recorded: a channels-last image on the CPU is copied by convext, several times as fast
     as by torch, whose copy reads one value from each of as many cache lines as there are channels."""
-    if type(t) is not torch.Tensor or t.dim() != 4 or t.device.type != "cpu" or t.dtype not in _DTYPES \
-            or t.is_contiguous() or not t.is_contiguous(memory_format=torch.channels_last) or t.is_neg() \
-            or t.is_inference() and not torch.is_inference_mode_enabled():
+    if (
+        type(t) is not torch.Tensor
+        or t.dim() != 4
+        or t.device.type != "cpu"
+        or t.dtype not in _DTYPES
+        or t.is_contiguous()
+        or not t.is_contiguous(memory_format=torch.channels_last)
+        or t.is_neg()
+        or t.is_inference()
+        and not torch.is_inference_mode_enabled()
+    ):
         return contiguous(t)
     return torch.ops.convext_cpu.to_nchw.default(t)
 
@@ -102,8 +120,9 @@ class Layout:
 
     def is_free(self, node):
         """True of a value that may be channels-last."""
-        return not self.in_seam or node in self.channels_last \
-            or node in self.free and node not in self.must_be_contiguous
+        return (
+            not self.in_seam or node in self.channels_last or node in self.free and node not in self.must_be_contiguous
+        )
 
     def _visit_all(self, graph):
         units = {unit.last: unit for unit in graph.units if unit.format is not Format.AS_NODES}
@@ -138,7 +157,7 @@ class Layout:
             (self.free if kind == "free" else self.channels_last).add(node)
 
     def _kind(self, graph, node, unit, inputs):
-        """"free", "channels-last", or None."""
+        """ "free", "channels-last", or None."""
         if unit is not None and unit.format is Format.CHANNELS_LAST:
             if not unit.comes_second or unit.residual in self.channels_last:
                 return "channels-last"
@@ -164,14 +183,24 @@ class Layout:
             return node.op == "call_function" and getattr(node.target, "__module__", "") in ("_operator", "builtins")
         if self.free.isdisjoint(inputs) and self.channels_last.isdisjoint(inputs):
             return False
-        return node.op == "call_method" and node.target in calls.METADATA_METHODS or \
-            node.op == "call_function" and node.target is getattr and node.args[1] in calls.METADATA_ATTRIBUTES
+        return (
+            node.op == "call_method"
+            and node.target in calls.METADATA_METHODS
+            or node.op == "call_function"
+            and node.target is getattr
+            and node.args[1] in calls.METADATA_ATTRIBUTES
+        )
 
     def _must_be_contiguous_as_aliases(self, aliases):
         grown = True
         while grown:
             pinned = self.must_be_contiguous
-            more = {alias for node in self.free if node in pinned or not pinned.isdisjoint(aliases[node])
-                    for alias in aliases[node] if alias in self.free}
+            more = {
+                alias
+                for node in self.free
+                if node in pinned or not pinned.isdisjoint(aliases[node])
+                for alias in aliases[node]
+                if alias in self.free
+            }
             grown = not more <= pinned
             pinned |= more

@@ -11,6 +11,7 @@ A schedule is a list of rows, a row a list of blocks, a block a list of units, e
 runs as the forward has it. Whether the kernels take a row is seen when it is prepared.
 """
 
+
 def schedule(graph, layout, mode):
     """The rows of a graph's units."""
     units = sorted((unit for unit in graph.units if unit.runs), key=lambda unit: graph.order[unit.nodes[0]])
@@ -40,8 +41,12 @@ def _block_from(unit, by_source, layout, taken):
         added = _only_reader(block[-1].last, by_source)
         if added and added[0].first.excitation is not None:
             added += _only_reader(added[0].last, by_source)
-        if not added or not added[-1].in_strips or added[-1] in taken \
-                or any(added[-1].residual in member.nodes for member in block + added):
+        if (
+            not added
+            or not added[-1].in_strips
+            or added[-1] in taken
+            or any(added[-1].residual in member.nodes for member in block + added)
+        ):
             break
         block += added
     return block
@@ -57,8 +62,9 @@ def _something_between(block, graph):
     """True where a node stands between the ends of a block that could write what it reads."""
     members = {node for unit in block for node in unit.all_nodes}
     start, end = graph.order[block[0].nodes[0]], graph.order[block[-1].last]
-    return any(node not in members and node.op not in ("get_attr", "placeholder")
-               for node in graph.nodes[start:end + 1])
+    return any(
+        node not in members and node.op not in ("get_attr", "placeholder") for node in graph.nodes[start : end + 1]
+    )
 
 
 def inputs_of(block):

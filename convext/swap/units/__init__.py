@@ -1,4 +1,5 @@
 """The one intermediate form: units are what patterns find in a graph, and what schedule and calls are made of."""
+
 import enum
 from dataclasses import dataclass, field
 from typing import Any

@@ -11,6 +11,7 @@ The last dimension of x is channels and all others are pixels, so that x as it l
 The kernels of convolutions then compute the product and both its gradients, and the activation's gradient and the
 bias's come out of one pass.
 """
+
 import torch
 
 from ... import autograd, backends, functional, ops
@@ -38,8 +39,12 @@ class _ChannelOp(Op):
 
     def step(self, before, residual):
         tensors = self.tensors()
-        if before is None or before.dtype.torch not in self.dtypes or self.facts(tensors) is None \
-                or (filters := self.filters(before, tensors)) is None:
+        if (
+            before is None
+            or before.dtype.torch not in self.dtypes
+            or self.facts(tensors) is None
+            or (filters := self.filters(before, tensors)) is None
+        ):
             return None
         problem = ConvProblem(*before.y_shape, *filters, before.dtype, before.y_layout, Layout.NHWC, before.device)
         if self.kind is StepKind.CONVOLUTION:
@@ -128,8 +133,15 @@ def _takes(x, w, bias):
     """True where a recorded call on x runs faster as a convolution, and means the same."""
     if not autograd.needs_function(x, w, bias) or not ops.all_plain(x, w, bias) or autograd.carries_tangents():
         return False
-    return all(t is None or t.dtype is torch.float32 and t.device.type == "cpu" for t in (x, w, bias)) \
-        and x.dim() > 1 and x.is_contiguous() and w.is_contiguous() and x.shape[-1] == w.shape[1] \
-        and x.numel() >= _LEAST_ROWS * max(1, x.shape[-1]) and min(w.shape) > 1 \
-        and (bias is None or bias.shape == w.shape[:1]) \
-        and backends.forced() in (None, "native") and backends.unavailable("native", "cpu") is None
+    return (
+        all(t is None or t.dtype is torch.float32 and t.device.type == "cpu" for t in (x, w, bias))
+        and x.dim() > 1
+        and x.is_contiguous()
+        and w.is_contiguous()
+        and x.shape[-1] == w.shape[1]
+        and x.numel() >= _LEAST_ROWS * max(1, x.shape[-1])
+        and min(w.shape) > 1
+        and (bias is None or bias.shape == w.shape[:1])
+        and backends.forced() in (None, "native")
+        and backends.unavailable("native", "cpu") is None
+    )

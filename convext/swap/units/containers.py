@@ -1,5 +1,6 @@
 """The call of a container that has a plan of its own: it may join a sequence, and squeeze and excitation a
 convolution."""
+
 from typing import NamedTuple
 
 import torch

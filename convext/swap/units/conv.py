@@ -5,6 +5,7 @@ settings are looked up at every call, in the modules' own dictionaries, so that 
 swap has the effect that it had before. Where no gradient is wanted it goes straight to the operator, and everything it
 does counts.
 """
+
 import contextlib
 from operator import itemgetter
 
@@ -32,8 +33,9 @@ class Conv(Op):
         self.state = self.excite = None
         # torch's forward reads neither kernel_size nor in_channels: they may be gone.
         channels = getattr(conv, "in_channels", 0)
-        self.is_pointwise = getattr(conv, "kernel_size", None) == (1, 1) and conv.padding in ((0, 0), 0) \
-            and conv.groups == 1
+        self.is_pointwise = (
+            getattr(conv, "kernel_size", None) == (1, 1) and conv.padding in ((0, 0), 0) and conv.groups == 1
+        )
         self.in_strips = self.is_pointwise or conv.groups == channels > 1
 
     def words(self, adds):
@@ -54,8 +56,15 @@ class Conv(Op):
     def places(self):
         weights, bn = self.module._parameters, self.batch_norm
         affine, statistics = (EMPTY, EMPTY) if bn is None else (bn._parameters, bn._buffers)
-        return ((weights, "weight"), (weights, "bias"), (statistics, "running_mean"), (statistics, "running_var"),
-                (affine, "weight"), (affine, "bias"), *(self.excite.places if self.excite else ()))
+        return (
+            (weights, "weight"),
+            (weights, "bias"),
+            (statistics, "running_mean"),
+            (statistics, "running_var"),
+            (affine, "weight"),
+            (affine, "bias"),
+            *(self.excite.places if self.excite else ()),
+        )
 
     @property
     def choice(self):
@@ -74,8 +83,13 @@ class Conv(Op):
             return None
         if any(not t.is_contiguous() for t in tensors[6:] if t is not None):
             return None
-        return Step(self.state.choice.problem, self.activation, residual, tuple(t is not None for t in tensors),
-                    excite=self.excite and self.excite.codes)
+        return Step(
+            self.state.choice.problem,
+            self.activation,
+            residual,
+            tuple(t is not None for t in tensors),
+            excite=self.excite and self.excite.codes,
+        )
 
 
 class _Convolution:
@@ -88,8 +102,22 @@ class _Convolution:
     dtypes   of bias and batch norm then
     call     the prepared call of the choice made then, and counter its count; None until one is"""
 
-    __slots__ = ("attributes", "parameters", "settings", "geom", "last", "channels_last", "weight", "y_shape",
-                 "y_strides", "pixel", "dtypes", "call", "counter", "choice")
+    __slots__ = (
+        "attributes",
+        "parameters",
+        "settings",
+        "geom",
+        "last",
+        "channels_last",
+        "weight",
+        "y_shape",
+        "y_strides",
+        "pixel",
+        "dtypes",
+        "call",
+        "counter",
+        "choice",
+    )
 
     def __init__(self, module, channels_last):
         self.channels_last = channels_last
@@ -108,8 +136,7 @@ class _Convolution:
     def prepare(self, x, w, activation):
         """Chooses the kernel for calls like this one, which has just gone well. Under autocast x is in its dtype, and w
         may be as it was."""
-        self.choice = choice = backends.select(
-            Pass.FPROP, ConvProblem.of_fprop(x, w, self.geom, self.channels_last))
+        self.choice = choice = backends.select(Pass.FPROP, ConvProblem.of_fprop(x, w, self.geom, self.channels_last))
         self.last = x.shape, x.stride(), x.dtype, x.device
         self.weight = w.shape, w.stride(), w.dtype
         self.y_shape = torch.Size(choice.problem.y_shape)
@@ -135,24 +162,50 @@ def _direct(op, fused, autocast):
         w = parameters.get("weight")
         mean, var = statistics.get("running_mean"), statistics.get("running_var")
         given = dtypes(parameters.get("bias"), mean, var, affine.get("weight"), affine.get("bias"))
-        if state.call is not None and type(w) in PLAIN and settings_of(attributes) == state.settings \
-                and (x.shape, x.stride(), x.dtype, x.device) == state.last \
-                and (w.shape, w.stride(), w.dtype) == state.weight and (no_batch_norm or mean is not None is not var) \
-                and given == state.dtypes \
-                and (residual is None or residual.shape == state.y_shape and residual.dtype is x.dtype
-                     and (state.y_strides is None or residual.stride() == state.y_strides)):
+        if (
+            state.call is not None
+            and type(w) in PLAIN
+            and settings_of(attributes) == state.settings
+            and (x.shape, x.stride(), x.dtype, x.device) == state.last
+            and (w.shape, w.stride(), w.dtype) == state.weight
+            and (no_batch_norm or mean is not None is not var)
+            and given == state.dtypes
+            and (
+                residual is None
+                or residual.shape == state.y_shape
+                and residual.dtype is x.dtype
+                and (state.y_strides is None or residual.stride() == state.y_strides)
+            )
+        ):
             state.counter[0] += 1
-            y = state.call(x, w, parameters.get("bias"), mean, var, affine.get("weight"), affine.get("bias"), residual,
-                           bn_attributes["eps"])
+            y = state.call(
+                x,
+                w,
+                parameters.get("bias"),
+                mean,
+                var,
+                affine.get("weight"),
+                affine.get("bias"),
+                residual,
+                bn_attributes["eps"],
+            )
             if state.pixel and (activation != "identity" or residual is not None):
                 y.as_strided_(y.shape, (y.shape[1], 1, 1, 1))
             return y
         state.call = None
         y = fused(x, residual)
-        if type(w) in PLAIN and state.geom is not None and x.dim() == 4 and x.shape[0] > 0 \
-                and x.dtype in DTYPES and x.device == w.device \
-                and x.device.type in backends.PRIORITY and x.dtype is ops.autocast_dtype(w) \
-                and bn_attributes["eps"] >= 0 and (no_batch_norm or bn_attributes["eps"] > 0):
+        if (
+            type(w) in PLAIN
+            and state.geom is not None
+            and x.dim() == 4
+            and x.shape[0] > 0
+            and x.dtype in DTYPES
+            and x.device == w.device
+            and x.device.type in backends.PRIORITY
+            and x.dtype is ops.autocast_dtype(w)
+            and bn_attributes["eps"] >= 0
+            and (no_batch_norm or bn_attributes["eps"] > 0)
+        ):
             state.prepare(x, w, activation)
             state.dtypes = given
         return y
@@ -169,19 +222,51 @@ def _conv_act(op, fallback):
         w, bias = parameters.get("weight"), parameters.get("bias")
         settings = settings_of(attributes)
         geom = state.geom if settings == state.settings else state.refresh(settings)
-        if w is None or geom is None or x.dim() != 4 or w.dim() != 4 or x.dtype not in DTYPES or x.device != w.device \
-                or x.shape[0] == 0 \
-                or not channels_last and (residual is not None and _in_another_format(residual, x, w, geom)
-                                          or ends_elementwise and _one_pixel(x, w, geom)):
+        if (
+            w is None
+            or geom is None
+            or x.dim() != 4
+            or w.dim() != 4
+            or x.dtype not in DTYPES
+            or x.device != w.device
+            or x.shape[0] == 0
+            or not channels_last
+            and (
+                residual is not None
+                and _in_another_format(residual, x, w, geom)
+                or ends_elementwise
+                and _one_pixel(x, w, geom)
+            )
+        ):
             return fallback(x, residual)
         state.last = x.shape, x.stride(), x.dtype, x.device
-        if (_grad_enabled() and (w.requires_grad or x.requires_grad or bias is not None and bias.requires_grad
-                                 or residual is not None and residual.requires_grad)) \
-                or residual is not None or forward_ad._current_level >= 0:
+        if (
+            (
+                _grad_enabled()
+                and (
+                    w.requires_grad
+                    or x.requires_grad
+                    or bias is not None
+                    and bias.requires_grad
+                    or residual is not None
+                    and residual.requires_grad
+                )
+            )
+            or residual is not None
+            or forward_ad._current_level >= 0
+        ):
             with _recorded(channels_last):
                 return functional.conv_act(
-                    _in_format(x, channels_last), w, bias, stride=geom.stride, padding=geom.padding,
-                    dilation=geom.dilation, groups=geom.groups, activation=activation, residual=residual)
+                    _in_format(x, channels_last),
+                    w,
+                    bias,
+                    stride=geom.stride,
+                    padding=geom.padding,
+                    dilation=geom.dilation,
+                    groups=geom.groups,
+                    activation=activation,
+                    residual=residual,
+                )
         try:
             return ops.conv_bn_act(x, w, Epilogue(bias, activation=activation), geom, channels_last)
         except checks.InvalidArgument:  # which the layers refuse in their own words, or take
@@ -203,18 +288,48 @@ def _conv_bn_act(op, fallback):
         settings = settings_of(attributes)
         geom = state.geom if settings == state.settings else state.refresh(settings)
         recorded = _grad_enabled() or bn_attributes["training"]  # then a batch norm is elementwise, too
-        if w is None or geom is None or x.dim() != 4 or w.dim() != 4 or x.dtype not in DTYPES or x.device != w.device \
-                or x.shape[0] == 0 \
-                or gamma is None and beta is not None or (mean is None) is not (var is None) \
-                or bn_attributes["eps"] <= 0 \
-                or not channels_last and (residual is not None and _in_another_format(residual, x, w, geom)
-                                          or (ends_elementwise or recorded) and _one_pixel(x, w, geom)):
+        if (
+            w is None
+            or geom is None
+            or x.dim() != 4
+            or w.dim() != 4
+            or x.dtype not in DTYPES
+            or x.device != w.device
+            or x.shape[0] == 0
+            or gamma is None
+            and beta is not None
+            or (mean is None) is not (var is None)
+            or bn_attributes["eps"] <= 0
+            or not channels_last
+            and (
+                residual is not None
+                and _in_another_format(residual, x, w, geom)
+                or (ends_elementwise or recorded)
+                and _one_pixel(x, w, geom)
+            )
+        ):
             return fallback(x, residual)
         state.last = x.shape, x.stride(), x.dtype, x.device
-        if bn_attributes["training"] or mean is None or forward_ad._current_level >= 0 or (_grad_enabled() and (
-                w.requires_grad or x.requires_grad or gamma is not None and gamma.requires_grad
-                or beta is not None and beta.requires_grad or bias is not None and bias.requires_grad
-                or residual is not None and residual.requires_grad)):
+        if (
+            bn_attributes["training"]
+            or mean is None
+            or forward_ad._current_level >= 0
+            or (
+                _grad_enabled()
+                and (
+                    w.requires_grad
+                    or x.requires_grad
+                    or gamma is not None
+                    and gamma.requires_grad
+                    or beta is not None
+                    and beta.requires_grad
+                    or bias is not None
+                    and bias.requires_grad
+                    or residual is not None
+                    and residual.requires_grad
+                )
+            )
+        ):
             with _recorded(channels_last):
                 return nn.conv_bn_act(conv, batch_norm, _in_format(x, channels_last), activation, residual)
         if residual is not None and not _fits(residual, x, w, geom):
@@ -236,24 +351,31 @@ def dtypes(*tensors):
 def _fits(residual, x, w, geom):
     """True where a residual needs neither broadcasting nor another dtype."""
     shape = residual.shape
-    return residual.dtype is ops.autocast_dtype(x) is ops.autocast_dtype(w) \
-        and len(shape) == 4 and shape[0] == x.shape[0] \
-        and shape[1] == w.shape[0] and tuple(shape[2:]) == geom.output_size(x.shape[2:], w.shape[2:])
+    return (
+        residual.dtype is ops.autocast_dtype(x) is ops.autocast_dtype(w)
+        and len(shape) == 4
+        and shape[0] == x.shape[0]
+        and shape[1] == w.shape[0]
+        and tuple(shape[2:]) == geom.output_size(x.shape[2:], w.shape[2:])
+    )
 
 
 def _in_another_format(residual, x, w, geom):
     """True where a residual has the shape of the convolution's result, but other strides: then those of the sum depend
     on which of the two comes first."""
     shape = (x.shape[0], w.shape[0], *geom.output_size(x.shape[2:], w.shape[2:]))
-    return residual.shape == shape and \
-        residual.stride() != dense_strides(shape, suggests_channels_last(x) or suggests_channels_last(w))
+    return residual.shape == shape and residual.stride() != dense_strides(
+        shape, suggests_channels_last(x) or suggests_channels_last(w)
+    )
 
 
 def _one_pixel(x, w, geom):
     """True where the result is one pixel in channels-last strides. To torch's elementwise operations it is contiguous
     as well, and their result has a contiguous tensor's strides, which an interpolation after them goes by."""
-    return (suggests_channels_last(x) or suggests_channels_last(w)) \
-        and geom.output_size(x.shape[2:], w.shape[2:]) == (1, 1)
+    return (suggests_channels_last(x) or suggests_channels_last(w)) and geom.output_size(x.shape[2:], w.shape[2:]) == (
+        1,
+        1,
+    )
 
 
 _AS_IS = contextlib.nullcontext()

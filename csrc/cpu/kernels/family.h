@@ -41,8 +41,8 @@ constexpr Variant cpu_variant(const char* name, Algorithm algorithm, Pass pass,
                               int64_t (*workspace)(const ConvProblem&, int32_t) = nullptr,
                               Layouts layouts = Layouts::kNHWCOnly) {
   const Arithmetic arithmetic = sizeof(compute_t<T>) == 8 ? Arithmetic::float64 : Arithmetic::float32;
-  return {name, algorithm, Device::kCPU, pass, kDType<T>, arithmetic, CONVEXT_ISA_ENUM, layouts, reject, workspace,
-          nullptr, nullptr, nullptr, cost, launch};
+  return {name,      algorithm, Device::kCPU, pass,    kDType<T>, arithmetic, CONVEXT_ISA_ENUM, layouts, reject,
+          workspace, nullptr,   nullptr,      nullptr, cost,      launch};
 }
 
 // The same over weights that Packing packs.

@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kAlignment = 64;
 constexpr double kRegionFlops = 1e6;  // what a core could compute while threads meet
 constexpr double kWeightFlops = 2;    // what a core could compute while it reads a byte of weights
-constexpr int64_t kMinRows = 3;  // fewer rows a thread would compute more shared rows twice than it saves
+constexpr int64_t kMinRows = 3;       // fewer rows a thread would compute more shared rows twice than it saves
 
 int64_t padded(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -62,7 +62,7 @@ struct Plan {
   bool cooperative = false;        // all threads share every step, over the whole batch at once
 
   // Offsets into the workspace.
-  std::vector<int64_t> image_at;   // by segment: its output for the whole batch; the last one's is the block's
+  std::vector<int64_t> image_at;  // by segment: its output for the whole batch; the last one's is the block's
   int64_t sums_at = 0, gates_at = 0, lanes_at = 0;
   // Within a lane's part.
   int64_t edge_at = 0;             // rows of a segment's input beside rows of padding
@@ -448,8 +448,9 @@ int64_t block_workspace(const std::vector<BlockStep>& steps, int32_t threads, in
 const char* run_block(const std::vector<BlockStep>& steps, const void* in, void* out, void* workspace,
                       const SqueezeExcite& squeeze_excite, const Parallel& parallel, int64_t budget) {
   const Plan plan(steps, parallel.threads, budget);
-  Runner runner{steps, plan, static_cast<const char*>(in), static_cast<char*>(out), static_cast<char*>(workspace),
-                squeeze_excite};
+  Runner runner{
+      steps,         plan, static_cast<const char*>(in), static_cast<char*>(out), static_cast<char*>(workspace),
+      squeeze_excite};
   if (plan.cooperative) {
     runner.run_cooperative(parallel);
     return runner.failure;

@@ -13,8 +13,8 @@
 #pragma once
 #include <vector>
 
-#include "cpu/kernels/elementwise/squeeze_excite.h"
 #include "core/variant.h"
+#include "cpu/kernels/elementwise/squeeze_excite.h"
 
 namespace convext {
 

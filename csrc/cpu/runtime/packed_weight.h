@@ -68,8 +68,12 @@ class FilterLines {
 
   FilterLines() = default;
   explicit FilterLines(const WeightView& w)
-      : view_(w), element_(dtype_size(w.dtype)), filters_(w.size[0]),
-        bytes_(w.size[1] * w.size[2] * w.size[3] * element_), pitch_(w.stride[0] * element_), dense_(is_dense(w)) {
+      : view_(w),
+        element_(dtype_size(w.dtype)),
+        filters_(w.size[0]),
+        bytes_(w.size[1] * w.size[2] * w.size[3] * element_),
+        pitch_(w.stride[0] * element_),
+        dense_(is_dense(w)) {
     if (filters_ == 0 || bytes_ == 0) {
       filters_ = bytes_ = 0;
     } else if (dense_ && (pitch_ == bytes_ || filters_ == 1) && (bytes_ <= kLine || filters_ * bytes_ <= kWhole)) {
@@ -150,8 +154,7 @@ class FilterLines {
     alignas(64) char gathered[kLine] = {};
     const int64_t each = kLine / element_, s = view_.size[3], rs = view_.size[2] * s, count = bytes_ / element_;
     for (int64_t i = line * each, to = 0; i < count && i < (line + 1) * each; ++i, to += element_) {
-      const int64_t offset =
-          i / rs * view_.stride[1] + i % rs / s * view_.stride[2] + i % s * view_.stride[3];
+      const int64_t offset = i / rs * view_.stride[1] + i % rs / s * view_.stride[2] + i % s * view_.stride[3];
       std::memcpy(gathered + to, filter + offset * element_, element_);
     }
     f(gathered, position);

@@ -79,11 +79,11 @@ void Sequence::add_step(const ProgramStep& s, const SequenceOperands& operands, 
   switch (s.kind) {
     case StepKind::kConvolution:
       filters = operands.filters(s);
-      step.problem = make_problem(v.n, v.c, v.h, v.w, filters.size[0], filters.size[2], filters.size[3], s.geom,
-                                  input_.dtype);
-      CONVEXT_CHECK(filters.dtype == input_.dtype ||
-                        (filters.dtype == DType::kFloat32 && dtype_size(input_.dtype) == 2),
-                    "x and w must have one dtype");
+      step.problem =
+          make_problem(v.n, v.c, v.h, v.w, filters.size[0], filters.size[2], filters.size[3], s.geom, input_.dtype);
+      CONVEXT_CHECK(
+          filters.dtype == input_.dtype || (filters.dtype == DType::kFloat32 && dtype_size(input_.dtype) == 2),
+          "x and w must have one dtype");
       CONVEXT_CHECK(filters.size[1] == step.problem.c_per_group(), "w holds ", filters.size[1],
                     " input channels a group, x ", step.problem.c_per_group());
       add_convolution(s, operands, v, step);
@@ -93,8 +93,8 @@ void Sequence::add_step(const ProgramStep& s, const SequenceOperands& operands, 
       step.variant = layer_norm_for(isa_, input_.dtype);
       break;
     case StepKind::kMean:
-      step.problem = make_problem(v.n, v.c, v.h, v.w, v.c, v.h, v.w, {1, 1, 0, 0, 1, 1, static_cast<int32_t>(v.c)},
-                                  input_.dtype);
+      step.problem =
+          make_problem(v.n, v.c, v.h, v.w, v.c, v.h, v.w, {1, 1, 0, 0, 1, 1, static_cast<int32_t>(v.c)}, input_.dtype);
       step.variant = mean_for(isa_, input_.dtype);
       break;
   }

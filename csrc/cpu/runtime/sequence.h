@@ -56,8 +56,8 @@ class Sequence {
     int64_t n = 0, c = 0, h = 0, w = 0;
     int64_t image_bytes = 0;
     size_t last_reader = 0;
-    int64_t images = 0;  // that it holds: the whole batch, or those that go together through the phase that makes it
-    int64_t offset = 0;  // in the memory of the whole batch's values, or in a thread's own
+    int64_t images = 0;    // that it holds: the whole batch, or those that go together through the phase that makes it
+    int64_t offset = 0;    // in the memory of the whole batch's values, or in a thread's own
     char* data = nullptr;  // of the whole batch; nullptr for a thread's own
   };
   struct Block {

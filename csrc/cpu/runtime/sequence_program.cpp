@@ -71,7 +71,8 @@ void SequenceProgram::add_convolution(int64_t variant, const std::vector<int64_t
   if (residual) step.residual = checked_value(*residual);
   step.weight = take(true);
   if (packs) step.packed = packed_++;
-  int64_t* const places[] = {&step.bias, &step.mean, &step.var, &step.gamma, &step.beta, &step.squeeze_weight,
+  int64_t* const places[] = {&step.bias,         &step.mean,          &step.var,
+                             &step.gamma,        &step.beta,          &step.squeeze_weight,
                              &step.squeeze_bias, &step.excite_weight, &step.excite_bias};
   for (size_t i = 0; i < present.size(); ++i) *places[i] = take(present[i]);
   if (!excite) return;

@@ -28,7 +28,7 @@ struct ProgramStep {
   Geom geom{};
   Activation activation = Activation::identity;
   int64_t residual = kAbsent;  // a value
-  int64_t packed = kAbsent;  // number of the packed weight
+  int64_t packed = kAbsent;    // number of the packed weight
   // Numbers of tensors.
   int64_t weight = kAbsent, bias = kAbsent, mean = kAbsent, var = kAbsent, gamma = kAbsent, beta = kAbsent;
   // Squeeze and excitation of the input, in front of the convolution.

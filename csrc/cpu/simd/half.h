@@ -49,9 +49,9 @@ inline constexpr DType kDType<BFloat16> = DType::kBFloat16;
 #endif
 
 // "<base>_<type>_<instruction set>", the name of a packed order.
-#define CONVEXT_FORMAT_NAME(T, base)                                  \
-  (kDType<T> == DType::kFloat64   ? CONVEXT_VARIANT_NAME(base##_f64)  \
-   : kDType<T> == DType::kFloat32 ? CONVEXT_VARIANT_NAME(base##_f32)  \
+#define CONVEXT_FORMAT_NAME(T, base)                                 \
+  (kDType<T> == DType::kFloat64   ? CONVEXT_VARIANT_NAME(base##_f64) \
+   : kDType<T> == DType::kFloat32 ? CONVEXT_VARIANT_NAME(base##_f32) \
                                   : CONVEXT_VARIANT_NAME(base##_bf16))
 
 using FloatBits = Native<float>::bits;
@@ -103,8 +103,8 @@ CONVEXT_INLINE Halves narrow(Float16, Vec<float> a) {
   const FloatBits normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
   const FloatBits tiny = reinterpret_cast<FloatBits>(reinterpret_cast<FloatReals>(magnitude) + 0.5f) - 0x3f000000;
   FloatBits bits = magnitude < (113 << 23) ? tiny : normal;
-  bits = magnitude >= (143 << 23) ? FloatBits{} + 0x7c00 : bits;    // 2^16 and more, infinity
-  bits = magnitude > 0x7f800000 ? FloatBits{} + 0x7e00 : bits;      // NaN
+  bits = magnitude >= (143 << 23) ? FloatBits{} + 0x7c00 : bits;  // 2^16 and more, infinity
+  bits = magnitude > 0x7f800000 ? FloatBits{} + 0x7e00 : bits;    // NaN
   return __builtin_convertvector(bits | sign, Halves);
 }
 #endif
@@ -159,16 +159,14 @@ CONVEXT_INLINE void store_as(S* p, Vec<float> a, int64_t n) {
 }
 #endif
 
-#define CONVEXT_LOAD_STORE_AS(T)                                                                       \
-  CONVEXT_INLINE Vec<T> load_as(const T* p) { return load(p); }                                        \
-  CONVEXT_INLINE void store_as(T* p, Vec<T> a) { store(p, a); }                                        \
-  CONVEXT_INLINE Vec<T> load_as(const T* p, Lanes<T> lanes) { return load(p, lanes); }                 \
-  CONVEXT_INLINE void store_as(T* p, Vec<T> a, Lanes<T> lanes) { store(p, a, lanes); }                 \
-  CONVEXT_INLINE Vec<T> load_as(const T* p, int64_t n) {                                               \
-    return n >= Vec<T>::width ? load(p) : load(p, Lanes<T>(n));                                        \
-  }                                                                                                    \
-  CONVEXT_INLINE void store_as(T* p, Vec<T> a, int64_t n) {                                            \
-    n >= Vec<T>::width ? store(p, a) : store(p, a, Lanes<T>(n));                                       \
+#define CONVEXT_LOAD_STORE_AS(T)                                                                                       \
+  CONVEXT_INLINE Vec<T> load_as(const T* p) { return load(p); }                                                        \
+  CONVEXT_INLINE void store_as(T* p, Vec<T> a) { store(p, a); }                                                        \
+  CONVEXT_INLINE Vec<T> load_as(const T* p, Lanes<T> lanes) { return load(p, lanes); }                                 \
+  CONVEXT_INLINE void store_as(T* p, Vec<T> a, Lanes<T> lanes) { store(p, a, lanes); }                                 \
+  CONVEXT_INLINE Vec<T> load_as(const T* p, int64_t n) { return n >= Vec<T>::width ? load(p) : load(p, Lanes<T>(n)); } \
+  CONVEXT_INLINE void store_as(T* p, Vec<T> a, int64_t n) {                                                            \
+    n >= Vec<T>::width ? store(p, a) : store(p, a, Lanes<T>(n));                                                       \
   }
 CONVEXT_LOAD_STORE_AS(float)
 CONVEXT_LOAD_STORE_AS(double)

@@ -112,12 +112,12 @@ CONVEXT_INLINE Vec<T> min_keep_nan(Vec<T> a, Vec<T> ceiling) {
 #if !defined(CONVEXT_X86_MASK)
 #define CONVEXT_X86_MASK
 #endif
-#define CONVEXT_MINIMUM(T, suffix)                                         \
-  CONVEXT_INLINE Vec<T> max_keep_nan(Vec<T> a, Vec<T> floor) {             \
-    return CONVEXT_X86(max, suffix)(CONVEXT_X86_MASK floor.v, a.v);        \
-  }                                                                        \
-  CONVEXT_INLINE Vec<T> min_keep_nan(Vec<T> a, Vec<T> ceiling) {           \
-    return CONVEXT_X86(min, suffix)(CONVEXT_X86_MASK ceiling.v, a.v);      \
+#define CONVEXT_MINIMUM(T, suffix)                                    \
+  CONVEXT_INLINE Vec<T> max_keep_nan(Vec<T> a, Vec<T> floor) {        \
+    return CONVEXT_X86(max, suffix)(CONVEXT_X86_MASK floor.v, a.v);   \
+  }                                                                   \
+  CONVEXT_INLINE Vec<T> min_keep_nan(Vec<T> a, Vec<T> ceiling) {      \
+    return CONVEXT_X86(min, suffix)(CONVEXT_X86_MASK ceiling.v, a.v); \
   }
 CONVEXT_MINIMUM(float, ps)
 CONVEXT_MINIMUM(double, pd)
@@ -144,8 +144,7 @@ struct Lanes {
   }
 #else
   int n;
-  CONVEXT_INLINE explicit Lanes(int64_t count)
-      : n(count < Vec<T>::width ? static_cast<int>(count) : Vec<T>::width) {}
+  CONVEXT_INLINE explicit Lanes(int64_t count) : n(count < Vec<T>::width ? static_cast<int>(count) : Vec<T>::width) {}
 #endif
 };
 
@@ -210,13 +209,13 @@ template <class T>
 struct ExpConstants;
 template <>
 struct ExpConstants<float> {
-  static constexpr float kRound = 12582912.0f;                           // 1.5 * 2^23: adding it rounds to an integer
-  static constexpr float kLn2High = 0.693359375f;                        // few bits: n * kLn2High is exact
-  static constexpr float kLn2Low = -2.12194440054690583e-4f;             // ln 2 - kLn2High
-  static constexpr float kOverflow = 89.0f, kUnderflow = -105.0f;        // beyond: infinity, zero
+  static constexpr float kRound = 12582912.0f;                     // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float kLn2High = 0.693359375f;                  // few bits: n * kLn2High is exact
+  static constexpr float kLn2Low = -2.12194440054690583e-4f;       // ln 2 - kLn2High
+  static constexpr float kOverflow = 89.0f, kUnderflow = -105.0f;  // beyond: infinity, zero
   static constexpr int kBias = 127, kMantissaBits = 23;
-  static constexpr float kSeries[] = {1.0f,          1.0f,          0.5f,          1.66665762663e-1f,
-                                      4.16665561497e-2f, 8.36317893118e-3f, 1.39261840377e-3f};  // 1.1e-8
+  static constexpr float kSeries[] = {
+      1.0f, 1.0f, 0.5f, 1.66665762663e-1f, 4.16665561497e-2f, 8.36317893118e-3f, 1.39261840377e-3f};  // 1.1e-8
 };
 template <>
 struct ExpConstants<double> {
@@ -225,10 +224,19 @@ struct ExpConstants<double> {
   static constexpr double kLn2Low = 1.90821492927058770002e-10;
   static constexpr double kOverflow = 710.0, kUnderflow = -747.0;
   static constexpr int kBias = 1023, kMantissaBits = 52;
-  static constexpr double kSeries[] = {
-      1.0, 1.0, 0.5, 1.6666666666666671e-1, 4.16666666666666698e-2, 8.33333333332613513e-3, 1.38888888888837483e-3,
-      1.98412698748206253e-4, 2.48015873255477412e-5, 2.75572554002064244e-6, 2.75572736431102953e-7,
-      2.51052170047207452e-8, 2.09146869680868772e-9};  // 2.3e-19
+  static constexpr double kSeries[] = {1.0,
+                                       1.0,
+                                       0.5,
+                                       1.6666666666666671e-1,
+                                       4.16666666666666698e-2,
+                                       8.33333333332613513e-3,
+                                       1.38888888888837483e-3,
+                                       1.98412698748206253e-4,
+                                       2.48015873255477412e-5,
+                                       2.75572554002064244e-6,
+                                       2.75572736431102953e-7,
+                                       2.51052170047207452e-8,
+                                       2.09146869680868772e-9};  // 2.3e-19
 };
 
 // p 2^n for whole n from a round-to-nearest addition: `shifted` is n + 1.5 2^(mantissa bits). Subnormal results are
@@ -277,25 +285,25 @@ template <>
 struct ErfConstants<float> {
   static constexpr float kOne = 4.0f;  // erf rounds to 1 from here
   static constexpr float kSmall[] = {
-      0.96546873863755107612f,  -0.1405360972815370692f,     0.019852497722779588874f, -0.0022854195288923048908f,
+      0.96546873863755107612f,   -0.1405360972815370692f,      0.019852497722779588874f, -0.0022854195288923048908f,
       0.0002175119897573919265f, -0.000017669080811751212167f, 1.2316401734510411824e-6f};
   static constexpr float kLarge[] = {
-      0.27155288409165221918f,    0.14663763663236247422f,     0.010853060243841468085f, -0.0013868195711985985564f,
+      0.27155288409165221918f,     0.14663763663236247422f,     0.010853060243841468085f,  -0.0013868195711985985564f,
       -0.00011242900102067941617f, 0.000041258322153584851258f, -2.0004662594330803926e-6f};
 };
 template <>
 struct ErfConstants<double> {
   static constexpr double kOne = 6.0;
   static constexpr double kSmall[] = {
-      0.96546873866986730122,   -0.14053608902271711934,  0.019852496688984218696,   -0.0022854855611441132101,
-      0.00021751715603564406924, -0.000017537169441124825434, 1.2233827638116997864e-6, -7.5115692866008896341e-8,
-      4.1157514975886475716e-9, -2.0352284048994670436e-10, 9.2112512583482652733e-12, -3.8078827395263412615e-13};
+      0.96546873866986730122,    -0.14053608902271711934,     0.019852496688984218696,   -0.0022854855611441132101,
+      0.00021751715603564406924, -0.000017537169441124825434, 1.2233827638116997864e-6,  -7.5115692866008896341e-8,
+      4.1157514975886475716e-9,  -2.0352284048994670436e-10,  9.2112512583482652733e-12, -3.8078827395263412615e-13};
   static constexpr double kLarge[] = {
-      0.24402507744132422756,    0.1694709719513042671,     0.016466202800373921925,   -0.0021703781610284673225,
+      0.24402507744132422756,     0.1694709719513042671,     0.016466202800373921925,   -0.0021703781610284673225,
       -0.00030971232530340385193, 0.00010776601398781735904, -2.6236605978883057642e-6, -4.8789614346686761508e-6,
-      1.2089426531407290077e-6,  1.1743593023460481871e-9,  -8.0338962403906653693e-8, 2.3617677096453470991e-8,
-      -1.4819384429167027915e-9, -1.3680430596746379586e-9, 6.3159093943569348524e-10, -1.0462020568051078832e-10,
-      -3.09673880573753522e-11,  1.5432244526888715998e-11};
+      1.2089426531407290077e-6,   1.1743593023460481871e-9,  -8.0338962403906653693e-8, 2.3617677096453470991e-8,
+      -1.4819384429167027915e-9,  -1.3680430596746379586e-9, 6.3159093943569348524e-10, -1.0462020568051078832e-10,
+      -3.09673880573753522e-11,   1.5432244526888715998e-11};
 };
 
 // erf(x): x times a polynomial up to |x| = 1, then 1 - exp(-x^2) times a polynomial in 1 / (|x| + 1). NaN passes.
@@ -323,10 +331,10 @@ CONVEXT_INLINE Vec<T> erf(Vec<T> x) {
 // of which tests see less than 2 u. No division and no exponential: half the time of erf's. NaN passes.
 struct NormalConstants {
   static constexpr float kEnd = 5.4f, kCentre = 14.58f;
-  static constexpr float kSeries[] = {
-      1.309281141e-01f,  -4.480655771e-03f, 2.281534835e-04f,  -1.265120773e-05f, 7.105402915e-07f,  -3.900911238e-08f,
-      2.050762449e-09f,  -1.013478051e-10f, 4.642235381e-12f,  -2.052962428e-13f, 9.061937940e-15f,  -3.201229469e-16f,
-      7.135302977e-18f,  -3.234831699e-19f, 2.342471612e-20f,  -5.842104440e-22f};
+  static constexpr float kSeries[] = {1.309281141e-01f, -4.480655771e-03f, 2.281534835e-04f, -1.265120773e-05f,
+                                      7.105402915e-07f, -3.900911238e-08f, 2.050762449e-09f, -1.013478051e-10f,
+                                      4.642235381e-12f, -2.052962428e-13f, 9.061937940e-15f, -3.201229469e-16f,
+                                      7.135302977e-18f, -3.234831699e-19f, 2.342471612e-20f, -5.842104440e-22f};
 };
 CONVEXT_INLINE Vec<float> normal_cdf(Vec<float> z) {
   using Constants = NormalConstants;

@@ -112,9 +112,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   merge_block(seen, reinterpret_cast<Acc*>(shared), row, rows, lane * VEC, pitch,
               [&](int column, Acc count, Acc mean, Acc m2) {
-                const int64_t k = int64_t{blockIdx.x} * pitch + column;
-                if (k < deal.channels) stats.store(blockIdx.y, k, count, mean, m2);
-              });
+    const int64_t k = int64_t{blockIdx.x} * pitch + column;
+    if (k < deal.channels) stats.store(blockIdx.y, k, count, mean, m2);
+  });
 }
 
 // Rows of partial statistics into mean and variance: a block takes 8 channels, a thread every 32nd row of one.
@@ -134,9 +134,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   merge_block(seen, reinterpret_cast<Acc*>(shared), first, kMergeRows, column, kMergeColumns,
               [&](int i, Acc count, Acc joined_mean, Acc m2) {
-                const int64_t k = int64_t{blockIdx.x} * kMergeColumns + i;
-                if (k < stats.channels) mean[k] = joined_mean, var[k] = m2 / count;
-              });
+    const int64_t k = int64_t{blockIdx.x} * kMergeColumns + i;
+    if (k < stats.channels) mean[k] = joined_mean, var[k] = m2 / count;
+  });
 }
 
 // What normalising one channel takes.
@@ -371,10 +371,10 @@ const char* launch_batch_stats(const NormShape& shape, const void* y, void* mean
     using Acc = accumulate_t<T>;
     constexpr int VEC = decltype(vec)::value;
     const Deal deal = deal_of(shape, VEC);
-    if (const char* error = launch_kernel(stats_partial<T, VEC>, grid_of(deal), dim3(kThreads),
-                                          sizeof(Acc) * merge_scratch(kThreads / deal.lanes, deal.lanes * VEC), stream,
-                                          deal, static_cast<const T*>(y),
-                                          PartialStats<Acc>(workspace, deal.splits, shape.c))) {
+    if (const char* error =
+            launch_kernel(stats_partial<T, VEC>, grid_of(deal), dim3(kThreads),
+                          sizeof(Acc) * merge_scratch(kThreads / deal.lanes, deal.lanes * VEC), stream, deal,
+                          static_cast<const T*>(y), PartialStats<Acc>(workspace, deal.splits, shape.c))) {
       return error;
     }
     return launch_merge_stats(shape.c, deal.splits, accumulate_dtype(shape.dtype), workspace, mean, var, stream);
@@ -401,16 +401,16 @@ const char* launch_bn_act_backward(const NormShape& shape, const NormParameters&
     constexpr int VEC = decltype(vec)::value;
     const Deal deal = deal_of(shape, VEC);
     Acc* partial = static_cast<Acc*>(workspace);
-    const char* error = launch_kernel(gradient_partial<T, VEC>, grid_of(deal), dim3(kThreads),
-                                      sizeof(Acc) * 2 * kThreads * VEC, stream, deal, parameters, activation,
-                                      static_cast<const T*>(dout), static_cast<const T*>(y),
-                                      static_cast<const T*>(residual), partial);
+    const char* error =
+        launch_kernel(gradient_partial<T, VEC>, grid_of(deal), dim3(kThreads), sizeof(Acc) * 2 * kThreads * VEC, stream,
+                      deal, parameters, activation, static_cast<const T*>(dout), static_cast<const T*>(y),
+                      static_cast<const T*>(residual), partial);
     if (error) return error;
     error = launch_kernel(gradient_final<Acc>, channel_grid(shape.c), dim3(kThreads), 0, stream, deal,
                           static_cast<const Acc*>(partial), static_cast<Acc*>(dgamma), static_cast<Acc*>(dbeta));
     if (error) return error;
-    return launch_kernel(gradient_apply<T, VEC>, grid_of(deal), dim3(kThreads), 0, stream, deal, parameters,
-                         activation, training, static_cast<const T*>(dout), static_cast<const T*>(y),
+    return launch_kernel(gradient_apply<T, VEC>, grid_of(deal), dim3(kThreads), 0, stream, deal, parameters, activation,
+                         training, static_cast<const T*>(dout), static_cast<const T*>(y),
                          static_cast<const T*>(residual), static_cast<const Acc*>(dgamma),
                          static_cast<const Acc*>(dbeta), static_cast<T*>(dy), static_cast<T*>(dresidual));
   });

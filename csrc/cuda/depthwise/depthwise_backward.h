@@ -9,8 +9,8 @@
 // share of dw all the while and writes it as one slab; the slabs are added in fixed order. The number of blocks depends
 // on the problem alone, so results repeat to the bit anywhere.
 #pragma once
-#include "depthwise.h"
 #include "cuda/tile/reduce_splits.h"
+#include "depthwise.h"
 
 namespace convext::cuda {
 
@@ -33,41 +33,52 @@ inline int32_t backward_plane_lanes(const ConvProblem& p, int64_t bytes) {
 // computed where DW is true, dx where it is not null.
 template <class T, class FAMILY>
 constexpr Variant dgrad_variant(const char* name) {
-  return {.name = name, .algorithm = Algorithm::depthwise, .device = Device::kCUDA, .pass = Pass::kDgrad,
-          .dtype = DTypeOf<T>::value, .arithmetic = DTypeOf<T>::arithmetic, .isa = Isa::kSM80,
-          .layouts = FAMILY::LAYOUTS, .reject = FAMILY::reject,
+  return {.name = name,
+          .algorithm = Algorithm::depthwise,
+          .device = Device::kCUDA,
+          .pass = Pass::kDgrad,
+          .dtype = DTypeOf<T>::value,
+          .arithmetic = DTypeOf<T>::arithmetic,
+          .isa = Isa::kSM80,
+          .layouts = FAMILY::LAYOUTS,
+          .reject = FAMILY::reject,
           .cost = FAMILY::cost,
           .launch = [](const ConvProblem& p, const LaunchArgs& args) -> const char* {
-            const void* none = nullptr;
-            void* nowhere = nullptr;
-            return FAMILY::template launch<false>(p, args.a, none, args.b, args.out, nowhere, args.stream);
-          }};
+    const void* none = nullptr;
+    void* nowhere = nullptr;
+    return FAMILY::template launch<false>(p, args.a, none, args.b, args.out, nowhere, args.stream);
+  }};
 }
 
 template <class T, class FAMILY>
 constexpr Variant wgrad_variant(const char* name) {
-  return {.name = name, .algorithm = Algorithm::depthwise, .device = Device::kCUDA, .pass = Pass::kWgrad,
-          .dtype = DTypeOf<T>::value, .arithmetic = DTypeOf<T>::arithmetic, .isa = Isa::kSM80,
-          .layouts = FAMILY::LAYOUTS, .reject = FAMILY::reject,
+  return {.name = name,
+          .algorithm = Algorithm::depthwise,
+          .device = Device::kCUDA,
+          .pass = Pass::kWgrad,
+          .dtype = DTypeOf<T>::value,
+          .arithmetic = DTypeOf<T>::arithmetic,
+          .isa = Isa::kSM80,
+          .layouts = FAMILY::LAYOUTS,
+          .reject = FAMILY::reject,
           .workspace = [](const ConvProblem& p, int32_t) -> int64_t {
-            return FAMILY::splits(p) * p.w_size() * static_cast<int64_t>(sizeof(accumulate_t<T>));
-          },
+    return FAMILY::splits(p) * p.w_size() * static_cast<int64_t>(sizeof(accumulate_t<T>));
+  },
           .cost = FAMILY::cost,
           .launch = [](const ConvProblem& p, const LaunchArgs& args) -> const char* {
-            const char* error = FAMILY::template launch<true>(p, args.a, args.b, args.w, args.dx, args.workspace,
-                                                              args.stream);
-            if (error) return error;
-            return launch_reduce_splits<T>(args.workspace, args.out, p.w_size(),
-                                           static_cast<int32_t>(FAMILY::splits(p)), args.stream);
-          },
+    const char* error = FAMILY::template launch<true>(p, args.a, args.b, args.w, args.dx, args.workspace, args.stream);
+    if (error) return error;
+    return launch_reduce_splits<T>(args.workspace, args.out, p.w_size(), static_cast<int32_t>(FAMILY::splits(p)),
+                                   args.stream);
+  },
           .wgrad_writes_dx = true};
 }
 
 // Both variants of a family, in namespace convext.
-#define CONVEXT_DEPTHWISE(T, dtype, form, ...)                                            \
-  extern const Variant dgrad_depthwise_##dtype##_##form##_sm80 =                          \
-      cuda::dgrad_variant<T, __VA_ARGS__>("dgrad_depthwise_" #dtype "_" #form "_sm80");   \
-  extern const Variant wgrad_depthwise_##dtype##_##form##_sm80 =                          \
+#define CONVEXT_DEPTHWISE(T, dtype, form, ...)                                          \
+  extern const Variant dgrad_depthwise_##dtype##_##form##_sm80 =                        \
+      cuda::dgrad_variant<T, __VA_ARGS__>("dgrad_depthwise_" #dtype "_" #form "_sm80"); \
+  extern const Variant wgrad_depthwise_##dtype##_##form##_sm80 =                        \
       cuda::wgrad_variant<T, __VA_ARGS__>("wgrad_depthwise_" #dtype "_" #form "_sm80");
 
 }  // namespace convext::cuda

@@ -40,9 +40,8 @@ struct Entries {
 template <class T, int VEC, bool DW>
 __global__ void __launch_bounds__(kDepthwiseThreads, 1)
     backward_any(ConvProblem problem, DepthwiseTile tile, int64_t tiles_per_split, Strides xs, Strides ys,
-                 FastDiv stride_h, FastDiv stride_w, Entries entries, const T* __restrict__ dy,
-                 const T* __restrict__ x, const T* __restrict__ w, T* __restrict__ dx,
-                 accumulate_t<T>* __restrict__ partial) {
+                 FastDiv stride_h, FastDiv stride_w, Entries entries, const T* __restrict__ dy, const T* __restrict__ x,
+                 const T* __restrict__ w, T* __restrict__ dx, accumulate_t<T>* __restrict__ partial) {
   using Acc = accumulate_t<T>;
   CONVEXT_SHARED_MEMORY(shared);
   Acc* shares = reinterpret_cast<Acc*>(shared);  // (entries, VEC, threads): of dw
@@ -111,8 +110,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 1)
           }
 #pragma unroll
           for (int j = 0; j < kPatchW; ++j) {
-            const int32_t q = column_of(j) < problem.w
-                                  ? output_of(column_of(j), s, stride_w, problem.pad_w, problem.dil_w, Q) : -1;
+            const int32_t q =
+                column_of(j) < problem.w ? output_of(column_of(j), s, stride_w, problem.pad_w, problem.dil_w, Q) : -1;
             if (q < 0) continue;
             const Run<T, VEC> run = load_run<T, VEC>(y_line + q * ys.w);
 #pragma unroll
@@ -188,8 +187,10 @@ DepthwisePlan plan_any(const ConvProblem& p, int vec) {
   const bool channels_last = p.x_layout == Layout::kNHWC;
   const int32_t lanes = channels_last ? channel_lanes(p, vec * kBytes) : backward_plane_lanes(p, kBytes);
   const int32_t sector = channels_last ? 0 : 32 / kBytes;
-  return split_backward(p, choose_depthwise_tile(p.n, p.h, p.w, static_cast<int32_t>(ceil_div(p.c, vec)), lanes, 1,
-                                              kPatchW, p.dil_h * (p.r - 1), p.dil_w * (p.s - 1) + sector), kBytes);
+  return split_backward(p,
+                        choose_depthwise_tile(p.n, p.h, p.w, static_cast<int32_t>(ceil_div(p.c, vec)), lanes, 1,
+                                              kPatchW, p.dil_h * (p.r - 1), p.dil_w * (p.s - 1) + sector),
+                        kBytes);
 }
 
 const char* reject_any(const ConvProblem& p) {
@@ -210,12 +211,11 @@ const char* launch_any(const ConvProblem& p, const void* dy, const void* x, cons
     do {  // once, unless the filter is too large for the budget
       const Entries part{begin, min_of(begin + most, entries)};
       const char* error = launch_kernel(
-          backward_any<T, VEC, DW>, dim3(static_cast<unsigned>(plan.blocks())),
-          dim3(kDepthwiseThreads), static_cast<size_t>((part.end - part.begin) * entry_bytes<T, VEC>(DW)), stream, p,
-          plan.tile, plan.tiles_per_split, strides_of(p.x_layout, p.c, p.h, p.w),
-          strides_of(p.y_layout, p.k, p.p(), p.q()), FastDiv(p.stride_h), FastDiv(p.stride_w), part,
-          static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<const T*>(w),
-          static_cast<T*>(begin == 0 ? dx : nullptr), static_cast<accumulate_t<T>*>(partial));
+          backward_any<T, VEC, DW>, dim3(static_cast<unsigned>(plan.blocks())), dim3(kDepthwiseThreads),
+          static_cast<size_t>((part.end - part.begin) * entry_bytes<T, VEC>(DW)), stream, p, plan.tile,
+          plan.tiles_per_split, strides_of(p.x_layout, p.c, p.h, p.w), strides_of(p.y_layout, p.k, p.p(), p.q()),
+          FastDiv(p.stride_h), FastDiv(p.stride_w), part, static_cast<const T*>(dy), static_cast<const T*>(x),
+          static_cast<const T*>(w), static_cast<T*>(begin == 0 ? dx : nullptr), static_cast<accumulate_t<T>*>(partial));
       if (error) return error;
       begin = part.end;
     } while (begin < entries);
@@ -232,7 +232,9 @@ struct General {
     return with_channels<T>(p, true, [&](auto channels) { return plan_any<T>(p, decltype(channels)::value).splits; });
   }
   template <bool DW, class... Arguments>
-  static const char* launch(Arguments... arguments) { return launch_any<T, DW>(arguments...); }
+  static const char* launch(Arguments... arguments) {
+    return launch_any<T, DW>(arguments...);
+  }
 };
 
 }  // namespace

@@ -20,9 +20,9 @@
 // any     VEC = 1, R = 0, any memory order, multiplier, alignment, and float64.
 // Shared memory: the filters of the block's channels, R*S*64*4 B = 2.3 KiB at 3x3 (window); with statistics, after
 // that, 32*(2*64 + 1)*4 B = 16 KiB. Statistics are one row of partials a block.
-#include "depthwise.h"
 #include "cuda/tile/epilogue.h"
 #include "cuda/tile/statistics.h"
+#include "depthwise.h"
 
 namespace convext::cuda {
 namespace {
@@ -120,8 +120,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 1)
 #pragma unroll
         for (int col = 0; col < W::COLS; ++col) {
           const int32_t column = w0 + col;
-          columns[col] = column >= 0 && column < problem.w ? load_run<T, VEC>(line + column * column_step)
-                                                           : zero_run<T, VEC>();
+          columns[col] =
+              column >= 0 && column < problem.w ? load_run<T, VEC>(line + column * column_step) : zero_run<T, VEC>();
         }
 #pragma unroll
         for (int p = 0; p < W::PATCH_P; ++p) {
@@ -182,8 +182,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 1)
     Acc* scratch = filters + (W::SHARED_FILTERS ? taps * pitch : 0);
     merge_block(seen, scratch, place.pixel, kDepthwiseThreads / tile.lanes, place.lane * VEC, pitch,
                 [&](int column, Acc count, Acc mean, Acc m2) {
-                  if (k_block + column < K) stats.store(split, k_block + column, count, mean, m2);
-                });
+      if (k_block + column < K) stats.store(split, k_block + column, count, mean, m2);
+    });
   }
 }
 
@@ -195,13 +195,11 @@ DepthwisePlan plan_of(const ConvProblem& p) {
   constexpr int64_t kBytes = sizeof(typename W::T);
   const int32_t halo_h = p.dil_h * (p.r - 1), halo_w = p.dil_w * (p.s - 1);
   const bool channels_last = W::FORM == Form::kNHWC || (W::FORM == Form::kAny && p.y_layout == Layout::kNHWC);
-  int32_t lanes = channels_last ? channel_lanes(p, W::VEC * kBytes)
-                                : plane_lanes(p.k, int64_t{p.p()} * p.q() * kBytes);
+  int32_t lanes = channels_last ? channel_lanes(p, W::VEC * kBytes) : plane_lanes(p.k, int64_t{p.p()} * p.q() * kBytes);
   while (W::SHARED_FILTERS && lanes > 1 && int64_t{p.r} * p.s * lanes * W::VEC * 4 > kFilterBudget) lanes /= 2;
   const int32_t sector = channels_last ? 0 : 32 / kBytes;  // a tile's rows of a plane start and end within one
-  const DepthwiseTile tile =
-      choose_depthwise_tile(p.n, p.p(), p.q(), static_cast<int32_t>(ceil_div(p.k, W::VEC)), lanes, W::PATCH_P,
-                            W::PATCH_Q, halo_h, halo_w + sector);
+  const DepthwiseTile tile = choose_depthwise_tile(p.n, p.p(), p.q(), static_cast<int32_t>(ceil_div(p.k, W::VEC)),
+                                                   lanes, W::PATCH_P, W::PATCH_Q, halo_h, halo_w + sector);
   return split_tiles(tile, kTargetBlocks, INT64_MAX, p.is_dilated());
 }
 
@@ -218,10 +216,10 @@ const char* launch_as(const ConvProblem& p, const LaunchArgs& args) {
   const bool vector_out = W::FORM == Form::kNCHW && p.q() % W::RUN == 0;
   return launch_kernel(depthwise<T, W::VEC, W::R, W::STRIDE, W::FORM>, dim3(static_cast<unsigned>(plan.blocks())),
                        dim3(kDepthwiseThreads), sizeof(Acc) * (filters + merging), args.stream, p, tile,
-                       plan.tiles_per_split,
-                       strides_of(p.x_layout, p.c, p.h, p.w), strides_of(p.y_layout, p.k, p.p(), p.q()),
-                       static_cast<const T*>(args.a), static_cast<const T*>(args.b), static_cast<T*>(args.out),
-                       args.epilogue, vector_out, PartialStats<Acc>(args.stats, plan.splits, p.k));
+                       plan.tiles_per_split, strides_of(p.x_layout, p.c, p.h, p.w),
+                       strides_of(p.y_layout, p.k, p.p(), p.q()), static_cast<const T*>(args.a),
+                       static_cast<const T*>(args.b), static_cast<T*>(args.out), args.epilogue, vector_out,
+                       PartialStats<Acc>(args.stats, plan.splits, p.k));
 }
 
 bool is_square(const ConvProblem& p) {
@@ -275,10 +273,17 @@ const char* reject(const ConvProblem& p) {
 
 template <class T, int VEC, Form FORM>
 constexpr Variant variant_of(const char* name) {
-  return {.name = name, .algorithm = Algorithm::depthwise, .device = Device::kCUDA, .pass = Pass::kFprop,
-          .dtype = DTypeOf<T>::value, .arithmetic = DTypeOf<T>::arithmetic, .isa = Isa::kSM80,
-          .layouts = FORM == Form::kNHWC ? Layouts::kNHWCOnly : Layouts::kAny, .reject = reject<T, VEC, FORM>,
-          .cost = FORM == Form::kAny ? any_depthwise_cost : depthwise_cost, .launch = launch<T, VEC, FORM>,
+  return {.name = name,
+          .algorithm = Algorithm::depthwise,
+          .device = Device::kCUDA,
+          .pass = Pass::kFprop,
+          .dtype = DTypeOf<T>::value,
+          .arithmetic = DTypeOf<T>::arithmetic,
+          .isa = Isa::kSM80,
+          .layouts = FORM == Form::kNHWC ? Layouts::kNHWCOnly : Layouts::kAny,
+          .reject = reject<T, VEC, FORM>,
+          .cost = FORM == Form::kAny ? any_depthwise_cost : depthwise_cost,
+          .launch = launch<T, VEC, FORM>,
           .stats_rows = stats_rows<T, VEC, FORM>};
 }
 
@@ -286,12 +291,12 @@ constexpr Variant variant_of(const char* name) {
 }  // namespace convext::cuda
 
 namespace convext {
-#define CONVEXT_DEPTHWISE(T, dtype, form, VEC, FORM)              \
-  extern const Variant fprop_depthwise_##dtype##_##form##_sm80 =  \
+#define CONVEXT_DEPTHWISE(T, dtype, form, VEC, FORM)             \
+  extern const Variant fprop_depthwise_##dtype##_##form##_sm80 = \
       cuda::variant_of<T, VEC, cuda::Form::FORM>("fprop_depthwise_" #dtype "_" #form "_sm80");
-#define CONVEXT_DEPTHWISE_FORMS(T, dtype)                              \
-  CONVEXT_DEPTHWISE(T, dtype, window, cuda::Vector<T>::kSize, kNHWC)   \
-  CONVEXT_DEPTHWISE(T, dtype, planes, 1, kNCHW)                        \
+#define CONVEXT_DEPTHWISE_FORMS(T, dtype)                            \
+  CONVEXT_DEPTHWISE(T, dtype, window, cuda::Vector<T>::kSize, kNHWC) \
+  CONVEXT_DEPTHWISE(T, dtype, planes, 1, kNCHW)                      \
   CONVEXT_DEPTHWISE(T, dtype, any, 1, kAny)
 CONVEXT_DEPTHWISE_FORMS(cuda::bf16, bf16)
 CONVEXT_DEPTHWISE_FORMS(cuda::fp16, f16)

@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 1)
 #pragma unroll
         for (int j = 0; j < Pt::W; ++j) {
           const int32_t column = w0 + j;
-          pixels[j] = column >= 0 && column < problem.w ? load_run<T, VEC>(x + x_line + column * x_step)
-                                                        : zero_run<T, VEC>();
+          pixels[j] =
+              column >= 0 && column < problem.w ? load_run<T, VEC>(x + x_line + column * x_step) : zero_run<T, VEC>();
         }
       }
       float acc[Pt::W][VEC] = {};
@@ -149,7 +149,10 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 1)
 
 // Channels of a run: as many as keep the accumulators of dw in registers.
 template <class T, int R, Form FORM>
-constexpr int kRun = FORM == Form::kNCHW ? 1 : R == 3 ? Vector<T>::kSize : R == 5 ? 4 : 2;
+constexpr int kRun = FORM == Form::kNCHW ? 1
+                     : R == 3            ? Vector<T>::kSize
+                     : R == 5            ? 4
+                                         : 2;
 
 template <class T, Form FORM>
 DepthwisePlan plan_of(const ConvProblem& p) {
@@ -159,8 +162,9 @@ DepthwisePlan plan_of(const ConvProblem& p) {
   const int32_t sector = FORM == Form::kNHWC ? 0 : 32 / kBytes;  // a tile's rows start and end within one
   // Patches start at a multiple of the stride: up to stride - 1 pixels before the image.
   const int32_t height = p.h + p.pad_h % p.stride_h, width = p.w + p.pad_w % p.stride_w;
-  return split_backward(p, choose_depthwise_tile(p.n, height, width, p.c / vec, lanes, p.stride_h, kPatchW, p.r - 1,
-                                              p.s - 1 + sector), kBytes);
+  return split_backward(
+      p, choose_depthwise_tile(p.n, height, width, p.c / vec, lanes, p.stride_h, kPatchW, p.r - 1, p.s - 1 + sector),
+      kBytes);
 }
 
 template <class T, Form FORM>
@@ -186,16 +190,16 @@ const char* launch_backward_of(const ConvProblem& p, const void* dy, const void*
   const int32_t pitch = plan.tile.lanes * VEC;
   const size_t shared = sizeof(float) * (R * R + (DW ? kDepthwiseThreads / 32 : 0)) * pitch;
   const bool vector_rows = FORM == Form::kNCHW && p.w % kPatchW == 0 && p.pad_w % STRIDE == 0;
-  return launch_kernel(backward<T, VEC, R, STRIDE, FORM, DW>,
-                       dim3(static_cast<unsigned>(plan.blocks())), dim3(kDepthwiseThreads), shared,
-                       stream, p, plan.tile, plan.tiles_per_split, strides_of(p.x_layout, p.c, p.h, p.w),
-                       strides_of(p.y_layout, p.k, p.p(), p.q()), static_cast<const T*>(dy), static_cast<const T*>(x),
-                       static_cast<const T*>(w), static_cast<T*>(dx), static_cast<float*>(partial), vector_rows);
+  return launch_kernel(backward<T, VEC, R, STRIDE, FORM, DW>, dim3(static_cast<unsigned>(plan.blocks())),
+                       dim3(kDepthwiseThreads), shared, stream, p, plan.tile, plan.tiles_per_split,
+                       strides_of(p.x_layout, p.c, p.h, p.w), strides_of(p.y_layout, p.k, p.p(), p.q()),
+                       static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<const T*>(w),
+                       static_cast<T*>(dx), static_cast<float*>(partial), vector_rows);
 }
 
 template <class T, Form FORM, bool DW>
-const char* launch_backward(const ConvProblem& p, const void* dy, const void* x, const void* w, void* dx,
-                            void* partial, void* stream) {
+const char* launch_backward(const ConvProblem& p, const void* dy, const void* x, const void* w, void* dx, void* partial,
+                            void* stream) {
   if (p.stride_h == 1) {
     if (p.r == 3) return launch_backward_of<T, 3, 1, FORM, DW>(p, dy, x, w, dx, partial, stream);
     if (p.r == 5) return launch_backward_of<T, 5, 1, FORM, DW>(p, dy, x, w, dx, partial, stream);
@@ -213,7 +217,9 @@ struct Patched {
   static const char* reject(const ConvProblem& p) { return reject_backward<T, FORM>(p); }
   static int64_t splits(const ConvProblem& p) { return plan_of<T, FORM>(p).splits; }
   template <bool DW, class... Arguments>
-  static const char* launch(Arguments... arguments) { return launch_backward<T, FORM, DW>(arguments...); }
+  static const char* launch(Arguments... arguments) {
+    return launch_backward<T, FORM, DW>(arguments...);
+  }
 };
 
 }  // namespace convext::cuda

@@ -13,10 +13,10 @@
 
 namespace convext {
 
-#define CONVEXT_IGEMM(T, dtype, k, tile, suffix, vector)                                            \
-  extern const Variant dgrad_igemm_##dtype##_##tile##x##k##suffix##_sm80 =                          \
-      cuda::igemm_pixels_variant<cuda::Tile##tile<T>, true, vector>(                               \
-          "dgrad_igemm_" #dtype "_" #tile "x" #k #suffix "_sm80");
+#define CONVEXT_IGEMM(T, dtype, k, tile, suffix, vector)                                                           \
+  extern const Variant dgrad_igemm_##dtype##_##tile##x##k##suffix##_sm80 =                                         \
+      cuda::igemm_pixels_variant<cuda::Tile##tile<T>, true, vector>("dgrad_igemm_" #dtype "_" #tile "x" #k #suffix \
+                                                                    "_sm80");
 CONVEXT_IGEMM_DTYPES(CONVEXT_IGEMM_TILES)
 // Not for tf32: its N-major fragments are loaded word by word, and the addresses do not fit beside 128 accumulators.
 CONVEXT_IGEMM(cuda::bf16, bf16, 32, 256x128, , true)

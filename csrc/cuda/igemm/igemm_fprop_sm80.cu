@@ -18,10 +18,10 @@
 
 namespace convext {
 
-#define CONVEXT_IGEMM(T, dtype, k, tile, suffix, vector)                                            \
-  extern const Variant fprop_igemm_##dtype##_##tile##x##k##suffix##_sm80 =                          \
-      cuda::igemm_pixels_variant<cuda::Tile##tile<T>, false, vector>(                               \
-          "fprop_igemm_" #dtype "_" #tile "x" #k #suffix "_sm80");
+#define CONVEXT_IGEMM(T, dtype, k, tile, suffix, vector)                                                            \
+  extern const Variant fprop_igemm_##dtype##_##tile##x##k##suffix##_sm80 =                                          \
+      cuda::igemm_pixels_variant<cuda::Tile##tile<T>, false, vector>("fprop_igemm_" #dtype "_" #tile "x" #k #suffix \
+                                                                     "_sm80");
 CONVEXT_IGEMM_DTYPES(CONVEXT_IGEMM_TILES)
 CONVEXT_IGEMM(cuda::bf16, bf16, 32, 256x128, , true)
 CONVEXT_IGEMM(cuda::fp16, f16, 32, 256x128, , true)

@@ -122,8 +122,7 @@ struct PixelsLoader {
   static constexpr int A_ROWS = TILE::BLOCK_M * 4 / TILE::THREADS, A_STRIDE = TILE::THREADS / 4;
   static constexpr int B_CHUNKS = TILE::BLOCK_N / CHUNK;  // of a row of the N-major tile
   static constexpr int B_STRIDE = DGRAD ? TILE::THREADS / B_CHUNKS : TILE::THREADS / 4;
-  static constexpr int B_ROWS =
-      DGRAD ? (BLOCK_K + B_STRIDE - 1) / B_STRIDE : (TILE::BLOCK_N + B_STRIDE - 1) / B_STRIDE;
+  static constexpr int B_ROWS = DGRAD ? (BLOCK_K + B_STRIDE - 1) / B_STRIDE : (TILE::BLOCK_N + B_STRIDE - 1) / B_STRIDE;
 
   const PixelsBlock<TILE, DGRAD> block;  // by value: a reference costs registers
   const Strides in_strides;
@@ -221,8 +220,8 @@ struct PixelsLoader {
     const int32_t column = block.n0 + (DGRAD ? b_chunk * CHUNK : row);
     if constexpr (VECTOR) {
       bool inside = column < block.columns;
-      const T* source = DGRAD ? read_w(place.channel, column, place, inside)
-                              : read_w(column, place.channel, place, inside);
+      const T* source =
+          DGRAD ? read_w(place.channel, column, place, inside) : read_w(column, place.channel, place, inside);
       ptx::cp_async_16(ptx::shared_address(tile) + at, source, inside);
     } else {
       Vector<T> chunk;
@@ -258,10 +257,9 @@ struct PixelsLoader {
 // The epilogue and the statistics: 16 rows of a warp at a time through shared memory, so that stores are 16 bytes of
 // one pixel. The loops stay loops: unrolled, six activations would be compiled dozens of times.
 template <class TILE, bool DGRAD>
-CONVEXT_DEVICE void store_pixels(const PixelsBlock<TILE, DGRAD>& block,
-                                 const float (&acc)[TILE::MMA_M][TILE::MMA_N][4], unsigned char* shared,
-                                 const Strides& out_strides, typename TILE::T* out, const Epilogue& epilogue,
-                                 bool vector_out, const PartialStats<float>& stats) {
+CONVEXT_DEVICE void store_pixels(const PixelsBlock<TILE, DGRAD>& block, const float (&acc)[TILE::MMA_M][TILE::MMA_N][4],
+                                 unsigned char* shared, const Strides& out_strides, typename TILE::T* out,
+                                 const Epilogue& epilogue, bool vector_out, const PartialStats<float>& stats) {
   using T = typename TILE::T;
   constexpr int CHUNK = TILE::CHUNK, LANES = TILE::WARP_N / CHUNK;  // that share a row
   constexpr int PASSES = 16 * LANES / 32;
@@ -307,11 +305,11 @@ CONVEXT_DEVICE void store_pixels(const PixelsBlock<TILE, DGRAD>& block,
     merge_block(seen, reinterpret_cast<float*>(shared), warp_m * (32 / LANES) + lane / LANES, ROWS,
                 warp_n * TILE::WARP_N + lane % LANES * CHUNK, TILE::BLOCK_N,
                 [&](int column, float count, float mean, float m2) {
-                  if (block.n0 + column < block.columns) {
-                    stats.store(blockIdx.x / block.n_tiles, int64_t{block.group} * block.columns + block.n0 + column,
-                                count, mean, m2);
-                  }
-                });
+      if (block.n0 + column < block.columns) {
+        stats.store(blockIdx.x / block.n_tiles, int64_t{block.group} * block.columns + block.n0 + column, count, mean,
+                    m2);
+      }
+    });
   }
 }
 
@@ -364,7 +362,9 @@ const char* reject_igemm_pixels(const ConvProblem& p) {
 }
 
 template <class TILE>
-int64_t igemm_stats_rows(const ConvProblem& p) { return ceil_div(p.npq(), TILE::BLOCK_M); }
+int64_t igemm_stats_rows(const ConvProblem& p) {
+  return ceil_div(p.npq(), TILE::BLOCK_M);
+}
 
 template <class TILE, bool DGRAD, bool VECTOR>
 const char* launch_igemm_pixels(const ConvProblem& p, const LaunchArgs& args) {
@@ -377,8 +377,8 @@ const char* launch_igemm_pixels(const ConvProblem& p, const LaunchArgs& args) {
   if (tiles > INT32_MAX) return "the grid would exceed 2^31 blocks";
   const dim3 grid(static_cast<unsigned>(tiles), p.groups, DGRAD ? p.stride_h * p.stride_w : 1);
   const bool vector_out = (DGRAD ? p.x_layout : p.y_layout) == Layout::kNHWC && columns % TILE::CHUNK == 0;
-  return launch_kernel(igemm_pixels<TILE, DGRAD, VECTOR>, grid, dim3(TILE::THREADS), TILE::SHARED_BYTES, args.stream,
-                       p, DGRAD ? y : x, DGRAD ? x : y, static_cast<const T*>(args.a), static_cast<const T*>(args.b),
+  return launch_kernel(igemm_pixels<TILE, DGRAD, VECTOR>, grid, dim3(TILE::THREADS), TILE::SHARED_BYTES, args.stream, p,
+                       DGRAD ? y : x, DGRAD ? x : y, static_cast<const T*>(args.a), static_cast<const T*>(args.b),
                        static_cast<T*>(args.out), args.epilogue, vector_out,
                        PartialStats<float>(args.stats, m_tiles, p.k));
 }
@@ -389,13 +389,23 @@ inline const char* krsc_format(const ConvProblem&) { return "krsc"; }
 template <class TILE, bool DGRAD, bool VECTOR>
 constexpr Variant igemm_pixels_variant(const char* name) {
   using Type = DTypeOf<typename TILE::T>;
-  return {.name = name, .algorithm = Algorithm::direct, .device = Device::kCUDA,
-          .pass = DGRAD ? Pass::kDgrad : Pass::kFprop, .dtype = Type::value, .arithmetic = Type::on_tensor_cores,
-          .isa = Isa::kSM80, .layouts = VECTOR ? Layouts::kNHWCOnly : Layouts::kAny,
-          .reject = reject_igemm_pixels<TILE, DGRAD, VECTOR>, .pack_format = krsc_format, .cost = igemm_cost,
-          .launch = launch_igemm_pixels<TILE, DGRAD, VECTOR>, .gathers = !VECTOR,
+  return {.name = name,
+          .algorithm = Algorithm::direct,
+          .device = Device::kCUDA,
+          .pass = DGRAD ? Pass::kDgrad : Pass::kFprop,
+          .dtype = Type::value,
+          .arithmetic = Type::on_tensor_cores,
+          .isa = Isa::kSM80,
+          .layouts = VECTOR ? Layouts::kNHWCOnly : Layouts::kAny,
+          .reject = reject_igemm_pixels<TILE, DGRAD, VECTOR>,
+          .pack_format = krsc_format,
+          .cost = igemm_cost,
+          .launch = launch_igemm_pixels<TILE, DGRAD, VECTOR>,
+          .gathers = !VECTOR,
           .stats_rows = DGRAD ? nullptr : igemm_stats_rows<TILE>,
-          .block_m = TILE::BLOCK_M, .block_n = TILE::BLOCK_N, .block_k = TILE::BLOCK_K};
+          .block_m = TILE::BLOCK_M,
+          .block_n = TILE::BLOCK_N,
+          .block_k = TILE::BLOCK_K};
 }
 
 }  // namespace convext::cuda

@@ -26,22 +26,27 @@ inline double igemm_cost(const Variant& v, const ConvProblem& p) {
   return tiled_cost(v, p, v.arithmetic == Arithmetic::tf32 ? kTf32Mma : kHalfMma, classes);
 }
 
-template <class T> using Tile256x128 = Tile<T, 256, 128, 4, 2, 3>;
-template <class T> using Tile128x128 = Tile<T, 128, 128, 2, 4, 4>;
-template <class T> using Tile128x64 = Tile<T, 128, 64, 2, 2, 4>;
-template <class T> using Tile64x64 = Tile<T, 64, 64, 2, 2, 4>;
-template <class T> using Tile64x32 = Tile<T, 64, 32, 2, 2, 4>;
+template <class T>
+using Tile256x128 = Tile<T, 256, 128, 4, 2, 3>;
+template <class T>
+using Tile128x128 = Tile<T, 128, 128, 2, 4, 4>;
+template <class T>
+using Tile128x64 = Tile<T, 128, 64, 2, 2, 4>;
+template <class T>
+using Tile64x64 = Tile<T, 64, 64, 2, 2, 4>;
+template <class T>
+using Tile64x32 = Tile<T, 64, 32, 2, 2, 4>;
 
 // X(T, dtype, k): the element types, their names, BLOCK_K.
 #define CONVEXT_IGEMM_DTYPES(X) X(cuda::bf16, bf16, 32) X(cuda::fp16, f16, 32) X(float, tf32, 16)
 
 // CONVEXT_IGEMM(T, dtype, k, tile, suffix, vector), which each pass defines, for the tiles that all dtypes have in it.
-#define CONVEXT_IGEMM_TILES(T, dtype, k)             \
-  CONVEXT_IGEMM(T, dtype, k, 128x128, , true)        \
-  CONVEXT_IGEMM(T, dtype, k, 128x64, , true)         \
-  CONVEXT_IGEMM(T, dtype, k, 64x64, , true)          \
-  CONVEXT_IGEMM(T, dtype, k, 64x32, , true)          \
-  CONVEXT_IGEMM(T, dtype, k, 64x64, _gather, false)  \
+#define CONVEXT_IGEMM_TILES(T, dtype, k)            \
+  CONVEXT_IGEMM(T, dtype, k, 128x128, , true)       \
+  CONVEXT_IGEMM(T, dtype, k, 128x64, , true)        \
+  CONVEXT_IGEMM(T, dtype, k, 64x64, , true)         \
+  CONVEXT_IGEMM(T, dtype, k, 64x32, , true)         \
+  CONVEXT_IGEMM(T, dtype, k, 64x64, _gather, false) \
   CONVEXT_IGEMM(T, dtype, k, 64x32, _gather, false)
 
 }  // namespace convext::cuda

@@ -17,9 +17,9 @@
 // filters.
 // `gather` collects elements one by one, for channels that are not whole 16-byte chunks (the first layer) and NCHW.
 #include "cuda/tile/gemm.h"
+#include "cuda/tile/reduce_splits.h"
 #include "igemm_pixels.h"
 #include "igemm_tiles.h"
-#include "cuda/tile/reduce_splits.h"
 
 namespace convext::cuda {
 namespace {
@@ -115,8 +115,8 @@ struct WgradLoader {
 #pragma unroll
       for (int e = 0; e < CHUNK; ++e) {
         const bool inside = m < end && filter + e < kg;
-        chunk.v[e] = inside ? __ldg(dy + pixel + (int64_t{group} * kg + filter + e) * y_strides.c)
-                            : from_accumulate<T>(0);
+        chunk.v[e] =
+            inside ? __ldg(dy + pixel + (int64_t{group} * kg + filter + e) * y_strides.c) : from_accumulate<T>(0);
       }
       store_chunk(destination, chunk);
     }
@@ -128,8 +128,7 @@ struct WgradLoader {
     const auto read_x = [&](int32_t r, int32_t s, int32_t c, bool& inside) -> const T* {
       const int32_t h = problem.h_of(p, r), w = problem.w_of(q, s);
       inside = inside && m < end && h >= 0 && h < problem.h && w >= 0 && w < problem.w;
-      return x + (inside ? n * x_strides.n + h * x_strides.h + w * x_strides.w +
-                               (int64_t{group} * cg + c) * x_strides.c
+      return x + (inside ? n * x_strides.n + h * x_strides.h + w * x_strides.w + (int64_t{group} * cg + c) * x_strides.c
                          : 0);
     };
     if constexpr (VECTOR) {
@@ -193,8 +192,7 @@ __global__ void __launch_bounds__(TILE::THREADS, 1)
   constexpr int BLOCK_K = TILE::BLOCK_K, STAGES = TILE::STAGES;
   CONVEXT_SHARED_MEMORY(shared);
   const int warp = threadIdx.x / 32, warp_m = warp / TILE::WARPS_N, warp_n = warp % TILE::WARPS_N;
-  const int32_t n_tiles =
-      static_cast<int32_t>(ceil_div(problem.r * problem.s * problem.c_per_group(), TILE::BLOCK_N));
+  const int32_t n_tiles = static_cast<int32_t>(ceil_div(problem.r * problem.s * problem.c_per_group(), TILE::BLOCK_N));
   const int32_t m0 = static_cast<int32_t>(blockIdx.x / n_tiles) * TILE::BLOCK_M;
   const int32_t n0 = static_cast<int32_t>(blockIdx.x % n_tiles) * TILE::BLOCK_N;
   const int64_t npq = problem.npq(), begin = int64_t{blockIdx.z} * pixels_per_split;
@@ -269,12 +267,23 @@ const char* launch(const ConvProblem& p, const LaunchArgs& args) {
 template <class TILE, bool VECTOR>
 constexpr Variant variant_of(const char* name) {
   using Type = DTypeOf<typename TILE::T>;
-  return {.name = name, .algorithm = Algorithm::direct, .device = Device::kCUDA, .pass = Pass::kWgrad,
-          .dtype = Type::value, .arithmetic = Type::on_tensor_cores, .isa = Isa::kSM80,
-          .layouts = VECTOR ? Layouts::kNHWCOnly : Layouts::kAny, .reject = reject<TILE, VECTOR>,
-          .workspace = workspace<TILE>, .pack_format = krsc_format, .cost = igemm_cost,
-          .launch = launch<TILE, VECTOR>, .gathers = !VECTOR,
-          .block_m = TILE::BLOCK_M, .block_n = TILE::BLOCK_N, .block_k = TILE::BLOCK_K};
+  return {.name = name,
+          .algorithm = Algorithm::direct,
+          .device = Device::kCUDA,
+          .pass = Pass::kWgrad,
+          .dtype = Type::value,
+          .arithmetic = Type::on_tensor_cores,
+          .isa = Isa::kSM80,
+          .layouts = VECTOR ? Layouts::kNHWCOnly : Layouts::kAny,
+          .reject = reject<TILE, VECTOR>,
+          .workspace = workspace<TILE>,
+          .pack_format = krsc_format,
+          .cost = igemm_cost,
+          .launch = launch<TILE, VECTOR>,
+          .gathers = !VECTOR,
+          .block_m = TILE::BLOCK_M,
+          .block_n = TILE::BLOCK_N,
+          .block_k = TILE::BLOCK_K};
 }
 
 }  // namespace
@@ -282,8 +291,8 @@ constexpr Variant variant_of(const char* name) {
 
 namespace convext {
 
-#define CONVEXT_IGEMM(T, dtype, k, tile, suffix, vector)                                    \
-  extern const Variant wgrad_igemm_##dtype##_##tile##x##k##suffix##_sm80 =                  \
+#define CONVEXT_IGEMM(T, dtype, k, tile, suffix, vector)                   \
+  extern const Variant wgrad_igemm_##dtype##_##tile##x##k##suffix##_sm80 = \
       cuda::variant_of<cuda::Tile##tile<T>, vector>("wgrad_igemm_" #dtype "_" #tile "x" #k #suffix "_sm80");
 CONVEXT_IGEMM_DTYPES(CONVEXT_IGEMM_TILES)
 CONVEXT_IGEMM(cuda::bf16, bf16, 32, 256x128, , true)

@@ -24,8 +24,7 @@ CONVEXT_DEVICE void cp_async_16(uint32_t destination, const void* source, bool i
   const int bytes = in_bounds ? 16 : 0;
   ::cuda_on_cpu::issue_copy({::cuda_on_cpu::shared_pointer(destination, 16), source, bytes, 16 - bytes});
 #else
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
-               "r"(in_bounds ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(in_bounds ? 16 : 0)
                : "memory");
 #endif
 }

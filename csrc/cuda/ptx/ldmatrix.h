@@ -21,22 +21,22 @@ inline void ldmatrix_x4(uint32_t (&out)[4], uint32_t address) {
     ::cuda_on_cpu::race.access(::cuda_on_cpu::shared_pointer(address, 16), 16, false);
   }
   LdmatrixArgument argument{out, address};
-  ::cuda_on_cpu::warp_collective(
-      TRANSPOSED ? "ldmatrix.trans" : "ldmatrix", ~0u, &argument, [](void** arguments, uint32_t) {
-        for (int matrix = 0; matrix < 4; ++matrix) {
-          uint16_t tile[8][8];
-          for (int row = 0; row < 8; ++row) {
-            const auto* a = static_cast<LdmatrixArgument*>(arguments[matrix * 8 + row]);
-            memcpy(tile[row], ::cuda_on_cpu::shared_pointer(a->address, 16), 16);
-          }
-          for (int lane = 0; lane < 32; ++lane) {
-            const int row = lane / 4, col = lane % 4 * 2;
-            const uint32_t low = TRANSPOSED ? tile[col][row] : tile[row][col];
-            const uint32_t high = TRANSPOSED ? tile[col + 1][row] : tile[row][col + 1];
-            static_cast<LdmatrixArgument*>(arguments[lane])->out[matrix] = low | high << 16;
-          }
-        }
-      });
+  ::cuda_on_cpu::warp_collective(TRANSPOSED ? "ldmatrix.trans" : "ldmatrix", ~0u, &argument,
+                                 [](void** arguments, uint32_t) {
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      uint16_t tile[8][8];
+      for (int row = 0; row < 8; ++row) {
+        const auto* a = static_cast<LdmatrixArgument*>(arguments[matrix * 8 + row]);
+        memcpy(tile[row], ::cuda_on_cpu::shared_pointer(a->address, 16), 16);
+      }
+      for (int lane = 0; lane < 32; ++lane) {
+        const int row = lane / 4, col = lane % 4 * 2;
+        const uint32_t low = TRANSPOSED ? tile[col][row] : tile[row][col];
+        const uint32_t high = TRANSPOSED ? tile[col + 1][row] : tile[row][col + 1];
+        static_cast<LdmatrixArgument*>(arguments[lane])->out[matrix] = low | high << 16;
+      }
+    }
+  });
 }
 
 }  // namespace emulated

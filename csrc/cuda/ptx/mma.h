@@ -71,9 +71,9 @@ CONVEXT_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
 #if defined(CONVEXT_CUDA_ON_CPU)
   emulated::mma<T>(d, a, b);
 #else
-#define CONVEXT_MMA(instruction)                                                                           \
-  asm volatile(instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"              \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                            \
+#define CONVEXT_MMA(instruction)                                                              \
+  asm volatile(instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                               \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
   if constexpr (DTypeOf<T>::value == DType::kBFloat16) {
     CONVEXT_MMA("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32");

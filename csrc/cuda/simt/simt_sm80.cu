@@ -40,7 +40,9 @@ struct Operands {
       : problem(p),
         x_strides(strides_of(p.x_layout, p.c, p.h, p.w)),
         y_strides(strides_of(p.y_layout, p.k, p.p(), p.q())),
-        x(static_cast<const T*>(pass == Pass::kFprop ? args.a : pass == Pass::kWgrad ? args.b : nullptr)),
+        x(static_cast<const T*>(pass == Pass::kFprop   ? args.a
+                                : pass == Pass::kWgrad ? args.b
+                                                       : nullptr)),
         dy(static_cast<const T*>(pass == Pass::kFprop ? nullptr : args.a)),
         w(static_cast<const T*>(pass == Pass::kWgrad ? nullptr : args.b)),
         by_image(pass == Pass::kDgrad ? int64_t{p.h} * p.w : int64_t{p.p()} * p.q()),
@@ -110,8 +112,8 @@ template <class T, Pass PASS>
 __global__ void __launch_bounds__(kThreads, 1)
     simt(Operands<T> operands, int64_t k_per_split, T* __restrict__ out, Epilogue epilogue, PartialStats<T> stats) {
   CONVEXT_SHARED_MEMORY(shared);
-  T* a_tiles = reinterpret_cast<T*>(shared);      // 2 x (kBlockK, kPitch)
-  T* b_tiles = a_tiles + 2 * kBlockK * kPitch;    // 2 x (kBlockK, kPitch)
+  T* a_tiles = reinterpret_cast<T*>(shared);    // 2 x (kBlockK, kPitch)
+  T* b_tiles = a_tiles + 2 * kBlockK * kPitch;  // 2 x (kBlockK, kPitch)
   const ConvProblem& problem = operands.problem;
   const GemmShape gemm = problem.gemm_shape(PASS);
   const int tid = threadIdx.x;
@@ -200,10 +202,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     static_assert(merge_scratch(kBlock / kPerThread, kBlock) <= 4 * kBlockK * kPitch);
     merge_block(seen, a_tiles, m_thread / kPerThread, kBlock / kPerThread, n_thread, kBlock,
                 [&](int column, T count, T mean, T m2) {
-                  if (n0 + column < gemm.n) {
-                    stats.store(blockIdx.x / n_tiles, group * gemm.n + n0 + column, count, mean, m2);
-                  }
-                });
+      if (n0 + column < gemm.n) {
+        stats.store(blockIdx.x / n_tiles, group * gemm.n + n0 + column, count, mean, m2);
+      }
+    });
   }
 }
 
@@ -244,10 +246,10 @@ const char* launch(const ConvProblem& p, const LaunchArgs& args) {
   constexpr bool SPLITS = PASS == Pass::kWgrad;
   const SimtPlan plan = plan_simt(PASS, p);
   const dim3 grid(static_cast<unsigned>(plan.tiles), p.groups, static_cast<unsigned>(plan.splits));
-  const char* error = launch_kernel(simt<T, PASS>, grid, dim3(kThreads), sizeof(T) * 4 * kBlockK * kPitch, args.stream,
-                                    Operands<T>(PASS, p, args), plan.k_per_split,
-                                    static_cast<T*>(SPLITS ? args.workspace : args.out), args.epilogue,
-                                    PartialStats<T>(args.stats, stats_rows(p), p.k));
+  const char* error =
+      launch_kernel(simt<T, PASS>, grid, dim3(kThreads), sizeof(T) * 4 * kBlockK * kPitch, args.stream,
+                    Operands<T>(PASS, p, args), plan.k_per_split, static_cast<T*>(SPLITS ? args.workspace : args.out),
+                    args.epilogue, PartialStats<T>(args.stats, stats_rows(p), p.k));
   if (error || !SPLITS) return error;
   return launch_reduce_splits<T>(args.workspace, args.out, p.w_size(), static_cast<int32_t>(plan.splits), args.stream);
 }
@@ -258,25 +260,36 @@ double cost(const Variant& v, const ConvProblem& p) {
 
 template <class T, Pass PASS>
 constexpr Variant variant_of(const char* name) {
-  return {.name = name, .algorithm = Algorithm::direct, .device = Device::kCUDA, .pass = PASS,
-          .dtype = DTypeOf<T>::value, .arithmetic = DTypeOf<T>::arithmetic, .isa = Isa::kSM80,
-          .layouts = Layouts::kAny, .reject = reject,
-          .workspace = PASS == Pass::kWgrad ? wgrad_workspace<T> : nullptr, .pack_format = krsc_format,
-          .cost = cost, .launch = launch<T, PASS>, .gathers = true,
+  return {.name = name,
+          .algorithm = Algorithm::direct,
+          .device = Device::kCUDA,
+          .pass = PASS,
+          .dtype = DTypeOf<T>::value,
+          .arithmetic = DTypeOf<T>::arithmetic,
+          .isa = Isa::kSM80,
+          .layouts = Layouts::kAny,
+          .reject = reject,
+          .workspace = PASS == Pass::kWgrad ? wgrad_workspace<T> : nullptr,
+          .pack_format = krsc_format,
+          .cost = cost,
+          .launch = launch<T, PASS>,
+          .gathers = true,
           .stats_rows = PASS == Pass::kFprop ? stats_rows : nullptr,
-          .block_m = kBlock, .block_n = kBlock, .block_k = kBlockK};
+          .block_m = kBlock,
+          .block_n = kBlock,
+          .block_k = kBlockK};
 }
 
 }  // namespace
 }  // namespace convext::cuda
 
 namespace convext {
-#define CONVEXT_SIMT(T, dtype)                                                                                       \
-  extern const Variant fprop_simt_##dtype##_64x64x16_sm80 =                                                          \
-      cuda::variant_of<T, Pass::kFprop>("fprop_simt_" #dtype "_64x64x16_sm80");                                      \
-  extern const Variant dgrad_simt_##dtype##_64x64x16_sm80 =                                                          \
-      cuda::variant_of<T, Pass::kDgrad>("dgrad_simt_" #dtype "_64x64x16_sm80");                                      \
-  extern const Variant wgrad_simt_##dtype##_64x64x16_sm80 =                                                          \
+#define CONVEXT_SIMT(T, dtype)                                                  \
+  extern const Variant fprop_simt_##dtype##_64x64x16_sm80 =                     \
+      cuda::variant_of<T, Pass::kFprop>("fprop_simt_" #dtype "_64x64x16_sm80"); \
+  extern const Variant dgrad_simt_##dtype##_64x64x16_sm80 =                     \
+      cuda::variant_of<T, Pass::kDgrad>("dgrad_simt_" #dtype "_64x64x16_sm80"); \
+  extern const Variant wgrad_simt_##dtype##_64x64x16_sm80 =                     \
       cuda::variant_of<T, Pass::kWgrad>("wgrad_simt_" #dtype "_64x64x16_sm80");
 CONVEXT_SIMT(float, f32)
 CONVEXT_SIMT(double, f64)

@@ -55,8 +55,7 @@ CONVEXT_DEVICE void load_a_fragment(uint32_t (&a)[4], const unsigned char* tile,
     ptx::ldmatrix_x4(a, ptx::shared_address(tile) + k_major_offset(row + lane % 16, step * 2 + lane / 16));
   } else if constexpr (sizeof(T) == 2) {
     const int k = step * 16 + lane % 8 + lane / 16 * 8;
-    ptx::ldmatrix_x4_trans(
-        a, ptx::shared_address(tile) + mn_major_offset<T, ROWS>(k, row / CHUNK + lane / 8 % 2));
+    ptx::ldmatrix_x4_trans(a, ptx::shared_address(tile) + mn_major_offset<T, ROWS>(k, row / CHUNK + lane / 8 % 2));
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

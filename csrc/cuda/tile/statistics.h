@@ -118,7 +118,8 @@ struct PartialStats {
   PartialStats() = default;
   template <class Void>
   PartialStats(Void* memory, int64_t rows, int64_t channels)
-      : moments(static_cast<Acc*>(memory)), counts(memory ? moments + rows * channels * 2 : nullptr),
+      : moments(static_cast<Acc*>(memory)),
+        counts(memory ? moments + rows * channels * 2 : nullptr),
         channels(channels) {}
 
   CONVEXT_DEVICE void store(int64_t row, int64_t channel, Acc count, Acc mean, Acc m2) const {

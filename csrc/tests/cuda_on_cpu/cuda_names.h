@@ -71,7 +71,9 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 }
 
 template <class T>
-inline T __ldg(const T* pointer) { return *pointer; }
+inline T __ldg(const T* pointer) {
+  return *pointer;
+}
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
 
 namespace convext::cuda {

@@ -84,18 +84,17 @@ void release_barrier() {
 // A wild pointer ends the process: the kernel's own frames cannot be unwound.
 void on_fault(int, siginfo_t* info, void*) {
   char text[200];
-  const int length =
-      current ? snprintf(text, sizeof text, "bad address %p in block %u,%u,%u thread %u,%u,%u\n", info->si_addr,
-                         block.index.x, block.index.y, block.index.z, current->index.x, current->index.y,
-                         current->index.z)
-              : snprintf(text, sizeof text, "bad address %p outside of any kernel\n", info->si_addr);
+  const int length = current ? snprintf(text, sizeof text, "bad address %p in block %u,%u,%u thread %u,%u,%u\n",
+                                        info->si_addr, block.index.x, block.index.y, block.index.z, current->index.x,
+                                        current->index.y, current->index.z)
+                             : snprintf(text, sizeof text, "bad address %p outside of any kernel\n", info->si_addr);
   if (write(STDERR_FILENO, text, length) < 0) _exit(4);
   _exit(3);
 }
 
 void create_arena() {
-  auto* mapping = static_cast<unsigned char*>(mmap(nullptr, kArenaBytes + kPage, PROT_READ | PROT_WRITE,
-                                                   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  auto* mapping = static_cast<unsigned char*>(
+      mmap(nullptr, kArenaBytes + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   if (mapping == MAP_FAILED) throw Error("no memory for the emulated shared memory");
   mprotect(mapping + kArenaBytes, kPage, PROT_NONE);
   scheduler.arena = mapping;
@@ -104,7 +103,7 @@ void create_arena() {
   stack.ss_sp = handler_stack;
   stack.ss_size = sizeof handler_stack;
   sigaltstack(&stack, nullptr);
-  struct sigaction action {};
+  struct sigaction action{};
   action.sa_sigaction = on_fault;
   action.sa_flags = SA_SIGINFO | SA_ONSTACK;
   sigaction(SIGSEGV, &action, nullptr);

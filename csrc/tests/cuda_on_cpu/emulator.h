@@ -65,9 +65,11 @@ class DeviceBuffer {
   DeviceBuffer(const DeviceBuffer&) = delete;
   DeviceBuffer& operator=(const DeviceBuffer&) = delete;
   template <class T = void>
-  T* data() const { return reinterpret_cast<T*>(data_); }
+  T* data() const {
+    return reinterpret_cast<T*>(data_);
+  }
   size_t bytes() const { return bytes_; }
-  void make_read_only();  // a kernel that writes its input stops there and then
+  void make_read_only();                               // a kernel that writes its input stops there and then
   uint64_t read_bytes() const { return read_bytes_; }  // of this buffer alone, as in Counters
   uint64_t written_bytes() const { return written_bytes_; }
 
@@ -114,8 +116,8 @@ extern Thread* current;  // the running thread, or nullptr in the scheduler
 [[noreturn]] void fail(const std::string& message);
 unsigned random_number();
 
-unsigned char* shared_memory();                              // of the running block
-uint32_t shared_offset(const void* pointer, size_t bytes);   // fails where the range is not in shared memory
+unsigned char* shared_memory();                             // of the running block
+uint32_t shared_offset(const void* pointer, size_t bytes);  // fails where the range is not in shared memory
 unsigned char* shared_pointer(uint32_t offset, size_t bytes);
 
 void barrier();  // __syncthreads

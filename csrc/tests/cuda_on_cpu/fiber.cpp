@@ -39,7 +39,7 @@ convext_switch_stack:
   popq %rbp
   ret
 )");
-static constexpr int kSavedWords = 6;      // below the return address
+static constexpr int kSavedWords = 6;  // below the return address
 static constexpr int kReturnWord = 6;
 #elif defined(__aarch64__)
 asm(R"(
@@ -91,8 +91,8 @@ void* scheduler_stack_pointer;
 }  // namespace
 
 Fiber::Fiber() {
-  void* memory = mmap(nullptr, kStackBytes + kPage, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory =
+      mmap(nullptr, kStackBytes + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) abort();
   mprotect(memory, kPage, PROT_NONE);
   stack_ = static_cast<char*>(memory) + kPage;
@@ -128,8 +128,6 @@ void Fiber::suspend([[maybe_unused]] bool finish) {
   CONVEXT_ASAN(__sanitizer_finish_switch_fiber(fake_stack_, &scheduler_bottom, &scheduler_size));
 }
 
-void Fiber::enter() {
-  CONVEXT_ASAN(__sanitizer_finish_switch_fiber(nullptr, &scheduler_bottom, &scheduler_size));
-}
+void Fiber::enter() { CONVEXT_ASAN(__sanitizer_finish_switch_fiber(nullptr, &scheduler_bottom, &scheduler_size)); }
 
 }  // namespace cuda_on_cpu

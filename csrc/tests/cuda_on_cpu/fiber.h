@@ -17,12 +17,12 @@ class Fiber {
   // different fibers does not fall into the same cache set.
   void prepare(void (*entry)(), unsigned stagger);
 
-  void resume();              // from the scheduler into the fiber
-  void suspend(bool finish);  // from the fiber back to the scheduler; finish: it never runs again
+  void resume();                    // from the scheduler into the fiber
+  void suspend(bool finish);        // from the fiber back to the scheduler; finish: it never runs again
   bool owns(const void* p) const {  // whether p lies on the stack
     return p >= stack_ && p < stack_ + kStackBytes;
   }
-  static void enter();        // first call in entry(): completes the switch for the address sanitizer
+  static void enter();  // first call in entry(): completes the switch for the address sanitizer
 
  private:
   static constexpr size_t kStackBytes = 128 * 1024;

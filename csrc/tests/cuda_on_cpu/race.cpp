@@ -139,12 +139,12 @@ void copy_landed(const AsyncCopy& copy) {
 }  // namespace cuda_on_cpu
 
 // The compiler's entry points for -fsanitize=thread.
-#define CONVEXT_TSAN_ACCESS(bytes)                                                                       \
-  extern "C" void __tsan_read##bytes(void* p) { cuda_on_cpu::access(p, bytes, false); }                  \
-  extern "C" void __tsan_write##bytes(void* p) { cuda_on_cpu::access(p, bytes, true); }                  \
-  extern "C" void __tsan_unaligned_read##bytes(void* p) { cuda_on_cpu::access(p, bytes, false); }        \
-  extern "C" void __tsan_unaligned_write##bytes(void* p) { cuda_on_cpu::access(p, bytes, true); }        \
-  extern "C" void __tsan_volatile_read##bytes(void* p) { cuda_on_cpu::access(p, bytes, false); }         \
+#define CONVEXT_TSAN_ACCESS(bytes)                                                                \
+  extern "C" void __tsan_read##bytes(void* p) { cuda_on_cpu::access(p, bytes, false); }           \
+  extern "C" void __tsan_write##bytes(void* p) { cuda_on_cpu::access(p, bytes, true); }           \
+  extern "C" void __tsan_unaligned_read##bytes(void* p) { cuda_on_cpu::access(p, bytes, false); } \
+  extern "C" void __tsan_unaligned_write##bytes(void* p) { cuda_on_cpu::access(p, bytes, true); } \
+  extern "C" void __tsan_volatile_read##bytes(void* p) { cuda_on_cpu::access(p, bytes, false); }  \
   extern "C" void __tsan_volatile_write##bytes(void* p) { cuda_on_cpu::access(p, bytes, true); }
 CONVEXT_TSAN_ACCESS(1)
 CONVEXT_TSAN_ACCESS(2)

@@ -41,8 +41,7 @@ struct Layer {
 // A square filter of `r` taps a side, padded so that an unstrided output has the input's size.
 ConvProblem square(int n, int c, int size, int k, int r, int stride = 1, int dil = 1, int groups = 1) {
   const int pad = dil * (r / 2);
-  return {n,   c,   size, size,   k,                  r,     r, stride, stride, pad, pad, dil,
-          dil, groups, DType::kBFloat16, kNHWC, kNHWC};
+  return {n, c, size, size, k, r, r, stride, stride, pad, pad, dil, dil, groups, DType::kBFloat16, kNHWC, kNHWC};
 }
 // Batches at which a GPU is busy: on a single small image the fixed costs, filters and fp32 slabs for each of a few
 // hundred blocks, would hide what the loops do.

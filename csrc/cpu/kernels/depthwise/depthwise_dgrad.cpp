@@ -19,9 +19,15 @@ namespace {
 template <class T>
 const char* launch(const ConvProblem& problem, const LaunchArgs& args) {
   const int32_t m = problem.k / problem.c;
-  const TapSum<T> sum{height_of(problem, true), width_of(problem, true), problem.n, problem.k, m,
-                      static_cast<const T*>(args.a), static_cast<const compute_t<T>*>(args.b),
-                      static_cast<T*>(args.out), {}};
+  const TapSum<T> sum{height_of(problem, true),
+                      width_of(problem, true),
+                      problem.n,
+                      problem.k,
+                      m,
+                      static_cast<const T*>(args.a),
+                      static_cast<const compute_t<T>*>(args.b),
+                      static_cast<T*>(args.out),
+                      {}};
   if (m == 1) {
     sum_taps(sum, *args.parallel);
   } else {

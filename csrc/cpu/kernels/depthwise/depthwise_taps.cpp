@@ -123,8 +123,7 @@ struct RowTask {
                 kStreamBytes) {}
 
   // The part of a tile that the row decides. Strides are in elements; `out_channels` a pixel of the output.
-  Tile<T> tile(const Axis& h, const Axis& w, int64_t n, int32_t i, int64_t in_channels,
-               int64_t out_channels) const {
+  Tile<T> tile(const Axis& h, const Axis& w, int64_t n, int32_t i, int64_t in_channels, int64_t out_channels) const {
     constexpr int64_t width = VecOf<T>::width;
     Tile<T> t{epilogue};
     const int64_t taps_w = sum.w.taps;
@@ -304,9 +303,9 @@ void sum_taps_and_filters(const TapSum<T>& sum, const Parallel& all_threads) {
   });
 }
 
-#define CONVEXT_INSTANTIATE(T, name)                                                      \
-  template void pack_taps<T>(const ConvProblem&, const void*, void*, const Parallel&);   \
-  template void sum_taps<T>(const TapSum<T>&, const Parallel&);                          \
+#define CONVEXT_INSTANTIATE(T, name)                                                   \
+  template void pack_taps<T>(const ConvProblem&, const void*, void*, const Parallel&); \
+  template void sum_taps<T>(const TapSum<T>&, const Parallel&);                        \
   template void sum_taps_and_filters<T>(const TapSum<T>&, const Parallel&);
 CONVEXT_FOR_ELEMENTS(CONVEXT_INSTANTIATE)
 #undef CONVEXT_INSTANTIATE

@@ -35,13 +35,13 @@ struct Tile {
   const T* residual;           // as out, or nullptr
   int64_t in_row, in_column, out_row, out_column;
   int64_t w_row, w_column, w_block;
-  int32_t row, column, rows, columns;   // first input row and column (may be negative), and the input's extents
-  int32_t row_step, column_step;        // between outputs
+  int32_t row, column, rows, columns;  // first input row and column (may be negative), and the input's extents
+  int32_t row_step, column_step;       // between outputs
   int32_t tap_row_step, tap_column_step;
   int32_t taps_h, taps_w;
-  int32_t valid;                        // columns of the tile that exist
-  int32_t tiles;                        // that many side by side
-  bool streams;                         // input and output come from memory, not from a cache
+  int32_t valid;  // columns of the tile that exist
+  int32_t tiles;  // that many side by side
+  bool streams;   // input and output come from memory, not from a cache
   int32_t block_begin, block_end;
   int64_t k;
   int32_t multiplier;

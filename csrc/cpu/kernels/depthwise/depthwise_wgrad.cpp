@@ -54,10 +54,10 @@ struct Row {
   const T *dy, *x;  // row p of dy; image n; both at the block's first channel
   T* dw;            // the block's sums, [r][s][W]
   int64_t dy_column, x_column, x_row;
-  int32_t h;        // input row of filter row 0; may be outside
+  int32_t h;  // input row of filter row 0; may be outside
   const ConvProblem* problem;
-  int64_t k;        // the block's first filter
-  bool streams;     // dy and x come from memory, not from a cache
+  int64_t k;     // the block's first filter
+  bool streams;  // dy and x come from memory, not from a cache
 };
 
 // ---- small filters: S taps one column apart, KR filter rows at a time ----
@@ -199,14 +199,14 @@ RowFunction<T> row_function(const ConvProblem& p) {
   if (p.k != p.c) return general_row<T, SpreadInput<T>>;
   if (p.k < Vec<T>::width) return general_row<T, PartInput<T>>;
   if (p.dil_w == 1 && p.stride_w == 1) {
-    if (p.s == 3) return small_row<T, 3, 1, 3, many ? 7 : 4>;
-    if (p.s == 5) return small_row<T, 5, 1, many ? 3 : 2, many ? 7 : 4>;
-    if (p.s == 7) return small_row<T, 7, 1, many ? 2 : 1, 7>;
+    if (p.s == 3) return small_row<T, 3, 1, 3, (many ? 7 : 4)>;
+    if (p.s == 5) return small_row<T, 5, 1, (many ? 3 : 2), (many ? 7 : 4)>;
+    if (p.s == 7) return small_row<T, 7, 1, (many ? 2 : 1), 7>;
   }
   if (p.dil_w == 1 && p.stride_w == 2) {
-    if (p.s == 3) return small_row<T, 3, 2, 3, many ? 7 : 4>;
-    if (p.s == 5) return small_row<T, 5, 2, many ? 3 : 2, many ? 7 : 4>;
-    if (p.s == 7) return small_row<T, 7, 2, many ? 2 : 1, 7>;
+    if (p.s == 3) return small_row<T, 3, 2, 3, (many ? 7 : 4)>;
+    if (p.s == 5) return small_row<T, 5, 2, (many ? 3 : 2), (many ? 7 : 4)>;
+    if (p.s == 7) return small_row<T, 7, 2, (many ? 2 : 1), 7>;
   }
   return general_row<T, WholeInput<T>>;
 }
@@ -266,11 +266,11 @@ const char* launch(const ConvProblem& problem, const LaunchArgs& args) {
 }  // namespace
 }  // namespace CONVEXT_ISA
 
-#define CONVEXT_DEFINE(T, type)                                                                   \
-  CONVEXT_DEFINE_VARIANT(wgrad_depthwise_##type) = CONVEXT_ISA::cpu_variant<T>(                   \
-      CONVEXT_VARIANT_NAME(wgrad_depthwise_##type), Algorithm::depthwise, Pass::kWgrad,           \
-      CONVEXT_ISA::reject_unless_depthwise, CONVEXT_ISA::launch<T>, CONVEXT_ISA::depthwise_cost,  \
-      CONVEXT_ISA::workspace<T>);
+#define CONVEXT_DEFINE(T, type)                                                                                     \
+  CONVEXT_DEFINE_VARIANT(wgrad_depthwise_##type) =                                                                  \
+      CONVEXT_ISA::cpu_variant<T>(CONVEXT_VARIANT_NAME(wgrad_depthwise_##type), Algorithm::depthwise, Pass::kWgrad, \
+                                  CONVEXT_ISA::reject_unless_depthwise, CONVEXT_ISA::launch<T>,                     \
+                                  CONVEXT_ISA::depthwise_cost, CONVEXT_ISA::workspace<T>);
 CONVEXT_FOR_ELEMENTS(CONVEXT_DEFINE)
 #undef CONVEXT_DEFINE
 

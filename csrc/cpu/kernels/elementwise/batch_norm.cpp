@@ -31,9 +31,9 @@ namespace {
 // Where a lambda takes its attribute.
 #define CONVEXT_LAMBDA_INLINE __attribute__((always_inline))
 
-constexpr int64_t kMaxChunks = 128;          // partial sums kept for a tensor
+constexpr int64_t kMaxChunks = 128;            // partial sums kept for a tensor
 constexpr int64_t kChunkElements = 16 * 1024;  // a chunk or a task is at least this much work
-constexpr int64_t kSerial = 32 * 1024;       // elements below which threads cost more than they bring
+constexpr int64_t kSerial = 32 * 1024;         // elements below which threads cost more than they bring
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -74,9 +74,9 @@ constexpr int kConstants = 5;  // arrays of C
 
 template <class T>
 struct Constants {
-  T *mean, *scale, *shift;      // z = (y - mean) * scale + shift + residual
-  T *mean_dz, *slope;           // dy = scale * (dz - mean_dz - (y - mean) * slope)
-  T* partial;                   // [chunk][2][c]
+  T *mean, *scale, *shift;  // z = (y - mean) * scale + shift + residual
+  T *mean_dz, *slope;       // dy = scale * (dz - mean_dz - (y - mean) * slope)
+  T* partial;               // [chunk][2][c]
 
   Constants(void* workspace, int64_t c) {
     mean = static_cast<T*>(workspace);
@@ -282,8 +282,8 @@ void bn_act(const Parallel& parallel, const BatchNormArgs& args, void* out_point
   };
   if (args.layout == Layout::kNHWC) {
     for_ranges(parallel, args, [&](int64_t begin, int64_t end) {
-      for_pixels<T>(begin, end, channels, [=](int64_t pixel, int64_t count, int64_t c, int64_t lanes)
-                                              CONVEXT_LAMBDA_INLINE {
+      for_pixels<T>(begin, end, channels,
+                    [=](int64_t pixel, int64_t count, int64_t c, int64_t lanes) CONVEXT_LAMBDA_INLINE {
         const Vec<T> mean = load_as(constants.mean + c, lanes), scale = load_as(constants.scale + c, lanes);
         const Vec<T> shift = load_as(constants.shift + c, lanes);
         for (int64_t x = 0; x < count; ++x) step((pixel + x) * channels + c, lanes, mean, scale, shift);
@@ -294,9 +294,8 @@ void bn_act(const Parallel& parallel, const BatchNormArgs& args, void* out_point
       for (int64_t plane = begin; plane < end; ++plane) {
         const int64_t c = plane % channels;
         const Vec<T> mean(constants.mean[c]), scale(constants.scale[c]), shift(constants.shift[c]);
-        for_vectors<T>(hw, [=](int64_t i, int64_t lanes) CONVEXT_LAMBDA_INLINE {
-          step(plane * hw + i, lanes, mean, scale, shift);
-        });
+        for_vectors<T>(hw, [=](int64_t i, int64_t lanes)
+                               CONVEXT_LAMBDA_INLINE { step(plane * hw + i, lanes, mean, scale, shift); });
       }
     });
   }
@@ -346,8 +345,8 @@ struct Backward {
       for (int64_t i = 0; i < 2 * c; ++i) sums[i] = 0;
     }
     // Copies, so that no store can alias what the loop reads.
-    for_pixels<T>(begin, end, c, [=, self = *this](int64_t pixel, int64_t count, int64_t i, int64_t lanes)
-                                     CONVEXT_LAMBDA_INLINE {
+    for_pixels<T>(begin, end, c,
+                  [=, self = *this](int64_t pixel, int64_t count, int64_t i, int64_t lanes) CONVEXT_LAMBDA_INLINE {
       const Channel<T> channel = Channel<T>::neighbours(constants, i, lanes);
       Vec<T> s1 = Vec<T>::zero(), s2 = Vec<T>::zero(), product;
       for (int64_t x = 0; x < count; ++x) {
@@ -437,7 +436,7 @@ void bn_act_backward(const Parallel& parallel, const BatchNormArgs& args, const 
   const Constants<T> constants(workspace, args.c);
   load_constants(args, constants);
   for (int64_t c = 0; c < args.c; ++c) constants.mean_dz[c] = constants.slope[c] = 0;
-  Backward<S, Act> pass{static_cast<const S*>(args.y),      static_cast<const S*>(args.residual),
+  Backward<S, Act> pass{static_cast<const S*>(args.y),         static_cast<const S*>(args.residual),
                         static_cast<const S*>(gradients.dout), static_cast<S*>(gradients.dy),
                         static_cast<S*>(gradients.dresidual),  Work::kSums};
   const bool through_stats = gradients.training && args.mean;

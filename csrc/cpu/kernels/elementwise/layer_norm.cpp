@@ -24,7 +24,7 @@ struct Pixels {
   const T *gamma, *beta;  // or nullptr
   int32_t whole;          // channels in whole vectors
   Lanes<T> tail;
-  V present;              // 1 in the lanes of `tail`, 0 beyond
+  V present;  // 1 in the lanes of `tail`, 0 beyond
 
   Pixels(const ConvProblem& p, const LaunchArgs& args)
       : x(static_cast<const T*>(args.a)),
@@ -108,10 +108,10 @@ const char* reject(const ConvProblem& p) {
 }  // namespace
 }  // namespace CONVEXT_ISA
 
-#define CONVEXT_DEFINE(T, type)                                                      \
-  CONVEXT_DEFINE_VARIANT(layer_norm_##type) = CONVEXT_ISA::cpu_variant<T>(           \
-      CONVEXT_VARIANT_NAME(layer_norm_##type), Algorithm::layer_norm, Pass::kFprop,  \
-      CONVEXT_ISA::reject, CONVEXT_ISA::launch<T>, nullptr);
+#define CONVEXT_DEFINE(T, type)                                                                                 \
+  CONVEXT_DEFINE_VARIANT(layer_norm_##type) =                                                                   \
+      CONVEXT_ISA::cpu_variant<T>(CONVEXT_VARIANT_NAME(layer_norm_##type), Algorithm::layer_norm, Pass::kFprop, \
+                                  CONVEXT_ISA::reject, CONVEXT_ISA::launch<T>, nullptr);
 CONVEXT_FOR_ELEMENTS(CONVEXT_DEFINE)
 #undef CONVEXT_DEFINE
 

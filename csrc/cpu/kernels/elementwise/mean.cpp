@@ -59,10 +59,10 @@ const char* reject(const ConvProblem& p) {
 }  // namespace
 }  // namespace CONVEXT_ISA
 
-#define CONVEXT_DEFINE(T, type)                                                              \
-  CONVEXT_DEFINE_VARIANT(mean_##type) = CONVEXT_ISA::cpu_variant<T>(                         \
-      CONVEXT_VARIANT_NAME(mean_##type), Algorithm::mean, Pass::kFprop, CONVEXT_ISA::reject, \
-      CONVEXT_ISA::launch<T>, nullptr);
+#define CONVEXT_DEFINE(T, type)                                                                     \
+  CONVEXT_DEFINE_VARIANT(mean_##type) =                                                             \
+      CONVEXT_ISA::cpu_variant<T>(CONVEXT_VARIANT_NAME(mean_##type), Algorithm::mean, Pass::kFprop, \
+                                  CONVEXT_ISA::reject, CONVEXT_ISA::launch<T>, nullptr);
 CONVEXT_FOR_ELEMENTS(CONVEXT_DEFINE)
 #undef CONVEXT_DEFINE
 

@@ -134,9 +134,8 @@ void gates(const Excite& e, const float* sums, int64_t rows, int64_t pixels, flo
     store(mean + k, sum * per_pixel, lanes);
   }
   multiply(e.w1, e.b1, mean, e.squeezed, e.c, squeezed, parallel);
-  visit_activation<V>(e.activation, [&](auto f) {
-    map(squeezed, e.squeezed, [&](V z) { return decltype(f)::forward(z); });
-  });
+  visit_activation<V>(e.activation,
+                      [&](auto f) { map(squeezed, e.squeezed, [&](V z) { return decltype(f)::forward(z); }); });
   multiply(e.w2, e.b2, squeezed, e.c, e.squeezed, out, parallel);
   if (e.gate == Gate::sigmoid) {
     map(out, e.c, [](V z) { return V(1.0f) / (V(1.0f) + exp(-z)); });

@@ -70,8 +70,7 @@ struct Space {
     int kept = 0;
     for (int a = 1; a < rank; ++a) {
       Axis& inner = axis[kept];
-      const bool contiguous =
-          axis[a].dst == inner.dst * inner.size && axis[a].src == inner.src * inner.size;
+      const bool contiguous = axis[a].dst == inner.dst * inner.size && axis[a].src == inner.src * inner.size;
       if (contiguous) {
         inner.size *= axis[a].size;
       } else {
@@ -229,12 +228,15 @@ bool copy_pixels(const Parallel& parallel, const Space& space, int src_unit, con
     const T* const from = src + at.src + (to_pixels ? j : j * few);
     T* const to = dst + at.dst + (to_pixels ? j * few : j);
     switch (few) {
-      case 2: return to_pixels ? interleave<T, 2>(from, rows.src, to, count)
-                               : deinterleave<T, 2>(from, to, columns.dst, count);
-      case 3: return to_pixels ? interleave<T, 3>(from, rows.src, to, count)
-                               : deinterleave<T, 3>(from, to, columns.dst, count);
-      default: return to_pixels ? interleave<T, 4>(from, rows.src, to, count)
-                                : deinterleave<T, 4>(from, to, columns.dst, count);
+      case 2:
+        return to_pixels ? interleave<T, 2>(from, rows.src, to, count)
+                         : deinterleave<T, 2>(from, to, columns.dst, count);
+      case 3:
+        return to_pixels ? interleave<T, 3>(from, rows.src, to, count)
+                         : deinterleave<T, 3>(from, to, columns.dst, count);
+      default:
+        return to_pixels ? interleave<T, 4>(from, rows.src, to, count)
+                         : deinterleave<T, 4>(from, to, columns.dst, count);
     }
   });
   return true;
@@ -327,8 +329,8 @@ void copy(const Parallel& all_threads, const void* src, DType src_dtype, const i
   if (space.elements == 0) return;
   const Parallel parallel = threads_for(all_threads, space.elements);
   switch (static_cast<int>(src_dtype) * 4 + static_cast<int>(dst_dtype)) {
-#define CONVEXT_COPY(S, from, D, to)                                           \
-  case static_cast<int>(DType::from) * 4 + static_cast<int>(DType::to):        \
+#define CONVEXT_COPY(S, from, D, to)                                    \
+  case static_cast<int>(DType::from) * 4 + static_cast<int>(DType::to): \
     return copy_typed<S, D>(parallel, space, src, src_dtype, dst, dst_dtype);
     CONVEXT_COPY(float, kFloat32, float, kFloat32)
     CONVEXT_COPY(float, kFloat32, BFloat16, kBFloat16)

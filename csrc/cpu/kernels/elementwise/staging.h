@@ -9,8 +9,8 @@ struct Staging {
   // dst[i] = src[i] for every i of a 4-D index space, each side with its own element strides and dtype. Values are
   // rounded to the nearest, ties to even; NaN stays NaN. src may have strides of 0; dst's elements must be distinct and
   // must not overlap src's. Parallel over blocks.
-  void (*copy)(const Parallel&, const void* src, DType src_dtype, const int64_t* src_stride, void* dst,
-               DType dst_dtype, const int64_t* dst_stride, const int64_t* size);
+  void (*copy)(const Parallel&, const void* src, DType src_dtype, const int64_t* src_stride, void* dst, DType dst_dtype,
+               const int64_t* dst_stride, const int64_t* size);
 
   // Logical (N, C, H, W) of any strides to dense NHWC, and back. `size` and `stride` hold 4 values each.
   void to_nhwc(const Parallel& parallel, const void* src, DType src_dtype, const int64_t* size, const int64_t* stride,

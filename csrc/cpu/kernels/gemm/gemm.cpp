@@ -179,9 +179,8 @@ void tile(const TileArgs<T>& args) {
   CONVEXT_UNROLL
   for (int i = 0; i < ROWS; ++i) {
     T* p = args.out[i] + args.out_offset;
-    const auto value = [&](int j) __attribute__((always_inline)) {
-      return min_keep_nan(max_keep_nan(acc[i][j], low), high);
-    };
+    const auto value = [&](int j)
+                           __attribute__((always_inline)) { return min_keep_nan(max_keep_nan(acc[i][j], low), high); };
     // Two vectors of bfloat16 make one; the last two only where no lane is missing.
     constexpr int kPaired = kStep == 2 ? (VECTORS - 1) / 2 * 2 : 0;
     if constexpr (kStep == 2) {

@@ -51,26 +51,26 @@ constexpr bool kPartialInOutput = sizeof(T) == sizeof(compute_t<T>);
 template <class T>
 struct TileArgs {
   using C = compute_t<T>;
-  const T* const* rows;       // pointer of (tap t, row i) at rows[t * rows_pitch + i]
+  const T* const* rows;  // pointer of (tap t, row i) at rows[t * rows_pitch + i]
   int64_t rows_pitch;
-  const int32_t* taps;        // the taps to sum over
+  const int32_t* taps;  // the taps to sum over
   int32_t num_taps;
-  int32_t depth;              // elements of A summed over for each tap
-  int64_t a_offset;           // added to every pointer of A
-  const T* b;                 // tap t's packed (depth, vectors * width) weights are at b + b_taps[t] * b_tap_pitch
+  int32_t depth;     // elements of A summed over for each tap
+  int64_t a_offset;  // added to every pointer of A
+  const T* b;        // tap t's packed (depth, vectors * width) weights are at b + b_taps[t] * b_tap_pitch
   const int32_t* b_taps;
   int64_t b_tap_pitch;
-  const T* ahead;             // weights that are needed later: a tile fetches a line of them for every step, if it has
-                              // at least kPrefetchingVectors
-  T* const* out;              // row i goes to out[i] + out_offset
+  const T* ahead;  // weights that are needed later: a tile fetches a line of them for every step, if it has
+                   // at least kPrefetchingVectors
+  T* const* out;   // row i goes to out[i] + out_offset
   int64_t out_offset;
-  int32_t columns;            // how many columns to write
-  bool accumulate;            // add to what `out`, or `partial`, holds
-  bool finish;                // the sum is complete: apply the epilogue below
-  C* partial;                 // unless kPartialInOutput: (rows, vectors * width) sums that wait for the rest
-  const C* scale;             // for column 0, or nullptr
-  const C* shift;             // for column 0, or nullptr
-  const T* residual;          // at the same distance from `residual` as the output is from `out_base`, or nullptr
+  int32_t columns;    // how many columns to write
+  bool accumulate;    // add to what `out`, or `partial`, holds
+  bool finish;        // the sum is complete: apply the epilogue below
+  C* partial;         // unless kPartialInOutput: (rows, vectors * width) sums that wait for the rest
+  const C* scale;     // for column 0, or nullptr
+  const C* shift;     // for column 0, or nullptr
+  const T* residual;  // at the same distance from `residual` as the output is from `out_base`, or nullptr
   const T* out_base;
   Activation activation;
 };
@@ -81,7 +81,9 @@ template <class Kernel, int MOST_VECTORS = kMaxVectors>
 class TileTable {
  public:
   template <class F>
-  constexpr explicit TileTable(F kernel_of) : kernels_{} { fill<1, 1>(kernel_of); }
+  constexpr explicit TileTable(F kernel_of) : kernels_{} {
+    fill<1, 1>(kernel_of);
+  }
   constexpr Kernel of(int rows, int vectors) const { return kernels_[vectors - 1][rows - 1]; }
 
  private:
@@ -117,9 +119,7 @@ struct Panels {
   int32_t count;
 
   CONVEXT_INLINE explicit Panels(int32_t n)
-      : columns(n),
-        vectors((n + kWidth - 1) / kWidth),
-        count((vectors + kMaxVectors - 1) / kMaxVectors) {}
+      : columns(n), vectors((n + kWidth - 1) / kWidth), count((vectors + kMaxVectors - 1) / kMaxVectors) {}
 
   // First vector of a panel; panels 0 .. vectors % count - 1 are one vector wider than the others.
   CONVEXT_INLINE int32_t begin(int32_t panel) const {

@@ -13,8 +13,8 @@ struct OuterArgs {
   const T* x;          // pixel p's (vectors * width) columns are at x + p * x_pitch
   int64_t x_pitch;
   int32_t pixels;
-  int64_t offset;      // added to every pointer of dy
-  T* out;              // (rows, vectors * width)
+  int64_t offset;  // added to every pointer of dy
+  T* out;          // (rows, vectors * width)
   bool accumulate;
 };
 
@@ -55,8 +55,9 @@ template <class T>
 using OuterKernel = void (*)(const OuterArgs<T>&);
 
 template <class T>
-constexpr TileTable<OuterKernel<T>> outer_table(
-    [](auto r, auto v) -> OuterKernel<T> { return outer_tile<T, decltype(r)::value, decltype(v)::value>; });
+constexpr TileTable<OuterKernel<T>> outer_table([](auto r, auto v) -> OuterKernel<T> {
+  return outer_tile<T, decltype(r)::value, decltype(v)::value>;
+});
 
 }  // namespace
 }  // namespace convext::CONVEXT_ISA

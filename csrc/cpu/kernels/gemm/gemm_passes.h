@@ -37,9 +37,7 @@ struct GemmFprop {
   // With few channels the loop over one tap is too short to pay for its set-up. In NHWC the taps of one filter row are
   // contiguous, so they merge into one tap of s * c channels, provided that no tap of the row is padding: the image is
   // copied once into rows that are wide enough.
-  static bool merges_filter_row(const ConvProblem& p) {
-    return p.groups == 1 && p.s > 1 && p.dil_w == 1 && p.c <= 8;
-  }
+  static bool merges_filter_row(const ConvProblem& p) { return p.groups == 1 && p.s > 1 && p.dil_w == 1 && p.c <= 8; }
   static int32_t merged_taps(const ConvProblem& p) { return merges_filter_row(p) ? p.s : 1; }
   static int64_t zeros(const ConvProblem& p) { return merges_filter_row(p) ? int64_t{p.s} * p.c : p.c; }
   static int64_t wide(const ConvProblem& p) { return int64_t{p.w} + 2 * p.pad_w; }
@@ -102,9 +100,7 @@ struct GemmFprop {
 // stride: every product that is formed is one that counts.
 template <class T, bool TILES_WITHIN_ROWS>
 struct GemmDgrad {
-  static const char* pack_format(const ConvProblem&) {
-    return CONVEXT_FORMAT_NAME(T, dgrad_panels);
-  }
+  static const char* pack_format(const ConvProblem&) { return CONVEXT_FORMAT_NAME(T, dgrad_panels); }
 
   static int64_t packed_size(const ConvProblem& p) {
     return packed_elements<T>(p.groups, int64_t{p.r} * p.s, p.k_per_group(), p.c_per_group()) * sizeof(T);
@@ -147,8 +143,8 @@ template <class T, class PassImpl>
 constexpr Variant packed_variant(const char* name, Algorithm algorithm, Pass pass,
                                  const char* (*reject)(const ConvProblem&),
                                  double (*cost)(const Variant&, const ConvProblem&)) {
-  Variant v = packed_by<PassImpl>(
-      cpu_variant<T>(name, algorithm, pass, reject, PassImpl::launch, cost, PassImpl::workspace));
+  Variant v =
+      packed_by<PassImpl>(cpu_variant<T>(name, algorithm, pass, reject, PassImpl::launch, cost, PassImpl::workspace));
   if (kDType<T> == DType::kBFloat16) v.arithmetic = Arithmetic::bfloat16;
   return v;
 }
@@ -156,10 +152,10 @@ constexpr Variant packed_variant(const char* name, Algorithm algorithm, Pass pas
 }  // namespace convext::CONVEXT_ISA
 
 // Defines the Variants <pass>_<algorithm>_<type> of this instruction set; Impl is a template over the element type.
-#define CONVEXT_PACKED_VARIANTS(base, algorithm, pass, reject, cost, Impl)                                            \
+#define CONVEXT_PACKED_VARIANTS(base, algorithm, pass, reject, cost, Impl) \
   CONVEXT_FOR_ELEMENTS(CONVEXT_PACKED_VARIANT, base, algorithm, pass, reject, cost, Impl)
-#define CONVEXT_PACKED_VARIANT(T, type, base, algorithm, pass, reject, cost, Impl)                                    \
-  namespace convext {                                                                                                 \
-  CONVEXT_DEFINE_VARIANT(base##_##type) = CONVEXT_ISA::packed_variant<T, CONVEXT_ISA::Impl<T>>(                       \
-      CONVEXT_VARIANT_NAME(base##_##type), algorithm, pass, CONVEXT_ISA::reject, CONVEXT_ISA::cost);                  \
+#define CONVEXT_PACKED_VARIANT(T, type, base, algorithm, pass, reject, cost, Impl)                   \
+  namespace convext {                                                                                \
+  CONVEXT_DEFINE_VARIANT(base##_##type) = CONVEXT_ISA::packed_variant<T, CONVEXT_ISA::Impl<T>>(      \
+      CONVEXT_VARIANT_NAME(base##_##type), algorithm, pass, CONVEXT_ISA::reject, CONVEXT_ISA::cost); \
   }

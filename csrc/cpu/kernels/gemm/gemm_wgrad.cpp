@@ -15,10 +15,10 @@ template <class T>
 struct WgradPlan {
   const ConvProblem& p;
   int32_t cg, kg;
-  Panels<T> split;   // of one group's r * s * cg columns
+  Panels<T> split;  // of one group's r * s * cg columns
   int64_t pixels;
-  int64_t shares;    // of the pixels
-  int64_t partial;   // elements of one share's partial sums
+  int64_t shares;   // of the pixels
+  int64_t partial;  // elements of one share's partial sums
 
   explicit WgradPlan(const ConvProblem& problem)
       : p(problem), cg(problem.c_per_group()), kg(problem.k_per_group()), split(problem.r * problem.s * cg) {
@@ -42,8 +42,8 @@ struct WgradPlan {
 // A stretch of a panel's columns that is contiguous in x for a pixel: channels of filter row r from column s on.
 struct Run {
   int32_t r, s;
-  int32_t channel;         // first channel within tap (r, s)
-  int32_t first, length;   // columns of the panel
+  int32_t channel;        // first channel within tap (r, s)
+  int32_t first, length;  // columns of the panel
 };
 
 // Copies n elements, n small.
@@ -237,17 +237,15 @@ const char* wgrad_launch(const ConvProblem& p, const LaunchArgs& args) {
     const int32_t group = static_cast<int32_t>(item / plan.split.count % p.groups);
     const int64_t share = item / plan.split.count / p.groups;
     Panel<T> work(plan, args, group, panel);
-    work.accumulate(plan.share_begin(share), plan.share_begin(share + 1),
-                    partial + plan.panel_at(share, group, panel));
+    work.accumulate(plan.share_begin(share), plan.share_begin(share + 1), partial + plan.panel_at(share, group, panel));
   });
-  args.parallel->for_each(p.k, [&](int64_t filter) {
-    finish_filter(plan, partial, filter, static_cast<T*>(args.out));
-  });
+  args.parallel->for_each(p.k,
+                          [&](int64_t filter) { finish_filter(plan, partial, filter, static_cast<T*>(args.out)); });
   return nullptr;
 }
 
-#define CONVEXT_INSTANTIATE(T)                                        \
-  template int64_t wgrad_workspace<T>(const ConvProblem&, int32_t);   \
+#define CONVEXT_INSTANTIATE(T)                                      \
+  template int64_t wgrad_workspace<T>(const ConvProblem&, int32_t); \
   template const char* wgrad_launch<T>(const ConvProblem&, const LaunchArgs&);
 CONVEXT_INSTANTIATE(float)
 CONVEXT_INSTANTIATE(double)

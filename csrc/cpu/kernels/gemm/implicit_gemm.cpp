@@ -33,9 +33,9 @@ constexpr I at_most(I a, I b) {
 // How the grid is cut: blocks of pixels as even as they go, runs of panels as even as they go.
 template <class T>
 struct Partition {
-  int64_t pixels;        // of the grid
-  int64_t blocks;        // of pixels
-  int32_t panels;        // of all groups
+  int64_t pixels;  // of the grid
+  int64_t blocks;  // of pixels
+  int32_t panels;  // of all groups
   int32_t panel_runs;
 
   explicit Partition(const ImplicitGemm<T>& g, const Panels<T>& split) {
@@ -43,9 +43,9 @@ struct Partition {
     const int64_t in_cache = kBlockBytes / (sizeof(T) * at_least<int64_t>(1, int64_t{g.depth} * g.groups));
     // Few enough for the pointers of all taps to fit into the table.
     const int64_t in_table = kTablePointers / at_least(1, g.height.taps * g.width.taps);
-    const int64_t size =
-        at_least<int64_t>(kMinPixels, at_most(at_most(at_most<int64_t>(kMaxPixels, in_cache), in_table),
-                                              ceil_div<int64_t>(pixels, kItems / 2)));
+    const int64_t size = at_least<int64_t>(
+        kMinPixels,
+        at_most(at_most(at_most<int64_t>(kMaxPixels, in_cache), in_table), ceil_div<int64_t>(pixels, kItems / 2)));
     blocks = ceil_div(pixels, size);
     panels = g.groups * split.count;
     panel_runs = static_cast<int32_t>(at_most<int64_t>(panels, ceil_div<int64_t>(kItems, blocks)));
@@ -60,9 +60,9 @@ struct Table {
   const T* rows[kTablePointers];   // (taps, pixels)
   int32_t b_taps[kTablePointers];  // number of the tap in the packed weights
   T* out[kMaxPixels];
-  int32_t row_end[kMaxPixels];     // first pixel of the block that is on a later row of the grid
+  int32_t row_end[kMaxPixels];  // first pixel of the block that is on a later row of the grid
   int32_t first_tap = -1, pixels, taps;
-  bool padded;                     // some pointer is the row of zeros
+  bool padded;  // some pointer is the row of zeros
 
   // Pixels [begin, begin + pixels), taps [first_tap, first_tap + taps) of the grid.
   void fill(const ImplicitGemm<T>& g, int64_t begin, int32_t num_pixels, int32_t from_tap, int32_t num_taps) {
@@ -246,8 +246,8 @@ void run_implicit_gemm(const ImplicitGemm<T>& g, const Parallel& parallel) {
     const int64_t run = by_blocks ? item % partition.panel_runs : item / partition.blocks;
     const int64_t block = by_blocks ? item / partition.panel_runs : item % partition.blocks;
     const int64_t begin = partition.block_begin(block);
-    run_item(g, split, begin, static_cast<int32_t>(partition.block_begin(block + 1) - begin),
-             partition.run_begin(run), partition.run_begin(run + 1));
+    run_item(g, split, begin, static_cast<int32_t>(partition.block_begin(block + 1) - begin), partition.run_begin(run),
+             partition.run_begin(run + 1));
   });
 }
 
@@ -282,7 +282,7 @@ void pack_panels(const T* w, int64_t group_pitch, int64_t column_pitch, int64_t 
   });
 }
 
-#define CONVEXT_INSTANTIATE(T, name)                                                                                  \
+#define CONVEXT_INSTANTIATE(T, name)                                                                                 \
   template void run_implicit_gemm<T>(const ImplicitGemm<T>&, const Parallel&);                                       \
   template int64_t packed_elements<T>(int32_t, int64_t, int32_t, int32_t);                                           \
   template void pack_panels<T>(const T*, int64_t, int64_t, int64_t, int32_t, int32_t, int32_t, int32_t, int32_t, T*, \

@@ -24,10 +24,10 @@ namespace convext::CONVEXT_ISA {
 
 template <class T>
 struct ImplicitGemm {
-  const T* in;          // (batch, height.in, width.in, in_pitch)
-  T* out;               // (batch, height.out, width.out, out_pitch)
-  const T* packed;      // pack_panels() made it
-  const T* zeros;       // in_pitch zeros
+  const T* in;      // (batch, height.in, width.in, in_pitch)
+  T* out;           // (batch, height.out, width.out, out_pitch)
+  const T* packed;  // pack_panels() made it
+  const T* zeros;   // in_pitch zeros
   int32_t batch;
   Axis height, width;
   int32_t filter_width;  // of the packed weights: tap (r, s) is number r * filter_width + s

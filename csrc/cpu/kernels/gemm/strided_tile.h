@@ -14,18 +14,18 @@ namespace convext::CONVEXT_ISA {
 constexpr int kStridedVectors = kVectorRegisters == 32 ? 3 : 2;
 
 struct StridedTile {
-  const float* x;          // tap t reads x + offset[t]
-  int64_t x_pitch;         // with filters in lanes: from a row to the next, in elements
+  const float* x;   // tap t reads x + offset[t]
+  int64_t x_pitch;  // with filters in lanes: from a row to the next, in elements
   const int32_t* offset;
   int32_t taps;
-  const float* w;          // tap t's weights are at w + t * w_pitch
+  const float* w;  // tap t's weights are at w + t * w_pitch
   int64_t w_pitch;
-  float* out;              // row i is at out + i * out_pitch
+  float* out;  // row i is at out + i * out_pitch
   int64_t out_pitch;
-  int32_t lanes;           // that exist
-  const float* scale;      // for the tile's first filter, or nullptr
-  const float* shift;      // for the tile's first filter, or nullptr
-  const float* residual;   // for out, or nullptr
+  int32_t lanes;          // that exist
+  const float* scale;     // for the tile's first filter, or nullptr
+  const float* shift;     // for the tile's first filter, or nullptr
+  const float* residual;  // for out, or nullptr
   Activation activation;
 };
 

@@ -12,14 +12,14 @@
 
 namespace convext::CONVEXT_ISA {
 
-constexpr int32_t kGroupedTaps = 1024;   // R * S * channels of a group
+constexpr int32_t kGroupedTaps = 1024;  // R * S * channels of a group
 constexpr int32_t kRingVectors = 9216 / Vec<float>::width;
 constexpr int32_t kGroupedColumns = 14;  // outputs side by side that a ring must hold at least
 constexpr int64_t kGroupedItems = 32;    // items of work to aim for
 
 struct GroupedBlocks {
   int32_t lines, reach, columns, pitch;
-  int32_t vectors;  // of filters
+  int32_t vectors;               // of filters
   int64_t down = 0, across = 0;  // blocks of rows, of columns
 
   explicit GroupedBlocks(const ConvProblem& p)
@@ -94,8 +94,8 @@ class SpreadLines {
     for (int32_t s = 0; s < p.s; ++s) {
       const int32_t shift = s * p.dil_w;
       for (int32_t c = 0; c < p.c_per_group(); ++c) {
-        offset_[t++] = static_cast<int32_t>((c * p.stride_w + shift % p.stride_w) * blocks.line()) +
-                       shift / p.stride_w * V::width;
+        offset_[t++] =
+            static_cast<int32_t>((c * p.stride_w + shift % p.stride_w) * blocks.line()) + shift / p.stride_w * V::width;
       }
     }
   }

@@ -20,14 +20,14 @@ struct GroupedTile {
   const float* const* rows;  // one for each filter row inside the image
   const float* const* w;     // their weights
   int32_t num_rows;
-  const int32_t* offset;     // of the taps of a row
-  int32_t taps;              // of a row
+  const int32_t* offset;  // of the taps of a row
+  int32_t taps;           // of a row
   float* out;
   int64_t out_pitch;
-  int32_t filters;           // lanes that exist
+  int32_t filters;  // lanes that exist
   const float* scale;
   const float* shift;
-  const float* residual;     // for out
+  const float* residual;  // for out
   Activation activation;
 };
 

@@ -15,12 +15,12 @@ using V = Vec<float>;
 constexpr int kTileTaps = kVectorRegisters == 32 ? 12 : 11;
 
 struct RowTile {
-  const float* x;         // tap i of output q reads the vector at x + offset[i] + q * width
+  const float* x;  // tap i of output q reads the vector at x + offset[i] + q * width
   const int32_t* offset;
-  const float* dy;        // filters of output q at dy + q * dy_pitch
+  const float* dy;  // filters of output q at dy + q * dy_pitch
   int64_t dy_pitch;
   int32_t outputs, filters;
-  float* out;             // a vector for each tap
+  float* out;  // a vector for each tap
 };
 
 template <int TAPS>

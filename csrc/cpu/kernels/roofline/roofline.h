@@ -5,7 +5,7 @@
 namespace convext {
 
 struct Roofline {
-  double (*fma_flops)(DType dtype, double seconds);   // FLOP/s of independent FMAs on registers
+  double (*fma_flops)(DType dtype, double seconds);  // FLOP/s of independent FMAs on registers
   double (*copy_bytes)(void* dst, const void* src, int64_t bytes, double seconds);  // bytes read and written a second
 };
 

@@ -14,8 +14,8 @@
 //
 // FLOP per byte of y: 2 * R * S * C / 4, 13.5 at 3x3x3: beyond the caches memory bounds what is smaller than that.
 #include "cpu/kernels/gemm/gemm_passes.h"
-#include "stem_patch.h"
 #include "cpu/kernels/gemm/strided_tile.h"
+#include "stem_patch.h"
 
 namespace convext {
 namespace CONVEXT_ISA {
@@ -51,8 +51,7 @@ class StemBlock {
 
  private:
   // Row i of the block: `filters` of its outputs from `filter` on, whose weights begin at w.
-  void run_row(const StemOutputs& block, int32_t i, const float* w, int32_t filter, int32_t filters,
-               int32_t vectors) {
+  void run_row(const StemOutputs& block, int32_t i, const float* w, int32_t filter, int32_t filters, int32_t vectors) {
     const int64_t n = block.n;
     const int32_t p = block.p0 + i, q0 = block.q0, columns = block.columns;
     const FilterRows inside(p_, p);
@@ -116,9 +115,8 @@ const char* launch(const ConvProblem& p, const LaunchArgs& args) {
   const StemPatches patches(p, args.a);
   int32_t offset[kStemTaps];
   patches.offsets(offset);
-  args.parallel->for_each(patches.blocks().count(p), [&](int64_t item) {
-    StemBlock(p, args, patches, offset).run(patches.blocks().at(p, item));
-  });
+  args.parallel->for_each(patches.blocks().count(p),
+                          [&](int64_t item) { StemBlock(p, args, patches, offset).run(patches.blocks().at(p, item)); });
   return nullptr;
 }
 

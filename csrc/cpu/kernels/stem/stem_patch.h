@@ -22,12 +22,12 @@
 
 namespace convext::CONVEXT_ISA {
 
-constexpr int32_t kStemChannels = 8;      // more input channels are not few
-constexpr int32_t kStemTaps = 2048;       // R * S * C
+constexpr int32_t kStemChannels = 8;  // more input channels are not few
+constexpr int32_t kStemTaps = 2048;   // R * S * C
 constexpr int32_t kPatchElements = 12288;
-constexpr int32_t kPatchSlack = 64;       // a vector may be read past the end
-constexpr int32_t kStemColumns = 32;      // outputs side by side that a patch must hold at least
-constexpr int32_t kStemBlocks = 32;       // blocks of rows to aim for, so that every thread finds something to do
+constexpr int32_t kPatchSlack = 64;   // a vector may be read past the end
+constexpr int32_t kStemColumns = 32;  // outputs side by side that a patch must hold at least
+constexpr int32_t kStemBlocks = 32;   // blocks of rows to aim for, so that every thread finds something to do
 
 // A block of outputs: (n, [p0, p0 + rows), [q0, q0 + columns)).
 struct StemOutputs {
@@ -57,9 +57,7 @@ struct StemBlocks {
     pitch = columns + reach;
   }
 
-  int64_t lines(const ConvProblem& p) const {
-    return int64_t{rows - 1} * p.stride_h + int64_t{p.r - 1} * p.dil_h + 1;
-  }
+  int64_t lines(const ConvProblem& p) const { return int64_t{rows - 1} * p.stride_h + int64_t{p.r - 1} * p.dil_h + 1; }
   bool fits(const ConvProblem& p) const {
     return lines(p) * p.c * p.stride_w * (int64_t{columns} + reach) <= kPatchElements;
   }
@@ -262,8 +260,8 @@ class StemPatches {
   const ConvProblem& p_;
   const StemBlocks blocks_;
   const float* x_;
-  const bool pixels_;                   // and not planes
-  const int32_t line_;                  // elements of a line in the patch
+  const bool pixels_;                    // and not planes
+  const int32_t line_;                   // elements of a line in the patch
   const int64_t pixel_, row_, channel_;  // of x, in elements
   const EveryStep every_step_;
 };

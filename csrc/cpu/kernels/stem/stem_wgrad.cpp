@@ -26,14 +26,14 @@ constexpr int kFilterVectors = kVectorRegisters == 32 ? 3 : 2;
 constexpr int max_taps(int vectors) { return max_rows(vectors) < 11 ? max_rows(vectors) : 11; }
 
 struct RowTile {
-  const float* x;         // tap i of output q reads x[offset[i] + q * x_pitch]
+  const float* x;  // tap i of output q reads x[offset[i] + q * x_pitch]
   const int32_t* offset;
   int64_t x_pitch;
-  const float* dy;        // filters of output q begin at dy + q * dy_pitch
+  const float* dy;  // filters of output q begin at dy + q * dy_pitch
   int64_t dy_pitch;
   int32_t outputs;
-  int32_t filters;        // lanes that exist
-  float* out;             // tap i adds to out + i * out_pitch
+  int32_t filters;  // lanes that exist
+  float* out;       // tap i adds to out + i * out_pitch
   int64_t out_pitch;
 };
 
@@ -108,7 +108,11 @@ class ShareSum {
  public:
   ShareSum(const ConvProblem& p, const LaunchArgs& args, const StemPatches& patches, const int32_t* offset,
            const WgradShares& shares, float* partial)
-      : p_(p), dy_(static_cast<const float*>(args.a)), patches_(patches), offset_(offset), shares_(shares),
+      : p_(p),
+        dy_(static_cast<const float*>(args.a)),
+        patches_(patches),
+        offset_(offset),
+        shares_(shares),
         partial_(partial) {
     for (int64_t i = 0; i < shares.partial(); ++i) partial[i] = 0;
     tile_.x_pitch = patches.column_pitch();
@@ -187,8 +191,10 @@ const char* launch(const ConvProblem& p, const LaunchArgs& args) {
 }  // namespace
 }  // namespace CONVEXT_ISA
 
-CONVEXT_DEFINE_VARIANT(wgrad_stem_f32) = CONVEXT_ISA::cpu_variant<float>(
-    CONVEXT_VARIANT_NAME(wgrad_stem_f32), Algorithm::stem, Pass::kWgrad, CONVEXT_ISA::reject_unless_stem,
-    CONVEXT_ISA::launch, CONVEXT_ISA::stem_cost, CONVEXT_ISA::workspace, Layouts::kAnyX);
+CONVEXT_DEFINE_VARIANT(wgrad_stem_f32) = CONVEXT_ISA::cpu_variant<float>(CONVEXT_VARIANT_NAME(wgrad_stem_f32),
+                                                                         Algorithm::stem, Pass::kWgrad,
+                                                                         CONVEXT_ISA::reject_unless_stem,
+                                                                         CONVEXT_ISA::launch, CONVEXT_ISA::stem_cost,
+                                                                         CONVEXT_ISA::workspace, Layouts::kAnyX);
 
 }  // namespace convext

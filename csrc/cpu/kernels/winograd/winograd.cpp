@@ -44,12 +44,12 @@ constexpr int64_t kCachedWeights = 512 << 10;
 // One tile of M = V U, of ROWS x VECTORS registers. Each step also prefetches `ahead` vectors of the weights that come
 // next: with few rows they are used up faster than the hardware's own prefetching brings them.
 struct Product {
-  const float* v;        // row i at v + i * v_pitch
+  const float* v;  // row i at v + i * v_pitch
   int64_t v_pitch;
-  const float* u;        // (depth, VECTORS * width)
+  const float* u;  // (depth, VECTORS * width)
   int32_t depth;
-  float* m;              // row i at m + i * kLanes
-  bool accumulate;       // add to what m holds
+  float* m;         // row i at m + i * kLanes
+  bool accumulate;  // add to what m holds
   const float* ahead;
   int32_t ahead_vectors;
 };
@@ -104,8 +104,9 @@ void product(const Product& args) {
 
 using ProductKernel = void (*)(const Product&);
 
-constexpr TileTable<ProductKernel> kProducts(
-    [](auto r, auto v) -> ProductKernel { return product<decltype(r)::value, decltype(v)::value>; });
+constexpr TileTable<ProductKernel> kProducts([](auto r, auto v) -> ProductKernel {
+  return product<decltype(r)::value, decltype(v)::value>;
+});
 
 // ---- The plan ----
 
@@ -116,11 +117,11 @@ struct Plan {
   Tiles<M> grid;
   int64_t tiles;
   int64_t blocks;
-  int64_t block_tiles;              // at most
-  int32_t depth, chunks;            // of the channels: as many times the sums in M are added to
-  int32_t pitch;                    // of V: a chunk's depth in whole vectors
+  int64_t block_tiles;    // at most
+  int32_t depth, chunks;  // of the channels: as many times the sums in M are added to
+  int32_t pitch;          // of V: a chunk's depth in whole vectors
   Panels<float> split;
-  int32_t panel_runs;               // of a block, an item each
+  int32_t panel_runs;  // of a block, an item each
 
   template <class T>
   Plan(const Winograd<T>& g, int32_t threads) : grid(g.height, g.width), tiles(grid.count(g.batch)), split(g.columns) {
@@ -146,9 +147,9 @@ struct Plan {
   int32_t chunk_begin(int32_t chunk) const { return chunk * kChunkDepth; }
   int32_t chunk_end(int32_t chunk) const { return chunk + 1 < chunks ? chunk_begin(chunk + 1) : depth; }
 
-  int64_t v_pitch() const { return skewed(block_tiles * pitch); }    // from position to position
+  int64_t v_pitch() const { return skewed(block_tiles * pitch); }  // from position to position
   int64_t m_pitch() const { return skewed(block_tiles * kLanes); }
-  int64_t m_panel() const { return kPositions * m_pitch(); }         // from panel to panel, where several wait
+  int64_t m_panel() const { return kPositions * m_pitch(); }  // from panel to panel, where several wait
   int32_t waiting_panels() const { return chunks > 1 ? (split.count + panel_runs - 1) / panel_runs : 1; }
 
   // The workspace: a row of zeros, a flag for each tile, then V and M of each thread.
@@ -230,8 +231,8 @@ void multiply(const Plan<M>& plan, int32_t chunk, const float* v, const float* u
       args.depth = depth * (part + 1) / parts - begin;
       args.u = weights + int64_t{begin} * lanes;
       args.accumulate = chunk > 0 || part > 0;
-      const float* const next = part + 1 < parts ? args.u + int64_t{args.depth} * lanes
-                                                 : weights + int64_t{plan.depth} * lanes;
+      const float* const next =
+          part + 1 < parts ? args.u + int64_t{args.depth} * lanes : weights + int64_t{plan.depth} * lanes;
       for (int32_t i = 0; i < pieces; ++i) {
         const int32_t first = tiles * i / pieces, last = tiles * (i + 1) / pieces;
         args.v = v + position * plan.v_pitch() + int64_t{first} * plan.pitch + begin;
@@ -385,10 +386,10 @@ const char* run_winograd(const Winograd<T>& g, void* workspace, const Parallel& 
   return std::memchr(flags, 1, plan.tiles) == nullptr ? nullptr : sum_flagged_tiles<M>(g, plan.grid, flags, parallel);
 }
 
-#define CONVEXT_INSTANTIATE(T, name, M)                                                                              \
-  template int64_t winograd_packed_elements<M>(int32_t, int32_t);                                                    \
-  template void winograd_pack<M, T>(const Winograd<T>&, const T*, float*, const Parallel&);                          \
-  template int64_t winograd_workspace<M, T>(const Winograd<T>&, int32_t);                                            \
+#define CONVEXT_INSTANTIATE(T, name, M)                                                     \
+  template int64_t winograd_packed_elements<M>(int32_t, int32_t);                           \
+  template void winograd_pack<M, T>(const Winograd<T>&, const T*, float*, const Parallel&); \
+  template int64_t winograd_workspace<M, T>(const Winograd<T>&, int32_t);                   \
   template const char* run_winograd<M, T>(const Winograd<T>&, void*, const Parallel&);
 CONVEXT_FOR_WINOGRAD(CONVEXT_INSTANTIATE, 2)
 CONVEXT_FOR_WINOGRAD(CONVEXT_INSTANTIATE, 3)

@@ -32,8 +32,7 @@ inline double winograd_cost(const Variant& v, const ConvProblem& p) {
   const double channels = static_cast<double>(p.c) * p.k / (static_cast<double>(p.c) + p.k);
   const double arithmetic = (positions / (9.0 * m * m) + kTransforms / channels) / used;
   const double weights = positions * p.c * p.k / p.flops();
-  const double reading =
-      (kFlopsPerByte * sizeof(float) + (v.pass == Pass::kFprop ? 0 : kTransformedWeight)) * weights;
+  const double reading = (kFlopsPerByte * sizeof(float) + (v.pass == Pass::kFprop ? 0 : kTransformedWeight)) * weights;
   const double longer = arithmetic > reading ? arithmetic : reading;
   const double shorter = arithmetic > reading ? reading : arithmetic;
   return cost_of(v, p, longer + kNotHidden * shorter, kFloatCost);

@@ -51,7 +51,7 @@ struct DirectOutputs {
   int32_t count = 0;
   const T* rows[kTaps * kMost];  // what tap t of output i reads at rows[t * kMost + i]; unset where that is padding
   T* out[kMost];
-  uint32_t taps[kMost];          // bit t: tap t of the output meets the image
+  uint32_t taps[kMost];  // bit t: tap t of the output meets the image
 
   void add(const Winograd<T>& g, Tile tile) {
     const int32_t height = valid_outputs<M>(g.height, tile.h), width = valid_outputs<M>(g.width, tile.w);

@@ -98,14 +98,16 @@ struct WinogradDgrad {
 }  // namespace convext::CONVEXT_ISA
 
 // Defines the Variants <pass>_winograd<2x2, 3x3, 4x4>_<type> of this instruction set.
-#define CONVEXT_WINOGRAD_VARIANTS(prefix, pass, Impl)                                 \
+#define CONVEXT_WINOGRAD_VARIANTS(prefix, pass, Impl)                                \
   CONVEXT_FOR_WINOGRAD(CONVEXT_WINOGRAD_VARIANT, prefix, pass, Impl, 2, winograd2x2) \
   CONVEXT_FOR_WINOGRAD(CONVEXT_WINOGRAD_VARIANT, prefix, pass, Impl, 3, winograd3x3) \
   CONVEXT_FOR_WINOGRAD(CONVEXT_WINOGRAD_VARIANT, prefix, pass, Impl, 4, winograd4x4)
-#define CONVEXT_WINOGRAD_VARIANT(T, type, prefix, pass, Impl, M, tile)                                               \
-  namespace convext {                                                                                                \
-  CONVEXT_DEFINE_VARIANT(prefix##_##tile##_##type) = CONVEXT_ISA::winograd_variant(                                  \
-      CONVEXT_ISA::packed_variant<T, CONVEXT_ISA::Impl<T, M>>(                                                       \
-          CONVEXT_VARIANT_NAME(prefix##_##tile##_##type), Algorithm::winograd, pass,                                 \
-          CONVEXT_ISA::Impl<T, M>::reject, CONVEXT_ISA::winograd_cost), M);                                          \
+#define CONVEXT_WINOGRAD_VARIANT(T, type, prefix, pass, Impl, M, tile)                                        \
+  namespace convext {                                                                                         \
+  CONVEXT_DEFINE_VARIANT(prefix##_##tile##_##type) = CONVEXT_ISA::winograd_variant(                           \
+      CONVEXT_ISA::packed_variant<T, CONVEXT_ISA::Impl<T, M>>(CONVEXT_VARIANT_NAME(prefix##_##tile##_##type), \
+                                                              Algorithm::winograd, pass,                      \
+                                                              CONVEXT_ISA::Impl<T, M>::reject,                \
+                                                              CONVEXT_ISA::winograd_cost),                    \
+      M);                                                                                                     \
   }

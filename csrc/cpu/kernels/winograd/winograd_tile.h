@@ -215,7 +215,7 @@ void gather_tile(const Winograd<T>& g, const T* zeros, Tile tile, Tile next, int
   for (int32_t l = begin; l < end; l += V::width) {
     const Lanes<float> lanes(end - l);
     ahead.fetch<kPatch, 2, false>(l * int64_t{sizeof(T)});  // its first two columns are the last two of this tile
-    V columns[kPatch][kPatch];  // [column of d B][row of d]
+    V columns[kPatch][kPatch];                              // [column of d B][row of d]
     CONVEXT_UNROLL
     for (int i = 0; i < kPatch; ++i) {
       V d[kPatch];

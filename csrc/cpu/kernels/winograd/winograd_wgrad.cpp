@@ -78,7 +78,7 @@ struct Plan {
   int64_t v_pitch() const { return skewed(share_tiles * c_pitch); }  // from position to position
   int64_t d_pitch() const { return skewed(share_tiles * k_pitch); }
   int64_t block_filters() const { return (p.k + filter_blocks - 1) / filter_blocks; }  // at most
-  int64_t sums_size() const { return kPositions * block_filters() * kLanes; }  // of an item
+  int64_t sums_size() const { return kPositions * block_filters() * kLanes; }          // of an item
 
   // The workspace: a row of zeros, V, D, the sums of each item or, if none waits for another share, of each thread,
   // and pointers to the rows of D.
@@ -128,8 +128,8 @@ void spread_tile(const Plan& plan, const float* dy, const float* zeros, Tile til
 }
 
 // Adds the share's tiles to the sums of filters [begin, end) and one panel: [position][filter][vectors * width].
-void multiply(const Plan& plan, const float* v, const float* const* d_rows, int32_t tiles, int32_t begin,
-              int32_t end, int32_t panel, bool accumulate, float* sums) {
+void multiply(const Plan& plan, const float* v, const float* const* d_rows, int32_t tiles, int32_t begin, int32_t end,
+              int32_t panel, bool accumulate, float* sums) {
   const int32_t vectors = plan.split.width(panel), lanes = vectors * V::width;
   const int32_t filters = end - begin, most = max_rows(vectors), pieces = (filters + most - 1) / most;
   OuterArgs<float> args{};
@@ -312,8 +312,8 @@ struct WinogradWgrad {
     float* const v = zeros + plan.zeros();
     float* const d = v + Plan::kPositions * plan.v_pitch();
     float* const sums = d + Plan::kPositions * plan.d_pitch();
-    const float** const d_rows = reinterpret_cast<const float**>(static_cast<char*>(args.workspace) +
-                                                                 align64(plan.floats(threads) * 4));
+    const float** const d_rows =
+        reinterpret_cast<const float**>(static_cast<char*>(args.workspace) + align64(plan.floats(threads) * 4));
     for (int64_t l = 0; l < plan.zeros(); ++l) zeros[l] = 0;
     for (int64_t t = 0; t < plan.share_tiles; ++t) d_rows[t] = d + t * plan.k_pitch;
     bool finite = true;
@@ -348,5 +348,6 @@ namespace convext {
 CONVEXT_DEFINE_VARIANT(wgrad_winograd4x4_f32) = CONVEXT_ISA::winograd_variant(
     CONVEXT_ISA::cpu_variant<float>(CONVEXT_VARIANT_NAME(wgrad_winograd4x4_f32), Algorithm::winograd, Pass::kWgrad,
                                     CONVEXT_ISA::WinogradWgrad::reject, CONVEXT_ISA::WinogradWgrad::launch,
-                                    CONVEXT_ISA::winograd_cost, CONVEXT_ISA::WinogradWgrad::workspace), 4);
+                                    CONVEXT_ISA::winograd_cost, CONVEXT_ISA::WinogradWgrad::workspace),
+    4);
 }  // namespace convext
