@@ -27,7 +27,9 @@ const char* launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, 
                              static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return cudaGetErrorString(error);
   }
-  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)> > >(static_cast<Parameters>(arguments)...);
+  // clang-format off: it would part the launch's closing brackets
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(static_cast<Parameters>(arguments)...);
+  // clang-format on
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
