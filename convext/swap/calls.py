@@ -265,7 +265,12 @@ def permutation_of(module):
 def writes_first_argument(node, modules):
     """True where a node changes its first argument in place (or may, as far as is known)."""
     if node.op == "call_method":
-        return node.target.endswith("_") and not node.target.endswith("__") or node.target.startswith("__i")
+        return (
+            node.target.endswith("_")
+            and not node.target.endswith("__")
+            or node.target.startswith("__i")
+            or node.target in ("__setitem__", "__delitem__")
+        )
     if node.op == "call_function":
         return (
             "out" in node.kwargs

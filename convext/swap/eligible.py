@@ -1,5 +1,7 @@
 """Why a layer or a container is left as it is."""
 
+import inspect
+
 import torch
 from torch import nn
 
@@ -39,6 +41,11 @@ def why_unplanned(module):
         return "it is a torch.fx.GraphModule, which writes its own forward"
     if kind.__module__.partition(".")[0] in ("torch", "convext") and kind is not nn.Sequential:
         return f"{kind.__name__} is a class of {kind.__module__.partition('.')[0]}"
+    forward = inspect.getattr_static(kind, "forward")
+    if hasattr(type(forward), "__set__"):
+        return "its forward is a property"
+    if inspect.iscoroutinefunction(forward) or inspect.isasyncgenfunction(forward):
+        return "its forward is a coroutine"
     if getattr(kind.forward, "__name__", "") == "_forward_unimplemented":
         return "its class has no forward"
     if not any(isinstance(m, nn.Conv2d) for m in module.modules()):

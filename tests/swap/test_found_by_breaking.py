@@ -19,6 +19,7 @@ import operator
 import sys
 import time
 import types
+import warnings
 import weakref
 from collections.abc import Sequence
 
@@ -1396,3 +1397,135 @@ def test_a_layer_without_an_attribute_that_its_forward_does_not_read(attribute, 
     with torch.set_grad_enabled(grad):
         # Sums of 3 and of 9 products.
         torch.testing.assert_close(swapped(X), plain(X), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("shared", ["a view of the input", "a statistic", "a weight"])
+def test_an_argument_that_is_written_may_share_memory_with_what_is_read(shared, train):
+    def forward(self, x, other):
+        y = self.bn(self.conv(x))
+        other.mul_(2)
+        return F.relu(y)
+
+    make = net(forward)
+
+    def steps(model):
+        model.train(train)
+        for _ in range(2):
+            x = X.clone()
+            given = {
+                "a view of the input": x[:],
+                "a statistic": model.bn.running_mean,
+                "a weight": model.conv.weight.data,
+            }
+            yield model(x, given[shared])
+
+    check(make, steps)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_an_argument_that_a_container_writes_may_be_a_view_of_another(train):
+    class Writes(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.mul_(2))
+
+    make = net(lambda m, x, other: F.relu(m.bn(m.conv(x)) + m.held(other)), lambda: Writes(nn.Conv2d(3, 4, 1)))
+
+    def steps(model):
+        model.train(train)
+        for _ in range(2):
+            x = X.clone()
+            yield model(x, x[:])
+
+    check(make, steps)
+
+
+@pytest.mark.parametrize("write", [torch.Tensor.__setitem__, lambda x, *item: x.__setitem__(*item)])
+def test_an_item_set_through_its_method(write):
+    def forward(self, x):
+        x = x * 1
+        y = self.conv(x)
+        write(x, (slice(None), 0), 0.0)
+        return F.relu(self.bn(y))
+
+    check(net(forward), lambda model: (model.train(train)(X) for train in (False, True)))
+
+
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_a_sum_in_place_keeps_its_type(with_norm):
+    def forward(self, x, other):
+        y = self.conv(x)
+        y = self.bn(y) if with_norm else y
+        y += other
+        return F.relu(y)
+
+    x = torch.randn(2, 3, 8, 8)
+    for train in (False, True):
+        plain = net(forward)().train(train)
+        swapped = convext.swap(copy.deepcopy(plain))
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                other = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+                y, expected = swapped(x, other), plain(x, other)
+                assert y.dtype is expected.dtype is torch.float32
+                torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize("image, other", [((1, 3, 8, 8), (2, 4, 8, 8)), ((2, 3, 8, 8), (3, 2, 4, 8, 8)),
+                                          ((2, 3, 1, 1), (2, 4, 5, 5))])  # fmt: skip
+def test_a_sum_may_be_larger_than_the_convolution(image, other, with_norm):
+    make = net(lambda m, x, y: F.relu((m.bn(m.conv(x)) if with_norm else m.conv(x)) + y))
+    x, y = torch.randn(image, dtype=X.dtype), torch.randn(other, dtype=X.dtype)
+    check(make, lambda model: (model.train(train)(x, y) for train in (False, True)))
+
+
+def test_statistics_after_a_call_that_raised():
+    """The convolution refuses to save an inference tensor before the batch norm counts, which counts before it refuses
+    one value a channel."""
+    with torch.inference_mode():
+        x = X.clone()
+
+    def steps(model):
+        for given, error in ((x, RuntimeError), (torch.ones(1, 3, 3, 3, dtype=X.dtype), ValueError)):
+            with pytest.raises(error):
+                model.train()(given)
+            yield model[1].num_batches_tracked.clone(), model[1].running_mean.clone()
+
+    check(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), steps, modes=(True,))
+
+
+@pytest.mark.parametrize("momentum", [torch.tensor(0.3), True])
+def test_a_momentum_that_is_no_number(momentum):
+    def steps(model):
+        model.bn.momentum = momentum
+        for _ in range(2):
+            yield model.train()(X), model.bn.running_mean.clone()
+
+    check(net(lambda m, x: F.relu(m.bn(m.conv(x)))), steps)
+
+
+def test_forwards_that_are_no_plain_methods():
+    class Property(Net):
+        @property
+        def forward(self):
+            return self.feats
+
+    class Coroutine(Net):
+        async def forward(self, x):
+            return self.feats(x)
+
+    def run(model):
+        result = model(X)
+        if isinstance(result, torch.Tensor):
+            return result
+        with pytest.raises(StopIteration) as stopped:
+            result.send(None)
+        return stopped.value.value
+
+    for kind in (Property, Coroutine):
+        plain = kind().double().eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            swapped = convext.swap(copy.deepcopy(plain))
+            agree(run(swapped), run(plain))

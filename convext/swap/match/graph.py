@@ -7,6 +7,7 @@ from collections import Counter
 from torch import fx
 
 from .. import calls
+from ..capture import signature as signatures
 
 
 class Graph:
@@ -108,12 +109,33 @@ class Graph:
         return aliases
 
     def crosses_a_write(self, nodes, inputs):
-        """True where a node between the ends of `nodes`, which run at the last one's place, may write an input."""
+        """True where a node between the ends of `nodes`, which run at the last one's place, may write what they read:
+        an input, or through an argument or a tensor of a module, which may share memory with any other of these."""
         reads = set().union(*(self.aliases[node] for node in inputs))
         members = set(nodes)
         return any(
-            self.aliases[target] & reads or any(alias.op == "get_attr" for alias in self.aliases[target])
+            self.aliases[target] & reads or self._is_held(target, node)
             for node in self.nodes[self.order[nodes[0]] + 1 : self.order[nodes[-1]]]
             if node not in members
             for target in calls.written(node, self.modules)
-        )  # a tensor that a module holds may share its memory
+        )
+
+    def _is_held(self, target, writer):
+        """True where what a node may write may be a tensor that a module holds, or an argument."""
+        origins = {alias.op for alias in self.aliases[target]}
+        return "get_attr" in origins or "placeholder" in origins and not self._leaves_arguments_alone(writer)
+
+    def _leaves_arguments_alone(self, node):
+        """True of the call of a container whose plan writes none of its arguments."""
+        forward = None if self.is_opaque(node) else self.container(node)
+        plan = None if forward is None else forward.plan(forward.owner, ((signatures.TENSOR,) * len(node.args), ()))
+        return plan is not None and not Graph(plan.trace).writes_arguments
+
+    @functools.cached_property
+    def writes_arguments(self):
+        return any(
+            alias.op == "placeholder" and not self._leaves_arguments_alone(node)
+            for node in self.nodes
+            for target in calls.written(node, self.modules)
+            for alias in self.aliases[target]
+        )

@@ -21,6 +21,7 @@ from . import EMPTY, Op
 
 settings_of = itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
 _grad_enabled = torch.is_grad_enabled
+_MOMENTA = frozenset((float, int, type(None)))
 
 
 class Conv(Op):
@@ -230,6 +231,8 @@ def _conv_act(op, fallback):
             or x.dtype not in DTYPES
             or x.device != w.device
             or x.shape[0] == 0
+            or residual is not None
+            and not _fits(residual, x, w, geom)
             or not channels_last
             and (
                 residual is not None
@@ -300,6 +303,8 @@ def _conv_bn_act(op, fallback):
             and beta is not None
             or (mean is None) is not (var is None)
             or bn_attributes["eps"] <= 0
+            or residual is not None
+            and not _fits(residual, x, w, geom)
             or not channels_last
             and (
                 residual is not None
@@ -308,6 +313,8 @@ def _conv_bn_act(op, fallback):
                 and _one_pixel(x, w, geom)
             )
         ):
+            return fallback(x, residual)
+        if recorded and _raises_or_is_odd(x, w, geom, bn_attributes):
             return fallback(x, residual)
         state.last = x.shape, x.stride(), x.dtype, x.device
         if (
@@ -332,8 +339,6 @@ def _conv_bn_act(op, fallback):
         ):
             with _recorded(channels_last):
                 return nn.conv_bn_act(conv, batch_norm, _in_format(x, channels_last), activation, residual)
-        if residual is not None and not _fits(residual, x, w, geom):
-            return fallback(x, residual)
         try:
             epilogue = Epilogue(bias, mean, var, gamma, beta, residual, bn_attributes["eps"], activation)
             return ops.conv_bn_act(x, w, epilogue, geom, channels_last)
@@ -348,8 +353,23 @@ def dtypes(*tensors):
     return tuple([None if t is None else t.dtype for t in tensors])
 
 
+def _raises_or_is_odd(x, w, geom, batch_norm):
+    """True where the layers may raise, each with what those before it have left behind, or where they take a momentum
+    that is no number."""
+    return (
+        x.is_inference()
+        and not torch.is_inference_mode_enabled()
+        or batch_norm["training"]
+        and (
+            type(batch_norm["momentum"]) not in _MOMENTA
+            or x.shape[0] == 1
+            and geom.output_size(x.shape[2:], w.shape[2:]) == (1, 1)
+        )
+    )
+
+
 def _fits(residual, x, w, geom):
-    """True where a residual needs neither broadcasting nor another dtype."""
+    """True where a residual needs neither broadcasting nor another dtype, and may not make the sum larger."""
     shape = residual.shape
     return (
         residual.dtype is ops.autocast_dtype(x) is ops.autocast_dtype(w)
