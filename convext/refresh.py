@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .backends import native
@@ -47,9 +48,23 @@ def refresh(model: _Weights) -> _Weights:
     return model
 
 
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """A fused optimizer writes parameters behind torch's back: their version counters stay as they are (those of
+    torch.optim with `fused=True`, those of others that step in a library of their own). And what it leaves alone,
+    channels or taps without a gradient, may be the very lines that a call compares."""
+    theirs = not type(optimizer).__module__.startswith("torch.optim.")
+    for group in optimizer.param_groups:
+        if theirs or group.get("fused"):
+            for p in group["params"]:
+                _forget(p)
+
+
+register_optimizer_step_post_hook(_after_step)
+
+
 def _forget(t: torch.Tensor) -> None:
     if is_traceable_wrapper_subclass(t):
         for name in t.__tensor_flatten__()[0]:
             _forget(getattr(t, name))
-    elif t.layout is torch.strided:
+    elif t.layout is torch.strided and t.device.type == "cpu":
         native.forget_packed(t)

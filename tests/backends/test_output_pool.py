@@ -9,12 +9,12 @@ import threading
 
 import pytest
 import torch
+from project import load_setup
 
 import convext
 from convext import backends
 from convext.backends import native
 from convext.output_pool import output_pool
-from setup import CSRC, compiler
 
 pytestmark = [
     pytest.mark.skipif(backends.unavailable("native", "cpu") is not None, reason="the pool is the compiled library's"),
@@ -268,8 +268,12 @@ def test_a_forked_process_has_a_pool_of_its_own():
 def test_no_data_race(tmp_path):
     """csrc/tests/cpu_output_pool.cpp under the thread sanitizer; under the others and without: csrc/tests/run.py."""
     program = tmp_path / "cpu_output_pool"
-    sources = [str(CSRC / "cpu" / "runtime" / "output_pool.cpp"), str(CSRC / "tests" / "cpu_output_pool.cpp")]
-    command = [*compiler().split(), f"-I{CSRC}", "-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread"]
+    setup = load_setup()
+    sources = [
+        str(setup.CSRC / "cpu" / "runtime" / "output_pool.cpp"),
+        str(setup.CSRC / "tests" / "cpu_output_pool.cpp"),
+    ]
+    command = [*setup.compiler().split(), f"-I{setup.CSRC}", "-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread"]
     built = subprocess.run([*command, "-o", str(program), *sources], capture_output=True, text=True)
     if "cannot find" in built.stderr and "tsan" in built.stderr:
         pytest.skip("this compiler came without the thread sanitizer's library")

@@ -530,3 +530,51 @@ def test_two_tensors_of_one_memory_in_two_threads_keep_apart():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+class InItsOwnLibrary(torch.optim.SGD):
+    """Writes as those do that step in C++ of their own: torch is not told."""
+
+    def __init__(self, params):
+        super().__init__(params, lr=0.05)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.add_(p.grad, alpha=-group["lr"])
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: torch.optim.Adam(p, lr=0.05, fused=True),
+        lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.0, fused=True),
+        lambda p: torch.optim.SGD(p, lr=0.05, fused=True),
+        lambda p: torch.optim.Adagrad(p, lr=0.05, fused=True),
+        InItsOwnLibrary,
+    ],
+)
+def test_steps_of_fused_optimizers_are_seen(optimizer, channels_last):
+    """They leave version counters alone, and here every filter's first and last line: taps that meet only padding,
+    channels that are zero."""
+    model = nn.Sequential(nn.Conv2d(64, 24, 5, padding=4, dilation=2, bias=False), nn.ReLU()).double().float()
+    x = torch.randn(2, 64, 4, 7)
+    x[:, :16] = x[:, 48:] = 0
+    if channels_last:
+        model, x = (t.to(memory_format=torch.channels_last) for t in (model, x))
+    swapped = convext.swap(model)
+    with convext.backend("native"):
+        opt = optimizer(list(swapped.parameters()))
+        for _ in range(4):
+            w = swapped[0].weight.detach()
+            y = swapped(x)
+            expected = F.conv2d(x.double(), w.double(), padding=4, dilation=2).relu()
+            torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-3)  # a step changes it by more than 0.1
+            opt.zero_grad()
+            (y * y).sum().backward()
+            before = y.detach()
+            opt.step()
+            with torch.no_grad():
+                assert (F.conv2d(x, swapped[0].weight, padding=4, dilation=2).relu() - before).abs().max() > 0.1
