@@ -1529,3 +1529,31 @@ def test_forwards_that_are_no_plain_methods():
             warnings.simplefilter("error")
             swapped = convext.swap(copy.deepcopy(plain))
             agree(run(swapped), run(plain))
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_the_gradient_of_a_summand_has_its_memory_format(with_norm, train):
+    """PyTorch's backward of nn.InstanceNorm2d over one image is wrong where the gradient is channels-last."""
+
+    class Residual(Net):
+        def forward(self, x):
+            y = self.conv2(F.relu(self.bn(self.conv(x))))
+            return F.relu((self.held(y) if with_norm else y) + x)
+
+    def block():
+        model = Residual()
+        model.conv, model.held = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        return model
+
+    def steps(model):
+        model.train(train)
+        x = X[:1].clone().requires_grad_()
+        before = model[:3](x)
+        before.register_hook(lambda g: strides.append(g.stride()))
+        strides = []
+        model[3](before).square().sum().backward()
+        yield x.grad, strides
+
+    net_of = lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True), nn.GELU(), block())  # noqa: E731
+    check(net_of, steps, modes=(True,))

@@ -268,7 +268,7 @@ def _conv_act(op, fallback):
                     dilation=geom.dilation,
                     groups=geom.groups,
                     activation=activation,
-                    residual=residual,
+                    residual=_summand(residual, channels_last),
                 )
         try:
             return ops.conv_bn_act(x, w, Epilogue(bias, activation=activation), geom, channels_last)
@@ -338,7 +338,8 @@ def _conv_bn_act(op, fallback):
             )
         ):
             with _recorded(channels_last):
-                return nn.conv_bn_act(conv, batch_norm, _in_format(x, channels_last), activation, residual)
+                summand = _summand(residual, channels_last)
+                return nn.conv_bn_act(conv, batch_norm, _in_format(x, channels_last), activation, summand)
         try:
             epilogue = Epilogue(bias, mean, var, gamma, beta, residual, bn_attributes["eps"], activation)
             return ops.conv_bn_act(x, w, epilogue, geom, channels_last)
@@ -412,3 +413,10 @@ def _in_format(x, channels_last):
         return autograd.ChannelsLastFunction.apply(x)
     with where_copied(x):
         return x.contiguous(memory_format=torch.channels_last)
+
+
+def _summand(residual, channels_last):
+    """A residual for a channels-last result, whose gradient comes back in its own format."""
+    return (
+        residual if residual is None or not autograd.needs_function(residual) else _in_format(residual, channels_last)
+    )
