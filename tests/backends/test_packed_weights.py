@@ -483,6 +483,9 @@ def test_threads_that_share_a_changing_weight_never_see_half_of_it(way):
     calls = [way(w, x) for _ in range(3)]
     for call in calls:
         call()
+    # A thread that makes a leaf's gradient accumulator in an operator waits for the interpreter, one in a Function's
+    # apply holds that and waits for the former's lock: PyTorch stands still. While this is alive, nobody makes one.
+    accumulator = w.expand_as(w).grad_fn
     turns, wrong = 12, []
     barrier = threading.Barrier(len(calls), timeout=120)
 
@@ -505,6 +508,7 @@ def test_threads_that_share_a_changing_weight_never_see_half_of_it(way):
         thread.start()
     for thread in threads:
         thread.join()
+    del accumulator
     assert not wrong, wrong[0]
 
 
