@@ -223,24 +223,7 @@ def _conv_act(op, fallback):
         w, bias = parameters.get("weight"), parameters.get("bias")
         settings = settings_of(attributes)
         geom = state.geom if settings == state.settings else state.refresh(settings)
-        if (
-            w is None
-            or geom is None
-            or x.dim() != 4
-            or w.dim() != 4
-            or x.dtype not in DTYPES
-            or x.device != w.device
-            or x.shape[0] == 0
-            or residual is not None
-            and not _fits(residual, x, w, geom)
-            or not channels_last
-            and (
-                residual is not None
-                and _in_another_format(residual, x, w, geom)
-                or ends_elementwise
-                and _one_pixel(x, w, geom)
-            )
-        ):
+        if not _is_usual(x, w, geom, residual, channels_last, ends_elementwise):
             return fallback(x, residual)
         state.last = x.shape, x.stride(), x.dtype, x.device
         if (
@@ -292,29 +275,14 @@ def _conv_bn_act(op, fallback):
         geom = state.geom if settings == state.settings else state.refresh(settings)
         recorded = _grad_enabled() or bn_attributes["training"]  # then a batch norm is elementwise, too
         if (
-            w is None
-            or geom is None
-            or x.dim() != 4
-            or w.dim() != 4
-            or x.dtype not in DTYPES
-            or x.device != w.device
-            or x.shape[0] == 0
-            or gamma is None
+            gamma is None
             and beta is not None
             or (mean is None) is not (var is None)
             or bn_attributes["eps"] <= 0
-            or residual is not None
-            and not _fits(residual, x, w, geom)
-            or not channels_last
-            and (
-                residual is not None
-                and _in_another_format(residual, x, w, geom)
-                or (ends_elementwise or recorded)
-                and _one_pixel(x, w, geom)
-            )
+            or not _is_usual(x, w, geom, residual, channels_last, ends_elementwise or recorded)
+            or recorded
+            and _is_for_the_layers(x, w, geom, bn_attributes)
         ):
-            return fallback(x, residual)
-        if recorded and _raises_or_is_odd(x, w, geom, bn_attributes):
             return fallback(x, residual)
         state.last = x.shape, x.stride(), x.dtype, x.device
         if (
@@ -354,7 +322,27 @@ def dtypes(*tensors):
     return tuple([None if t is None else t.dtype for t in tensors])
 
 
-def _raises_or_is_odd(x, w, geom, batch_norm):
+def _is_usual(x, w, geom, residual, channels_last, elementwise):
+    """True where the fused call means what its modules one by one do, strides included. `elementwise`: an elementwise
+    operation follows the convolution."""
+    if (
+        w is None
+        or geom is None
+        or x.dim() != 4
+        or w.dim() != 4
+        or x.dtype not in DTYPES
+        or x.device != w.device
+        or x.shape[0] == 0
+        or residual is not None
+        and not _fits(residual, x, w, geom)
+    ):
+        return False
+    return channels_last or not (
+        residual is not None and _in_another_format(residual, x, w) or elementwise and _one_pixel(x, w, geom)
+    )
+
+
+def _is_for_the_layers(x, w, geom, batch_norm):
     """True where the layers may raise, each with what those before it have left behind, or where they take a momentum
     that is no number."""
     return (
@@ -370,7 +358,7 @@ def _raises_or_is_odd(x, w, geom, batch_norm):
 
 
 def _fits(residual, x, w, geom):
-    """True where a residual needs neither broadcasting nor another dtype, and may not make the sum larger."""
+    """True where a residual has the shape and the dtype of the convolution's result."""
     shape = residual.shape
     return (
         residual.dtype is ops.autocast_dtype(x) is ops.autocast_dtype(w)
@@ -381,22 +369,18 @@ def _fits(residual, x, w, geom):
     )
 
 
-def _in_another_format(residual, x, w, geom):
-    """True where a residual has the shape of the convolution's result, but other strides: then those of the sum depend
-    on which of the two comes first."""
-    shape = (x.shape[0], w.shape[0], *geom.output_size(x.shape[2:], w.shape[2:]))
-    return residual.shape == shape and residual.stride() != dense_strides(
-        shape, suggests_channels_last(x) or suggests_channels_last(w)
-    )
+def _in_another_format(residual, x, w):
+    """True where a residual that fits has other strides than the convolution's result: then those of the sum depend on
+    which of the two comes first."""
+    result = dense_strides(residual.shape, suggests_channels_last(x) or suggests_channels_last(w))
+    return residual.stride() != result
 
 
 def _one_pixel(x, w, geom):
     """True where the result is one pixel in channels-last strides. To torch's elementwise operations it is contiguous
     as well, and their result has a contiguous tensor's strides, which an interpolation after them goes by."""
-    return (suggests_channels_last(x) or suggests_channels_last(w)) and geom.output_size(x.shape[2:], w.shape[2:]) == (
-        1,
-        1,
-    )
+    asks = suggests_channels_last(x) or suggests_channels_last(w)
+    return asks and geom.output_size(x.shape[2:], w.shape[2:]) == (1, 1)
 
 
 _AS_IS = contextlib.nullcontext()
@@ -417,6 +401,5 @@ def _in_format(x, channels_last):
 
 def _summand(residual, channels_last):
     """A residual for a channels-last result, whose gradient comes back in its own format."""
-    return (
-        residual if residual is None or not autograd.needs_function(residual) else _in_format(residual, channels_last)
-    )
+    recorded = residual is not None and autograd.needs_function(residual)
+    return _in_format(residual, channels_last) if recorded else residual
