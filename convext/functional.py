@@ -380,7 +380,7 @@ def conv_act(
             residual=residual,
         )
     epilogue = Epilogue(bias, None, None, None, None, residual, 0.0, activation)
-    if _is_simple(*tensors) and (geom := _plain_geom(stride, padding, dilation, groups)) is not None:
+    if _is_simple(*tensors) and (geom := plain_geom(stride, padding, dilation, groups)) is not None:
         out = ops.conv_bn_act_again(input, weight, epilogue, geom)
         if out is not None:
             return out
@@ -473,7 +473,7 @@ def conv_bn_act(
         not training
         and running_mean is not None
         and _is_simple(*tensors)
-        and (geom := _plain_geom(stride, padding, dilation, groups)) is not None
+        and (geom := plain_geom(stride, padding, dilation, groups)) is not None
     ):
         out = ops.conv_bn_act_again(input, weight, epilogue, geom)
         if out is not None:
@@ -518,7 +518,7 @@ def conv_bn_act(
 conv_bn_relu = conv_bn_act
 
 
-def _plain_geom(stride: Size, padding: Size | str, dilation: Size, groups: int) -> Geom | None:
+def plain_geom(stride: Size, padding: Size | str, dilation: Size, groups: int) -> Geom | None:
     """geom where nothing has to be interpreted: ints, and pairs of them."""
     if type(groups) is not int:
         return None

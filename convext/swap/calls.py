@@ -172,14 +172,60 @@ def is_conv(module):
     return type(module) is _CONV_TYPE or type(module) is convext_nn.Conv2d
 
 
-def is_batch_norm(module):
-    return type(module) is nn.BatchNorm2d
+class BatchNormOf:
+    """function(x) of a layer that is a batch norm and more: what it does as an nn.BatchNorm2d. `key`: of the layer."""
+
+    __name__ = "batch_norm_of"
+
+    def __init__(self, layer, key):
+        self.layer, self.key = layer, key
+
+    def __call__(self, x):
+        torch._assert(x.dim() == 4, f"expected 4D input (got {x.dim()}D input)")  # as the layer says it
+        return nn.BatchNorm2d.forward(self.layer, x)
+
+
+def is_batch_norm_act(module):
+    """True of timm's BatchNorm2d with a dropout and an activation in it, as children of these names."""
+    return (
+        type(module).__name__ == "BatchNormAct2d"
+        and type(module).__module__.startswith("timm.layers")
+        and set(module._modules) == {"drop", "act"}
+    )
+
+
+# Functions that take parameters -> names and defaults of what they take after their first argument.
+NEEDED = object()
+_PARAMETERS = {
+    F.conv2d: {"weight": NEEDED, "bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1},
+    F.batch_norm: {
+        "running_mean": NEEDED,
+        "running_var": NEEDED,
+        "weight": None,
+        "bias": None,
+        "training": False,
+        "momentum": 0.1,
+        "eps": 1e-5,
+    },
+}
+
+
+def arguments_of(node, function):
+    """What a node that calls one of these functions on another node gives it besides, or None of any other node."""
+    if node.op != "call_function" or node.target is not function or not node.args:
+        return None
+    wanted, (first, *given) = _PARAMETERS[function], node.args
+    if not isinstance(first, fx.Node) or len(given) > len(wanted) or set(node.kwargs) - set(wanted):
+        return None
+    values = {**wanted, **dict(zip(wanted, given)), **node.kwargs}
+    return None if NEEDED in values.values() or first in values.values() else list(values.values())
 
 
 def returns_tensor(node):
     """True where the result of a call_function or call_method node is one tensor for certain."""
     if node.op == "call_function":
-        return node.target in _TENSOR_FUNCTIONS and not node.kwargs.get("return_indices", False)
+        known = node.target in _TENSOR_FUNCTIONS or type(node.target) is BatchNormOf
+        return known and not node.kwargs.get("return_indices", False)
     return node.target in _TENSOR_METHODS
 
 
@@ -309,6 +355,9 @@ def _inplace_flag(node):
 
 def written(node, modules):
     """The nodes whose values a node changes or may change."""
+    if node.op == "call_function" and node.target is F.batch_norm and argument(node, 5, "training", False) is not False:
+        statistics = argument(node, 1, "running_mean"), argument(node, 2, "running_var")
+        return [value for value in statistics if isinstance(value, fx.Node)]
     if not writes_first_argument(node, modules):
         return []
     if node.op == "call_module" and not is_torch_module(modules[node.target]) or "out" in node.kwargs:
@@ -356,7 +405,8 @@ def makes_new_tensor(node, modules):
             or is_layer_norm_2d(module)
         )
     if node.op == "call_function":
-        return node.target in _ELEMENTWISE_FUNCTIONS | _ARITHMETIC | _CAT | _SPATIAL_FUNCTIONS
+        known = _ELEMENTWISE_FUNCTIONS | _ARITHMETIC | _CAT | _SPATIAL_FUNCTIONS | _PARAMETERS.keys()
+        return node.target in known or type(node.target) is BatchNormOf
     return node.op == "call_method" and node.target in _ELEMENTWISE_METHODS
 
 
@@ -379,6 +429,8 @@ def is_known_dropout(module):
 
 def passes_through(node, modules):
     """True where a node returns its first argument as it is; dropout's training flag is part of what a plan is for."""
+    if not node.args:
+        return False
     if node.op == "call_module":
         module = modules[node.target]
         return type(module) is nn.Identity or is_known_dropout(module) and not module.training
@@ -393,9 +445,7 @@ def reads_any_strides(node, modules):
     """True where a node does the same to a channels-last tensor as to a contiguous one (see layout.py)."""
     if node.op == "call_module":
         module = modules[node.target]
-        if is_known_dropout(module):
-            return not module.training  # the mask is drawn in the order of memory
-        return (
+        return (  # no dropout's: it draws its mask in the order of memory
             type(module) in _ELEMENTWISE_MODULES
             or is_conv(module)
             or type(module) in _SPATIAL_MODULES
@@ -408,12 +458,11 @@ def reads_any_strides(node, modules):
             return argument(node, 1, "dim", 0) == 1
         if node.target is torch.mean:
             return _mean_over_space(node)
-        if node.target in (F.dropout, F.dropout2d):
-            return passes_through(node, modules)
         return (
             "out" not in node.kwargs
             and not node.kwargs.get("return_indices", False)
             and node.target in _ELEMENTWISE_FUNCTIONS | _ARITHMETIC | _SPATIAL_FUNCTIONS
+            or type(node.target) is BatchNormOf
         )
     if node.op == "call_method":
         return (

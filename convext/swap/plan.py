@@ -6,6 +6,7 @@ from . import calls
 from .capture.trace import Trace
 from .lower import Compiled, lower
 from .match import match
+from .match.graph import Graph
 from .refusal import Untraceable
 from .schedule.layout import Layout, weights_to_ask
 from .schedule.sequence import schedule
@@ -36,9 +37,11 @@ class Plan(_Guarded):
         self.trace, self.signature = Trace(owner, signature), signature
         super().__init__(self.trace.facts)
         self.facts = self.trace.facts
-        nested = {self.trace.modules[node.target] for node in self.trace.planned}
-        inside = dict.fromkeys(part for m in self.trace.leaves for part in (m.modules() if m in nested else [m]))
-        self.weights = weights_to_ask([m for m in inside if calls.is_conv(m)])
+        places = [(m._parameters, "weight") for m in dict.fromkeys(self.trace.leaves) if calls.is_conv(m)]
+        graph = Graph(self.trace)
+        functions = [graph.convolution(node) for node in graph.nodes if node.op == "call_function"]
+        places += [function.weight for function in functions if function is not None]
+        self.weights = weights_to_ask(places) + self.trace.nested_weights
         self.by_mode, self._epoch = {}, backends.epoch
 
     def compiled(self, mode) -> Compiled:

@@ -150,28 +150,24 @@ def _places(model):
 
 
 def _row(model, name, module, place):
-    row = Row(name, describe(module), _class_name(module))
-    if left_alone(module) is not None:
-        row.reason = left_alone(module)
-    elif not calls.is_swapped(module):
-        row.reason = "not swapped"
-    elif place is None:
-        row.reason = _why_no_plan(model, name)
-    else:
-        row.fused, row.reason = place.fused, place.reason
-    if calls.is_swapped(module):
+    exchanged = calls.is_swapped(module) or place is not None and place.op is not None
+    row = Row(name, describe(module), "convext" if exchanged else _class_name(module))
+    if exchanged:
+        if place is None:
+            row.reason = _why_no_plan(model, name)
+        else:
+            row.fused, row.reason = place.fused, place.reason
         last = place and place.last or calls.last_input(module)
         if last is not None:
-            channels_last = place is not None and place.op is not None and place.op.channels_last
-            row.backend, row.variant, passed_over = _serving(module, last, channels_last)
+            row.backend, row.variant, passed_over = _serving(module, last, place and place.op)
             row.reason = "; ".join(filter(None, [row.reason, passed_over]))
+    else:
+        row.reason = left_alone(module) or "not swapped"
     return row
 
 
 def _class_name(module):
     kind = type(module)
-    if calls.is_swapped(module):
-        return "convext"
     return f"torch.nn.{kind.__name__}" if kind.__module__.startswith("torch.nn") else kind.__name__
 
 
@@ -210,20 +206,20 @@ def _why_no_plan(model, name):
     return ""
 
 
-def _serving(module, last, channels_last):
-    """(backend, variant, why a backend before it was passed over) for the problem of the last input."""
+def _serving(module, last, op):
+    """(backend, variant, why a backend before it was passed over) for the problem of the last input, in a call of an op
+    or by itself."""
     shape, strides, dtype, device = last
     if dtype not in DTYPES:
         return "aten", "", f"{dtype} has no kernels"
-    w = module.weight
-    if module.padding_mode != "zeros" or len(shape) != 4:
+    if op is None and module.padding_mode != "zeros" or len(shape) != 4:
         return "", "", ""
-    like = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
-    settings = module.stride, module.padding, module.dilation, module.groups
-    like, geom = functional.normalised(like, w.to("meta"), *settings)
-    problem = dataclasses.replace(ConvProblem.of_fprop(like, w, geom, channels_last), device=device.type)
+    like, w = torch.empty_strided(shape, strides, dtype=dtype, device="meta"), module.weight
+    own = module.stride, module.padding, module.dilation, module.groups
+    like, geom = functional.normalised(like, w.to("meta"), *(own if op is None else op.convolution.geom))
+    problem = ConvProblem.of_fprop(like, w, geom, op is not None and op.channels_last)
     try:
-        choice = backends.select(Pass.FPROP, problem)
+        choice = backends.select(Pass.FPROP, dataclasses.replace(problem, device=device.type))
     except RuntimeError as error:
         return "", "", str(error)
     passed = "; ".join(f"{name}: {reason}" for name, reason in choice.passed_over.items())

@@ -12,17 +12,16 @@ import convext
 PACKAGE = Path(convext.__file__).resolve().parent
 
 PATTERN = '''"""A convolution and the clamp behind it, which is a ReLU: y = conv(x).clamp_min(0)"""
-from .. import calls
 from ..units import Unit
 from ..units.conv import Conv
 
 
 def match(graph, mode):
     for node in graph.nodes:
-        conv, follower = graph.module(node), graph.follower(node)
-        if conv is not None and calls.is_conv(conv) and follower is not None \\
+        convolution, follower = graph.convolution(node), graph.follower(node)
+        if convolution is not None and follower is not None \\
                 and (follower.op, follower.target, follower.args) == ("call_method", "clamp_min", (node, 0)):
-            yield Unit(node.args[0], [Conv(conv, activation="relu")], [node, follower])
+            yield Unit(node.args[0], [Conv(convolution, activation="relu")], [node, follower])
 '''
 
 USE = """

@@ -19,7 +19,7 @@ import types
 from torch import fx
 
 from ..refusal import ForNow, Untraceable
-from .pure import STDLIB, is_library, is_stdlib, root_of, why_impure
+from .pure import STDLIB, is_library, is_of_layers, is_stdlib, root_of, why_impure
 from .stand_ins import ClassStandIn, Globals, List, StandIn
 
 _TORCH_PYTHON = (
@@ -36,11 +36,6 @@ _TORCH_PYTHON = (
     "torch._VF",
     "torch.types",
     "torch.utils._device",
-)
-# Methods of nn.Module that only look, and the forwards of layers, which only compute.
-_MODULE_METHODS = frozenset(
-    "__getattr__ children named_children modules named_modules __hash__ __dir__ _get_name "
-    "forward _conv_forward _check_input_dim".split()
 )
 # Instructions -> what they do that no graph does again. An operation of a graph that raises would find no handler.
 _REFUSED = {
@@ -204,7 +199,7 @@ class Audit:
         module, name = dict.get(callee.f_globals, "__name__", ""), callee.f_code.co_name
         root = root_of(module)
         if root == "torch":
-            if module.startswith("torch.nn.modules.") and name in _MODULE_METHODS:
+            if is_of_layers(module, name):
                 return
             if not any(module == m or module.startswith(m + ".") for m in _TORCH_PYTHON):
                 self.problem = f"calls {module}.{name}"

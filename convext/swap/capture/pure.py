@@ -17,6 +17,10 @@ STDLIB = frozenset(
 # They see what a stand-in hides, or change what they are given.
 _NOT_PURE = frozenset("is_ is_not call setitem delitem".split())
 _STATE = ("is_", "get_", "set_", "initial_seed", "manual_seed", "seed", "default_generator", "_")
+_LAYERS_METHODS = frozenset(
+    "__getattr__ children named_children modules named_modules __hash__ __dir__ _get_name "
+    "forward _conv_forward _check_input_dim".split()
+)
 VALUES = (
     list,
     tuple,
@@ -49,6 +53,11 @@ def is_library(name):
 
 def is_stdlib(name):
     return root_of(name) in sys.stdlib_module_names and name != "__main__"
+
+
+def is_of_layers(module, name):
+    """True of methods of torch's layers that only look, and of their forwards, which only compute."""
+    return module.startswith("torch.nn.modules.") and name in _LAYERS_METHODS
 
 
 def is_torchs(owner):

@@ -28,7 +28,7 @@ from torch import fx, nn
 from ..method import ForwardMethod
 from ..refusal import Untraceable
 from .facts import ABSENT, PLAIN
-from .pure import BUILTINS, is_library, is_stdlib, why_impure
+from .pure import BUILTINS, is_library, is_of_layers, is_stdlib, why_impure
 
 _PLAIN = frozenset((*PLAIN, torch.dtype, torch.device, torch.memory_format, torch.layout, torch.Size, slice, range))
 _C_FUNCTIONS = (
@@ -450,6 +450,14 @@ class Recorder:
             self.facts.contents(function.__kwdefaults__)
             made.__kwdefaults__ = {name: self.wrap(value) for name, value in function.__kwdefaults__.items()}
         return made
+
+    def forward(self, kind):
+        """A class's forward: user code, or that of torch's layers, but no wrapper around one."""
+        found = self.facts.class_item(kind, "forward")
+        module, name = getattr(found, "__globals__", {}).get("__name__", ""), getattr(found, "__name__", "")
+        if is_library(module) and not is_of_layers(module, name):
+            raise Untraceable(f"its forward calls {module}.{name}")
+        return found
 
     def _globals(self, real):
         known = self._made.get(id(real))

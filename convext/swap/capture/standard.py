@@ -110,10 +110,11 @@ def is_original(kind) -> bool:
     return True
 
 
-def is_standard(module: nn.Module) -> bool:
-    """True of a layer that does what its class does, and has its parameters where that class puts them."""
+def is_standard(module: nn.Module, children=()) -> bool:
+    """True of a layer that does what its class does, and has its parameters where that class puts them. `children`: the
+    names of those that its class has."""
     kind, attributes = type(module), module.__dict__
-    if module._modules or not is_original(kind):
+    if set(module._modules) - set(children) or not is_original(kind):
         return False
     if not _goes_by_its_library(kind):
         return False
@@ -148,12 +149,13 @@ def _goes_by_its_library(kind):
 
 
 def _is_of_the_library(found, function):
-    """True of what a library's function may find in its globals: a module, what the library itself defines, a plain
-    value."""
+    """True of what a library's function may find in its globals: a module, what the library itself or torch defines, a
+    plain value."""
     if isinstance(found, types.ModuleType):
         return found is sys.modules.get(found.__name__)
     if isinstance(found, types.FunctionType):
-        return found.__code__.co_filename.startswith(_folder(function.__module__.partition(".")[0]))
+        folders = _folder(function.__module__.partition(".")[0]), _folder("torch")
+        return found.__code__.co_filename.startswith(folders)
     return isinstance(found, (type, types.BuiltinFunctionType, *PLAIN)) or type(found).__module__ == "typing"
 
 

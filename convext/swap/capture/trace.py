@@ -1,4 +1,5 @@
-"""The graph of one container's own forward: children are leaves, plain nn.Sequentials are looked through.
+"""The graph of one container's own forward: layers and containers with plans of their own are leaves, all other modules
+are looked through.
 
 A `torch.fx.Graph` whose call_module targets are keys of `Trace.modules`, one for each module object, not paths. The
 forward runs on proxies of tensors and stand-ins of everything else (stand_ins.py), so that what it read is known
@@ -18,6 +19,7 @@ import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
+from .. import calls
 from ..calls import METADATA_ATTRIBUTES, METADATA_METHODS, module_returns_tensor, returns_tensor
 from ..method import ForwardMethod
 from ..refusal import Untraceable, noticed
@@ -25,6 +27,7 @@ from . import signature as signatures
 from . import standard
 from .audit import Audit, is_user, paused
 from .facts import ABSENT, PLAIN, Facts
+from .pure import root_of
 from .stand_ins import ClassStandIn, Dict, Globals, List, ModuleStandIn, Recorder, Set, StandIn
 
 _LOCK = threading.RLock()
@@ -32,7 +35,7 @@ _PLAIN = (*PLAIN, torch.dtype, torch.device)
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 
-def inlined(module):
+def is_sequential(module):
     """True of a container whose forward does nothing but call its children one after the other: nn.Sequential's, or
     that of torchvision's IntermediateLayerGetter, which returns some of the results by name."""
     if isinstance(module, nn.Sequential):
@@ -156,7 +159,7 @@ class _Tracer(fx.proxy.TracerBase):
         self.graph = fx.Graph()
         self.types = {}  # node whose value is known to be one tensor -> its type
         self.guessed = None  # path of a leaf whose result is taken for something else than None
-        self.inside = []  # nested inlined containers
+        self.inside = []  # the modules that are being looked through
         self.audit = Audit()
         self.recorder = Recorder(self, trace.facts)
         self._tensors = {}  # id of a tensor -> (the tensor, its proxy, where it was found)
@@ -266,19 +269,15 @@ class _Tracer(fx.proxy.TracerBase):
         if module not in self.trace.descendants:
             raise Untraceable(f"its forward calls a {type(module).__name__} that is not among its submodules")
         if (
-            inlined(module)
-            and (own is None or isinstance(own, ForwardMethod))
+            calls_forward
             and module not in self.inside
-            and calls_forward
+            and (own is None or isinstance(own, ForwardMethod) and is_sequential(module))
             and not self._listens(module)
         ):
-            self.trace.inline(module)
-            self.inside.append(module)
-            try:
-                forward = self.recorder.facts.class_item(type(module), "forward")
-                return self.recorder.function(forward)(self.recorder.wrap(module), *args, **kwargs)
-            finally:
-                self.inside.pop()
+            if calls.is_batch_norm_act(module) and standard.is_standard(module, children=("drop", "act")):
+                return self._batch_norm_act(module, *args, **kwargs)
+            if is_sequential(module) or self._can_look_through(module, args, kwargs):
+                return self._look_through(module, args, kwargs)
         node = self.create_node(
             "call_module",
             self.trace.key(module),
@@ -297,6 +296,38 @@ class _Tracer(fx.proxy.TracerBase):
             self.trace.facts.closed = f"its forward reads on after {self.trace.descendants[module]!r}, which {effect}"
             self.trace.effect = effect
         return self.proxy(node)
+
+    def _can_look_through(self, module, args, kwargs):
+        """True of a module of the user's, or of a library built on torch, without a plan of its own, whose forward can
+        be captured for such a call."""
+        signature = self.kinds(args, kwargs)
+        if (
+            signature is None
+            or root_of(type(module).__module__) in ("torch", "convext")
+            or isinstance(module, torch.jit.ScriptModule)
+            or module_returns_tensor(module)
+        ):
+            return False
+        with paused(), _pop_mode_temporarily():
+            inside = self.trace.trial(module, signature)
+        return isinstance(inside, Trace) and inside.effect is None
+
+    def _look_through(self, module, args, kwargs):
+        """Runs a module's forward as part of the one that calls it."""
+        self.inside.append(module)
+        try:
+            forward = self.recorder.forward(type(module))
+            return self.recorder.function(forward)(self.recorder.wrap(module), *args, **kwargs)
+        finally:
+            self.inside.pop()
+
+    def _batch_norm_act(self, module, x):
+        """The parts of timm's BatchNormAct2d, whose own forward asks for the number of its input's dimensions."""
+        with paused(), _pop_mode_temporarily():
+            standard.note(module, self.trace.facts)
+        part = calls.BatchNormOf(module, self.trace.key(module))
+        stand_in = self.recorder.wrap(module)
+        return stand_in.act(stand_in.drop(self.create_proxy("call_function", part, (x,), {})))
 
     def _listens(self, module):
         """Whether somebody listens to a module's calls, or stands in for them: noted."""
@@ -333,17 +364,18 @@ class Trace:
                says
     planned    the nodes that call a container with a plan for that call, whose facts are among these facts
     tensors    the nodes known to hold one tensor
-    parameters the owner's own, by name
     facts      everything that was read
+    nested_weights  of the convolutions in planned containers, as `Plan.weights`
 
     Raises Untraceable where the forward cannot stand in a plan; `facts` of the exception says what that rests on.
     """
 
-    def __init__(self, owner, signature):
+    def __init__(self, owner, signature, trials=None):
         self.owner, self.facts = owner, Facts(owner)
+        self._trials = {} if trials is None else trials
         self.descendants = {module: name for name, module in owner.named_modules() if module is not owner}
         self.modules, self._keys = {"0": owner}, {owner: "0"}
-        self.sequences, self.places, self.opaque, self.planned = [], [], set(), set()
+        self.places, self.opaque, self.planned, self.nested_weights = [], set(), set(), []
         self.effect = None  # what the last call of the forward may do besides computing, in words
         self._homes = {}  # id of a dictionary of parameters or buffers -> the module
         with noticed() as refusals:
@@ -379,9 +411,16 @@ class Trace:
         self.places.append((None if values is self.owner.__dict__ else values, key))
         return f"at.{len(self.places) - 1}"
 
-    def inline(self, module):
-        if module not in self.sequences:
-            self.sequences.append(module)
+    def trial(self, module, signature):
+        """The Trace of a module's own forward, to see whether it does anything but compute, or why there is none."""
+        found = self._trials.get((module, signature))
+        if found is None:
+            try:
+                found = Trace(module, signature, self._trials)
+            except Untraceable as refusal:
+                found = refusal.with_traceback(None)
+            self._trials[module, signature] = found
+        return found
 
     def leaf(self, module, node, signature):
         """Notes what the plan takes for granted of a module that a node calls.
@@ -405,6 +444,7 @@ class Trace:
             if plan is None:
                 return False, "runs as it is written"
             facts.include(plan.facts, module)
+            self.nested_weights += plan.weights
             if not any(listens.values()):
                 self.planned.add(node)
             else:
@@ -420,17 +460,15 @@ class Trace:
             return module_returns_tensor(module), None
         if effect is not None or signature is None or kind.__module__.startswith("convext."):
             return effect is None and module_returns_tensor(module), effect or "runs as it is written"
-        try:
-            inside = Trace(module, signature)  # only to see whether it does anything but compute
-        except Untraceable as refusal:
-            facts.include(refusal.facts, module)
-            return False, "runs as it is written"
+        inside = self.trial(module, signature)
         facts.include(inside.facts, module)
+        if not isinstance(inside, Trace):
+            return False, "runs as it is written"
         return inside.result in inside.tensors, inside.effect
 
     def _run(self, tracer, signature, refusals):
         recorder = tracer.recorder
-        forward = self.facts.class_item(type(self.owner), "forward")
+        forward = recorder.forward(type(self.owner))
         if self.facts.class_item(type(self.owner), "__call__") is ABSENT or not hasattr(forward, "__get__"):
             raise Untraceable("its class has no forward")
         args, kwargs = signatures.build(signature, tracer.new_tensor, List)
@@ -460,18 +498,32 @@ class Trace:
             raise Untraceable(f"its forward compares with None, and what {tracer.guessed!r} returns is not known")
         if _outlives(result) or _twice(result):
             raise Untraceable("its forward returns a list that outlives the call, or one twice")
-        self.result = tracer.create_arg(result)
-        tracer.graph.output(self.result)
         self.graph, self.tensors = tracer.graph, set(tracer.types)
+        output = self.graph.output(tracer.create_arg(result))
+        self._drop_identities()
+        self.result = output.args[0]
+
+    def _drop_identities(self):
+        """Takes out the nodes that return their argument as it is."""
+        for node in list(self.graph.nodes):
+            is_opaque = node.op == "call_module" and node.target in self.opaque
+            if not is_opaque and calls.passes_through(node, self.modules) and isinstance(node.args[0], fx.Node):
+                node.replace_all_uses_with(node.args[0])
+                self.graph.erase_node(node)
 
     def _freeze(self):
-        """Lets go of the owner: the plan is held by it. Its dictionary of parameters is kept: no parameter holds its
+        """Lets go of the owner: the plan is held by it. Its dictionaries of tensors are kept: no tensor holds its
         module."""
         self.facts.done()
         self.paths = {key: self.descendants.get(m, "") for key, m in self.modules.items()}
-        self.modules["0"], self.parameters = None, self.owner._parameters
+        self.modules["0"], self._owned = None, (self.owner._parameters, self.owner._buffers)
         self.opaque = frozenset(self.opaque)
-        del self.owner, self.descendants, self._keys, self._homes
+        del self.owner, self.descendants, self._keys, self._homes, self._trials
+
+    def tensors_of(self, key):
+        """The parameters and the buffers of a module, two dictionaries."""
+        module = self.modules[key]
+        return self._owned if module is None else (module._parameters, module._buffers)
 
     @property
     def leaves(self):

@@ -2,12 +2,13 @@
 
 import operator
 
-import torch
+from torch import fx
 
 from ... import ops
 from ...problem import DTYPES
 from ..layer_by_layer import layer_by_layer
 from ..schedule.sequence import inputs_of
+from ..units.functions import found
 from .program import Program, prepared
 
 
@@ -132,10 +133,10 @@ class RowCall(CooperativeCall):
 
 def fallback(unit, graph):
     """function(x, residual) that runs the nodes of a unit one by one, each as the forward wrote it."""
-    readers = _readers(unit, graph.parameters)
+    tensors = {node: graph.place(node) for node in unit.parameters if node.op == "get_attr"}
 
     def step(node, previous):
-        function, args, kwargs = node.target, node.args, node.kwargs
+        function = node.target
         if node.op == "call_module":
             function = graph.modules[node.target]
         elif node.op == "call_method":
@@ -144,13 +145,20 @@ def fallback(unit, graph):
                 return operator.methodcaller(node.target, *others, **named)(value)
 
         def run(value, residual):
-            given = [value if a is previous else residual if a is unit.residual else a for a in args]
-            if readers:
-                given = [readers[a]() if isinstance(a, torch.fx.Node) else a for a in given]
-            return function(*given, **kwargs)
+            def given(argument):
+                if argument is previous:
+                    return value
+                if argument is unit.residual:
+                    return residual
+                if argument in tensors:
+                    return found(tensors[argument])
+                return reshaped[argument](None, None)
+
+            return function(*fx.map_arg(node.args, given), **fx.map_arg(node.kwargs, given))
 
         return run
 
+    reshaped = {node: step(node, None) for node in unit.parameters if node not in tensors}
     steps = [step(node, before) for node, before in zip(unit.nodes, [unit.source, *unit.nodes])]
 
     def run_all(x, residual=None):
@@ -159,15 +167,3 @@ def fallback(unit, graph):
         return x
 
     return run_all
-
-
-def _readers(unit, parameters):
-    """node -> function of nothing, of each of a unit's `parameters`."""
-    readers = {}
-    for node in unit.parameters:
-        if node.op == "get_attr":
-            name = node.target.partition(".")[2]
-            readers[node] = lambda name=name: parameters[name]
-        else:
-            readers[node] = lambda read=readers[node.args[0]]: read().reshape(1, -1, 1, 1)
-    return readers

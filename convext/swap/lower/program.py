@@ -7,8 +7,8 @@ import torch
 from ...backends.native_sequence import Block
 from ...memory_format import suggests_channels_last
 from ...problem import DTYPES, ConvProblem, Layout
-from ..units import EMPTY
 from ..units.channels import POINTWISE
+from ..units.functions import EMPTY
 
 
 class Program:

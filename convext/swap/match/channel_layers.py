@@ -46,11 +46,7 @@ def _inside(graph, unit):
         if first and unit.ops and _permutation(graph, node) == _TO_NCHW:
             unit.nodes.append(node)
             return True
-        if not (
-            first
-            and (takes_layer(graph, unit, node) or graph.passes_through(node))
-            or _takes_scale(graph, unit, node, ((-1,),))
-        ):
+        if not (first and takes_layer(graph, unit, node) or _takes_scale(graph, unit, node, ((-1,),))):
             return False
         unit.nodes.append(node)
     return False
@@ -64,11 +60,7 @@ def _outside(graph, unit):
             unit.residual, unit.comes_second = pair[1] if first else pair[0], not first
             unit.nodes.append(node)
             return
-        if not (
-            _reads_alone(node, unit.last)
-            and graph.passes_through(node)
-            or _takes_scale(graph, unit, node, ((-1, 1, 1), (1, -1, 1, 1)))
-        ):
+        if not _takes_scale(graph, unit, node, ((-1, 1, 1), (1, -1, 1, 1))):
             return
         unit.nodes.append(node)
 
@@ -96,8 +88,8 @@ def ends_in_linear(ops):
 
 
 def _takes_scale(graph, unit, node, shapes):
-    """True of a node that multiplies the unit's last by a parameter of the container, of one of the shapes, where -1
-    stands for the channels; notes it as the scale of the last op."""
+    """True of a node that multiplies the unit's last by a tensor found by name, of one of the shapes, where -1 stands
+    for the channels; notes it as the scale of the last op."""
     if (
         not ends_in_linear(unit.ops)
         or unit.ops[-1].scale
@@ -116,12 +108,10 @@ def _takes_scale(graph, unit, node, shapes):
         and factor.args[1:] in ((1, -1, 1, 1), ((1, -1, 1, 1),), ([1, -1, 1, 1],))
     ):
         between, factor, shapes = [factor], factor.args[0], ((-1,),)
-    if not isinstance(factor, fx.Node) or factor.op != "get_attr" or len(factor.users) != 1:
+    place = graph.place(factor)
+    if place is None or len(factor.users) != 1:
         return False
-    key, _, name = factor.target.partition(".")
-    if key != "0" or "." in name:
-        return False
-    unit.ops[-1].scale_by(graph.parameters, name, shapes)
+    unit.ops[-1].scale_by(place, shapes)
     unit.parameters += [factor, *between]
     return True
 

@@ -50,11 +50,11 @@ def _squeeze_excite(plan, mode):
     if len(product.args) != 2 or len(gates) != 1 or x not in product.args:
         return None
     gate = _gate(gates[0], graph.modules)
-    known = {x, squeeze.source, *squeeze.nodes, *excite.nodes, gates[0], product, graph.nodes[-1]}
+    known = {x, squeeze.source, *squeeze.all_nodes, *excite.all_nodes, gates[0], product, graph.nodes[-1]}
     if gate is None or gates[0].args[0] is not excite.last or set(graph.nodes) != known:
         return None
-    convs = squeeze.first.module, excite.first.module
-    if not squeeze.first.is_pointwise or not excite.first.is_pointwise or any(c.stride != (1, 1) for c in convs):
+    convs = squeeze.first.convolution, excite.first.convolution
+    if any(not conv.is_pointwise or conv.geom.stride != (1, 1) for conv in convs):
         return None
     return SqueezeExcite(*convs, squeeze.first.activation, gate)
 

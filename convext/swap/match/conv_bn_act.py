@@ -13,62 +13,63 @@ from ..units.conv import Conv
 
 def match(graph, mode):
     for node in graph.nodes:
-        if node.op != "call_module" or not calls.is_conv(graph.modules[node.target]):
-            continue
-        conv = graph.modules[node.target]
-        if graph.uses[node.target] > 1:
-            graph.reasons[conv] = "called more than once in one forward"
-        elif graph.is_opaque(node):
-            graph.reasons[conv] = "has hooks or a forward of its own"
-        elif graph.module(node) is None:
-            graph.reasons[conv] = "called with other arguments than one tensor"
+        convolution = graph.convolution(node)
+        if convolution is None:
+            if node.op == "call_module" and calls.is_conv(graph.modules[node.target]):
+                graph.reasons[graph.modules[node.target]] = _why_by_itself(graph, node)
         elif graph.is_untaken(node):
-            unit = _unit(graph, node, conv)
+            unit = _unit(graph, node, convolution)
             if not unit.words:
-                graph.reasons[conv] = "nothing follows that can be fused"
+                graph.reasons[convolution.layer] = "nothing follows that can be fused"
             yield unit
 
 
-def _unit(graph, node, conv):
+def _why_by_itself(graph, node):
+    """Why a layer's call is no Convolution."""
+    if graph.uses[node.target] > 1:
+        return "called more than once in one forward"
+    if graph.is_opaque(node):
+        return "has hooks or a forward of its own"
+    if graph.module(node) is None:
+        return "called with other arguments than one tensor"
+    return "its padding is no number of zeros on both sides"
+
+
+def _unit(graph, node, convolution):
     """The longest unit from a convolution on that crosses no write."""
     nodes, source, residual = [node], node.args[0], None
     parts = {}
-    unit = Unit(source, [Conv(conv)], nodes)
+
+    def unit():
+        op = Conv(convolution, parts.get("batch_norm"), parts.get("activation", "identity"))
+        read = dict.fromkeys(value for node in nodes for value in node.all_input_nodes if value.op == "get_attr")
+        return Unit(source, [op], nodes, residual, parameters=[v for v in read if v not in (source, residual)])
+
+    longest = unit()
     for nodes, stage, found in _followers(graph, node):
         residual = found if stage == "residual" else residual
         if graph.crosses_a_write(nodes, [source] if residual is None else [source, residual]):
             break
         parts[stage] = found
-        unit = Unit(source, [Conv(conv, parts.get("batch_norm"), parts.get("activation", "identity"))], nodes, residual)
-    return unit
+        longest = unit()
+    return longest
 
 
 def _followers(graph, node):
     """(nodes up to and with this one, what is fused, with what) of each node that can be fused, in order."""
-    nodes, passed = [node], []  # passed: nodes that return their argument, fused if something behind them is
-    stages = ["batch_norm", "residual", "activation"]
+    nodes, stages = [node], ["batch_norm", "residual", "activation"]
     while stages and (follower := graph.follower(node)) is not None:
         first = bool(follower.args) and follower.args[0] is node and follower.all_input_nodes.count(node) == 1
-        stage, found = None, None
-        if not (first and graph.passes_through(follower)):
-            stage, found = _fused(graph, node, follower, first)
-            if stage not in stages:
-                return
-        passed.append(follower)
-        if stage is not None:
-            nodes, passed, stages = nodes + passed, [], stages[stages.index(stage) + 1 :]
-            yield nodes, stage, found
-        node = follower
+        stage, found = _fused(graph, node, follower, first)
+        if stage not in stages:
+            return
+        nodes, stages, node = [*nodes, follower], stages[stages.index(stage) + 1 :], follower
+        yield nodes, stage, found
 
 
 def _fused(graph, node, follower, first):
-    if (
-        first
-        and (module := graph.module(follower)) is not None
-        and calls.is_batch_norm(module)
-        and graph.uses[follower.target] == 1
-    ):
-        return "batch_norm", module
+    if first and (batch_norm := graph.batch_norm(follower)) is not None:
+        return "batch_norm", batch_norm
     if (pair := calls.summands(follower)) and (first or not calls.writes_first_argument(follower, graph.modules)):
         return "residual", pair[1] if pair[0] is node else pair[0]
     if first and (name := graph.activation(follower)):

@@ -4,22 +4,25 @@ import functools
 import operator
 from collections import Counter
 
-from torch import fx
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
 
 from .. import calls
 from ..capture import signature as signatures
+from ..units.functions import NOWHERE, BatchNorm, Convolution, geom_of
 
 
 class Graph:
     """The graph of a trace, and what patterns have found in it.
 
-    nodes      in order; modules: those that they call, by their keys; parameters: the container's own, by name
+    nodes      in order; modules: those that they call, by their keys
     units      what is found; reasons: {convolution: why nothing is fused with it}, for the report
     result     what the forward returns
     """
 
     def __init__(self, trace):
-        self.graph, self.modules, self.parameters = trace.graph, trace.modules, trace.parameters
+        self.graph, self.modules = trace.graph, trace.modules
         self.nodes, self.order = list(trace.graph.nodes), {node: i for i, node in enumerate(trace.graph.nodes)}
         self.units, self.reasons = [], {}
         self._trace, self._opaque, self._taken = trace, trace.opaque, set()
@@ -82,16 +85,60 @@ class Graph:
         module = self.modules[key]
         return operator.attrgetter(name) if module is None else lambda owner: getattr(module, name)
 
+    def place(self, node):
+        """(dictionary, name) where the tensor of a get_attr node is found, or None of what is not in a dictionary."""
+        if not isinstance(node, fx.Node) or node.op != "get_attr":
+            return None
+        key, _, name = node.target.partition(".")
+        if key == "at":
+            values, name = self._trace.places[int(name)]
+            return (values, name) if isinstance(values, dict) else None
+        return next(((values, name) for values in self._trace.tensors_of(key) if name in values), None)
+
+    def _places(self, *values):
+        """The places of nodes, nowhere of None; None where one is neither."""
+        places = [NOWHERE if value is None else self.place(value) for value in values]
+        return None if None in places else places
+
+    def convolution(self, node):
+        """The Convolution that a node computes of its first argument, or None."""
+        module = self.module(node)
+        if module is not None and calls.is_conv(module):
+            return Convolution.of_layer(module) if self.uses[node.target] == 1 else None
+        given = calls.arguments_of(node, F.conv2d)
+        if given is None:
+            return None
+        weight, bias, *settings = given
+        places, geom = self._places(weight, bias), geom_of(*settings)
+        if places is None or weight is None or geom is None:
+            return None
+        owner = self.modules.get(weight.target.partition(".")[0])
+        return Convolution(*places, geom, owner if isinstance(owner, _ConvNd) else None)
+
+    def batch_norm(self, node):
+        """The BatchNorm that a node computes of its first argument, or None."""
+        module = self.module(node)
+        if module is not None and type(module) is nn.BatchNorm2d:
+            return BatchNorm.of_layer(module) if self.uses[node.target] == 1 else None
+        if type(node.target) is calls.BatchNormOf:
+            return BatchNorm.of_layer(node.target.layer) if self.uses[node.target.key] == 1 else None
+        given = calls.arguments_of(node, F.batch_norm)
+        if given is None:
+            return None
+        *tensors, by_batch, momentum, eps = given
+        places = self._places(*tensors)
+        if places is None or type(by_batch) is not bool or momentum is None:
+            return None
+        return BatchNorm(*places, NOWHERE, by_batch, momentum, eps).as_usual()
+
     def activation(self, node):
         return calls.activation(node, self.modules)
-
-    def passes_through(self, node):
-        return calls.passes_through(node, self.modules)
 
     @functools.cached_property
     def uses(self):
         """Key of a module -> how often it is called, two for each of its parameters that is read outside its call."""
         times = Counter(node.target for node in self.nodes if node.op == "call_module")
+        times.update(node.target.key for node in self.nodes if type(node.target) is calls.BatchNormOf)
         for node in self.nodes:
             if node.op == "get_attr":
                 times[node.target.partition(".")[0]] += 2

@@ -39,7 +39,7 @@ def _from(graph, node):
             flat = True
         elif not flat and module is not None and calls.is_layer_norm_2d(module):
             unit.ops.append(LayerNorm(module))
-        elif not (flat and takes_layer(graph, unit, node) or graph.passes_through(node)):
+        elif not (flat and takes_layer(graph, unit, node)):
             break
         unit.nodes.append(node)
     return unit if flat and ends_in_linear(unit.ops) else None

@@ -15,6 +15,7 @@ from ... import backends, ops
 from ...memory_format import dense_strides, suggests_channels_last, where_copied
 from .. import calls
 from ..units import Format
+from ..units.functions import found
 
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
@@ -42,27 +43,27 @@ def wanted(tensors):
     return bool(tensors)
 
 
-def weights_to_ask(convs):
-    """What `contiguous_weights` takes: for each convolution's weight its dictionary, and the dimension whose stride
-    tells a contiguous weight from a channels-last one, with the stride of the former. Where there are no taps to order
-    that is the last dimension; a weight of one channel and one tap is both, which asks for nothing."""
+def weights_to_ask(places):
+    """What `contiguous_weights` takes: for the place of each convolution's weight, the dimension whose stride tells a
+    contiguous weight from a channels-last one, with the stride of the former. Where there are no taps to order that is
+    the last dimension; a weight of one channel and one tap is both, which asks for nothing."""
     asked = []
-    for conv in convs:
-        weight = conv._parameters.get("weight")
+    for place in places:
+        weight = found(place)
         if weight is None or weight.dim() != 4:
-            asked.append((conv._parameters, 0, -1))
+            asked.append((*place, 0, -1))
         elif (taps := weight.shape[2] * weight.shape[3]) > 1:
-            asked.append((conv._parameters, 1, taps))
+            asked.append((*place, 1, taps))
         elif weight.shape[1] > 1:
-            asked.append((conv._parameters, 3, 1))
+            asked.append((*place, 3, 1))
     return asked
 
 
 def contiguous_weights(asked):
     """True when no weight asks for a channels-last output."""
     in_vmap = ops.batches_the_older_way()
-    for parameters, dimension, stride in asked:
-        weight = parameters.get("weight")
+    for values, name, dimension, stride in asked:
+        weight = values.get(name)
         if weight is None or in_vmap and ops.batched_the_older_way(weight):
             return False
         if not weight.is_contiguous() or weight.stride(dimension) != stride:

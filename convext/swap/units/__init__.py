@@ -2,22 +2,20 @@
 
 import enum
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import fx
 
 from ...backends.native_sequence import Step
 from ...problem import ConvProblem
 from ..capture.signature import TENSOR_TYPES
-
-EMPTY: dict[str, Any] = {}
+from .functions import Place, found
 
 
 class Op:
     """One step of a unit: it owns what it computes with, and knows how to prepare it. Units and their ops are made anew
     for each mode that a forward is compiled for.
 
-    places      (dictionary, name) of each of its tensors, in the order in which the compiled library takes them
+    places      of its tensors, in the order in which the compiled library takes them
     module      the convolution whose row in the report tells of it, or None
     in_strips   it may be computed a strip of rows at a time, together with its neighbours
     has_call    it is worth a call by itself; else, alone, it is left to its module
@@ -25,7 +23,7 @@ class Op:
     choice      the backend's choice of a kernel, where there is a choice, once it is prepared
     """
 
-    places: tuple[tuple[dict[str, Any], str], ...] = ()
+    places: tuple[Place, ...] = ()
     module = excitation = choice = None
     in_strips, has_call = True, True
     activation, eps = "identity", 0.0
@@ -47,7 +45,7 @@ class Op:
         return fallback
 
     def tensors(self):
-        return tuple([values.get(name) for values, name in self.places])
+        return tuple(map(found, self.places))
 
     def facts(self, tensors):
         """What a prepared call relies on; None where the tensors are none of torch's own."""
@@ -82,7 +80,7 @@ class Unit:
     nodes          those of the graph that it stands for, in order
     residual       what its last op adds, or None
     comes_second   the sum is `residual + y`, and so in the memory format of the residual
-    parameters     nodes besides, which read parameters of the container
+    parameters     nodes besides, which read tensors that are found by name
     format         of its result
     runs           False where it is known for its format alone, and its modules run
     """
@@ -106,7 +104,9 @@ class Unit:
 
     @property
     def all_nodes(self) -> list[fx.Node]:
-        return self.nodes + self.parameters
+        """Those that nobody outside reads, but for the last one."""
+        members = {*self.nodes, *self.parameters}
+        return self.nodes + [node for node in self.parameters if members.issuperset(node.users)]
 
     @property
     def inputs(self) -> list[fx.Node]:

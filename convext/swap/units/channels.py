@@ -17,13 +17,13 @@ import torch
 from ... import autograd, backends, functional, ops
 from ...backends.native_sequence import Step, StepKind
 from ...problem import ConvProblem, Layout, Pass
-from . import EMPTY, Op
+from . import Op
+from .functions import NOWHERE
 
 POINTWISE = 1, 1, 1, 1, 0, 0, 1, 1, 1  # filter, stride, padding, dilation, groups
 _DTYPES = torch.float32, torch.float64, torch.bfloat16
 _NORM_DTYPES = torch.float32, torch.float64  # of the LayerNorm's kernel
 _LEAST_ROWS = 64  # of x: with fewer, packing the weights costs as much as multiplying by them
-_NONE = (EMPTY, "")
 
 
 class _ChannelOp(Op):
@@ -56,7 +56,7 @@ class Mean(_ChannelOp):
     """The mean over all pixels."""
 
     kind = StepKind.MEAN
-    places = (_NONE,) * 6
+    places = (NOWHERE,) * 6
     in_strips = has_call = False
 
     def settle(self, last, layout, mode):
@@ -74,7 +74,7 @@ class LayerNorm(_ChannelOp):
 
     def __init__(self, module):
         self.norm = module
-        self.places = (*(_NONE,) * 4, (module._parameters, "weight"), (module._parameters, "bias"))
+        self.places = (*(NOWHERE,) * 4, (module._parameters, "weight"), (module._parameters, "bias"))
 
     @property
     def eps(self):
@@ -88,16 +88,16 @@ class LayerNorm(_ChannelOp):
 
 
 class Linear(_ChannelOp):
-    """A linear layer, and the activation after it. `scale`: the name of one of the container's `parameters`, by which
-    the output is multiplied; `scale_shapes`: those that it may have, where -1 stands for the channels."""
+    """A linear layer, and the activation after it. `scale`: whether the output is multiplied by a tensor found by name;
+    `scale_shapes`: those that it may have, where -1 stands for the channels."""
 
     def __init__(self, module):
-        self.linear, self.scale, self.scale_shapes = module, None, ()
-        self.places = (*((module._parameters, name) for name in ("weight", "bias")), *(_NONE,) * 4)
+        self.linear, self.scale, self.scale_shapes = module, False, ()
+        self.places = (*((module._parameters, name) for name in ("weight", "bias")), *(NOWHERE,) * 4)
 
-    def scale_by(self, parameters, name, shapes):
-        self.scale, self.scale_shapes = name, shapes
-        self.places = (*self.places[:4], (parameters, name), _NONE)
+    def scale_by(self, place, shapes):
+        self.scale, self.scale_shapes = True, shapes
+        self.places = (*self.places[:4], place, NOWHERE)
 
     def words(self, adds):
         activation = [] if self.activation == "identity" else [self.activation]

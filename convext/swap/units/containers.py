@@ -10,6 +10,7 @@ from torch import nn
 from ...problem import ACTIVATIONS
 from ..method import ForwardMethod
 from . import Op
+from .functions import Convolution
 
 # Name of the gate -> what computes it; csrc/cpu/kernels/elementwise/squeeze_excite.h numbers them in this order.
 GATES = {"sigmoid": (nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid"), "hardsigmoid": (nn.Hardsigmoid, F.hardsigmoid)}
@@ -49,14 +50,14 @@ class Container(Op):
 class SqueezeExcite(NamedTuple):
     """What a squeeze and excitation computes with."""
 
-    squeeze: nn.Module
-    excite: nn.Module
+    squeeze: Convolution
+    excite: Convolution
     activation: str
     gate: str
 
     @property
     def places(self):
-        return tuple((conv._parameters, name) for conv in self[:2] for name in ("weight", "bias"))
+        return *self.squeeze[:2], *self.excite[:2]
 
     @property
     def codes(self):

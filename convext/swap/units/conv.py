@@ -1,43 +1,36 @@
 """A convolution with the batch norm, the sum and the activation behind it: its call, and its step in a sequence.
 
-The call reads the modules' present state, then runs fused, or falls back on the modules. Parameters, buffers and
-settings are looked up at every call, in the modules' own dictionaries, so that replacing or changing them after the
-swap has the effect that it had before. Where no gradient is wanted it goes straight to the operator, and everything it
-does counts.
+The call looks the tensors up in the dictionaries where they are found, so that replacing them after the swap has the
+effect that it had before, then runs fused, or falls back on the functions one by one. Settings are facts of the plan.
+Where no gradient is wanted it goes straight to the operator, and everything it does counts.
 """
 
 import contextlib
-from operator import itemgetter
 
 import torch
 from torch.autograd import forward_ad
 
-from ... import autograd, backends, checks, functional, nn, ops
+from ... import autograd, backends, checks, functional, ops
 from ...backends.native_sequence import Step
 from ...memory_format import dense_strides, suggests_channels_last, where_copied
-from ...problem import DTYPES, ConvProblem, Epilogue, Geom, Pass
+from ...problem import DTYPES, ConvProblem, Epilogue, Pass
 from ..capture.signature import TENSOR_TYPES as PLAIN
-from . import EMPTY, Op
+from . import Op
+from .functions import NOWHERE, found
 
-settings_of = itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
 _grad_enabled = torch.is_grad_enabled
-_MOMENTA = frozenset((float, int, type(None)))
 
 
 class Conv(Op):
-    """conv, and what is fused with it: a batch norm or None, an activation. `excite`: the squeeze and excitation of its
-    input, where it is computed together with that."""
+    """A `Convolution`, and what is fused with it: a `BatchNorm` or None, an activation. `excite`: the squeeze and
+    excitation of its input, where it is computed together with that."""
 
-    def __init__(self, conv, batch_norm=None, activation="identity"):
-        self.module, self.batch_norm, self.activation = conv, batch_norm, activation
+    def __init__(self, convolution, batch_norm=None, activation="identity"):
+        self.convolution, self.batch_norm, self.activation = convolution, batch_norm, activation
         self.channels_last = False  # whether the result is, whatever the input
-        self.state = self.excite = None
-        # torch's forward reads neither kernel_size nor in_channels: they may be gone.
-        channels = getattr(conv, "in_channels", 0)
-        self.is_pointwise = (
-            getattr(conv, "kernel_size", None) == (1, 1) and conv.padding in ((0, 0), 0) and conv.groups == 1
-        )
-        self.in_strips = self.is_pointwise or conv.groups == channels > 1
+        self.module, self.state, self.excite = convolution.layer, None, None
+        self.eps = 0.0 if batch_norm is None else batch_norm.eps
+        self.in_strips = convolution.is_pointwise or convolution.is_depthwise
 
     def words(self, adds):
         activation = [] if self.activation == "identity" else [self.activation]
@@ -48,40 +41,26 @@ class Conv(Op):
         return True
 
     def bind(self, fallback, mode):
-        bn = self.batch_norm
-        self.state = _Convolution(self.module, self.channels_last)
-        fused = (_conv_act if bn is None else _conv_bn_act)(self, fallback)
-        return _direct(self, fused, mode.autocast) if mode.direct and (bn is None or not bn.training) else fused
+        self.state = _Calls(self.convolution.geom, self.channels_last)
+        fused = _recorded_or_not(self, fallback)
+        by_batch = self.batch_norm is not None and self.batch_norm.by_batch
+        return _direct(self, fused, fallback, mode.autocast) if mode.direct and not by_batch else fused
 
     @property
     def places(self):
-        weights, bn = self.module._parameters, self.batch_norm
-        affine, statistics = (EMPTY, EMPTY) if bn is None else (bn._parameters, bn._buffers)
-        return (
-            (weights, "weight"),
-            (weights, "bias"),
-            (statistics, "running_mean"),
-            (statistics, "running_var"),
-            (affine, "weight"),
-            (affine, "bias"),
-            *(self.excite.places if self.excite else ()),
-        )
+        norm = (NOWHERE,) * 4 if self.batch_norm is None else self.batch_norm[:4]
+        excite = self.excite.places if self.excite else ()
+        return *self.convolution[:2], *norm, *excite
 
     @property
     def choice(self):
         return self.state.choice
 
-    @property
-    def eps(self):
-        return 0.0 if self.batch_norm is None else self.batch_norm.__dict__["eps"]
-
     def step(self, before, residual):
         """Its own call has seen the problem."""
-        if self.state.call is None:
+        if self.state.call is None or self.batch_norm is not None and self.batch_norm.by_batch:
             return None
         tensors = self.tensors()
-        if self.batch_norm is not None and tensors[2] is None:  # the batch's own statistics are wanted
-            return None
         if any(not t.is_contiguous() for t in tensors[6:] if t is not None):
             return None
         return Step(
@@ -93,8 +72,8 @@ class Conv(Op):
         )
 
 
-class _Convolution:
-    """A Conv2d module's dictionaries, the geometry of its present settings, and the last call.
+class _Calls:
+    """A convolution's geometry, and its last call.
 
     last     shape, strides, dtype and device of the last input
     weight   shape, strides and dtype of the weight then; y_shape: the result's shape, y_strides: its strides where a
@@ -104,9 +83,6 @@ class _Convolution:
     call     the prepared call of the choice made then, and counter its count; None until one is"""
 
     __slots__ = (
-        "attributes",
-        "parameters",
-        "settings",
         "geom",
         "last",
         "channels_last",
@@ -120,19 +96,10 @@ class _Convolution:
         "choice",
     )
 
-    def __init__(self, module, channels_last):
-        self.channels_last = channels_last
-        self.attributes, self.parameters = module.__dict__, module._parameters
-        self.settings, self.geom = None, None
+    def __init__(self, geom, channels_last):
+        self.geom, self.channels_last = geom, channels_last
         self.last = self.weight = self.y_shape = self.y_strides = self.call = self.counter = self.choice = None
         self.pixel, self.dtypes = False, None
-
-    def refresh(self, settings):
-        """The Geom, or None where the settings take more than a Geom to say."""
-        stride, padding, dilation, groups, mode = settings
-        plain = mode == "zeros" and all(type(v) is tuple and len(v) == 2 for v in (stride, padding, dilation))
-        self.settings, self.geom = settings, Geom(stride, padding, dilation, groups) if plain else None
-        return self.geom
 
     def prepare(self, x, w, activation):
         """Chooses the kernel for calls like this one, which has just gone well. Under autocast x is in its dtype, and w
@@ -147,29 +114,26 @@ class _Convolution:
         self.call = choice.prepared_fprop(activation, rounds_weights=w.dtype is not x.dtype)
 
 
-def _direct(op, fused, autocast):
+def _direct(op, fused, fallback, autocast):
     """`fused`, which a call like the one before passes by. `autocast`: what tensors on the CPU are cast to."""
-    state, batch_norm, activation = op.state, op.batch_norm, op.activation
-    attributes, parameters = state.attributes, state.parameters
-    no_batch_norm = batch_norm is None
-    if no_batch_norm:
-        bn_attributes, affine, statistics = {"eps": 0.0}, EMPTY, EMPTY
-    else:
-        bn_attributes, affine, statistics = batch_norm.__dict__, batch_norm._parameters, batch_norm._buffers
+    state, activation, eps = op.state, op.activation, op.eps
+    (weights, weight), (biases, bias_), (means, mean_), (variances, var_), (gammas, gamma_), (betas, beta_) = op.places[
+        :6
+    ]
 
     def direct(x, residual=None):
+        if type(x) not in PLAIN:
+            return fallback(x, residual)
         if autocast is not None and x.dtype is not autocast:
             x = ops.autocast_cast(x, "cpu", autocast)
-        w = parameters.get("weight")
-        mean, var = statistics.get("running_mean"), statistics.get("running_var")
-        given = dtypes(parameters.get("bias"), mean, var, affine.get("weight"), affine.get("bias"))
+        w, bias = weights.get(weight), biases.get(bias_)
+        mean, var, gamma, beta = means.get(mean_), variances.get(var_), gammas.get(gamma_), betas.get(beta_)
+        given = dtypes(bias, mean, var, gamma, beta)
         if (
             state.call is not None
             and type(w) in PLAIN
-            and settings_of(attributes) == state.settings
             and (x.shape, x.stride(), x.dtype, x.device) == state.last
             and (w.shape, w.stride(), w.dtype) == state.weight
-            and (no_batch_norm or mean is not None is not var)
             and given == state.dtypes
             and (
                 residual is None
@@ -179,17 +143,7 @@ def _direct(op, fused, autocast):
             )
         ):
             state.counter[0] += 1
-            y = state.call(
-                x,
-                w,
-                parameters.get("bias"),
-                mean,
-                var,
-                affine.get("weight"),
-                affine.get("bias"),
-                residual,
-                bn_attributes["eps"],
-            )
+            y = state.call(x, w, bias, mean, var, gamma, beta, residual, eps)
             if state.pixel and (activation != "identity" or residual is not None):
                 y.as_strided_(y.shape, (y.shape[1], 1, 1, 1))
             return y
@@ -197,15 +151,12 @@ def _direct(op, fused, autocast):
         y = fused(x, residual)
         if (
             type(w) in PLAIN
-            and state.geom is not None
             and x.dim() == 4
             and x.shape[0] > 0
             and x.dtype in DTYPES
             and x.device == w.device
             and x.device.type in backends.PRIORITY
             and x.dtype is ops.autocast_dtype(w)
-            and bn_attributes["eps"] >= 0
-            and (no_batch_norm or bn_attributes["eps"] > 0)
         ):
             state.prepare(x, w, activation)
             state.dtypes = given
@@ -214,107 +165,62 @@ def _direct(op, fused, autocast):
     return direct
 
 
-def _conv_act(op, fallback):
-    state, activation, channels_last = op.state, op.activation, op.channels_last
+def _recorded_or_not(op, fallback):
+    """function(x, residual=None): the operator, or what records a gradient of it."""
+    state, norm, channels_last, activation = op.state, op.batch_norm, op.channels_last, op.activation
+    geom, places = op.convolution.geom, op.places[:6]
+    settings = dict(zip(("stride", "padding", "dilation", "groups"), geom), activation=activation)
+    by_batch = norm is not None and norm.by_batch
     ends_elementwise = activation != "identity"
-    attributes, parameters = state.attributes, state.parameters
 
     def fused(x, residual=None):
-        w, bias = parameters.get("weight"), parameters.get("bias")
-        settings = settings_of(attributes)
-        geom = state.geom if settings == state.settings else state.refresh(settings)
-        if not _is_usual(x, w, geom, residual, channels_last, ends_elementwise):
-            return fallback(x, residual)
-        state.last = x.shape, x.stride(), x.dtype, x.device
+        w, bias, mean, var, gamma, beta = map(found, places)
+        # A batch norm is elementwise where it is recorded.
+        elementwise = ends_elementwise or norm is not None and (by_batch or _grad_enabled())
         if (
-            (
-                _grad_enabled()
-                and (
-                    w.requires_grad
-                    or x.requires_grad
-                    or bias is not None
-                    and bias.requires_grad
-                    or residual is not None
-                    and residual.requires_grad
-                )
-            )
-            or residual is not None
-            or forward_ad._current_level >= 0
-        ):
-            with _recorded(channels_last):
-                return functional.conv_act(
-                    _in_format(x, channels_last),
-                    w,
-                    bias,
-                    stride=geom.stride,
-                    padding=geom.padding,
-                    dilation=geom.dilation,
-                    groups=geom.groups,
-                    activation=activation,
-                    residual=_summand(residual, channels_last),
-                )
-        try:
-            return ops.conv_bn_act(x, w, Epilogue(bias, activation=activation), geom, channels_last)
-        except checks.InvalidArgument:  # which the layers refuse in their own words, or take
-            return fallback(x, residual)
-
-    return fused
-
-
-def _conv_bn_act(op, fallback):
-    state, conv, batch_norm, channels_last = op.state, op.module, op.batch_norm, op.channels_last
-    activation, ends_elementwise = op.activation, op.activation != "identity"
-    attributes, parameters = state.attributes, state.parameters
-    bn_attributes, affine, statistics = batch_norm.__dict__, batch_norm._parameters, batch_norm._buffers
-
-    def fused(x, residual=None):
-        w, bias = parameters.get("weight"), parameters.get("bias")
-        gamma, beta = affine.get("weight"), affine.get("bias")
-        mean, var = statistics.get("running_mean"), statistics.get("running_var")
-        settings = settings_of(attributes)
-        geom = state.geom if settings == state.settings else state.refresh(settings)
-        recorded = _grad_enabled() or bn_attributes["training"]  # then a batch norm is elementwise, too
-        if (
-            gamma is None
-            and beta is not None
-            or (mean is None) is not (var is None)
-            or bn_attributes["eps"] <= 0
-            or not _is_usual(x, w, geom, residual, channels_last, ends_elementwise or recorded)
-            or recorded
-            and _is_for_the_layers(x, w, geom, bn_attributes)
+            not _is_usual(x, w, geom, residual, channels_last, elementwise)
+            or norm is not None
+            and (by_batch or _grad_enabled())
+            and _is_for_the_layers(x, w, geom, by_batch)
         ):
             return fallback(x, residual)
         state.last = x.shape, x.stride(), x.dtype, x.device
         if (
-            bn_attributes["training"]
-            or mean is None
-            or forward_ad._current_level >= 0
-            or (
-                _grad_enabled()
-                and (
-                    w.requires_grad
-                    or x.requires_grad
-                    or gamma is not None
-                    and gamma.requires_grad
-                    or beta is not None
-                    and beta.requires_grad
-                    or bias is not None
-                    and bias.requires_grad
-                    or residual is not None
-                    and residual.requires_grad
-                )
-            )
+            not by_batch
+            and forward_ad._current_level < 0
+            and (norm is not None or residual is None)
+            and not (_grad_enabled() and _requires_grad(x, w, bias, gamma, beta, residual))
         ):
-            with _recorded(channels_last):
-                summand = _summand(residual, channels_last)
-                return nn.conv_bn_act(conv, batch_norm, _in_format(x, channels_last), activation, summand)
-        try:
-            epilogue = Epilogue(bias, mean, var, gamma, beta, residual, bn_attributes["eps"], activation)
-            return ops.conv_bn_act(x, w, epilogue, geom, channels_last)
-        except checks.InvalidArgument:
-            return fallback(x, residual)
+            try:
+                epilogue = Epilogue(bias, mean, var, gamma, beta, residual, op.eps, activation)
+                return ops.conv_bn_act(x, w, epilogue, geom, channels_last)
+            except checks.InvalidArgument:  # which the layers refuse in their own words, or take
+                return fallback(x, residual)
+        with _recorded(channels_last):
+            x, residual = _in_format(x, channels_last), _summand(residual, channels_last)
+            if norm is None:
+                return functional.conv_act(x, w, bias, residual=residual, **settings)
+            return functional.conv_bn_act(
+                x,
+                w,
+                bias,
+                mean,
+                var,
+                gamma,
+                beta,
+                training=by_batch,
+                momentum=norm.factor(),
+                eps=norm.eps,
+                residual=residual,
+                num_batches_tracked=found(norm.count),
+                **settings,
+            )
 
     return fused
+
+
+def _requires_grad(*tensors):
+    return any([t is not None and t.requires_grad for t in tensors])
 
 
 def dtypes(*tensors):
@@ -327,7 +233,7 @@ def _is_usual(x, w, geom, residual, channels_last, elementwise):
     operation follows the convolution."""
     if (
         w is None
-        or geom is None
+        or type(x) not in PLAIN
         or x.dim() != 4
         or w.dim() != 4
         or x.dtype not in DTYPES
@@ -342,18 +248,14 @@ def _is_usual(x, w, geom, residual, channels_last, elementwise):
     )
 
 
-def _is_for_the_layers(x, w, geom, batch_norm):
-    """True where the layers may raise, each with what those before it have left behind, or where they take a momentum
-    that is no number."""
+def _is_for_the_layers(x, w, geom, by_batch):
+    """True where the layers may raise, each with what those before it have left behind."""
     return (
         x.is_inference()
         and not torch.is_inference_mode_enabled()
-        or batch_norm["training"]
-        and (
-            type(batch_norm["momentum"]) not in _MOMENTA
-            or x.shape[0] == 1
-            and geom.output_size(x.shape[2:], w.shape[2:]) == (1, 1)
-        )
+        or by_batch
+        and x.shape[0] == 1
+        and geom.output_size(x.shape[2:], w.shape[2:]) == (1, 1)
     )
 
 
