@@ -160,23 +160,40 @@ def test_functions_raise_as_they_do():
     check(Raises, lambda model: (model(X) for _ in range(2)), raises=RuntimeError)
 
 
-def test_a_value_that_is_no_tensor_raises_as_it_does():
+@pytest.mark.parametrize(
+    "rest",
+    [
+        lambda m, x: m.norm(F.conv2d(x, m.weight, m.offset, 1, 1)),
+        lambda m, x: m.last(F.relu(m.norm(F.conv2d(x, m.weight, m.offset, 1, 1)))),
+        lambda m, x: F.relu(m.linear(x)),
+    ],
+    ids=["conv", "sequence", "linear"],
+)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_value_that_is_no_tensor_raises_as_it_does(rest, autocast):
     class Nothing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
         def forward(self, x):
-            return None if self.training else x
+            return None if self.training else self.conv(F.avg_pool2d(x, 2, 2, 1))
 
     class Given(Functional):
         def __init__(self):
             super().__init__()
-            self.nothing = convext.swap(nn.Sequential(nn.Conv2d(3, 3, 1), Nothing()))
+            self.nothing, self.norm, self.linear = Nothing(), nn.BatchNorm2d(4), nn.Linear(3, 3)
 
         def forward(self, x):
-            return self.last(F.relu(F.conv2d(self.nothing(x), self.weight, self.offset, 1, 1)))
+            return rest(self, self.nothing(x))
 
     def steps(model):
-        yield from (model(X), model(X))
-        model.nothing.train()
-        yield model(X)
+        model.float()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            for x in [torch.randn(2, 3, 4, 4)] * 3:
+                yield [*model(x).shape]
+            model.nothing.train()
+            yield model(x)
 
     check(Given, steps, raises=TypeError)
 

@@ -51,6 +51,8 @@ class CooperativeCall:
         return self
 
     def __call__(self, x, *others):
+        if x is None:  # a container's result: the layers raise
+            return self.fallback(x, *others)
         if self.autocast is not None and x.dtype is not self.autocast:
             x = ops.autocast_cast(x, "cpu", self.autocast)
         if layer_by_layer.on:

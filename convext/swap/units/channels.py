@@ -119,7 +119,7 @@ class Linear(_ChannelOp):
 
         def fused(x):
             w, bias = parameters.get("weight"), parameters.get("bias")
-            if w is None or not _takes(x, w, bias):
+            if w is None or x is None or not _takes(x, w, bias):
                 return fallback(x)
             rows = x.numel() // x.shape[-1]
             image = x.view(1, 1, rows, x.shape[-1]).permute(0, 3, 1, 2)
