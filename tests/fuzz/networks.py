@@ -23,9 +23,36 @@ def flag(rng):
     return rng.choice((False, True))
 
 
+class Swish(nn.Module):
+    """Without a convolution: a capture looks through it."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope, self.gate = 1.0, nn.Sigmoid()
+
+    def forward(self, x):
+        return x * self.gate(self.slope * x)
+
+
+class Scaled(nn.Module):
+    """The same, with tensors of its own, and a layer inside it whose training flag counts."""
+
+    def __init__(self, rng):
+        super().__init__()
+        self.scale, self.act, self.drop = nn.Parameter(torch.tensor([0.5, 1.0])), activation(rng), nn.Dropout(0.2)
+        self.register_buffer("shift", torch.tensor(0.25) if flag(rng) else None)
+
+    def forward(self, x):
+        if self.shift is not None:
+            x = x + self.shift
+        return self.drop(self.act(x * self.scale.mean()))
+
+
 def activation(rng):
     return rng.choice(
         (
+            Swish,
+            lambda: Scaled(rng),
             lambda: nn.ReLU(),
             lambda: nn.ReLU(inplace=True),
             lambda: nn.ReLU6(),
@@ -710,6 +737,23 @@ def torchvision_block(rng, c):
     )()
 
 
+# ---- timm's ----------------------------------------------------------------------------------------------------------
+
+
+def timm_block(rng, c):
+    from timm.layers import BatchNormAct2d, ConvNormAct, SqueezeExcite
+    from timm.models._efficientnet_blocks import InvertedResidual
+
+    return rng.choice(
+        (
+            lambda: ConvNormAct(c, c, 3, act_layer=rng.choice((nn.ReLU, nn.SiLU))),
+            lambda: nn.Sequential(conv(rng, c), BatchNormAct2d(c, act_layer=rng.choice((nn.ReLU6, nn.Hardswish)))),
+            lambda: SqueezeExcite(c),
+            lambda: InvertedResidual(c, c, 3, norm_layer=BatchNormAct2d, se_layer=rng.choice((None, SqueezeExcite))),
+        )
+    )()
+
+
 # ---- whole networks --------------------------------------------------------------------------------------------------
 
 BLOCKS = {
@@ -741,6 +785,8 @@ BLOCKS = {
 }
 if importlib.util.find_spec("torchvision") is not None:
     BLOCKS["torchvision"] = torchvision_block
+if importlib.util.find_spec("timm") is not None:
+    BLOCKS["timm"] = timm_block
 
 
 def stem(rng, c):
