@@ -6,6 +6,7 @@ convext.swap(model)                  a whole model, in place
 convext.backend("native"), backends  who computes, and why
 convext.accuracy("strict")           which algorithms may
 convext.refresh(model)               after weights were changed behind torch's back
+convext.tune(model, x)               who computes is measured here, and kept; tuning("off"), explain(model, layer)
 convext.output_pool(0)               how much memory of dropped results is kept for the next
 convext.layer_by_layer()             no two layers of a swapped model in one call, for profilers
 torch.ops.convext.*                  the operators
@@ -28,8 +29,10 @@ from .functional import conv2d, conv_act, conv_bn_act, conv_bn_relu, depthwise_c
 from .output_pool import output_pool
 from .refresh import refresh
 
-# From here on `convext.swap` is the function, not the package.
+# From here on `convext.swap` and `convext.tune` are the functions, not the packages.
 from .swap import layer_by_layer, report, revert, swap, verify
+from .tune import explain, tune
+from .tuning import tuning
 
 __version__ = "0.1.0"
 
@@ -44,6 +47,7 @@ __all__ = [
     "conv_bn_relu",
     "depthwise_conv2d",
     "dilated_conv2d",
+    "explain",
     "functional",
     "layer_by_layer",
     "nn",
@@ -54,5 +58,7 @@ __all__ = [
     "report",
     "revert",
     "swap",
+    "tune",
+    "tuning",
     "verify",
 ]

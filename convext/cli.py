@@ -7,6 +7,7 @@ in exit status 2; a check that fails (results that disagree, training that misse
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +70,106 @@ def demo(
     with _threads(threads):
         settings = Settings(options.device(device), dtype.torch, images, image, train, output)
         raise typer.Exit(run(settings, Console()))
+
+
+@app.command()
+def tune(
+    name: Annotated[Optional[str], typer.Argument(metavar="[MODEL]")] = None,
+    batch: Batch = "1",
+    threads: Threads = None,
+    device: Device = "cpu",
+    dtype: DTypeOption = DType.float32,
+    memory_format: Format = MemoryFormat.contiguous,
+    train: Annotated[bool, typer.Option("--train/--eval", help="Both gradients as well.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure what is kept already, too.")] = False,
+    seconds: Annotated[float, typer.Option(min=0.0, help="For each pass over a problem.")] = 0.15,
+    export: Annotated[
+        Optional[Path], typer.Option("--export", metavar="FILE", help="Write what is kept there.")
+    ] = None,
+    import_: Annotated[
+        Optional[Path], typer.Option("--import", metavar="FILE", help="Keep what such a file says, too.")
+    ] = None,
+) -> None:
+    """Measure who computes each convolution of a network fastest here, and keep it for every process.
+
+    An interrupted run goes on where it stopped. `convext explain` says what was found of a layer. --export and --import
+    carry what was found to other machines of the kind, with the same build.
+    """
+    from .backends import tuned
+
+    if name is None and export is None and import_ is None:
+        raise UsageError("tune: expected a MODEL, --export FILE or --import FILE")
+    options.output("--export", export)
+    place, images = options.device(device), options.integer("--batch", batch)
+    choices = tuned.of(place.type)
+    if import_ is not None:
+        try:
+            count = choices.add(import_)
+        except (OSError, ValueError) as error:
+            expected = f"a file that --export wrote on such a machine ({error})"
+            raise OptionError("--import", str(import_), expected) from error
+        print(f"{count} choices read from {import_}; kept in {choices.write()}")
+    if name is not None:
+        _tune(name, images, threads, place, dtype, memory_format, train=train, again=again, seconds=seconds)
+    if export is not None:
+        export.write_text(json.dumps(choices.as_json(), indent=1) + "\n")
+        print(f"{len(choices.choices)} choices written to {export}")
+
+
+def _tune(
+    name: str,
+    images: int,
+    threads: Optional[str],
+    place: torch.device,
+    dtype: DType,
+    memory_format: MemoryFormat,
+    **how: Any,
+) -> None:
+    _needs("demo", "torchvision")
+    import convext
+
+    from . import zoo
+
+    with _threads(threads), _progress() as progress:
+        network = zoo.build(name)[0].to(place, dtype.torch, memory_format=memory_format.torch)  # type: ignore[call-overload]
+        x = zoo.sample(name, images).to(place, dtype.torch, memory_format=memory_format.torch)
+        task = progress.add_task(name, total=1)
+
+        def advance(done: int, total: int, what: str) -> None:
+            progress.update(task, completed=done, total=max(total, 1), description=what or name)
+
+        tuned = convext.tune(network, x, on_progress=advance, **how)
+    print(tuned)
+
+
+@app.command()
+def explain(
+    name: Annotated[str, typer.Argument(metavar="MODEL")],
+    layer: Annotated[str, typer.Argument(metavar="LAYER", help="Such as layer3.0.conv2.")],
+    pass_: Annotated[str, typer.Option("--pass", help="fprop, dgrad or wgrad.")] = "fprop",
+    batch: Batch = "1",
+    threads: Threads = None,
+    device: Device = "cpu",
+    dtype: DTypeOption = DType.float32,
+    memory_format: Format = MemoryFormat.contiguous,
+) -> None:
+    """Say of one layer who computes it, what every other kernel would take, and why it does not serve."""
+    _needs("demo", "torchvision")
+    import convext
+
+    from . import zoo
+
+    place, images = options.device(device), options.integer("--batch", batch)
+    if pass_ not in ("fprop", "dgrad", "wgrad"):
+        raise OptionError("--pass", pass_, "fprop, dgrad or wgrad")
+    with _threads(threads), torch.no_grad():
+        network = zoo.build(name)[0].eval().to(place, dtype.torch, memory_format=memory_format.torch)  # type: ignore[call-overload]
+        x = zoo.sample(name, images).to(place, dtype.torch, memory_format=memory_format.torch)
+        convext.swap(network)(x)
+        try:
+            print(convext.explain(network, layer, pass_))
+        except (KeyError, RuntimeError) as error:
+            raise UsageError(f"LAYER: {error.args[0]}") from error
 
 
 @bench.command("model")

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 
 from . import __version__, backends
-from .backends import native
+from .backends import native, tuned
 from .bench.machine import commit, cpu_name, version
 
 PACKAGES = ("torchvision", "triton", "numpy", "onnxruntime", "openvino")
@@ -17,7 +17,7 @@ PACKAGES = ("torchvision", "triton", "numpy", "onnxruntime", "openvino")
 
 def report() -> str:
     """The whole report, one `section: value` or indented line each."""
-    sections = [_versions(), _build(), _cpu(), _gpus(), _backends()]
+    sections = [_versions(), _build(), _cpu(), _gpus(), _backends(), _choices()]
     return "\n".join(line for section in sections for line in section)
 
 
@@ -84,6 +84,18 @@ def _backends() -> list[str]:
     devices = dict.fromkeys(status.device for status in statuses)
     serving = [_serving(device, [s.name for s in statuses if s.device == device and s.available]) for device in devices]
     return ["backends:", *(f"  {status}" for status in statuses), *serving]
+
+
+def _choices() -> list[str]:
+    """What was measured here and is kept, and which kernels were put aside."""
+    kept = tuned.of("cpu")
+    path = kept.path()
+    if path is None:
+        where = "nowhere, platformdirs is not installed; fix: pip install platformdirs, or set CONVEXT_CACHE"
+    else:
+        where = f"in {path}" if path.exists() else f"none, {path.parent} is where they would be"
+    aside = [f"  put aside: {name}, {reason}" for name, reason in kept.aside.items()]
+    return [f"choices measured by convext.tune: {len(kept.choices)}, kept {where}", *aside]
 
 
 def _serving(device: str, names: list[str]) -> str:

@@ -2,12 +2,16 @@
 
 import copy
 import os
+import tempfile
 import zlib
 from contextlib import contextmanager
 
 import pytest
 import torch
 from places import GPU
+
+# What a developer has tuned is no business of the tests, nor theirs of his.
+os.environ["CONVEXT_CACHE"] = tempfile.mkdtemp(prefix="convext-tests-")
 
 ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
 

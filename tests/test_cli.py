@@ -8,6 +8,7 @@ import pytest
 
 import convext
 from convext import cli, doctor, dry_run, options
+from convext.backends import tuned
 from convext.bench import problems
 from convext.problem import ConvProblem, DType, Pass
 
@@ -45,6 +46,12 @@ def test_options_take_several_integers(given, joined):
         ("bench model --batch 1 x", "x"),
         ("bench model --peer MATLAB", "--peer: got 'MATLAB', expected one of eager channels-last, torch.compile,"),
         ("bench layers resnet18 --passes fprop,sideways", "--passes: got 'fprop,sideways', expected some of"),
+        ("tune resnet51", "got 'resnet51', expected a network of torchvision's"),
+        ("tune", "tune: expected a MODEL, --export FILE or --import FILE"),
+        ("tune --import nowhere.json", "--import: got 'nowhere.json', expected a file that --export wrote"),
+        ("tune resnet18 --batch 0", "--batch: got '0', expected an integer of at least 1"),
+        ("explain resnet18 nowhere", "LAYER: no convolution 'nowhere'; there are conv1, layer1.0.conv1"),
+        ("explain resnet18 conv1 --pass sideways", "--pass: got 'sideways', expected fprop, dgrad or wgrad"),
         ("report --model resnet51", "got 'resnet51'"),
         ("report --model resnet18 --device tpu --dry-run", "--device: got 'tpu', expected cpu or cuda"),
         ("frobnicate", "frobnicate"),
@@ -160,3 +167,23 @@ def test_results_say_whether_the_output_pool_was_on(option, tmp_path, capsys):
 def test_json_that_cannot_be_written_is_named_before_anything_is_timed(tmp_path, capsys):
     assert cli.main(f"bench model resnet18 --json {tmp_path}/nowhere/figures.json".split()) == 2
     assert "--json" in capsys.readouterr().err
+
+
+def test_tune_and_explain(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CONVEXT_CACHE", str(tmp_path / "cache"))
+    tuned.forget()
+    assert cli.main(["tune", "resnet18", "--seconds", "0", "--threads", "1"]) == 0
+    first = capsys.readouterr().out
+    assert "measured, 0 known before" in first and str(tmp_path) in first
+    assert cli.main(["tune", "resnet18", "--threads", "1", "--export", str(tmp_path / "choices.json")]) == 0
+    second = capsys.readouterr().out
+    assert "0 measured" in second and "choices written to" in second
+    assert cli.main(["explain", "resnet18", "layer1.0.conv1", "--threads", "1"]) == 0
+    assert "it was measured to be the fastest on this machine" in capsys.readouterr().out
+    monkeypatch.setenv("CONVEXT_CACHE", str(tmp_path / "another"))
+    tuned.forget()
+    assert cli.main(["tune", "--import", str(tmp_path / "choices.json")]) == 0
+    assert f"kept in {tmp_path / 'another'}" in capsys.readouterr().out
+    assert len(tuned.of("cpu").choices) > 20
+    tuned.forget()
+    convext.backends.forget()

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..problem import ConvProblem, Pass
+from . import tuned
 from .base import Absent, Backend
 
 # THE table of backends: type of device -> those that serve it in order of preference, name -> module in this folder.
@@ -229,13 +230,29 @@ def _select(pass_: Pass, problem: ConvProblem, alone: bool) -> Choice:
     if _is_empty(problem):  # nothing to compute, so no kernel to choose, whatever the setting
         return Choice(get("aten", problem.device), {"native": "nothing to compute: an extent is 0"}, pass_, problem)
 
+    fastest = _measured(pass_, problem) if alone and _forced is None else None
+
     def why_not(candidate: Backend) -> str | None:
         reason = candidate.reject(pass_, problem)
         if reason is None and alone and _forced is None:
-            reason = candidate.slower(pass_, problem)
+            if fastest is None:
+                reason = candidate.slower(pass_, problem)
+            elif candidate.name != fastest:
+                reason = f"{fastest} was measured to be faster"
         return reason
 
     return Choice(*_first(problem.device, why_not, f"{pass_.name.lower()} of {problem}"), pass_, problem)
+
+
+def _measured(pass_: Pass, problem: ConvProblem) -> str | None:
+    """The backend that was measured to be the fastest and can still serve, or None."""
+    choice = tuned.lookup(pass_, problem)
+    if choice is None or choice.backend not in row(problem.device) or unavailable(choice.backend, problem.device):
+        return None
+    backend = get(choice.backend, problem.device)
+    if backend.reject(pass_, problem) is not None or backend.variant(pass_, problem) != choice.variant:
+        return None
+    return choice.backend
 
 
 def select_batch_norm(y: torch.Tensor) -> Backend:

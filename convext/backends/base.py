@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -11,6 +11,19 @@ from ..problem import ConvProblem, Epilogue, Pass
 
 if TYPE_CHECKING:
     from .native_sequence import Block, Prepared
+
+
+class Candidate(NamedTuple):
+    """A kernel that could serve a pass over a problem. cost: what the cost model expects, in units of its own, or None.
+    run: called as the pass's method of the backend is."""
+
+    backend: str
+    variant: str
+    cost: float | None
+    run: Callable[..., torch.Tensor]
+
+    def __str__(self) -> str:
+        return f"{self.backend} {self.variant}"
 
 
 class Backend:
@@ -38,6 +51,10 @@ class Backend:
     def variant(self, pass_: Pass, problem: ConvProblem) -> str:
         """Name of the kernel that would run."""
         return f"{self.name}_{pass_.name.lower()}"
+
+    def candidates(self, pass_: Pass, problem: ConvProblem) -> list[Candidate]:
+        """What it could run, the most promising first."""
+        return [Candidate(self.name, self.variant(pass_, problem), None, getattr(self, pass_.name.lower()))]
 
     def fprop(self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
         """y, in the format of `problem.y_layout`."""

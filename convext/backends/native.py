@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..problem import ACTIVATIONS, ConvProblem, DType, Epilogue, Pass
-from . import native_cuda, native_sequence
-from .base import Backend
+from . import native_cuda, native_sequence, tuned
+from .base import Backend, Candidate
 
 _C: Any = None
 try:
@@ -62,6 +62,8 @@ _BF16_PIXELS = 64  # of the output: with more, products in float32 lose to those
 _EMPTY_LANES = {Pass.FPROP: (8, 4), Pass.DGRAD: (8, 4), Pass.WGRAD: (16, 16)}  # columns a group; at stride 1, above
 _FEW_CHANNELS = 4
 _FEW_FLOPS = 1.2e5
+# Kernels that are worth measuring beside the one that the cost model takes.
+_MOST_CANDIDATES, _WITHIN_REACH = 4, 2.5
 
 
 @functools.cache
@@ -82,11 +84,24 @@ def _fields(problem: ConvProblem) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def _plan(pass_: Pass, problem: ConvProblem) -> _Plan | None:
-    fields = _fields(problem)
-    index = _C.select(_CPU, int(pass_), fields)
-    if index < 0:
-        return None
-    p = problem
+    choice, aside = tuned.lookup(pass_, problem), tuned.aside("cpu")
+    if choice is None and not aside:
+        index = _C.select(_CPU, int(pass_), _fields(problem))
+        return None if index < 0 else _plan_of(pass_, problem, index)
+    ranked = [index for index, _ in _ranked(pass_, problem)]
+    usable = [index for index in ranked if kernels()[index]["name"] not in aside]
+    measured = [index for index in usable if choice is not None and kernels()[index]["name"] == choice.variant]
+    return _plan_of(pass_, problem, (measured or usable)[0]) if usable else None
+
+
+def _ranked(pass_: Pass, problem: ConvProblem) -> list[tuple[int, float]]:
+    """(index, modelled cost) of the kernels that take a problem, the cheapest first."""
+    taken: list[tuple[int, float]] = _C.accepted(_CPU, int(pass_), _fields(problem))
+    return sorted(taken, key=lambda found: found[1])
+
+
+def _plan_of(pass_: Pass, problem: ConvProblem, index: int) -> _Plan:
+    p, fields = problem, _fields(problem)
     geom = [p.stride_h, p.stride_w, p.pad_h, p.pad_w, p.dil_h, p.dil_w, p.groups]
     packs = pass_ is not Pass.WGRAD
     pack_format = _C.pack_format(index, fields) if packs else None
@@ -197,6 +212,11 @@ def new_guards() -> Any:
     return _C.Guards()
 
 
+def isa() -> str:
+    """The instruction set in use; "" without the compiled library."""
+    return "" if _C is None else _C.isa()
+
+
 def accuracy() -> int:
     """The accuracy setting, a position in convext.accuracy's names; 0 without the compiled library."""
     return 0 if _C is None else _C.accuracy()
@@ -225,6 +245,33 @@ def output_pool_kept() -> int:
     return 0 if _C is None else _C.output_pool_kept()
 
 
+def _fprop(
+    plan: _Plan | None, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue
+) -> torch.Tensor:
+    assert plan is not None
+    packed = _packed_weight(w, plan)
+    bias, mean, var, gamma, beta, residual, eps, activation = epilogue
+    return torch.ops.convext_cpu.fprop.default(
+        plan.variant, x, w, packed.number, _version(w), bias, mean, var, gamma, beta, residual, plan.geom, eps,
+        ACTIVATIONS[activation], problem.y_layout == _NHWC,
+    )  # fmt: skip
+
+
+def _dgrad(plan: _Plan | None, problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    assert plan is not None
+    packed = _packed_weight(w, plan)
+    return torch.ops.convext_cpu.dgrad.default(
+        plan.variant, dy, w, packed.number, _version(w), problem.h, problem.w, plan.geom, problem.x_layout == _NHWC
+    )
+
+
+def _wgrad(
+    plan: _Plan | None, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, channels_last: bool = False
+) -> torch.Tensor:
+    assert plan is not None
+    return torch.ops.convext_cpu.wgrad.default(plan.variant, dy, x, problem.r, problem.s, plan.geom, channels_last)
+
+
 class NativeCpu(Backend):
     name = "native"
 
@@ -238,7 +285,9 @@ class NativeCpu(Backend):
     def reject(self, pass_: Pass, problem: ConvProblem) -> str | None:
         why = native_cuda.beyond_all_kernels(problem)
         if why is None and _plan(pass_, problem) is None:
-            why = native_cuda.in_words(_C.reject_reasons(_CPU, int(pass_), _fields(problem)))
+            reasons = _C.reject_reasons(_CPU, int(pass_), _fields(problem))
+            reasons += [(name, f"it was put aside: {reason}") for name, reason in tuned.aside("cpu").items()]
+            why = native_cuda.in_words(reasons)
         return why
 
     def slower(self, pass_: Pass, problem: ConvProblem) -> str | None:
@@ -268,15 +317,18 @@ class NativeCpu(Backend):
         assert plan is not None
         return plan.name
 
+    def candidates(self, pass_: Pass, problem: ConvProblem) -> list[Candidate]:
+        ranked = _ranked(pass_, problem)
+        launch: Callable[..., torch.Tensor] = (_fprop, _dgrad, _wgrad)[pass_]
+        plans = [(_plan_of(pass_, problem, index), cost) for index, cost in ranked[:_MOST_CANDIDATES]]
+        return [
+            Candidate(self.name, plan.name, cost, functools.partial(launch, plan))
+            for plan, cost in plans
+            if cost <= _WITHIN_REACH * ranked[0][1]
+        ]
+
     def fprop(self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
-        plan = _plan(Pass.FPROP, problem)
-        assert plan is not None
-        packed = _packed_weight(w, plan)
-        bias, mean, var, gamma, beta, residual, eps, activation = epilogue
-        return torch.ops.convext_cpu.fprop.default(
-            plan.variant, x, w, packed.number, _version(w), bias, mean, var, gamma, beta, residual, plan.geom, eps,
-            ACTIVATIONS[activation], problem.y_layout == _NHWC,
-        )  # fmt: skip
+        return _fprop(_plan(Pass.FPROP, problem), problem, x, w, epilogue)
 
     def takes_float_weights(self, problem: ConvProblem) -> bool:
         """They are rounded as they are packed, once, and not at every call."""
@@ -369,20 +421,12 @@ class NativeCpu(Backend):
         return native_sequence.Prepared(keep, run, new_guards)
 
     def dgrad(self, problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        plan = _plan(Pass.DGRAD, problem)
-        assert plan is not None
-        packed = _packed_weight(w, plan)
-        return torch.ops.convext_cpu.dgrad.default(
-            plan.variant, dy, w, packed.number, _version(w), problem.h, problem.w, plan.geom,
-            problem.x_layout == _NHWC,
-        )  # fmt: skip
+        return _dgrad(_plan(Pass.DGRAD, problem), problem, dy, w)
 
     def wgrad(
         self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, channels_last: bool = False
     ) -> torch.Tensor:
-        plan = _plan(Pass.WGRAD, problem)
-        assert plan is not None
-        return torch.ops.convext_cpu.wgrad.default(plan.variant, dy, x, problem.r, problem.s, plan.geom, channels_last)
+        return _wgrad(_plan(Pass.WGRAD, problem), problem, dy, x, channels_last)
 
     def batch_stats(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.ops.convext_cpu.batch_stats.default(y)

@@ -48,8 +48,11 @@ def interleave(
     max_rounds: int = 200,
     synchronize: Callable[[], object] = lambda: None,
     on_round: Callable[[int], object] = lambda rounds: None,
+    visit: float = VISIT_SECONDS,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Times `calls` in turns for about `seconds` in all, at least `min_rounds` rounds.
+    """Times `calls` in turns for about `seconds` in all, at least `min_rounds` rounds, each of visits of `visit`
+    seconds to every call. `clock`: what each call's time is told by.
 
     Every call is warmed up first. A visit begins with one call that is not timed, which brings the candidate's weights
     back into the caches. The order rotates from round to round. `synchronize` waits for the device.
@@ -58,10 +61,10 @@ def interleave(
     for name, call in calls.items():
         call()
         synchronize()
-        start = time.perf_counter()
+        start = clock()
         call()
         synchronize()
-        repeats[name] = max(1, round(VISIT_SECONDS / (time.perf_counter() - start)))
+        repeats[name] = max(1, round(visit / max(clock() - start, 1e-9)))
     taken: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     begin = time.perf_counter()
@@ -73,11 +76,11 @@ def interleave(
             call = calls[name]
             call()
             synchronize()
-            start = time.perf_counter()
+            start = clock()
             for _ in range(repeats[name]):
                 call()
             synchronize()
-            taken[name].append((time.perf_counter() - start) / repeats[name])
+            taken[name].append((clock() - start) / repeats[name])
         on_round(rounds + 1)
     return {name: Timing(tuple(values)) for name, values in taken.items()}
 

@@ -206,20 +206,37 @@ def _why_no_plan(model, name):
     return ""
 
 
-def _serving(module, last, op):
-    """(backend, variant, why a backend before it was passed over) for the problem of the last input, in a call of an op
-    or by itself."""
+def last_problem(model: nn.Module, name: str) -> ConvProblem | None:
+    """The problem of the last call of a swapped model's convolution, by its name; None where convext has not run it.
+    Raises KeyError where there is no such convolution."""
+    module = dict(model.named_modules()).get(name)
+    if not isinstance(module, _ConvNd):
+        known = [n for n, m in model.named_modules() if isinstance(m, _ConvNd)]
+        raise KeyError(f"no convolution {name!r}; there are {', '.join(known[:8])}{', ...' if len(known) > 8 else ''}")
+    place = _places(model).get(module)
+    last = place and place.last or calls.last_input(module)
+    return None if last is None else _problem(module, last, place and place.op)
+
+
+def _problem(module, last, op):
+    """The problem of the last input, in a call of an op or by itself; None where there are no kernels for such."""
     shape, strides, dtype, device = last
-    if dtype not in DTYPES:
-        return "aten", "", f"{dtype} has no kernels"
-    if op is None and module.padding_mode != "zeros" or len(shape) != 4:
-        return "", "", ""
+    if dtype not in DTYPES or op is None and module.padding_mode != "zeros" or len(shape) != 4:
+        return None
     like, w = torch.empty_strided(shape, strides, dtype=dtype, device="meta"), module.weight
     own = module.stride, module.padding, module.dilation, module.groups
     like, geom = functional.normalised(like, w.to("meta"), *(own if op is None else op.convolution.geom))
     problem = ConvProblem.of_fprop(like, w, geom, op is not None and op.channels_last)
+    return dataclasses.replace(problem, device=device.type)
+
+
+def _serving(module, last, op):
+    """(backend, variant, why a backend before it was passed over) for the problem of the last input."""
+    problem = _problem(module, last, op)
+    if problem is None:
+        return ("aten", "", f"{last[2]} has no kernels") if last[2] not in DTYPES else ("", "", "")
     try:
-        choice = backends.select(Pass.FPROP, dataclasses.replace(problem, device=device.type))
+        choice = backends.select(Pass.FPROP, problem)
     except RuntimeError as error:
         return "", "", str(error)
     passed = "; ".join(f"{name}: {reason}" for name, reason in choice.passed_over.items())

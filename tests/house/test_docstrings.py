@@ -125,7 +125,7 @@ def test_every_parameter_and_result_has_a_type(name):
 def test_tensors_have_their_shapes(name):
     """A class or function of tensors gives the shape of what goes in and comes out."""
     value = PUBLIC[name]
-    if value is convext.verify:
+    if value in (convext.verify, convext.tune):
         return  # whose tensors are what the model takes
     if "Tensor" in str(signature_of(value)) or inspect.isclass(value) and issubclass(value, torch.nn.Module):
         assert "(N, K, P, Q)" in value.__doc__ or re.search(r"\(N, C ?\* ?m\w*, P, Q\)|as `conv2d`", value.__doc__)
@@ -143,8 +143,9 @@ def modules(package: str, *but: str) -> list[str]:
 
 
 MODULES = (
-    modules("convext", "__main__", "_C", "_CUDA", "_storage", "bench", "demo", "swap", "triton")
+    modules("convext", "__main__", "_C", "_CUDA", "_storage", "bench", "demo", "swap", "triton", "tune")
     + modules("convext.swap", "capture")
+    + modules("convext.tune")
     + modules("convext.swap.capture")
 )
 
@@ -180,6 +181,7 @@ def settings() -> tuple[object, ...]:
         convext.backends.forced(),
         convext.backends.native.accuracy(),
         convext.layer_by_layer.on,
+        convext.backends.tuned.mode,
     )
 
 

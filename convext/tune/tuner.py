@@ -1,0 +1,133 @@
+"""tune(model, x): the convolutions of a network are measured, and the choices kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from ..backends import tuned
+from ..bench import problems
+from ..bench.tables import Grid
+from ..problem import ConvProblem, Layout, Pass
+from .measure import SECONDS, Measured, keep, measure
+
+
+@dataclasses.dataclass
+class Tuned:
+    """What `tune` did: prints as a table of what changed and a line that sums up.
+
+    measured  one for each pass over a problem that was not kept yet; counts: how often a forward pass runs each problem
+    known     how many were kept already
+    path      the file that they are kept in, or None: then they live as long as the process
+    """
+
+    measured: list[Measured]
+    counts: dict[ConvProblem, int]
+    known: int
+    path: str | None
+
+    @property
+    def changed(self) -> list[Measured]:
+        """Those for which another than before serves now."""
+        return [found for found in self.measured if found.before != f"{found.choice.backend} {found.choice.variant}"]
+
+    def seconds(self) -> tuple[float, float]:
+        """(before, after): what all calls of what was measured take together, of each as often as a pass runs it."""
+        before = after = 0.0
+        for found in self.measured:
+            times = self.counts.get(found.problem, 1)
+            now = found.timings[f"{found.choice.backend} {found.choice.variant}"].median
+            after += times * now
+            before += times * now * found.gain
+        return before, after
+
+    def table(self) -> Grid:
+        grid = Grid(["layer", "pass", "before", "now", "ms", "×"])
+        for found in sorted(self.changed, key=lambda found: -found.gain):
+            now = found.timings[f"{found.choice.backend} {found.choice.variant}"].median
+            name, choice = problems.title(found.problem), found.choice
+            grid.rows.append(
+                [name, found.pass_.name.lower(), found.before.split(" ", 1)[1], choice.variant]
+                + [f"{now * 1e3:.3f}", f"{found.gain:.2f}"]
+            )
+        return grid
+
+    def summary(self) -> str:
+        before, after = self.seconds()
+        gained = f": {before * 1e3:.2f} ms before, {after * 1e3:.2f} ms now" if self.measured else ""
+        where = f"kept in {self.path}" if self.path else "kept as long as this process lives"
+        return (
+            f"{len(self.measured)} measured, {self.known} known before, {len(self.changed)} served by another "
+            f"now{gained}; {where}"
+        )
+
+    def __str__(self) -> str:
+        return "\n".join([*([self.table().text()] if self.changed else []), self.summary()])
+
+
+def tune(
+    model: nn.Module,
+    x: torch.Tensor,
+    *,
+    train: bool = False,
+    again: bool = False,
+    seconds: float = SECONDS,
+    on_progress: Callable[[int, int, str], object] = lambda done, total, what: None,
+) -> Tuned:
+    """Measures who computes each convolution of a network fastest on this machine, and keeps it for every process.
+
+    Args:
+        model: swapped or not; its forward runs once. What it computes does not change, but by rounding.
+        x: a sample input, (N, C, H, W): the extents, type, memory format and device count, and so does the number of
+            threads that torch uses now. In the seam of a swapped network values are channels-last, so problems are
+            measured in that format besides.
+        train: whether both gradients are measured, too; default False.
+        again: whether what is kept already is measured again; default False.
+        seconds: for each pass over a problem, about; default 0.15.
+        on_progress: function(done, total, what is measured next); the default does nothing.
+
+    Returns a `Tuned`; print it. What is measured is kept as soon as it is known, so that an interrupted run goes on
+    where it stopped. `convext.tuning("off")` switches it off.
+
+    Raises TypeError where `model` is no nn.Module or `x` no tensor.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU())
+        >>> tuned = convext.tune(model, torch.randn(1, 3, 16, 16), seconds=0.01)
+        >>> len(tuned.measured) + tuned.known
+        2
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    counts = _in_both_formats(problems.collect(model, x))
+    jobs = [(pass_, problem) for problem in counts for pass_ in (Pass if train else (Pass.FPROP,))]
+    new = [job for job in jobs if again or tuned.lookup(*job) is None]
+    measured = []
+    for done, (pass_, problem) in enumerate(new):
+        on_progress(done, len(new), f"{pass_.name.lower()} {problems.title(problem)}")
+        measured.append(measure(pass_, problem, seconds=seconds))
+        if (done + 1) % _KEEP_EVERY == 0:
+            keep(measured[-_KEEP_EVERY:])
+    keep(measured)
+    on_progress(len(new), len(new), "")
+    path = tuned.of(x.device.type).path()
+    written = path is not None and path.exists()
+    return Tuned(measured, counts, len(jobs) - len(new), str(path) if written else None)
+
+
+_KEEP_EVERY = 8  # measurements, so that little is lost where a run is interrupted
+
+
+def _in_both_formats(counts: dict[ConvProblem, int]) -> dict[ConvProblem, int]:
+    """The problems, and the same channels-last, as the seam of a swapped network has them."""
+    return {**counts, **{problem: count for p, count in counts.items() for problem in _channels_last(p)}}
+
+
+def _channels_last(problem: ConvProblem) -> Iterator[ConvProblem]:
+    for x_layout in dict.fromkeys((problem.x_layout, Layout.NHWC)):
+        yield dataclasses.replace(problem, x_layout=x_layout, y_layout=Layout.NHWC)
