@@ -105,6 +105,16 @@ struct DTypeOf<fp16> {
   static constexpr Arithmetic arithmetic = Arithmetic::float32, on_tensor_cores = Arithmetic::float16;
 };
 
+// What all kernels here say about themselves.
+template <class T>
+constexpr Variant cuda_variant(const char* name, Algorithm algorithm, Pass pass, Layouts layouts,
+                               Arithmetic arithmetic = DTypeOf<T>::arithmetic) {
+  Variant v{};
+  v.name = name, v.algorithm = algorithm, v.device = Device::kCUDA, v.pass = pass;
+  v.dtype = DTypeOf<T>::value, v.arithmetic = arithmetic, v.isa = Isa::kSM80, v.layouts = layouts;
+  return v;
+}
+
 // 16 bytes of T, what one thread loads at a time.
 template <class T>
 struct alignas(16) Vector {

@@ -67,11 +67,7 @@ std::map<std::string, bool> cpu_features() {
   return features;
 }
 
-}  // namespace
-
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "convext's compiled library: kernel list, selection, build information.";
-
+void bind_kernels(py::module_& m) {
   m.def("variants", [] {
     py::list all;
     for (const Variant* v : variants()) all.append(facts(*v));
@@ -100,6 +96,17 @@ PYBIND11_MODULE(_C, m) {
     const Variant& v = variant_at(index);
     return v.packed_size ? v.packed_size(problem_of(problem)) : int64_t{0};
   }, "Bytes of the packed weights.");
+  m.def("output_size", [](const Fields& fields) {
+    const ConvProblem p = problem_of(fields);
+    return std::pair<int32_t, int32_t>(p.p(), p.q());
+  }, "(P, Q) of the problem.");
+  m.def("gemm_shape", [](int pass, const Fields& fields) {
+    const GemmShape g = problem_of(fields).gemm_shape(static_cast<Pass>(pass));
+    return std::array<int64_t, 3>{g.m, g.n, g.k};
+  }, "(gemm_m, gemm_n, gemm_k) per group.");
+}
+
+void bind_sequences(py::module_& m) {
   m.def("reject_block",
         [](const std::vector<Fields>& problems, const std::vector<bool>& excites) -> std::optional<std::string> {
     std::vector<BlockStep> steps(problems.size());
@@ -121,15 +128,9 @@ PYBIND11_MODULE(_C, m) {
            py::arg("activation"), py::arg("packs"), py::arg("residual"), py::arg("present"), py::arg("excite"))
       .def("add_layer_norm", &SequenceProgram::add_layer_norm, py::arg("gamma"), py::arg("beta"))
       .def("add_mean", &SequenceProgram::add_mean);
-  m.def("output_size", [](const Fields& fields) {
-    const ConvProblem p = problem_of(fields);
-    return std::pair<int32_t, int32_t>(p.p(), p.q());
-  }, "(P, Q) of the problem.");
-  m.def("gemm_shape", [](int pass, const Fields& fields) {
-    const GemmShape g = problem_of(fields).gemm_shape(static_cast<Pass>(pass));
-    return std::array<int64_t, 3>{g.m, g.n, g.k};
-  }, "(gemm_m, gemm_n, gemm_k) per group.");
+}
 
+void bind_machine(py::module_& m) {
   m.def("cpu_features", &cpu_features, "What the CPU offers, by name.");
   m.def("isa", [] { return isa_name(settings().cpu_isa); }, "The instruction set in use.");
   m.def("best_isa", [] { return isa_name(detect_cpu_isa()); }, "The best instruction set of this CPU and build.");
@@ -145,7 +146,9 @@ PYBIND11_MODULE(_C, m) {
     return roofline().copy_bytes(dst.data(), src.data(), bytes, seconds);
   }, py::arg("bytes") = int64_t{128} << 20, py::arg("seconds") = 0.2, py::call_guard<py::gil_scoped_release>(),
         "Bytes a second, read plus written, that one thread copies between buffers of this size.");
+}
 
+void bind_guards(py::module_& m) {
   const auto collected = py::custom_type_setup([](PyHeapTypeObject* heap_type) {
     PyTypeObject& type = heap_type->ht_type;
     type.tp_flags |= Py_TPFLAGS_HAVE_GC;
@@ -188,7 +191,9 @@ PYBIND11_MODULE(_C, m) {
            "Whether every fact still stands. None in a fact's place stands for the owner, or its dictionary.")
       .def("broken", &Guards::broken, py::arg("owner") = py::none(), "(kind, key) of the first that does not, or None.")
       .def("__len__", &Guards::size);
+}
 
+void bind_memory(py::module_& m) {
   py::class_<PackedWeight::Owner>(m, "PackedWeight", "Keeps all packings of one weight tensor while it lives.")
       .def(py::init<>())
       .def("number", &PackedWeight::Owner::number, "What the operators know it by.")
@@ -198,13 +203,6 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Places>(m, "Places", "Address, extents, strides, dtype and device of tensors that it does not keep alive.")
       .def(py::init<const py::capsule&, const py::list&>(), py::arg("exchange"), py::arg("tensors"))
       .def("still", &Places::still, py::arg("tensors"), "Whether those of the same tensors are what they were.");
-
-  m.def("accuracy", [] { return static_cast<int>(settings().accuracy); },
-        "Which algorithms may run: 0 all, 1 those within a plain sum's error, 2 plain sums.");
-  m.def("set_accuracy", [](int accuracy) {
-    if (accuracy < 0 || accuracy > 2) throw std::invalid_argument("no accuracy " + std::to_string(accuracy));
-    settings().accuracy = static_cast<Accuracy>(accuracy);
-  }, py::arg("accuracy"));
   m.def("output_pool_limit", [] { return OutputPool::of_process().limit(); }, "Bytes that the pool may keep.");
   m.def("set_output_pool_limit", [](int64_t bytes) {
     if (bytes < 0) throw std::invalid_argument("bytes must not be negative, got " + std::to_string(bytes));
@@ -214,6 +212,23 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_storage", [](uintptr_t make_resizable) {
     OutputPool::of_process().set_make_resizable(reinterpret_cast<OutputPool::MakeResizable>(make_resizable));
   }, py::arg("make_resizable"), "Lets results lie in the pool: with convext._storage.make_resizable(), or 0 for none.");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "convext's compiled library: kernel list, selection, build information.";
+  bind_kernels(m);
+  bind_sequences(m);
+  bind_machine(m);
+  bind_guards(m);
+  bind_memory(m);
+  m.def("accuracy", [] { return static_cast<int>(settings().accuracy); },
+        "Which algorithms may run: 0 all, 1 those within a plain sum's error, 2 plain sums.");
+  m.def("set_accuracy", [](int accuracy) {
+    if (accuracy < 0 || accuracy > 2) throw std::invalid_argument("no accuracy " + std::to_string(accuracy));
+    settings().accuracy = static_cast<Accuracy>(accuracy);
+  }, py::arg("accuracy"));
   m.def("activations", &activation_names,
         "Names of the fused activations; the position is the number that the ops take.");
   m.def("build_info", [] {

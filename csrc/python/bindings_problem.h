@@ -21,23 +21,14 @@ inline ConvProblem problem_of(const Fields& f) {
     if (value < 0 || value > INT32_MAX) throw std::invalid_argument("convext: a field of the problem exceeds 32 bits");
   }
   const auto at = [&](int i) { return static_cast<int32_t>(f[i]); };
-  return {at(0),
-          at(1),
-          at(2),
-          at(3),
-          at(4),
-          at(5),
-          at(6),
-          at(7),
-          at(8),
-          at(9),
-          at(10),
-          at(11),
-          at(12),
-          at(13),
-          static_cast<DType>(f[14]),
-          static_cast<Layout>(f[15]),
-          static_cast<Layout>(f[16])};
+  ConvProblem p{};
+  p.n = at(0), p.c = at(1), p.h = at(2), p.w = at(3);
+  p.k = at(4), p.r = at(5), p.s = at(6);
+  p.stride_h = at(7), p.stride_w = at(8), p.pad_h = at(9), p.pad_w = at(10), p.dil_h = at(11), p.dil_w = at(12);
+  p.groups = at(13);
+  p.dtype = static_cast<DType>(f[14]);
+  p.x_layout = static_cast<Layout>(f[15]), p.y_layout = static_cast<Layout>(f[16]);
+  return p;
 }
 
 inline const Variant& variant_at(int index) {

@@ -325,19 +325,10 @@ void test_batch_norm_case(const BatchNorm& table, const Case& test, const std::s
   const Buffer y = fill(size, dtype, 1, test.offset), residual = fill(size, dtype, 1, 0);
   const Buffer dout = fill(size, dtype, 1, 0);
   const Buffer gamma = fill(C, compute, 0.5, 1), beta = fill(C, compute, 1, 1);
-  BatchNormArgs args{N,
-                     C,
-                     HW,
-                     test.layout,
-                     dtype,
-                     y.data(),
-                     test.residual ? residual.data() : nullptr,
-                     nullptr,
-                     nullptr,
-                     test.affine ? gamma.data() : nullptr,
-                     test.affine ? beta.data() : nullptr,
-                     1e-5,
-                     test.activation};
+  BatchNormArgs args{N, C, HW, test.layout, dtype, y.data()};
+  if (test.residual) args.residual = residual.data();
+  if (test.affine) args.gamma = gamma.data(), args.beta = beta.data();
+  args.eps = 1e-5, args.activation = test.activation;
 
   auto run = [&](int threads) {
     Outputs o{Buffer(C, compute), Buffer(C, compute), Buffer(size, dtype), Buffer(size, dtype),

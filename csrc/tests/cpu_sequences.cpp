@@ -154,20 +154,23 @@ void test_refusals() {
     Sequence(channels_last(n, c, size, size, x.data()), *m.program, m.arrays, 1, settings().cpu_isa);
   };
   const auto start = [](Made& m) { m.program->begin_block(0), m.convolution(1, 8, 9, 16, 3, 1); };
+  const auto refuses_made = [](const std::string& words, const std::function<void(Made&)>& f) {
+    refuses(words, [&] {
+      Made m;
+      f(m);
+    });
+  };
   refuses("without a block", [] { SequenceProgram::make()->add_mean(); });
-  refuses("a block without steps", [&] {
-    Made m;
+  refuses_made("a block without steps", [&](Made& m) {
     m.program->begin_block(0);
     m.program->begin_block(0);
   });
   refuses("a block without steps", [&] { sequence(Made(), 1, 8, 9); });
-  refuses("reads value 2 before it is there", [&] {
-    Made m;
+  refuses_made("reads value 2 before it is there", [&](Made& m) {
     start(m);
     m.program->begin_block(2);
   });
-  refuses("reads value 1 before it is there", [&] {
-    Made m;
+  refuses_made("reads value 1 before it is there", [&](Made& m) {
     m.program->begin_block(0);
     m.convolution(1, 8, 9, 8, 3, 1, 1);
   });
@@ -181,37 +184,31 @@ void test_refusals() {
     program->begin_block(0);
     program->add_convolution(0, {1, 1}, 0, false, {}, {true, false, false, false, false}, {});
   });
-  refuses("there is no variant 1000000", [&] {
-    Made m;
+  refuses_made("there is no variant 1000000", [&](Made& m) {
     m.program->begin_block(0);
     m.program->add_convolution(1000000, {1, 1, 0, 0, 1, 1, 1}, 0, false, {}, {false, false, false, false, false}, {});
     m.arrays.add(4, 8);
     sequence(m, 1, 8, 9);
   });
-  refuses("w holds 8 input channels a group, x 4", [&] {
-    Made m;
+  refuses_made("w holds 8 input channels a group, x 4", [&](Made& m) {
     start(m);
     sequence(m, 1, 4, 9);
   });
-  refuses("must have its step's shape", [&] {
-    Made m;
+  refuses_made("must have its step's shape", [&](Made& m) {
     m.program->begin_block(0);
     m.convolution(1, 8, 9, 16, 3, 1, 0);
     sequence(m, 1, 8, 9);
   });
-  refuses("cannot run as a block: ", [&] {
-    Made m;
+  refuses_made("cannot run as a block: ", [&](Made& m) {
     start(m);
     m.convolution(1, 16, 9, 16, 3, 1);
     sequence(m, 1, 8, 9);
   });
-  refuses("nothing to do", [&] {
-    Made m;
+  refuses_made("nothing to do", [&](Made& m) {
     start(m);
     sequence(m, 0, 8, 9);
   });
-  refuses("in use", [&] {
-    Made m;
+  refuses_made("in use", [&](Made& m) {
     start(m);
     check(SequenceProgram::find(m.program->number()) == m.program, "a program is known under its number");
     m.program->add_mean();

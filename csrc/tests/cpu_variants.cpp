@@ -64,25 +64,11 @@ struct Case {
   Plant plant = Plant::kNothing;
 };
 
+constexpr Layout kNHWC = Layout::kNHWC;
+
 ConvProblem make(int n, int c, int h, int w, int k, int r, int s, int stride_h, int stride_w, int pad_h, int pad_w,
                  int dil_h, int dil_w, int groups) {
-  return {n,
-          c,
-          h,
-          w,
-          k,
-          r,
-          s,
-          stride_h,
-          stride_w,
-          pad_h,
-          pad_w,
-          dil_h,
-          dil_w,
-          groups,
-          DType::kFloat32,
-          Layout::kNHWC,
-          Layout::kNHWC};
+  return {n, c, h, w, k, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups, DType::kFloat32, kNHWC, kNHWC};
 }
 ConvProblem square(int n, int c, int h, int k, int r, int stride, int pad, int dil = 1, int groups = 1) {
   return make(n, c, h, h, k, r, r, stride, stride, pad, pad, dil, dil, groups);

@@ -53,6 +53,19 @@ void stage_out(const Operand& operand, DType compute, const Staging& staging, co
                     operand.view.stride);
 }
 
+// The end of fprop and dgrad: the kernel, from `in` to `out`, by way of the copies that were reserved.
+void run(const Variant& variant, const ConvProblem& problem, Operand& in, Operand& out, LaunchArgs& args,
+         const Staging& staging) {
+  const Parallel& parallel = *args.parallel;
+  stage_in(in, problem.dtype, staging, parallel);
+  args.a = in.data;
+  if (out.staged) out.data = scratch().take(out.bytes);
+  args.out = out.data;
+  args.workspace = scratch().take(workspace_bytes(variant, problem, parallel));
+  launch(variant, problem, args);
+  stage_out(out, problem.dtype, staging, parallel);
+}
+
 // ---- ops -----------------------------------------------------------------------------------------------------------
 
 Tensor fprop(int64_t variant_index, const Tensor& x, const Tensor& w, int64_t packed, int64_t version,
@@ -105,17 +118,11 @@ Tensor fprop(int64_t variant_index, const Tensor& x, const Tensor& w, int64_t pa
   }
   args.b = weights.get(staging, parallel, lease);
   args.weights = weights.source();
-  stage_in(in, compute, staging, parallel);
-  args.a = in.data;
   if (addend) {
     stage_in(*addend, compute, staging, parallel);
     args.epilogue.residual = addend->data;
   }
-  if (out.staged) out.data = scratch().take(out.bytes);
-  args.out = out.data;
-  args.workspace = scratch().take(workspace_bytes(variant, problem, parallel));
-  launch(variant, problem, args);
-  stage_out(out, compute, staging, parallel);
+  run(variant, problem, in, out, args, staging);
   return y;
 }
 
@@ -148,13 +155,7 @@ Tensor dgrad(int64_t variant_index, const Tensor& dy, const Tensor& w, int64_t p
   args.parallel = &parallel;
   args.b = weights.get(staging, parallel, lease);
   args.weights = weights.source();
-  stage_in(in, compute, staging, parallel);
-  args.a = in.data;
-  if (out.staged) out.data = scratch().take(out.bytes);
-  args.out = out.data;
-  args.workspace = scratch().take(workspace_bytes(variant, problem, parallel));
-  launch(variant, problem, args);
-  stage_out(out, compute, staging, parallel);
+  run(variant, problem, in, out, args, staging);
   return dx;
 }
 

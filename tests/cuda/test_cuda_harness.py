@@ -182,7 +182,7 @@ MUTANTS = {
         IGEMM_FPROP,
     ),
     "filters_read_before_barrier": Mutant(
-        "cuda/depthwise/depthwise_fprop_sm80.cu",
+        "cuda/depthwise/depthwise.h",
         "__syncthreads();  // orders the filters",
         "// orders the filters",
         "plain",

@@ -54,5 +54,17 @@ constexpr Variant packed_by(Variant v) {
 
 }  // namespace convext::CONVEXT_ISA
 
+// Defines the Variants <base>_<type>_<instruction set> by an expression that has the element type as T, and its
+// Variant's name as `name`: of all types that kernels of this instruction set are built for, or of one.
+#define CONVEXT_DEFINE_VARIANTS(base, ...) CONVEXT_FOR_ELEMENTS(CONVEXT_DEFINE_VARIANT_OF, base, __VA_ARGS__)
+#define CONVEXT_DEFINE_VARIANT_OF(Type, type, base, ...)         \
+  namespace convext {                                            \
+  CONVEXT_DEFINE_VARIANT(base##_##type) = [](const char* name) { \
+    using T = Type;                                              \
+    using namespace CONVEXT_ISA;                                 \
+    return __VA_ARGS__;                                          \
+  }(CONVEXT_VARIANT_NAME(base##_##type));                        \
+  }
+
 // Defines the Variant <base>_<instruction set>: CONVEXT_DEFINE_VARIANT(base) = ...;
 #define CONVEXT_DEFINE_VARIANT(base) extern const Variant CONVEXT_VARIANT(base)

@@ -16,6 +16,7 @@
 #include "isa.h"
 
 #define CONVEXT_INLINE inline __attribute__((always_inline))
+#define CONVEXT_LAMBDA_INLINE __attribute__((always_inline))  // where a lambda takes its attribute
 #define CONVEXT_PRAGMA_(text) _Pragma(#text)
 #define CONVEXT_UNROLL CONVEXT_PRAGMA_(GCC unroll 32)
 

@@ -61,6 +61,24 @@ Deal deal_of(const NormShape& shape, int vec) {
   return d;
 }
 
+// A thread's run of VEC channels, the rows of pixels, and the block's range of them, of which it takes every `rows`-th
+// from `first` on.
+template <int VEC>
+struct Dealt {
+  int32_t lane, row, rows;
+  int64_t channel, first, end;
+
+  CONVEXT_DEVICE explicit Dealt(const Deal& d)
+      : lane(threadIdx.x % d.lanes),
+        row(threadIdx.x / d.lanes),
+        rows(kThreads / d.lanes),
+        channel((int64_t{blockIdx.x} * d.lanes + lane) * VEC) {
+    const int64_t begin = int64_t{blockIdx.y} * d.pixels_per_split;
+    first = begin + row;
+    end = begin + d.pixels_per_split < d.pixels ? begin + d.pixels_per_split : d.pixels;
+  }
+};
+
 CONVEXT_DEVICE int64_t pixel_offset(const Deal& d, int64_t pixel) {
   int32_t image, inner;
   d.by_image(static_cast<uint32_t>(pixel), image, inner);
@@ -97,14 +115,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     stats_partial(Deal deal, const T* __restrict__ y, PartialStats<accumulate_t<T>> stats) {
   using Acc = accumulate_t<T>;
   CONVEXT_SHARED_MEMORY(shared);
-  const int32_t lane = threadIdx.x % deal.lanes, row = threadIdx.x / deal.lanes, rows = kThreads / deal.lanes;
+  const auto [lane, row, rows, channel, first, end] = Dealt<VEC>(deal);
   const int32_t pitch = deal.lanes * VEC;
-  const int64_t channel = (int64_t{blockIdx.x} * deal.lanes + lane) * VEC;
-  const int64_t begin = int64_t{blockIdx.y} * deal.pixels_per_split;
-  const int64_t end = begin + deal.pixels_per_split < deal.pixels ? begin + deal.pixels_per_split : deal.pixels;
   Welford<Acc, VEC> seen;
   if (channel < deal.channels) {
-    for (int64_t pixel = begin + row; pixel < end; pixel += rows) {
+    for (int64_t pixel = first; pixel < end; pixel += rows) {
       Acc v[VEC];
       load_values<T, VEC>(y + pixel_offset(deal, pixel) + channel * deal.channel_stride, v);
       seen.add(v);
@@ -158,15 +173,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     normalise(Deal deal, NormParameters parameters, Activation activation, const T* __restrict__ y,
               const T* __restrict__ residual, T* __restrict__ out) {
   using Acc = accumulate_t<T>;
-  const int32_t lane = threadIdx.x % deal.lanes, row = threadIdx.x / deal.lanes, rows = kThreads / deal.lanes;
-  const int64_t channel = (int64_t{blockIdx.x} * deal.lanes + lane) * VEC;
+  const auto [lane, row, rows, channel, first, end] = Dealt<VEC>(deal);
   if (channel >= deal.channels) return;
   Affine<Acc> affine[VEC];
 #pragma unroll
   for (int i = 0; i < VEC; ++i) affine[i] = affine_of<Acc>(parameters, channel + i);
-  const int64_t begin = int64_t{blockIdx.y} * deal.pixels_per_split;
-  const int64_t end = begin + deal.pixels_per_split < deal.pixels ? begin + deal.pixels_per_split : deal.pixels;
-  for (int64_t pixel = begin + row; pixel < end; pixel += rows) {
+  for (int64_t pixel = first; pixel < end; pixel += rows) {
     const int64_t offset = pixel_offset(deal, pixel) + channel * deal.channel_stride;
     Acc v[VEC], r[VEC] = {};
     load_values<T, VEC>(y + offset, v);
@@ -213,17 +225,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   CONVEXT_SHARED_MEMORY(shared);
   Acc* sums = reinterpret_cast<Acc*>(shared);  // (rows, lanes*VEC), of g
   Acc* products = sums + kThreads * VEC;       // of g * xhat
-  const int32_t lane = threadIdx.x % deal.lanes, row = threadIdx.x / deal.lanes, rows = kThreads / deal.lanes;
+  const auto [lane, row, rows, channel, first, end] = Dealt<VEC>(deal);
   const int32_t pitch = deal.lanes * VEC;
-  const int64_t channel = (int64_t{blockIdx.x} * deal.lanes + lane) * VEC;
-  const int64_t begin = int64_t{blockIdx.y} * deal.pixels_per_split;
-  const int64_t end = begin + deal.pixels_per_split < deal.pixels ? begin + deal.pixels_per_split : deal.pixels;
   Acc sum[VEC] = {}, product[VEC] = {};
   if (channel < deal.channels) {
     Affine<Acc> affine[VEC];
 #pragma unroll
     for (int i = 0; i < VEC; ++i) affine[i] = affine_of<Acc>(parameters, channel + i);
-    for (int64_t pixel = begin + row; pixel < end; pixel += rows) {
+    for (int64_t pixel = first; pixel < end; pixel += rows) {
       Acc g[VEC], xhat[VEC];
       activation_gradient<T, VEC>(affine, activation, dout, y, residual,
                                   pixel_offset(deal, pixel) + channel * deal.channel_stride, g, xhat);
@@ -275,8 +284,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                    const accumulate_t<T>* __restrict__ dgamma, const accumulate_t<T>* __restrict__ dbeta,
                    T* __restrict__ dy, T* __restrict__ dresidual) {
   using Acc = accumulate_t<T>;
-  const int32_t lane = threadIdx.x % deal.lanes, row = threadIdx.x / deal.lanes, rows = kThreads / deal.lanes;
-  const int64_t channel = (int64_t{blockIdx.x} * deal.lanes + lane) * VEC;
+  const auto [lane, row, rows, channel, first, end] = Dealt<VEC>(deal);
   if (channel >= deal.channels) return;
   Affine<Acc> affine[VEC];
   Acc mean_g[VEC] = {}, mean_product[VEC] = {};  // zero with running statistics, which do not depend on y
@@ -288,9 +296,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       mean_product[i] = __ldg(dgamma + channel + i) / Acc(deal.pixels);
     }
   }
-  const int64_t begin = int64_t{blockIdx.y} * deal.pixels_per_split;
-  const int64_t end = begin + deal.pixels_per_split < deal.pixels ? begin + deal.pixels_per_split : deal.pixels;
-  for (int64_t pixel = begin + row; pixel < end; pixel += rows) {
+  for (int64_t pixel = first; pixel < end; pixel += rows) {
     const int64_t offset = pixel_offset(deal, pixel) + channel * deal.channel_stride;
     Acc g[VEC], xhat[VEC];
     activation_gradient<T, VEC>(affine, activation, dout, y, residual, offset, g, xhat);

@@ -1,5 +1,7 @@
 // What the depthwise kernels share: the shape of a block's tile, and where in it a thread stands.
 #pragma once
+#include <type_traits>
+
 #include "cuda/cost.h"
 #include "cuda/tile/run.h"
 #include "cuda/tile/strides.h"
@@ -113,11 +115,53 @@ struct DepthwisePlace {
   }
 };
 
+// The tiles that a block walks over.
+struct DepthwiseWalk {
+  int64_t first, last;
+
+  CONVEXT_DEVICE DepthwiseWalk(const DepthwiseTile& tile, int64_t split, int64_t tiles_per_split)
+      : first(split * tiles_per_split),
+        last(first + tiles_per_split < tile.pixel_tiles() ? first + tiles_per_split : tile.pixel_tiles()) {}
+};
+
+// A thread's patch in tile `index`: its column of tiles, its row counted in patches, its image.
+struct DepthwisePatch {
+  int32_t tile_w, row, n;
+
+  CONVEXT_DEVICE DepthwisePatch(const DepthwiseTile& tile, const DepthwisePlace& place, int64_t index)
+      : tile_w(static_cast<int32_t>(index % tile.tiles_w)),
+        row(static_cast<int32_t>(index / tile.tiles_w % tile.tiles_h) * tile.across_h + place.h),
+        n(static_cast<int32_t>(index / tile.tiles_w / tile.tiles_h) * tile.across_n + place.n) {}
+};
+
+// The filters of a block's channels into shared memory, (taps, pitch), from channel `first` on: zeros past the last one.
+template <class T>
+CONVEXT_DEVICE void load_filters(accumulate_t<T>* filters, const T* w, int32_t taps, int32_t pitch, int32_t first,
+                                 int32_t channels) {
+  for (int32_t i = threadIdx.x; i < taps * pitch; i += kDepthwiseThreads) {
+    const int32_t channel = i / taps, tap = i % taps, k = first + channel;
+    filters[tap * pitch + channel] =
+        k < channels ? to_accumulate(__ldg(w + int64_t{k} * taps + tap)) : accumulate_t<T>(0);
+  }
+  __syncthreads();  // orders the filters before every thread's reads
+}
+
 // Channels that a tile of NCHW planes spans: small planes side by side, so that what a block reads is 2 KiB in a row.
 inline int32_t plane_lanes(int64_t channels, int64_t plane_bytes) {
   int32_t lanes = 1;
   while (lanes < 16 && lanes * 2 <= channels && lanes * plane_bytes < 2048) lanes *= 2;
   return lanes;
+}
+
+// Calls f(R, STRIDE), two integral constants: 3, 5 or 7, and 1 or 2.
+template <class F>
+auto with_square_filter(const ConvProblem& p, F&& f) {
+  const auto with = [&](auto stride) {
+    if (p.r == 3) return f(std::integral_constant<int, 3>{}, stride);
+    if (p.r == 5) return f(std::integral_constant<int, 5>{}, stride);
+    return f(std::integral_constant<int, 7>{}, stride);
+  };
+  return p.stride_h == 1 ? with(std::integral_constant<int, 1>{}) : with(std::integral_constant<int, 2>{});
 }
 
 inline const char* reject_unless_depthwise(const ConvProblem& p) {

@@ -32,53 +32,33 @@ inline int32_t backward_plane_lanes(const ConvProblem& p, int64_t bytes) {
 // FAMILY: LAYOUTS, reject(p), cost(v, p), splits(p), and launch<DW>(p, dy, x, w, dx, partial, stream), with which dw is
 // computed where DW is true, dx where it is not null.
 template <class T, class FAMILY>
-constexpr Variant dgrad_variant(const char* name) {
-  return {.name = name,
-          .algorithm = Algorithm::depthwise,
-          .device = Device::kCUDA,
-          .pass = Pass::kDgrad,
-          .dtype = DTypeOf<T>::value,
-          .arithmetic = DTypeOf<T>::arithmetic,
-          .isa = Isa::kSM80,
-          .layouts = FAMILY::LAYOUTS,
-          .reject = FAMILY::reject,
-          .cost = FAMILY::cost,
-          .launch = [](const ConvProblem& p, const LaunchArgs& args) -> const char* {
+constexpr Variant backward_variant(const char* name, Pass pass) {
+  Variant v = cuda_variant<T>(name, Algorithm::depthwise, pass, FAMILY::LAYOUTS);
+  v.reject = FAMILY::reject, v.cost = FAMILY::cost;
+  v.launch = [](const ConvProblem& p, const LaunchArgs& args) -> const char* {
     const void* none = nullptr;
     void* nowhere = nullptr;
     return FAMILY::template launch<false>(p, args.a, none, args.b, args.out, nowhere, args.stream);
-  }};
-}
-
-template <class T, class FAMILY>
-constexpr Variant wgrad_variant(const char* name) {
-  return {.name = name,
-          .algorithm = Algorithm::depthwise,
-          .device = Device::kCUDA,
-          .pass = Pass::kWgrad,
-          .dtype = DTypeOf<T>::value,
-          .arithmetic = DTypeOf<T>::arithmetic,
-          .isa = Isa::kSM80,
-          .layouts = FAMILY::LAYOUTS,
-          .reject = FAMILY::reject,
-          .workspace = [](const ConvProblem& p, int32_t) -> int64_t {
+  };
+  if (pass == Pass::kDgrad) return v;
+  v.wgrad_writes_dx = true;
+  v.workspace = [](const ConvProblem& p, int32_t) -> int64_t {
     return FAMILY::splits(p) * p.w_size() * static_cast<int64_t>(sizeof(accumulate_t<T>));
-  },
-          .cost = FAMILY::cost,
-          .launch = [](const ConvProblem& p, const LaunchArgs& args) -> const char* {
+  };
+  v.launch = [](const ConvProblem& p, const LaunchArgs& args) -> const char* {
     const char* error = FAMILY::template launch<true>(p, args.a, args.b, args.w, args.dx, args.workspace, args.stream);
     if (error) return error;
     return launch_reduce_splits<T>(args.workspace, args.out, p.w_size(), static_cast<int32_t>(FAMILY::splits(p)),
                                    args.stream);
-  },
-          .wgrad_writes_dx = true};
+  };
+  return v;
 }
 
 // Both variants of a family, in namespace convext.
-#define CONVEXT_DEPTHWISE(T, dtype, form, ...)                                          \
-  extern const Variant dgrad_depthwise_##dtype##_##form##_sm80 =                        \
-      cuda::dgrad_variant<T, __VA_ARGS__>("dgrad_depthwise_" #dtype "_" #form "_sm80"); \
-  extern const Variant wgrad_depthwise_##dtype##_##form##_sm80 =                        \
-      cuda::wgrad_variant<T, __VA_ARGS__>("wgrad_depthwise_" #dtype "_" #form "_sm80");
+#define CONVEXT_DEPTHWISE(T, dtype, form, ...)                                                           \
+  extern const Variant dgrad_depthwise_##dtype##_##form##_sm80 =                                         \
+      cuda::backward_variant<T, __VA_ARGS__>("dgrad_depthwise_" #dtype "_" #form "_sm80", Pass::kDgrad); \
+  extern const Variant wgrad_depthwise_##dtype##_##form##_sm80 =                                         \
+      cuda::backward_variant<T, __VA_ARGS__>("wgrad_depthwise_" #dtype "_" #form "_sm80", Pass::kWgrad);
 
 }  // namespace convext::cuda

@@ -37,6 +37,113 @@ struct Entries {
   int32_t begin, end;
 };
 
+// What every thread of a block knows: the problem, and where it stands.
+template <class T, int VEC, bool DW>
+struct AnyBlock {
+  using Acc = accumulate_t<T>;
+  const ConvProblem& problem;
+  const DepthwiseTile& tile;
+  const Strides &xs, &ys;
+  const FastDiv &stride_h, &stride_w;
+  const Entries& entries;
+  Acc* shares;   // (entries, VEC, threads): of dw
+  Acc* filters;  // (R*S, pitch), for whole vectors
+  int32_t Q, multiplier, taps, pitch, c_block;
+  bool channels_last;
+
+  CONVEXT_DEVICE AnyBlock(const ConvProblem& p, const DepthwiseTile& t, const Strides& x, const Strides& y,
+                          const FastDiv& by_h, const FastDiv& by_w, const Entries& e, unsigned char* shared)
+      : problem(p),
+        tile(t),
+        xs(x),
+        ys(y),
+        stride_h(by_h),
+        stride_w(by_w),
+        entries(e),
+        shares(reinterpret_cast<Acc*>(shared)),
+        filters(shares + (DW ? (e.end - e.begin) * VEC * kDepthwiseThreads : 0)),
+        Q(p.q()),
+        multiplier(p.k / p.c),
+        taps(p.r * p.s),
+        pitch(t.lanes * VEC),
+        c_block(static_cast<int32_t>(blockIdx.x % t.tiles_c) * pitch),
+        channels_last(p.x_layout == Layout::kNHWC) {}
+
+  CONVEXT_DEVICE Acc& share(int32_t entry, int v) const {
+    return shares[((entry - entries.begin) * VEC + v) * kDepthwiseThreads + threadIdx.x];
+  }
+
+  // Zeros for the shares, and the filters of whole vectors.
+  CONVEXT_DEVICE void start(const T* w, bool wants_dx) const {
+    if constexpr (DW) {
+      for (int32_t e = entries.begin; e < entries.end; ++e) {
+#pragma unroll
+        for (int v = 0; v < VEC; ++v) share(e, v) = 0;
+      }
+    }
+    if constexpr (VEC > 1) {
+      for (int32_t i = threadIdx.x; i < taps * pitch; i += kDepthwiseThreads) {
+        const int32_t tap = i / pitch, column = i % pitch;
+        const bool wanted = wants_dx && c_block + column < problem.c;
+        filters[i] = wanted ? to_accumulate(__ldg(w + int64_t{c_block + column} * taps + tap)) : Acc(0);
+      }
+      __syncthreads();  // orders the filters before every thread's reads
+    }
+  }
+
+  // What one row of dy, `y_line`, adds through filter row r of filter c*multiplier + m to a thread's pixels, at columns
+  // column_of(j), and they to its share of dw.
+  template <class Columns>
+  CONVEXT_DEVICE void add_row(const T* y_line, int32_t m, int32_t k, int32_t r, int32_t lane, const T* w, bool wants_dx,
+                              const Columns& column_of, const Acc (&pixels)[kPatchW][VEC],
+                              Acc (&acc)[kPatchW][VEC]) const {
+    for (int32_t s = 0; s < problem.s; ++s) {
+      const int32_t tap = r * problem.s + s, entry = m * taps + tap;
+      const bool counts = DW && entry >= entries.begin && entry < entries.end;
+      if (!wants_dx && !counts) continue;
+      Acc weight[VEC] = {}, sum[VEC] = {};
+#pragma unroll
+      for (int v = 0; v < VEC; ++v) {
+        if (VEC > 1) weight[v] = filters[tap * pitch + lane * VEC + v];
+        else if (wants_dx) weight[v] = to_accumulate(__ldg(w + int64_t{k} * taps + tap));
+      }
+#pragma unroll
+      for (int j = 0; j < kPatchW; ++j) {
+        const int32_t q =
+            column_of(j) < problem.w ? output_of(column_of(j), s, stride_w, problem.pad_w, problem.dil_w, Q) : -1;
+        if (q < 0) continue;
+        const Run<T, VEC> run = load_run<T, VEC>(y_line + q * ys.w);
+#pragma unroll
+        for (int v = 0; v < VEC; ++v) {
+          const Acc value = to_accumulate(run.v[v]);
+          acc[j][v] += value * weight[v];
+          sum[v] += value * pixels[j][v];
+        }
+      }
+      if (counts) {
+#pragma unroll
+        for (int v = 0; v < VEC; ++v) share(entry, v) += sum[v];
+      }
+    }
+  }
+
+  // The sums of the threads' shares, to the block's slab.
+  CONVEXT_DEVICE void store_slab(Acc* slab) const {
+    __syncthreads();  // orders the threads' shares before their sum
+    const int32_t pixels = kDepthwiseThreads / tile.lanes;
+    const int32_t next_pixel = channels_last ? tile.lanes : 1, next_lane = channels_last ? 1 : pixels;
+    for (int32_t i = threadIdx.x; i < (entries.end - entries.begin) * pitch; i += kDepthwiseThreads) {
+      const int32_t entry = i / pitch, column = i % pitch;  // counted from the first of this launch
+      if (c_block + column >= problem.c) continue;
+      const Acc* row = shares + (entry * VEC + column % VEC) * kDepthwiseThreads + column / VEC * next_lane;
+      Acc sum = 0;
+      for (int32_t pixel = 0; pixel < pixels; ++pixel) sum += row[pixel * next_pixel];
+      const int32_t m = (entries.begin + entry) / taps, tap = (entries.begin + entry) % taps;
+      slab[(int64_t{c_block + column} * multiplier + m) * taps + tap] = sum;
+    }
+  }
+};
+
 template <class T, int VEC, bool DW>
 __global__ void __launch_bounds__(kDepthwiseThreads, 1)
     backward_any(ConvProblem problem, DepthwiseTile tile, int64_t tiles_per_split, Strides xs, Strides ys,
@@ -44,43 +151,19 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 1)
                  const T* __restrict__ w, T* __restrict__ dx, accumulate_t<T>* __restrict__ partial) {
   using Acc = accumulate_t<T>;
   CONVEXT_SHARED_MEMORY(shared);
-  Acc* shares = reinterpret_cast<Acc*>(shared);  // (entries, VEC, threads): of dw
-  const int32_t P = problem.p(), Q = problem.q(), C = problem.c;
-  const int32_t multiplier = problem.k / C, taps = problem.r * problem.s, pitch = tile.lanes * VEC;
-  const int32_t c_block = static_cast<int32_t>(blockIdx.x % tile.tiles_c) * pitch;
-  const int32_t split = static_cast<int32_t>(blockIdx.x / tile.tiles_c);
-  const bool channels_last = problem.x_layout == Layout::kNHWC;
-  const DepthwisePlace place(tile, channels_last);
-  const int32_t c = c_block + place.lane * VEC;
-  const auto share = [&](int32_t entry, int v) -> Acc& {
-    return shares[((entry - entries.begin) * VEC + v) * kDepthwiseThreads + threadIdx.x];
-  };
-  if constexpr (DW) {
-    for (int32_t e = entries.begin; e < entries.end; ++e) {
-#pragma unroll
-      for (int v = 0; v < VEC; ++v) share(e, v) = 0;
-    }
-  }
-  // (R*S, pitch), for whole vectors
-  Acc* filters = shares + (DW ? (entries.end - entries.begin) * VEC * kDepthwiseThreads : 0);
-  if constexpr (VEC > 1) {
-    for (int32_t i = threadIdx.x; i < taps * pitch; i += kDepthwiseThreads) {
-      const int32_t tap = i / pitch, column = i % pitch;
-      const bool wanted = dx && c_block + column < C;
-      filters[i] = wanted ? to_accumulate(__ldg(w + int64_t{c_block + column} * taps + tap)) : Acc(0);
-    }
-    __syncthreads();  // orders the filters before every thread's reads below
-  }
+  const AnyBlock<T, VEC, DW> block(problem, tile, xs, ys, stride_h, stride_w, entries, shared);
+  const int32_t P = problem.p(), split = static_cast<int32_t>(blockIdx.x / tile.tiles_c);
+  const DepthwisePlace place(tile, block.channels_last);
+  const int32_t c = block.c_block + place.lane * VEC;
+  block.start(w, dx);
 
-  const int64_t first = split * tiles_per_split;
-  const int64_t last = first + tiles_per_split < tile.pixel_tiles() ? first + tiles_per_split : tile.pixel_tiles();
-  for (int64_t index = first; index < last; ++index) {
-    const int32_t tile_w = static_cast<int32_t>(index % tile.tiles_w);
-    const int32_t h = static_cast<int32_t>(index / tile.tiles_w % tile.tiles_h) * tile.across_h + place.h;
-    const int32_t n = static_cast<int32_t>(index / tile.tiles_w / tile.tiles_h) * tile.across_n + place.n;
-    if (c >= C || n >= problem.n || h >= problem.h) continue;
+  const DepthwiseWalk walk(tile, split, tiles_per_split);
+  for (int64_t index = walk.first; index < walk.last; ++index) {
+    const DepthwisePatch at(tile, place, index);
+    const int32_t h = at.row, n = at.n;
+    if (c >= problem.c || n >= problem.n || h >= problem.h) continue;
     // A thread's pixels lie across_w apart, so that neighbouring threads have neighbouring pixels.
-    const auto column_of = [&](int j) { return (tile_w * kPatchW + j) * tile.across_w + place.w; };
+    const auto column_of = [&](int j) { return (at.tile_w * kPatchW + j) * tile.across_w + place.w; };
     const int64_t x_line = n * xs.n + h * xs.h + c * xs.c;
     Acc pixels[kPatchW][VEC] = {}, acc[kPatchW][VEC] = {};
     if constexpr (DW) {
@@ -92,40 +175,12 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 1)
         for (int v = 0; v < VEC; ++v) pixels[j][v] = to_accumulate(run.v[v]);
       }
     }
-    for (int32_t m = 0; m < multiplier; ++m) {
-      const int32_t k = VEC == 1 ? c * multiplier + m : c;  // whole vectors have multiplier 1
+    for (int32_t m = 0; m < block.multiplier; ++m) {
+      const int32_t k = VEC == 1 ? c * block.multiplier + m : c;  // whole vectors have multiplier 1
       for (int32_t r = 0; r < problem.r; ++r) {
         const int32_t p = output_of(h, r, stride_h, problem.pad_h, problem.dil_h, P);
         if (p < 0) continue;
-        const T* y_line = dy + n * ys.n + p * ys.h + k * ys.c;
-        for (int32_t s = 0; s < problem.s; ++s) {
-          const int32_t tap = r * problem.s + s, entry = m * taps + tap;
-          const bool counts = DW && entry >= entries.begin && entry < entries.end;
-          if (!dx && !counts) continue;
-          Acc weight[VEC] = {}, sum[VEC] = {};
-#pragma unroll
-          for (int v = 0; v < VEC; ++v) {
-            if (VEC > 1) weight[v] = filters[tap * pitch + place.lane * VEC + v];
-            else if (dx) weight[v] = to_accumulate(__ldg(w + int64_t{k} * taps + tap));
-          }
-#pragma unroll
-          for (int j = 0; j < kPatchW; ++j) {
-            const int32_t q =
-                column_of(j) < problem.w ? output_of(column_of(j), s, stride_w, problem.pad_w, problem.dil_w, Q) : -1;
-            if (q < 0) continue;
-            const Run<T, VEC> run = load_run<T, VEC>(y_line + q * ys.w);
-#pragma unroll
-            for (int v = 0; v < VEC; ++v) {
-              const Acc value = to_accumulate(run.v[v]);
-              acc[j][v] += value * weight[v];
-              sum[v] += value * pixels[j][v];
-            }
-          }
-          if (counts) {
-#pragma unroll
-            for (int v = 0; v < VEC; ++v) share(entry, v) += sum[v];
-          }
-        }
+        block.add_row(dy + n * ys.n + p * ys.h + k * ys.c, m, k, r, place.lane, w, dx, column_of, pixels, acc);
       }
     }
     if (!dx) continue;
@@ -134,22 +189,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 1)
       if (column_of(j) < problem.w) store_run<T, VEC>(dx + x_line + column_of(j) * xs.w, acc[j]);
     }
   }
-
-  if constexpr (DW) {
-    __syncthreads();  // orders the threads' shares before their sum
-    const int32_t pixels = kDepthwiseThreads / tile.lanes;
-    const int32_t next_pixel = channels_last ? tile.lanes : 1, next_lane = channels_last ? 1 : pixels;
-    for (int32_t i = threadIdx.x; i < (entries.end - entries.begin) * pitch; i += kDepthwiseThreads) {
-      const int32_t entry = i / pitch, column = i % pitch;  // counted from the first of this launch
-      if (c_block + column >= C) continue;
-      const Acc* row = shares + (entry * VEC + column % VEC) * kDepthwiseThreads + column / VEC * next_lane;
-      Acc sum = 0;
-      for (int32_t pixel = 0; pixel < pixels; ++pixel) sum += row[pixel * next_pixel];
-      const int32_t m = (entries.begin + entry) / taps, tap = (entries.begin + entry) % taps;
-      const int64_t k = int64_t{c_block + column} * multiplier + m;
-      partial[(int64_t{split} * problem.k + k) * taps + tap] = sum;
-    }
-  }
+  if constexpr (DW) block.store_slab(partial + int64_t{split} * problem.k * block.taps);
 }
 
 // Shared memory that every GPU from compute capability 8.0 on lets a block ask for, nearly.

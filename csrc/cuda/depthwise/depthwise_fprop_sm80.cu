@@ -62,6 +62,63 @@ struct Window {
       }
     }
   }
+
+  // With NCHW the distance of columns is known: 1.
+  static CONVEXT_DEVICE int64_t column_step(const Strides& of) { return FORM == Form::kNCHW ? 1 : of.w; }
+
+  // Adds all that one output sees of the image, for any filter: in shared memory, or (one channel) at `filter`.
+  static CONVEXT_DEVICE void add_output(const ConvProblem& problem, const Strides& xs, const T* image, int32_t p,
+                                        int32_t q, const T* filter, const Acc* filters, int pitch, Acc (&acc)[VEC]) {
+    const int32_t h0 = problem.h_of(p, 0), w0 = problem.w_of(q, 0);
+    for (int32_t r = 0; r < problem.r; ++r) {
+      const int32_t h = h0 + r * problem.dil_h;
+      if (h < 0 || h >= problem.h) continue;
+      for (int32_t s = 0; s < problem.s; ++s) {
+        const int32_t column = w0 + s * problem.dil_w, tap = r * problem.s + s;
+        if (column < 0 || column >= problem.w) continue;
+        const Run<T, VEC> value = load_run<T, VEC>(image + h * xs.h + column * column_step(xs));
+#pragma unroll
+        for (int v = 0; v < VEC; ++v) {
+          const Acc weight = SHARED_FILTERS ? filters[tap * pitch + v] : to_accumulate(__ldg(filter + tap));
+          acc[v] += to_accumulate(value.v[v]) * weight;
+        }
+      }
+    }
+  }
+
+  // The epilogue of the `rows` x `columns` outputs that exist, from y[offset] on, and what `seen` is to know of them.
+  static CONVEXT_DEVICE void store_patch(const Strides& ys, int64_t offset, int32_t rows, int32_t columns, int32_t k,
+                                         const Epilogue& epilogue, bool vector_out, Acc (&acc)[PATCH_P][PATCH_Q][VEC],
+                                         T* y, bool counts, Welford<Acc, VEC>& seen) {
+#pragma unroll
+    for (int p = 0; p < PATCH_P; ++p) {
+      if (p >= rows) break;
+      const int64_t line = offset + p * ys.h;
+      if constexpr (FORM == Form::kNCHW) {
+        const Span span{k, 0, line, 1, columns, vector_out};
+        Acc run[RUN];
+#pragma unroll
+        for (int q = 0; q < PATCH_Q; ++q) run[q] = acc[p][q][0];
+        apply_epilogue<T>(epilogue, run, span);
+        store_span(y, run, span);
+#pragma unroll
+        for (int q = 0; q < PATCH_Q; ++q) acc[p][q][0] = run[q];
+      } else {
+#pragma unroll
+        for (int q = 0; q < PATCH_Q; ++q) {
+          if (q >= columns) break;
+          const Span span{k, 1, line + q * ys.w, 1, VEC, VEC > 1};
+          apply_epilogue<T>(epilogue, acc[p][q], span);
+          store_span(y, acc[p][q], span);
+        }
+      }
+      if (!counts) continue;
+#pragma unroll
+      for (int q = 0; q < PATCH_Q; ++q) {
+        if (q < columns) seen.template add_stored<T>(acc[p][q]);
+      }
+    }
+  }
 };
 
 template <class T, int VEC, int R, int STRIDE, Form FORM>
@@ -79,38 +136,23 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 1)
   // Channel tiles are the fastest index, so that neighbouring blocks read neighbouring bytes.
   const int64_t split = blockIdx.x / tile.tiles_c;
   const int32_t k_block = static_cast<int32_t>(blockIdx.x % tile.tiles_c) * pitch;
-
-  if constexpr (W::SHARED_FILTERS) {
-    for (int32_t i = threadIdx.x; i < taps * pitch; i += kDepthwiseThreads) {
-      const int32_t channel = i / taps, tap = i % taps;
-      const int32_t k = k_block + channel;
-      filters[tap * pitch + channel] = k < K ? to_accumulate(__ldg(w + int64_t{k} * taps + tap)) : Acc(0);
-    }
-    __syncthreads();  // orders the filters before every thread's reads below
-  }
+  if constexpr (W::SHARED_FILTERS) load_filters(filters, w, taps, pitch, k_block, K);
 
   const DepthwisePlace place(tile, lanes_innermost<FORM>(problem.y_layout));
   const int32_t k = k_block + place.lane * VEC;
   Welford<Acc, VEC> seen;
-  const int64_t first = split * tiles_per_split;
-  const int64_t last = first + tiles_per_split < tile.pixel_tiles() ? first + tiles_per_split : tile.pixel_tiles();
+  const DepthwiseWalk walk(tile, split, tiles_per_split);
 #pragma unroll 1
-  for (int64_t index = first; index < last; ++index) {
-    const int32_t tile_w = static_cast<int32_t>(index % tile.tiles_w);
-    const int32_t tile_h = static_cast<int32_t>(index / tile.tiles_w % tile.tiles_h);
-    const int32_t q0 = (tile_w * tile.across_w + place.w) * W::PATCH_Q;
-    const int32_t p0 = (tile_h * tile.across_h + place.h) * W::PATCH_P;
-    const int32_t n = static_cast<int32_t>(index / tile.tiles_w / tile.tiles_h) * tile.across_n + place.n;
+  for (int64_t index = walk.first; index < walk.last; ++index) {
+    const DepthwisePatch at(tile, place, index);
+    const int32_t q0 = (at.tile_w * tile.across_w + place.w) * W::PATCH_Q, p0 = at.row * W::PATCH_P, n = at.n;
     if (k >= K || q0 >= Q || p0 >= P || n >= problem.n) continue;
-
-    // With NCHW the distance of columns is known: 1.
-    const int64_t column_step = FORM == Form::kNCHW ? 1 : xs.w;
     const T* image = x + n * xs.n + (VEC == 1 ? k / (K / problem.c) : k) * xs.c;
-    const int32_t h0 = problem.h_of(p0, 0), w0 = problem.w_of(q0, 0);
     Acc acc[W::PATCH_P][W::PATCH_Q][VEC] = {};
-
     if constexpr (R > 0) {
       const Acc* my_filters = filters + place.lane * VEC;
+      const int64_t column_step = W::column_step(xs);
+      const int32_t h0 = problem.h_of(p0, 0), w0 = problem.w_of(q0, 0);
 #pragma unroll
       for (int row = 0; row < (W::PATCH_P - 1) * STRIDE + R; ++row) {
         const int32_t h = h0 + row;
@@ -130,52 +172,10 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 1)
         }
       }
     } else {
-      for (int32_t r = 0; r < problem.r; ++r) {
-        const int32_t h = h0 + r * problem.dil_h;
-        if (h < 0 || h >= problem.h) continue;
-        for (int32_t s = 0; s < problem.s; ++s) {
-          const int32_t column = w0 + s * problem.dil_w, tap = r * problem.s + s;
-          if (column < 0 || column >= problem.w) continue;
-          const Run<T, VEC> value = load_run<T, VEC>(image + h * xs.h + column * column_step);
-#pragma unroll
-          for (int v = 0; v < VEC; ++v) {
-            const Acc weight = W::SHARED_FILTERS ? filters[tap * pitch + place.lane * VEC + v]
-                                                 : to_accumulate(__ldg(w + int64_t{k} * taps + tap));
-            acc[0][0][v] += to_accumulate(value.v[v]) * weight;
-          }
-        }
-      }
+      W::add_output(problem, xs, image, p0, q0, w + int64_t{k} * taps, filters + place.lane * VEC, pitch, acc[0][0]);
     }
-
-#pragma unroll
-    for (int p = 0; p < W::PATCH_P; ++p) {
-      if (p0 + p >= P) break;
-      const int64_t offset = n * ys.n + (p0 + p) * ys.h + k * ys.c;
-      if constexpr (FORM == Form::kNCHW) {
-        const Span span{k, 0, offset + q0, 1, Q - q0, vector_out};
-        Acc run[W::RUN];
-#pragma unroll
-        for (int q = 0; q < W::PATCH_Q; ++q) run[q] = acc[p][q][0];
-        apply_epilogue<T>(epilogue, run, span);
-        store_span(y, run, span);
-#pragma unroll
-        for (int q = 0; q < W::PATCH_Q; ++q) acc[p][q][0] = run[q];
-      } else {
-#pragma unroll
-        for (int q = 0; q < W::PATCH_Q; ++q) {
-          if (q0 + q >= Q) break;
-          const Span span{k, 1, offset + (q0 + q) * ys.w, 1, VEC, VEC > 1};
-          apply_epilogue<T>(epilogue, acc[p][q], span);
-          store_span(y, acc[p][q], span);
-        }
-      }
-      if (stats.moments) {
-#pragma unroll
-        for (int q = 0; q < W::PATCH_Q; ++q) {
-          if (q0 + q < Q) seen.template add_stored<T>(acc[p][q]);
-        }
-      }
-    }
+    const int64_t corner = n * ys.n + p0 * ys.h + q0 * W::column_step(ys) + k * ys.c;
+    W::store_patch(ys, corner, P - p0, Q - q0, k, epilogue, vector_out, acc, y, stats.moments, seen);
   }
 
   if (stats.moments) {
@@ -231,15 +231,9 @@ bool is_square(const ConvProblem& p) {
 template <class T, int VEC, Form FORM, class F>
 auto with_window(const ConvProblem& p, F&& f) {
   if constexpr (FORM != Form::kAny) {
-    if (is_square(p) && p.stride_h == 1) {
-      if (p.r == 3) return f(Window<T, VEC, 3, 1, FORM>{});
-      if (p.r == 5) return f(Window<T, VEC, 5, 1, FORM>{});
-      return f(Window<T, VEC, 7, 1, FORM>{});
-    }
     if (is_square(p)) {
-      if (p.r == 3) return f(Window<T, VEC, 3, 2, FORM>{});
-      if (p.r == 5) return f(Window<T, VEC, 5, 2, FORM>{});
-      return f(Window<T, VEC, 7, 2, FORM>{});
+      return with_square_filter(p,
+                                [&](auto r, auto stride) { return f(Window<T, VEC, r.value, stride.value, FORM>{}); });
     }
   }
   if constexpr (FORM != Form::kNCHW) return f(Window<T, VEC, 0, 1, FORM>{});
@@ -273,18 +267,13 @@ const char* reject(const ConvProblem& p) {
 
 template <class T, int VEC, Form FORM>
 constexpr Variant variant_of(const char* name) {
-  return {.name = name,
-          .algorithm = Algorithm::depthwise,
-          .device = Device::kCUDA,
-          .pass = Pass::kFprop,
-          .dtype = DTypeOf<T>::value,
-          .arithmetic = DTypeOf<T>::arithmetic,
-          .isa = Isa::kSM80,
-          .layouts = FORM == Form::kNHWC ? Layouts::kNHWCOnly : Layouts::kAny,
-          .reject = reject<T, VEC, FORM>,
-          .cost = FORM == Form::kAny ? any_depthwise_cost : depthwise_cost,
-          .launch = launch<T, VEC, FORM>,
-          .stats_rows = stats_rows<T, VEC, FORM>};
+  Variant v = cuda_variant<T>(name, Algorithm::depthwise, Pass::kFprop,
+                              FORM == Form::kNHWC ? Layouts::kNHWCOnly : Layouts::kAny);
+  v.reject = reject<T, VEC, FORM>;
+  v.cost = FORM == Form::kAny ? any_depthwise_cost : depthwise_cost;
+  v.launch = launch<T, VEC, FORM>;
+  v.stats_rows = stats_rows<T, VEC, FORM>;
+  return v;
 }
 
 }  // namespace

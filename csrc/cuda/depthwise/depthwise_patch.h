@@ -22,128 +22,145 @@ struct Patch {
   static constexpr int COLS = LOW + (W - 1) / STRIDE + 1;
 };
 
+// One row of a patch: what dy adds to its pixels of dx, and they to dw. `w0`: the patch's first column; `q0`: the column
+// of dy that meets it through tap 0.
+template <class T, int VEC, int R, int STRIDE, Form FORM, bool DW>
+struct PatchRow {
+  using Pt = Patch<R, STRIDE>;
+  static constexpr int TAPS = DW ? R : 1;  // of dw, along an axis
+
+  const ConvProblem& problem;
+  int32_t Q, q0, w0;
+  int64_t x_step, y_step;  // between columns
+
+  CONVEXT_DEVICE void load_pixels(const T* x_line, Run<T, VEC> (&pixels)[Pt::W]) const {
+#pragma unroll
+    for (int j = 0; j < Pt::W; ++j) {
+      const int32_t column = w0 + j;
+      pixels[j] = column >= 0 && column < problem.w ? load_run<T, VEC>(x_line + column * x_step) : zero_run<T, VEC>();
+    }
+  }
+
+  // Filter row r through row `y_line` of dy.
+  CONVEXT_DEVICE void add(int r, const T* y_line, const float* filters, int32_t pitch,
+                          const Run<T, VEC> (&pixels)[Pt::W], float (&acc)[Pt::W][VEC],
+                          float (&dw)[TAPS][TAPS][VEC]) const {
+    Run<T, VEC> window[Pt::COLS];
+#pragma unroll
+    for (int col = 0; col < Pt::COLS; ++col) {
+      const int32_t q = q0 - Pt::LOW + col;
+      window[col] = q >= 0 && q < Q ? load_run<T, VEC>(y_line + q * y_step) : zero_run<T, VEC>();
+    }
+#pragma unroll
+    for (int s = 0; s < R; ++s) {
+      float tap[VEC];
+#pragma unroll
+      for (int v = 0; v < VEC; ++v) tap[v] = filters[(r * R + s) * pitch + v];
+#pragma unroll
+      for (int j = 0; j < Pt::W; ++j) {
+        if ((j - s) % STRIDE != 0) continue;
+        const int col = (j - s) / STRIDE + Pt::LOW;
+#pragma unroll
+        for (int v = 0; v < VEC; ++v) {
+          const float value = to_accumulate(window[col].v[v]);
+          acc[j][v] += value * tap[v];
+          if constexpr (DW) dw[r][s][v] += value * to_accumulate(pixels[j].v[v]);
+        }
+      }
+    }
+  }
+
+  CONVEXT_DEVICE void store(const float (&acc)[Pt::W][VEC], T* dx_line, bool vector_rows) const {
+    if (FORM == Form::kNCHW && vector_rows) {
+      float row[Pt::W];
+#pragma unroll
+      for (int j = 0; j < Pt::W; ++j) row[j] = acc[j][0];
+      store_run<T, Pt::W>(dx_line + w0, row);
+    } else {
+#pragma unroll
+      for (int j = 0; j < Pt::W; ++j) {
+        const int32_t column = w0 + j;
+        if (column >= 0 && column < problem.w) store_run<T, VEC>(dx_line + column * x_step, acc[j]);
+      }
+    }
+  }
+};
+
+// A block's dw, (channels, R*R), to its slab: each warp adds up by shuffles, the warps through `scratch`, (warps, pitch).
+template <int VEC, int R, Form FORM>
+CONVEXT_DEVICE void store_slab(const float (&dw)[R][R][VEC], const DepthwiseTile& tile, const DepthwisePlace& place,
+                               float* scratch, int32_t c_block, int32_t channels, float* slab) {
+  // Pixels that a warp has of one lane: they are added first, by shuffles.
+  const int32_t nearest = FORM == Form::kNHWC ? tile.lanes : 1, group = FORM == Form::kNHWC ? 32 / tile.lanes : 32;
+  const int32_t rows = kDepthwiseThreads / tile.lanes / group, pitch = tile.lanes * VEC;
+#pragma unroll
+  for (int tap = 0; tap < R * R; ++tap) {
+#pragma unroll
+    for (int v = 0; v < VEC; ++v) {
+      float sum = dw[tap / R][tap % R][v];
+      for (int32_t distance = nearest; distance < 32; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+      if (place.pixel % group == 0) scratch[place.pixel / group * pitch + place.lane * VEC + v] = sum;
+    }
+    __syncthreads();  // orders the warps' shares before their sum
+    for (int32_t channel = threadIdx.x; channel < pitch; channel += kDepthwiseThreads) {
+      float sum = 0;
+      for (int32_t i = 0; i < rows; ++i) sum += scratch[i * pitch + channel];
+      if (c_block + channel < channels) slab[int64_t{c_block + channel} * (R * R) + tap] = sum;
+    }
+    __syncthreads();  // orders the sum before the next tap's shares
+  }
+}
+
 template <class T, int VEC, int R, int STRIDE, Form FORM, bool DW>
 __global__ void __launch_bounds__(kDepthwiseThreads, 1)
     backward(ConvProblem problem, DepthwiseTile tile, int64_t tiles_per_split, Strides xs, Strides ys,
              const T* __restrict__ dy, const T* __restrict__ x, const T* __restrict__ w, T* __restrict__ dx,
              float* __restrict__ partial, bool vector_rows) {
   using Pt = Patch<R, STRIDE>;
+  using Row = PatchRow<T, VEC, R, STRIDE, FORM, DW>;
   CONVEXT_SHARED_MEMORY(shared);
-  const int32_t P = problem.p(), Q = problem.q(), C = problem.c;
-  const int32_t pitch = tile.lanes * VEC;
+  const int32_t P = problem.p(), Q = problem.q(), C = problem.c, pitch = tile.lanes * VEC;
   float* filters = reinterpret_cast<float*>(shared);  // (R*R, pitch)
-  float* scratch = filters + R * R * pitch;           // (warps, pitch)
-
   const int32_t c_block = static_cast<int32_t>(blockIdx.x % tile.tiles_c) * pitch;
   const int32_t split = static_cast<int32_t>(blockIdx.x / tile.tiles_c);
-  for (int32_t i = threadIdx.x; i < R * R * pitch; i += kDepthwiseThreads) {
-    const int32_t channel = i / (R * R), tap = i % (R * R);
-    const int32_t c = c_block + channel;
-    filters[tap * pitch + channel] = dx && c < C ? to_accumulate(__ldg(w + int64_t{c} * (R * R) + tap)) : 0.0f;
-  }
-  __syncthreads();  // orders the filters before every thread's reads below
+  load_filters(filters, w, R * R, pitch, c_block, dx ? C : 0);
 
   const DepthwisePlace place(tile, FORM == Form::kNHWC);
   const int32_t c = c_block + place.lane * VEC;
-  const float* my_filters = filters + place.lane * VEC;
   // With NCHW the distance of columns is known: 1.
   const int64_t x_step = FORM == Form::kNCHW ? 1 : xs.w, y_step = FORM == Form::kNCHW ? 1 : ys.w;
 
-  float dw[DW ? R : 1][DW ? R : 1][VEC] = {};
-  const int64_t first = split * tiles_per_split;
-  const int64_t last = first + tiles_per_split < tile.pixel_tiles() ? first + tiles_per_split : tile.pixel_tiles();
-  for (int64_t index = first; index < last; ++index) {
-    const int32_t tile_w = static_cast<int32_t>(index % tile.tiles_w);
-    const int32_t tile_h = static_cast<int32_t>(index / tile.tiles_w % tile.tiles_h);
-    const int32_t n = static_cast<int32_t>(index / tile.tiles_w / tile.tiles_h) * tile.across_n + place.n;
-    const int32_t p0 = (tile_h * tile.across_h + place.h) + problem.pad_h / STRIDE;  // of the first row
-    const int32_t q0 = (tile_w * tile.across_w + place.w) * (Pt::W / STRIDE) + problem.pad_w / STRIDE;
+  float dw[Row::TAPS][Row::TAPS][VEC] = {};
+  const DepthwiseWalk walk(tile, split, tiles_per_split);
+  for (int64_t index = walk.first; index < walk.last; ++index) {
+    const DepthwisePatch at(tile, place, index);
+    const int32_t n = at.n, p0 = at.row + problem.pad_h / STRIDE;  // of the first row
+    const int32_t q0 = (at.tile_w * tile.across_w + place.w) * (Pt::W / STRIDE) + problem.pad_w / STRIDE;
     const int32_t h0 = p0 * STRIDE - problem.pad_h, w0 = q0 * STRIDE - problem.pad_w;
     if (c >= C || n >= problem.n || h0 >= problem.h || w0 >= problem.w) continue;
     const int64_t x_image = n * xs.n + c * xs.c, y_image = n * ys.n + c * ys.c;
-
+    const Row row{problem, Q, q0, w0, x_step, y_step};
 #pragma unroll
     for (int i = 0; i < Pt::H; ++i) {
       const int32_t h = h0 + i;
       if (h < 0 || h >= problem.h) continue;
       const int64_t x_line = x_image + h * xs.h;
       Run<T, VEC> pixels[Pt::W];
-      if constexpr (DW) {
-#pragma unroll
-        for (int j = 0; j < Pt::W; ++j) {
-          const int32_t column = w0 + j;
-          pixels[j] =
-              column >= 0 && column < problem.w ? load_run<T, VEC>(x + x_line + column * x_step) : zero_run<T, VEC>();
-        }
-      }
+      if constexpr (DW) row.load_pixels(x + x_line, pixels);
       float acc[Pt::W][VEC] = {};
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         if ((i - r) % STRIDE != 0) continue;
         const int32_t p = p0 + (i - r) / STRIDE;
         if (p < 0 || p >= P) continue;
-        const T* y_line = dy + y_image + p * ys.h;
-        Run<T, VEC> window[Pt::COLS];
-#pragma unroll
-        for (int col = 0; col < Pt::COLS; ++col) {
-          const int32_t q = q0 - Pt::LOW + col;
-          window[col] = q >= 0 && q < Q ? load_run<T, VEC>(y_line + q * y_step) : zero_run<T, VEC>();
-        }
-#pragma unroll
-        for (int s = 0; s < R; ++s) {
-          float tap[VEC];
-#pragma unroll
-          for (int v = 0; v < VEC; ++v) tap[v] = my_filters[(r * R + s) * pitch + v];
-#pragma unroll
-          for (int j = 0; j < Pt::W; ++j) {
-            if ((j - s) % STRIDE != 0) continue;
-            const int col = (j - s) / STRIDE + Pt::LOW;
-#pragma unroll
-            for (int v = 0; v < VEC; ++v) {
-              const float value = to_accumulate(window[col].v[v]);
-              acc[j][v] += value * tap[v];
-              if constexpr (DW) dw[r][s][v] += value * to_accumulate(pixels[j].v[v]);
-            }
-          }
-        }
+        row.add(r, dy + y_image + p * ys.h, filters + place.lane * VEC, pitch, pixels, acc, dw);
       }
-      if (!dx) continue;
-      if (FORM == Form::kNCHW && vector_rows) {
-        float row[Pt::W];
-#pragma unroll
-        for (int j = 0; j < Pt::W; ++j) row[j] = acc[j][0];
-        store_run<T, Pt::W>(dx + x_line + w0, row);
-      } else {
-#pragma unroll
-        for (int j = 0; j < Pt::W; ++j) {
-          const int32_t column = w0 + j;
-          if (column >= 0 && column < problem.w) store_run<T, VEC>(dx + x_line + column * x_step, acc[j]);
-        }
-      }
+      if (dx) row.store(acc, dx + x_line, vector_rows);
     }
   }
-
   if constexpr (DW) {
-    // Pixels that a warp has of one lane: they are added first, by shuffles.
-    const int32_t nearest = FORM == Form::kNHWC ? tile.lanes : 1, group = FORM == Form::kNHWC ? 32 / tile.lanes : 32;
-    const int32_t rows = kDepthwiseThreads / tile.lanes / group;
-    float* slab = partial + int64_t{split} * C * (R * R);
-#pragma unroll
-    for (int tap = 0; tap < R * R; ++tap) {
-#pragma unroll
-      for (int v = 0; v < VEC; ++v) {
-        float sum = dw[tap / R][tap % R][v];
-        for (int32_t distance = nearest; distance < 32; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-        if (place.pixel % group == 0) scratch[place.pixel / group * pitch + place.lane * VEC + v] = sum;
-      }
-      __syncthreads();  // orders the warps' shares before their sum
-      for (int32_t channel = threadIdx.x; channel < pitch; channel += kDepthwiseThreads) {
-        float sum = 0;
-        for (int32_t i = 0; i < rows; ++i) sum += scratch[i * pitch + channel];
-        if (c_block + channel < C) slab[int64_t{c_block + channel} * (R * R) + tap] = sum;
-      }
-      __syncthreads();  // orders the sum before the next tap's shares
-    }
+    store_slab<VEC, R, FORM>(dw, tile, place, filters + R * R * pitch, c_block, C,
+                             partial + int64_t{split} * C * (R * R));
   }
 }
 
@@ -200,14 +217,9 @@ const char* launch_backward_of(const ConvProblem& p, const void* dy, const void*
 template <class T, Form FORM, bool DW>
 const char* launch_backward(const ConvProblem& p, const void* dy, const void* x, const void* w, void* dx, void* partial,
                             void* stream) {
-  if (p.stride_h == 1) {
-    if (p.r == 3) return launch_backward_of<T, 3, 1, FORM, DW>(p, dy, x, w, dx, partial, stream);
-    if (p.r == 5) return launch_backward_of<T, 5, 1, FORM, DW>(p, dy, x, w, dx, partial, stream);
-    return launch_backward_of<T, 7, 1, FORM, DW>(p, dy, x, w, dx, partial, stream);
-  }
-  if (p.r == 3) return launch_backward_of<T, 3, 2, FORM, DW>(p, dy, x, w, dx, partial, stream);
-  if (p.r == 5) return launch_backward_of<T, 5, 2, FORM, DW>(p, dy, x, w, dx, partial, stream);
-  return launch_backward_of<T, 7, 2, FORM, DW>(p, dy, x, w, dx, partial, stream);
+  return with_square_filter(p, [&](auto r, auto stride) {
+    return launch_backward_of<T, r.value, stride.value, FORM, DW>(p, dy, x, w, dx, partial, stream);
+  });
 }
 
 template <class T, Form FORM>

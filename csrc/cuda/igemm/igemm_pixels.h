@@ -386,26 +386,26 @@ const char* launch_igemm_pixels(const ConvProblem& p, const LaunchArgs& args) {
 // The order of the weights that the direct kernels read, and of the weight gradients that they write.
 inline const char* krsc_format(const ConvProblem&) { return "krsc"; }
 
+// What the variants of the three passes say in the same words.
+template <class TILE, bool VECTOR>
+constexpr Variant igemm_variant(const char* name, Pass pass) {
+  using T = typename TILE::T;
+  Variant v = cuda_variant<T>(name, Algorithm::direct, pass, VECTOR ? Layouts::kNHWCOnly : Layouts::kAny,
+                              DTypeOf<T>::on_tensor_cores);
+  v.pack_format = krsc_format;
+  v.cost = igemm_cost;
+  v.gathers = !VECTOR;
+  v.block_m = TILE::BLOCK_M, v.block_n = TILE::BLOCK_N, v.block_k = TILE::BLOCK_K;
+  return v;
+}
+
 template <class TILE, bool DGRAD, bool VECTOR>
 constexpr Variant igemm_pixels_variant(const char* name) {
-  using Type = DTypeOf<typename TILE::T>;
-  return {.name = name,
-          .algorithm = Algorithm::direct,
-          .device = Device::kCUDA,
-          .pass = DGRAD ? Pass::kDgrad : Pass::kFprop,
-          .dtype = Type::value,
-          .arithmetic = Type::on_tensor_cores,
-          .isa = Isa::kSM80,
-          .layouts = VECTOR ? Layouts::kNHWCOnly : Layouts::kAny,
-          .reject = reject_igemm_pixels<TILE, DGRAD, VECTOR>,
-          .pack_format = krsc_format,
-          .cost = igemm_cost,
-          .launch = launch_igemm_pixels<TILE, DGRAD, VECTOR>,
-          .gathers = !VECTOR,
-          .stats_rows = DGRAD ? nullptr : igemm_stats_rows<TILE>,
-          .block_m = TILE::BLOCK_M,
-          .block_n = TILE::BLOCK_N,
-          .block_k = TILE::BLOCK_K};
+  Variant v = igemm_variant<TILE, VECTOR>(name, DGRAD ? Pass::kDgrad : Pass::kFprop);
+  v.reject = reject_igemm_pixels<TILE, DGRAD, VECTOR>;
+  v.launch = launch_igemm_pixels<TILE, DGRAD, VECTOR>;
+  v.stats_rows = DGRAD ? nullptr : igemm_stats_rows<TILE>;
+  return v;
 }
 
 }  // namespace convext::cuda

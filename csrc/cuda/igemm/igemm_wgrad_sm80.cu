@@ -266,24 +266,11 @@ const char* launch(const ConvProblem& p, const LaunchArgs& args) {
 
 template <class TILE, bool VECTOR>
 constexpr Variant variant_of(const char* name) {
-  using Type = DTypeOf<typename TILE::T>;
-  return {.name = name,
-          .algorithm = Algorithm::direct,
-          .device = Device::kCUDA,
-          .pass = Pass::kWgrad,
-          .dtype = Type::value,
-          .arithmetic = Type::on_tensor_cores,
-          .isa = Isa::kSM80,
-          .layouts = VECTOR ? Layouts::kNHWCOnly : Layouts::kAny,
-          .reject = reject<TILE, VECTOR>,
-          .workspace = workspace<TILE>,
-          .pack_format = krsc_format,
-          .cost = igemm_cost,
-          .launch = launch<TILE, VECTOR>,
-          .gathers = !VECTOR,
-          .block_m = TILE::BLOCK_M,
-          .block_n = TILE::BLOCK_N,
-          .block_k = TILE::BLOCK_K};
+  Variant v = igemm_variant<TILE, VECTOR>(name, Pass::kWgrad);
+  v.reject = reject<TILE, VECTOR>;
+  v.workspace = workspace<TILE>;
+  v.launch = launch<TILE, VECTOR>;
+  return v;
 }
 
 }  // namespace

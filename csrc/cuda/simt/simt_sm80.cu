@@ -107,6 +107,66 @@ struct Operands {
   }
 };
 
+// A block's tile: which part of the product it is, and bringing A and B into shared memory, which takes the way by
+// registers so that the next part of both is loaded while the one before is multiplied.
+template <class T, Pass PASS>
+struct SimtLoader {
+  // Neighbouring threads load what lies side by side: channels, which are the reduction of fprop and of dgrad's A.
+  static constexpr bool A_ALONG_K = PASS != Pass::kWgrad, B_ALONG_K = PASS == Pass::kFprop;
+
+  const Operands<T>& operands;
+  const GemmShape gemm;
+  const int32_t group;
+  const int64_t m0, n0, k_end;
+  T *a_tiles, *b_tiles;  // 2 x (kBlockK, kPitch) each
+  T a_next[kLoads], b_next[kLoads];
+
+  static CONVEXT_DEVICE void place(bool along_k, int i, int& mn, int& k) {
+    const int index = threadIdx.x + i * kThreads;
+    mn = along_k ? index / kBlockK : index % kBlock;
+    k = along_k ? index % kBlockK : index / kBlock;
+  }
+  CONVEXT_DEVICE void fetch(int64_t k0) {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      int m, k, n;
+      place(A_ALONG_K, i, m, k);
+      a_next[i] = m0 + m < gemm.m && k0 + k < k_end ? operands.template a<PASS>(group, m0 + m, k0 + k) : T(0);
+      place(B_ALONG_K, i, n, k);
+      b_next[i] = n0 + n < gemm.n && k0 + k < k_end ? operands.template b<PASS>(group, k0 + k, n0 + n) : T(0);
+    }
+  }
+  CONVEXT_DEVICE void store(int buffer) const {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      int m, k, n;
+      place(A_ALONG_K, i, m, k);
+      a_tiles[(buffer * kBlockK + k) * kPitch + m] = a_next[i];
+      place(B_ALONG_K, i, n, k);
+      b_tiles[(buffer * kBlockK + k) * kPitch + n] = b_next[i];
+    }
+  }
+};
+
+// One buffer of A times one of B, for a thread's outputs.
+template <class T>
+CONVEXT_DEVICE void multiply(const T* a_tile, const T* b_tile, T (&acc)[kPerThread][kPerThread]) {
+#pragma unroll
+  for (int k = 0; k < kBlockK; ++k) {
+    T a[kPerThread], b[kPerThread];
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      a[i] = a_tile[k * kPitch + i];
+      b[i] = b_tile[k * kPitch + i];
+    }
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+#pragma unroll
+      for (int j = 0; j < kPerThread; ++j) acc[i][j] += a[i] * b[j];
+    }
+  }
+}
+
 // One block a multiprocessor is all that is asked for: for two, fp64 spilled or did not as ptxas happened to number it.
 template <class T, Pass PASS>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -123,57 +183,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t k_begin = blockIdx.z * k_per_split;
   const int64_t k_end = k_begin + k_per_split < gemm.k ? k_begin + k_per_split : gemm.k;
 
-  // Neighbouring threads load what lies side by side: channels, which are the reduction of fprop and of dgrad's A.
-  constexpr bool A_ALONG_K = PASS != Pass::kWgrad, B_ALONG_K = PASS == Pass::kFprop;
-  T a_next[kLoads], b_next[kLoads];
-  const auto place = [&](bool along_k, int i, int& mn, int& k) {
-    const int index = tid + i * kThreads;
-    mn = along_k ? index / kBlockK : index % kBlock;
-    k = along_k ? index % kBlockK : index / kBlock;
-  };
-  const auto fetch = [&](int64_t k0) {
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      int m, k, n;
-      place(A_ALONG_K, i, m, k);
-      a_next[i] = m0 + m < gemm.m && k0 + k < k_end ? operands.template a<PASS>(group, m0 + m, k0 + k) : T(0);
-      place(B_ALONG_K, i, n, k);
-      b_next[i] = n0 + n < gemm.n && k0 + k < k_end ? operands.template b<PASS>(group, k0 + k, n0 + n) : T(0);
-    }
-  };
-  const auto store = [&](int buffer) {
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      int m, k, n;
-      place(A_ALONG_K, i, m, k);
-      a_tiles[(buffer * kBlockK + k) * kPitch + m] = a_next[i];
-      place(B_ALONG_K, i, n, k);
-      b_tiles[(buffer * kBlockK + k) * kPitch + n] = b_next[i];
-    }
-  };
-
   const int m_thread = tid / 16 * kPerThread, n_thread = tid % 16 * kPerThread;
   T acc[kPerThread][kPerThread] = {};
-  fetch(k_begin);
+  SimtLoader<T, PASS> loader{operands, gemm, group, m0, n0, k_end, a_tiles, b_tiles, {}, {}};
+  loader.fetch(k_begin);
   int buffer = 0;
   for (int64_t k0 = k_begin; k0 < k_end; k0 += kBlockK, buffer ^= 1) {
-    store(buffer);
+    loader.store(buffer);
     __syncthreads();  // the tile is whole; the other buffer was read before the previous barrier's successor
-    if (k0 + kBlockK < k_end) fetch(k0 + kBlockK);
-#pragma unroll
-    for (int k = 0; k < kBlockK; ++k) {
-      T a[kPerThread], b[kPerThread];
-#pragma unroll
-      for (int i = 0; i < kPerThread; ++i) {
-        a[i] = a_tiles[(buffer * kBlockK + k) * kPitch + m_thread + i];
-        b[i] = b_tiles[(buffer * kBlockK + k) * kPitch + n_thread + i];
-      }
-#pragma unroll
-      for (int i = 0; i < kPerThread; ++i) {
-#pragma unroll
-        for (int j = 0; j < kPerThread; ++j) acc[i][j] += a[i] * b[j];
-      }
-    }
+    if (k0 + kBlockK < k_end) loader.fetch(k0 + kBlockK);
+    const int at = buffer * kBlockK * kPitch;
+    multiply(a_tiles + at + m_thread, b_tiles + at + n_thread, acc);
   }
 
   Welford<T, kPerThread> seen;
@@ -260,24 +280,16 @@ double cost(const Variant& v, const ConvProblem& p) {
 
 template <class T, Pass PASS>
 constexpr Variant variant_of(const char* name) {
-  return {.name = name,
-          .algorithm = Algorithm::direct,
-          .device = Device::kCUDA,
-          .pass = PASS,
-          .dtype = DTypeOf<T>::value,
-          .arithmetic = DTypeOf<T>::arithmetic,
-          .isa = Isa::kSM80,
-          .layouts = Layouts::kAny,
-          .reject = reject,
-          .workspace = PASS == Pass::kWgrad ? wgrad_workspace<T> : nullptr,
-          .pack_format = krsc_format,
-          .cost = cost,
-          .launch = launch<T, PASS>,
-          .gathers = true,
-          .stats_rows = PASS == Pass::kFprop ? stats_rows : nullptr,
-          .block_m = kBlock,
-          .block_n = kBlock,
-          .block_k = kBlockK};
+  Variant v = cuda_variant<T>(name, Algorithm::direct, PASS, Layouts::kAny);
+  v.reject = reject;
+  v.workspace = PASS == Pass::kWgrad ? wgrad_workspace<T> : nullptr;
+  v.pack_format = krsc_format;
+  v.cost = cost;
+  v.launch = launch<T, PASS>;
+  v.gathers = true;
+  v.stats_rows = PASS == Pass::kFprop ? stats_rows : nullptr;
+  v.block_m = v.block_n = kBlock, v.block_k = kBlockK;
+  return v;
 }
 
 }  // namespace

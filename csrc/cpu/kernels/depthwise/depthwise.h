@@ -26,6 +26,20 @@ struct TapPacking {
   static constexpr auto pack = pack_taps<T>;
 };
 
+// What fprop and dgrad are; there is no epilogue in dgrad.
+template <class T>
+TapSum<T> tap_sum(const ConvProblem& p, const LaunchArgs& args, bool dgrad) {
+  return {height_of(p, dgrad),
+          width_of(p, dgrad),
+          p.n,
+          p.k,
+          p.k / p.c,
+          static_cast<const T*>(args.a),
+          static_cast<const compute_t<T>*>(args.b),
+          static_cast<T*>(args.out),
+          dgrad ? Epilogue{} : args.epilogue};
+}
+
 // The Variant of fprop or dgrad.
 template <class T>
 constexpr Variant taps_variant(const char* name, Pass pass,

@@ -12,23 +12,13 @@
 // Chosen for every depthwise problem. A channel multiplier sums its filters' lanes at the end of a tile.
 #include "depthwise.h"
 
-namespace convext {
-namespace CONVEXT_ISA {
+namespace convext::CONVEXT_ISA {
 namespace {
 
 template <class T>
 const char* launch(const ConvProblem& problem, const LaunchArgs& args) {
-  const int32_t m = problem.k / problem.c;
-  const TapSum<T> sum{height_of(problem, true),
-                      width_of(problem, true),
-                      problem.n,
-                      problem.k,
-                      m,
-                      static_cast<const T*>(args.a),
-                      static_cast<const compute_t<T>*>(args.b),
-                      static_cast<T*>(args.out),
-                      {}};
-  if (m == 1) {
+  const TapSum<T> sum = tap_sum<T>(problem, args, true);
+  if (sum.multiplier == 1) {
     sum_taps(sum, *args.parallel);
   } else {
     sum_taps_and_filters(sum, *args.parallel);
@@ -37,12 +27,6 @@ const char* launch(const ConvProblem& problem, const LaunchArgs& args) {
 }
 
 }  // namespace
-}  // namespace CONVEXT_ISA
+}  // namespace convext::CONVEXT_ISA
 
-#define CONVEXT_DEFINE(T, type)                                                  \
-  CONVEXT_DEFINE_VARIANT(dgrad_depthwise_##type) = CONVEXT_ISA::taps_variant<T>( \
-      CONVEXT_VARIANT_NAME(dgrad_depthwise_##type), Pass::kDgrad, CONVEXT_ISA::launch<T>);
-CONVEXT_FOR_ELEMENTS(CONVEXT_DEFINE)
-#undef CONVEXT_DEFINE
-
-}  // namespace convext
+CONVEXT_DEFINE_VARIANTS(dgrad_depthwise, taps_variant<T>(name, Pass::kDgrad, launch<T>))

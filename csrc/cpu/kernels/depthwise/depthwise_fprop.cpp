@@ -12,26 +12,16 @@
 // Chosen for every depthwise problem: the direct kernels would leave all lanes but one of a vector idle.
 #include "depthwise.h"
 
-namespace convext {
-namespace CONVEXT_ISA {
+namespace convext::CONVEXT_ISA {
 namespace {
 
 template <class T>
 const char* launch(const ConvProblem& problem, const LaunchArgs& args) {
-  sum_taps<T>({height_of(problem, false), width_of(problem, false), problem.n, problem.k, problem.k / problem.c,
-               static_cast<const T*>(args.a), static_cast<const compute_t<T>*>(args.b), static_cast<T*>(args.out),
-               args.epilogue},
-              *args.parallel);
+  sum_taps(tap_sum<T>(problem, args, false), *args.parallel);
   return nullptr;
 }
 
 }  // namespace
-}  // namespace CONVEXT_ISA
+}  // namespace convext::CONVEXT_ISA
 
-#define CONVEXT_DEFINE(T, type)                                                  \
-  CONVEXT_DEFINE_VARIANT(fprop_depthwise_##type) = CONVEXT_ISA::taps_variant<T>( \
-      CONVEXT_VARIANT_NAME(fprop_depthwise_##type), Pass::kFprop, CONVEXT_ISA::launch<T>);
-CONVEXT_FOR_ELEMENTS(CONVEXT_DEFINE)
-#undef CONVEXT_DEFINE
-
-}  // namespace convext
+CONVEXT_DEFINE_VARIANTS(fprop_depthwise, taps_variant<T>(name, Pass::kFprop, launch<T>))

@@ -1,6 +1,7 @@
 // A tile of depthwise outputs: where its operands lie, and what happens to its sums on their way to memory. The tiles
 // themselves are in depthwise_window.h and depthwise_general.h, who calls them in depthwise_taps.cpp.
 #pragma once
+#include "cpu/simd/registers.h"
 #include "depthwise_taps.h"
 
 namespace convext::CONVEXT_ISA {
@@ -10,18 +11,14 @@ struct TileEpilogue {
   using C = compute_t<T>;
   const C *scale, *shift;
   const T* residual;
-  bool clamps;  // the activation is min(max(z, low), high)
-  C low, high;
+  Clamp<C> clamp;
   Activation activation;
 
   explicit TileEpilogue(const Epilogue& e)
       : scale(static_cast<const C*>(e.scale)),
         shift(static_cast<const C*>(e.shift)),
         residual(static_cast<const T*>(e.residual)),
-        clamps(e.activation == Activation::identity || e.activation == Activation::relu ||
-               e.activation == Activation::relu6),
-        low(e.activation == Activation::identity ? -__builtin_huge_val() : C(0)),
-        high(e.activation == Activation::relu6 ? C(6) : __builtin_huge_val()),
+        clamp(e.activation),
         activation(e.activation) {}
 };
 
@@ -88,8 +85,8 @@ CONVEXT_INLINE void finish(const Tile<T>& t, int64_t k, VecOf<T> (&sums)[TH][TW]
   const TileEpilogue<T>& e = t.epilogue;
   const VecOf<T> scale = e.scale ? load(e.scale + k, lanes...) : VecOf<T>(C(1));
   const VecOf<T> shift = e.shift ? load(e.shift + k, lanes...) : VecOf<T>::zero();
-  if (e.clamps && !t.residual) {
-    const VecOf<T> low(e.low), high(e.high);
+  if (e.clamp.exact && !t.residual) {
+    const auto clamped = e.clamp.of_vectors();
     CONVEXT_UNROLL
     for (int i = 0; i < TH; ++i) {
       T* out = t.out + i * t.out_row + k;
@@ -97,17 +94,15 @@ CONVEXT_INLINE void finish(const Tile<T>& t, int64_t k, VecOf<T> (&sums)[TH][TW]
       for (int j = 0; j < TW; ++j, out += t.out_column) {
         if (EDGE && j >= t.valid) break;
         forget_origin(out);
-        store_as(out, min_keep_nan(max_keep_nan(fma(shift, sums[i][j], scale), low), high), lanes...);
+        store_as(out, clamped(fma(shift, sums[i][j], scale)), lanes...);
       }
     }
     return;
   }
   alignas(kVectorBytes) C z[TH * TW * VecOf<T>::width];
-  CONVEXT_UNROLL
-  for (int i = 0; i < TH; ++i) {
-    CONVEXT_UNROLL
-    for (int j = 0; j < TW; ++j) store(z + (i * TW + j) * VecOf<T>::width, fma(shift, sums[i][j], scale));
-  }
+  unrolled<TH, TW>([&](int i, int j) CONVEXT_LAMBDA_INLINE {
+    store(z + (i * TW + j) * VecOf<T>::width, fma(shift, sums[i][j], scale));
+  });
   activate(t, k, TH, EDGE ? t.valid : TW, z, TW * VecOf<T>::width, lanes...);
 }
 

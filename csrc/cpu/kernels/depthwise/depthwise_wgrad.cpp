@@ -20,11 +20,11 @@
 // general rows: up to 8 taps at a time, one load for each FMA.
 //
 // Chosen for every depthwise problem.
+#include "cpu/simd/registers.h"
 #include "depthwise.h"
 #include "depthwise_input.h"
 
-namespace convext {
-namespace CONVEXT_ISA {
+namespace convext::CONVEXT_ISA {
 namespace {
 
 constexpr int64_t kSlabPixels = 512, kMaxSlabs = 32;
@@ -118,11 +118,8 @@ void small_row(const Row<T>& row) {
     if (!any) continue;
     T* const dw = row.dw + r0 * S * width;
     Vec<T> sums[KR][S];
-    CONVEXT_UNROLL
-    for (int r = 0; r < KR; ++r) {
-      CONVEXT_UNROLL
-      for (int s = 0; s < S; ++s) sums[r][s] = x[r] ? load(dw + (r * S + s) * width) : Vec<T>::zero();
-    }
+    unrolled<KR, S>([&](int r, int s)
+                        CONVEXT_LAMBDA_INLINE { sums[r][s] = x[r] ? load(dw + (r * S + s) * width) : Vec<T>::zero(); });
     int32_t q = 0;
     for (; q + COUNT <= q_count; q += COUNT) {
       const int32_t column = q * STEP - pad_w;
@@ -138,13 +135,9 @@ void small_row(const Row<T>& row) {
       add_pixels<S, STEP, KR, 1, true>(row.dy + q * row.dy_column, row.dy_column, x, row.x_column, q * STEP - pad_w,
                                        w_size, sums);
     }
-    CONVEXT_UNROLL
-    for (int r = 0; r < KR; ++r) {
-      CONVEXT_UNROLL
-      for (int s = 0; s < S; ++s) {
-        if (x[r]) store(dw + (r * S + s) * width, sums[r][s]);
-      }
-    }
+    unrolled<KR, S>([&](int r, int s) CONVEXT_LAMBDA_INLINE {
+      if (x[r]) store(dw + (r * S + s) * width, sums[r][s]);
+    });
   }
 }
 
@@ -264,14 +257,8 @@ const char* launch(const ConvProblem& problem, const LaunchArgs& args) {
 }
 
 }  // namespace
-}  // namespace CONVEXT_ISA
+}  // namespace convext::CONVEXT_ISA
 
-#define CONVEXT_DEFINE(T, type)                                                                                     \
-  CONVEXT_DEFINE_VARIANT(wgrad_depthwise_##type) =                                                                  \
-      CONVEXT_ISA::cpu_variant<T>(CONVEXT_VARIANT_NAME(wgrad_depthwise_##type), Algorithm::depthwise, Pass::kWgrad, \
-                                  CONVEXT_ISA::reject_unless_depthwise, CONVEXT_ISA::launch<T>,                     \
-                                  CONVEXT_ISA::depthwise_cost, CONVEXT_ISA::workspace<T>);
-CONVEXT_FOR_ELEMENTS(CONVEXT_DEFINE)
-#undef CONVEXT_DEFINE
-
-}  // namespace convext
+CONVEXT_DEFINE_VARIANTS(wgrad_depthwise,
+                        cpu_variant<T>(name, Algorithm::depthwise, Pass::kWgrad, reject_unless_depthwise, launch<T>,
+                                       depthwise_cost, workspace<T>))

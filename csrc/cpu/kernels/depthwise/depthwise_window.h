@@ -66,11 +66,7 @@ CONVEXT_INLINE void window_block(const Tile<T>& t, int64_t block) {
   const compute_t<T>* w = t.packed + block * t.w_block;
   if (t.streams) prefetch_outputs_below<TH, TW>(t, k, block);
   VecOf<T> sums[TH][TW];
-  CONVEXT_UNROLL
-  for (int i = 0; i < TH; ++i) {
-    CONVEXT_UNROLL
-    for (int j = 0; j < TW; ++j) sums[i][j] = VecOf<T>::zero();
-  }
+  unrolled<TH, TW>([&](int i, int j) CONVEXT_LAMBDA_INLINE { sums[i][j] = VecOf<T>::zero(); });
   int32_t h = t.row, r = 0;
   const int64_t in_step = t.tap_row_step * t.in_row;
   const T* in = t.in + k + h * t.in_row + t.column * t.in_column;

@@ -6,11 +6,5 @@
 #include "cpu/kernels/gemm/gemm_passes.h"
 #include "direct.h"
 
-namespace convext::CONVEXT_ISA {
-namespace {
-template <class T>
-using DilatedDgrad = GemmDgrad<T, true>;
-}
-}  // namespace convext::CONVEXT_ISA
-
-CONVEXT_PACKED_VARIANTS(dgrad_dilated, Algorithm::dilated, Pass::kDgrad, reject_undilated, dilated_cost, DilatedDgrad)
+CONVEXT_DEFINE_VARIANTS(dgrad_dilated, packed_variant<T, GemmDgrad<T, true>>(name, Algorithm::dilated, Pass::kDgrad,
+                                                                             reject_undilated, dilated_cost))

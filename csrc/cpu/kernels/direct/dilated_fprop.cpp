@@ -6,11 +6,5 @@
 #include "cpu/kernels/gemm/gemm_passes.h"
 #include "direct.h"
 
-namespace convext::CONVEXT_ISA {
-namespace {
-template <class T>
-using DilatedFprop = GemmFprop<T, true>;
-}
-}  // namespace convext::CONVEXT_ISA
-
-CONVEXT_PACKED_VARIANTS(fprop_dilated, Algorithm::dilated, Pass::kFprop, reject_undilated, dilated_cost, DilatedFprop)
+CONVEXT_DEFINE_VARIANTS(fprop_dilated, packed_variant<T, GemmFprop<T, true>>(name, Algorithm::dilated, Pass::kFprop,
+                                                                             reject_undilated, dilated_cost))

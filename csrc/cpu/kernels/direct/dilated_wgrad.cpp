@@ -3,4 +3,5 @@
 #include "cpu/kernels/gemm/gemm_wgrad.h"
 #include "direct.h"
 
-CONVEXT_WGRAD_VARIANTS(wgrad_dilated, Algorithm::dilated, reject_undilated, dilated_cost)
+CONVEXT_DEFINE_VARIANTS(wgrad_dilated, cpu_variant<T>(name, Algorithm::dilated, Pass::kWgrad, reject_undilated,
+                                                      wgrad_launch<T>, dilated_cost, wgrad_workspace<T>))

@@ -9,11 +9,5 @@
 #include "cpu/kernels/gemm/gemm_passes.h"
 #include "direct.h"
 
-namespace convext::CONVEXT_ISA {
-namespace {
-template <class T>
-using DirectDgrad = GemmDgrad<T, false>;
-}
-}  // namespace convext::CONVEXT_ISA
-
-CONVEXT_PACKED_VARIANTS(dgrad_direct, Algorithm::direct, Pass::kDgrad, reject_none, direct_cost, DirectDgrad)
+CONVEXT_DEFINE_VARIANTS(dgrad_direct, packed_variant<T, GemmDgrad<T, false>>(name, Algorithm::direct, Pass::kDgrad,
+                                                                             reject_none, direct_cost))

@@ -11,11 +11,5 @@
 #include "cpu/kernels/gemm/gemm_passes.h"
 #include "direct.h"
 
-namespace convext::CONVEXT_ISA {
-namespace {
-template <class T>
-using DirectFprop = GemmFprop<T, false>;
-}
-}  // namespace convext::CONVEXT_ISA
-
-CONVEXT_PACKED_VARIANTS(fprop_direct, Algorithm::direct, Pass::kFprop, reject_none, direct_cost, DirectFprop)
+CONVEXT_DEFINE_VARIANTS(fprop_direct, packed_variant<T, GemmFprop<T, false>>(name, Algorithm::direct, Pass::kFprop,
+                                                                             reject_none, direct_cost))

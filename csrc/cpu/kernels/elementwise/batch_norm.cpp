@@ -28,9 +28,6 @@ namespace convext {
 namespace CONVEXT_ISA {
 namespace {
 
-// Where a lambda takes its attribute.
-#define CONVEXT_LAMBDA_INLINE __attribute__((always_inline))
-
 constexpr int64_t kMaxChunks = 128;            // partial sums kept for a tensor
 constexpr int64_t kChunkElements = 16 * 1024;  // a chunk or a task is at least this much work
 constexpr int64_t kSerial = 32 * 1024;         // elements below which threads cost more than they bring
@@ -267,7 +264,7 @@ void for_ranges(const Parallel& parallel, const BatchNormArgs& args, Body&& body
   parallel.for_each(ceil_div(rows, size), [&](int64_t i) { body(i * size, smaller(rows, (i + 1) * size)); });
 }
 
-template <class S, template <class> class Act>
+template <class S, class Act>
 void bn_act(const Parallel& parallel, const BatchNormArgs& args, void* out_pointer, void* workspace) {
   using T = compute_t<S>;
   const Constants<T> constants(workspace, args.c);
@@ -278,7 +275,7 @@ void bn_act(const Parallel& parallel, const BatchNormArgs& args, void* out_point
   auto step = [=](int64_t at, int64_t lanes, Vec<T> mean, Vec<T> scale, Vec<T> shift) CONVEXT_LAMBDA_INLINE {
     Vec<T> z = fma(shift, load_as(y + at, lanes) - mean, scale);
     if (residual) z += load_as(residual + at, lanes);
-    store_as(out + at, Act<Vec<T>>::forward(z), lanes);
+    store_as(out + at, Act::forward(z), lanes);
   };
   if (args.layout == Layout::kNHWC) {
     for_ranges(parallel, args, [&](int64_t begin, int64_t end) {
@@ -306,7 +303,7 @@ void bn_act(const Parallel& parallel, const BatchNormArgs& args, void* out_point
 // What one pass over memory does.
 enum class Work { kSums, kSumsKeepingDz, kResults, kResultsFromDz, kSumsAndResults };
 
-template <class S, template <class> class Act>
+template <class S, class Act>
 struct Backward {
   using T = compute_t<S>;
   const S *y, *residual, *dout;
@@ -318,7 +315,7 @@ struct Backward {
   CONVEXT_INLINE Vec<T> compute_dz(int64_t at, int64_t lanes, const Channel<T>& channel, Vec<T> centered) const {
     Vec<T> z = fma(channel.shift, centered, channel.scale);
     if (residual) z += load_as(residual + at, lanes);
-    return load_as(dout + at, lanes) * Act<Vec<T>>::derivative(z);
+    return load_as(dout + at, lanes) * Act::derivative(z);
   }
 
   // Returns dz, and dz * (y - mean) in `product`.
@@ -429,7 +426,7 @@ void finish_sums(const Parallel& parallel, const BatchNormArgs& args, const Batc
   });
 }
 
-template <class S, template <class> class Act>
+template <class S, class Act>
 void bn_act_backward(const Parallel& parallel, const BatchNormArgs& args, const BatchNormGradients& gradients,
                      void* workspace) {
   using T = compute_t<S>;
@@ -441,7 +438,7 @@ void bn_act_backward(const Parallel& parallel, const BatchNormArgs& args, const 
                         static_cast<S*>(gradients.dresidual),  Work::kSums};
   const bool through_stats = gradients.training && args.mean;
   // A costly activation is differentiated once, where dy can hold dz unrounded.
-  const bool keep = Act<T>::costly && sizeof(S) == sizeof(T);
+  const bool keep = Act::costly && sizeof(S) == sizeof(T);
   pass.work = !through_stats ? Work::kSumsAndResults : keep ? Work::kSumsKeepingDz : Work::kSums;
   pass.run(parallel, args, constants);
   finish_sums(parallel, args, gradients, constants);
@@ -463,6 +460,14 @@ void visit_storage(DType dtype, Visitor&& visit) {
   }
 }
 
+// The same with the activation of vectors of what such elements are computed in.
+template <class Visitor>
+void visit_types(const BatchNormArgs& args, Visitor&& visit) {
+  visit_storage(args.dtype, [&](auto storage) {
+    visit_activation<VecOf<decltype(storage)>>(args.activation, [&](auto act) { visit(storage, act); });
+  });
+}
+
 int64_t workspace_bytes(const BatchNormArgs& args) {
   const int64_t size = args.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
   return (kConstants + 2 * Chunks(args).count) * args.c * size;
@@ -475,25 +480,16 @@ void batch_stats_table(const Parallel& parallel, const BatchNormArgs& args, void
 
 void bn_act_table(const Parallel& parallel, const BatchNormArgs& args, void* out, void* workspace) {
   const Parallel threads = threads_for(parallel, args);
-#define CONVEXT_X(name) \
-  case Activation::name: return bn_act<S, activation::name>(threads, args, out, workspace);
-  visit_storage(args.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    switch (args.activation) { CONVEXT_ACTIVATIONS(CONVEXT_X) }
-  });
-#undef CONVEXT_X
+  visit_types(args,
+              [&](auto storage, auto act) { bn_act<decltype(storage), decltype(act)>(threads, args, out, workspace); });
 }
 
 void bn_act_backward_table(const Parallel& parallel, const BatchNormArgs& args, const BatchNormGradients& gradients,
                            void* workspace) {
   const Parallel threads = threads_for(parallel, args);
-#define CONVEXT_X(name) \
-  case Activation::name: return bn_act_backward<S, activation::name>(threads, args, gradients, workspace);
-  visit_storage(args.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    switch (args.activation) { CONVEXT_ACTIVATIONS(CONVEXT_X) }
+  visit_types(args, [&](auto storage, auto act) {
+    bn_act_backward<decltype(storage), decltype(act)>(threads, args, gradients, workspace);
   });
-#undef CONVEXT_X
 }
 
 }  // namespace

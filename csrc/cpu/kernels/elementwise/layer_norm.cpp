@@ -5,8 +5,7 @@
 
 #include "cpu/kernels/family.h"
 
-namespace convext {
-namespace CONVEXT_ISA {
+namespace convext::CONVEXT_ISA {
 namespace {
 
 constexpr int64_t kChunkElements = 8192;  // of x, for a thread at a time
@@ -106,13 +105,7 @@ const char* reject(const ConvProblem& p) {
 }
 
 }  // namespace
-}  // namespace CONVEXT_ISA
+}  // namespace convext::CONVEXT_ISA
 
-#define CONVEXT_DEFINE(T, type)                                                                                 \
-  CONVEXT_DEFINE_VARIANT(layer_norm_##type) =                                                                   \
-      CONVEXT_ISA::cpu_variant<T>(CONVEXT_VARIANT_NAME(layer_norm_##type), Algorithm::layer_norm, Pass::kFprop, \
-                                  CONVEXT_ISA::reject, CONVEXT_ISA::launch<T>, nullptr);
-CONVEXT_FOR_ELEMENTS(CONVEXT_DEFINE)
-#undef CONVEXT_DEFINE
-
-}  // namespace convext
+CONVEXT_DEFINE_VARIANTS(layer_norm,
+                        cpu_variant<T>(name, Algorithm::layer_norm, Pass::kFprop, reject, launch<T>, nullptr))

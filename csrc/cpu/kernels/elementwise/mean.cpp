@@ -5,8 +5,7 @@
 
 #include "cpu/kernels/family.h"
 
-namespace convext {
-namespace CONVEXT_ISA {
+namespace convext::CONVEXT_ISA {
 namespace {
 
 constexpr int kVectors = 4;  // channels of a thread's turn, in vectors: sums of a row and of the rows stay in registers
@@ -57,13 +56,6 @@ const char* reject(const ConvProblem& p) {
 }
 
 }  // namespace
-}  // namespace CONVEXT_ISA
+}  // namespace convext::CONVEXT_ISA
 
-#define CONVEXT_DEFINE(T, type)                                                                     \
-  CONVEXT_DEFINE_VARIANT(mean_##type) =                                                             \
-      CONVEXT_ISA::cpu_variant<T>(CONVEXT_VARIANT_NAME(mean_##type), Algorithm::mean, Pass::kFprop, \
-                                  CONVEXT_ISA::reject, CONVEXT_ISA::launch<T>, nullptr);
-CONVEXT_FOR_ELEMENTS(CONVEXT_DEFINE)
-#undef CONVEXT_DEFINE
-
-}  // namespace convext
+CONVEXT_DEFINE_VARIANTS(mean, cpu_variant<T>(name, Algorithm::mean, Pass::kFprop, reject, launch<T>, nullptr))

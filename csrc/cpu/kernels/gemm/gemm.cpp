@@ -1,6 +1,7 @@
 // Compiled for AVX512-BF16, too.
 #include "gemm.h"
 
+#include "cpu/simd/registers.h"
 #include "tile_epilogue.h"
 
 namespace convext::CONVEXT_ISA {
@@ -12,7 +13,7 @@ struct Multiply {
   using Operand = Vec<T>;
   static CONVEXT_INLINE Operand broadcast(const T* a) { return Operand(*a); }
   static CONVEXT_INLINE Operand columns(const T* b) { return load(b); }
-  static CONVEXT_INLINE Vec<T> add(Vec<T> acc, Operand a, Operand b) { return fma(acc, a, b); }
+  CONVEXT_INLINE Vec<T> operator()(Vec<T> acc, Operand a, Operand b) const { return fma(acc, a, b); }
 };
 
 #if defined(__AVX512BF16__)
@@ -29,7 +30,7 @@ struct Multiply<BFloat16> {
   // The one that is left of an odd depth: its neighbour may be another pixel's, or nobody's.
   static CONVEXT_INLINE Operand broadcast_last(const BFloat16* a) { return _mm512_set1_epi32(a->bits); }
   static CONVEXT_INLINE Operand columns(const BFloat16* b) { return _mm512_loadu_si512(b); }
-  static CONVEXT_INLINE Vec<float> add(Vec<float> acc, Operand a, Operand b) {
+  CONVEXT_INLINE Vec<float> operator()(Vec<float> acc, Operand a, Operand b) const {
     return static_cast<Native<float>::type>(_mm512_dpbf16_ps(acc.v, (__m512bh)b, (__m512bh)a));
   }
 };
@@ -75,27 +76,15 @@ CONVEXT_INLINE void prefetch_ends(const TileArgs<T>& args) {
   }
 }
 
+// The sums of a tile, all in registers.
 template <class T, int ROWS, int VECTORS>
-void tile(const TileArgs<T>& args) {
-  using V = VecOf<T>;
-  using C = compute_t<T>;
+using Sums = VecOf<T>[ROWS][VECTORS];
+
+// The main loop: what the tile's taps add, step by step of their depth.
+template <class T, int ROWS, int VECTORS>
+CONVEXT_INLINE void multiply(const TileArgs<T>& args, Sums<T, ROWS, VECTORS>& sums) {
   using Step = Multiply<T>;
-  constexpr int kWidth = V::width, kStep = kDepthStep<T>;
-  const Lanes<C> tail(args.columns - (VECTORS - 1) * kWidth);
-  // A tile is at least VECTORS - 1 whole vectors and one lane wide: only the last vector is masked.
-  const bool whole = args.columns == VECTORS * kWidth;
-  const auto load_columns = [&](const auto* p, int j) {
-    return j == VECTORS - 1 && !whole ? load_as(p, tail) : load_as(p);
-  };
-
-  V acc[ROWS][VECTORS];  // ROWS * VECTORS registers
-  CONVEXT_UNROLL
-  for (int i = 0; i < ROWS; ++i) {
-    CONVEXT_UNROLL
-    for (int j = 0; j < VECTORS; ++j) acc[i][j] = V::zero();
-  }
-
-  if (args.finish && args.residual) prefetch_ends<T, ROWS, VECTORS>(args);
+  constexpr int kStep = kDepthStep<T>, kVector = VecOf<T>::width * kStep;
   [[maybe_unused]] auto* ahead = reinterpret_cast<const char*>(args.ahead);
   for (int32_t n = 0; n < args.num_taps; ++n) {
     const int32_t t = args.taps[n];
@@ -104,111 +93,101 @@ void tile(const TileArgs<T>& args) {
     const T* a[ROWS];
     CONVEXT_UNROLL
     for (int i = 0; i < ROWS; ++i) a[i] = rows[i] + args.a_offset;
-    const auto step = [&](auto&& broadcast) __attribute__((always_inline)) {
-      typename Step::Operand column[VECTORS];
-      CONVEXT_UNROLL
-      for (int j = 0; j < VECTORS; ++j) column[j] = Step::columns(b + j * kWidth * kStep);
-      CONVEXT_UNROLL
-      for (int i = 0; i < ROWS; ++i) {
-        const typename Step::Operand row = broadcast(i);
-        CONVEXT_UNROLL
-        for (int j = 0; j < VECTORS; ++j) acc[i][j] = Step::add(acc[i][j], row, column[j]);
-      }
-      b += VECTORS * kWidth * kStep;
+    const auto step = [&](auto&& broadcast) CONVEXT_LAMBDA_INLINE {
+      add_outer(sums, broadcast, [&](int j) CONVEXT_LAMBDA_INLINE { return Step::columns(b + j * kVector); }, Step{});
+      b += VECTORS * kVector;
       if constexpr (VECTORS >= kPrefetchingVectors) __builtin_prefetch(ahead, 0, 2), ahead += kCacheLine;
     };
     for (int64_t l = 0; l + kStep <= args.depth; l += kStep) {
-      step([&](int i) __attribute__((always_inline)) { return Step::broadcast(a[i] + l); });
+      step([&](int i) CONVEXT_LAMBDA_INLINE { return Step::broadcast(a[i] + l); });
     }
     if constexpr (kStep == 2) {
       const int64_t last = args.depth - 1;
-      if (last % 2 == 0) step([&](int i) __attribute__((always_inline)) { return Step::broadcast_last(a[i] + last); });
+      if (last % 2 == 0) step([&](int i) CONVEXT_LAMBDA_INLINE { return Step::broadcast_last(a[i] + last); });
     }
   }
+}
 
-  if (args.accumulate) {
-    CONVEXT_UNROLL
-    for (int i = 0; i < ROWS; ++i) {
-      CONVEXT_UNROLL
-      for (int j = 0; j < VECTORS; ++j) {
-        if constexpr (kPartialInOutput<T>) {
-          acc[i][j] += load_columns(args.out[i] + args.out_offset + j * kWidth, j);
-        } else {
-          acc[i][j] += load(args.partial + (i * VECTORS + j) * kWidth);
-        }
-      }
+// Adds the sums of the parts of the reduction that came before.
+template <class T, int ROWS, int VECTORS>
+CONVEXT_INLINE void add_partial(const TileArgs<T>& args, TileColumns<T, VECTORS> columns,
+                                Sums<T, ROWS, VECTORS>& sums) {
+  unrolled<ROWS, VECTORS>([&](int i, int j) CONVEXT_LAMBDA_INLINE {
+    if constexpr (kPartialInOutput<T>) {
+      sums[i][j] += columns.load(args.out[i] + args.out_offset, j);
+    } else {
+      sums[i][j] += load(args.partial + (i * VECTORS + j) * VecOf<T>::width);
     }
+  });
+}
+
+// The epilogue up to the activation.
+template <class T, int ROWS, int VECTORS>
+CONVEXT_INLINE void scale_shift_add(const TileArgs<T>& args, TileColumns<T, VECTORS> columns,
+                                    Sums<T, ROWS, VECTORS>& sums) {
+  if (args.scale) {
+    unrolled<VECTORS, ROWS>([&](int j, int i)
+                                CONVEXT_LAMBDA_INLINE { sums[i][j] = sums[i][j] * columns.load(args.scale, j); });
   }
-  if (args.finish) {
-    if (args.scale) {
-      CONVEXT_UNROLL
-      for (int j = 0; j < VECTORS; ++j) {
-        const V scale = load_columns(args.scale + j * kWidth, j);
-        CONVEXT_UNROLL
-        for (int i = 0; i < ROWS; ++i) acc[i][j] = acc[i][j] * scale;
-      }
-    }
-    if (args.shift) {
-      CONVEXT_UNROLL
-      for (int j = 0; j < VECTORS; ++j) {
-        const V shift = load_columns(args.shift + j * kWidth, j);
-        CONVEXT_UNROLL
-        for (int i = 0; i < ROWS; ++i) acc[i][j] += shift;
-      }
-    }
-    if (args.residual) {
-      CONVEXT_UNROLL
-      for (int i = 0; i < ROWS; ++i) {
-        const T* p = args.residual + (args.out[i] - args.out_base) + args.out_offset;
-        CONVEXT_UNROLL
-        for (int j = 0; j < VECTORS; ++j) acc[i][j] += load_columns(p + j * kWidth, j);
-      }
-    }
+  if (args.shift) {
+    unrolled<VECTORS, ROWS>([&](int j, int i) CONVEXT_LAMBDA_INLINE { sums[i][j] += columns.load(args.shift, j); });
   }
-  const Clamp<C> clamp(args.finish ? args.activation : Activation::identity);
-  if (!kPartialInOutput<T> && !(args.finish && clamp.exact)) {
-    CONVEXT_UNROLL
-    for (int i = 0; i < ROWS; ++i) {
-      CONVEXT_UNROLL
-      for (int j = 0; j < VECTORS; ++j) store(args.partial + (i * VECTORS + j) * kWidth, acc[i][j]);
-    }
-    if (args.finish) activate(args, ROWS, VECTORS * kWidth);
-    return;
+  if (args.residual) {
+    unrolled<ROWS, VECTORS>([&](int i, int j) CONVEXT_LAMBDA_INLINE {
+      sums[i][j] += columns.load(args.residual + (args.out[i] - args.out_base) + args.out_offset, j);
+    });
   }
-  const V low(clamp.low), high(clamp.high);
+}
+
+// The clamped sums to memory, in the type of the output.
+template <class T, int ROWS, int VECTORS>
+CONVEXT_INLINE void write(const TileArgs<T>& args, TileColumns<T, VECTORS> columns, Clamp<compute_t<T>> clamp,
+                          const Sums<T, ROWS, VECTORS>& sums) {
+  constexpr int kWidth = VecOf<T>::width;
+  const auto clamped = clamp.of_vectors();
   CONVEXT_UNROLL
   for (int i = 0; i < ROWS; ++i) {
-    T* p = args.out[i] + args.out_offset;
-    const auto value = [&](int j)
-                           __attribute__((always_inline)) { return min_keep_nan(max_keep_nan(acc[i][j], low), high); };
+    T* const p = args.out[i] + args.out_offset;
     // Two vectors of bfloat16 make one; the last two only where no lane is missing.
-    constexpr int kPaired = kStep == 2 ? (VECTORS - 1) / 2 * 2 : 0;
-    if constexpr (kStep == 2) {
+    constexpr int kPaired = kDepthStep<T> == 2 ? (VECTORS - 1) / 2 * 2 : 0;
+    if constexpr (kDepthStep<T> == 2) {
       CONVEXT_UNROLL
-      for (int j = 0; j < kPaired; j += 2) store_pair(p + j * kWidth, value(j), value(j + 1));
-      if (VECTORS % 2 == 0 && whole) {
-        store_pair(p + kPaired * kWidth, value(kPaired), value(VECTORS - 1));
+      for (int j = 0; j < kPaired; j += 2) store_pair(p + j * kWidth, clamped(sums[i][j]), clamped(sums[i][j + 1]));
+      if (VECTORS % 2 == 0 && columns.whole) {
+        store_pair(p + kPaired * kWidth, clamped(sums[i][kPaired]), clamped(sums[i][VECTORS - 1]));
         continue;
       }
     }
     CONVEXT_UNROLL
-    for (int j = kPaired; j < VECTORS; ++j) {
-      if (j == VECTORS - 1 && !whole) {
-        store_as(p + j * kWidth, value(j), tail);
-      } else {
-        store_as(p + j * kWidth, value(j));
-      }
-    }
+    for (int j = kPaired; j < VECTORS; ++j) columns.store(p, j, clamped(sums[i][j]));
   }
-  if (!clamp.exact) activate(args, ROWS, VECTORS * kWidth);
+}
+
+template <class T, int ROWS, int VECTORS>
+void tile(const TileArgs<T>& args) {
+  using V = VecOf<T>;
+  const TileColumns<T, VECTORS> columns(args.columns);
+  Sums<T, ROWS, VECTORS> sums;
+  unrolled<ROWS, VECTORS>([&](int i, int j) CONVEXT_LAMBDA_INLINE { sums[i][j] = V::zero(); });
+  if (args.finish && args.residual) prefetch_ends<T, ROWS, VECTORS>(args);
+  multiply<T, ROWS, VECTORS>(args, sums);
+  if (args.accumulate) add_partial<T, ROWS, VECTORS>(args, columns, sums);
+  if (args.finish) scale_shift_add<T, ROWS, VECTORS>(args, columns, sums);
+  const Clamp<compute_t<T>> clamp(args.finish ? args.activation : Activation::identity);
+  if (kPartialInOutput<T> || (args.finish && clamp.exact)) {
+    write<T, ROWS, VECTORS>(args, columns, clamp, sums);
+  } else {
+    unrolled<ROWS, VECTORS>(
+        [&](int i, int j) CONVEXT_LAMBDA_INLINE { store(args.partial + (i * VECTORS + j) * V::width, sums[i][j]); });
+  }
+  if (!clamp.exact) activate(args, ROWS, VECTORS * V::width);
 }
 
 }  // namespace
 
 template <class T>
 TileKernel<T> tile_kernel(int rows, int vectors) {
-  static constexpr TileTable<TileKernel<T>> table(
-      [](auto r, auto v) -> TileKernel<T> { return tile<T, decltype(r)::value, decltype(v)::value>; });
+  static constexpr TileTable<TileKernel<T>> table([](auto r, auto v) { return tile<T, r.value, v.value>; });
   return table.of(rows, vectors);
 }
 

@@ -76,8 +76,8 @@ struct TileArgs {
 };
 
 // kernel_of(rows, vectors), two std::integral_constants, for every tile that the registers hold, filled at compile
-// time.
-template <class Kernel, int MOST_VECTORS = kMaxVectors>
+// time. What holds more than accumulators, or in a wider tile, says how many rows are left: MOST_ROWS(vectors).
+template <class Kernel, int MOST_VECTORS = kMaxVectors, int (*MOST_ROWS)(int) = max_rows>
 class TileTable {
  public:
   template <class F>
@@ -90,7 +90,7 @@ class TileTable {
   template <int ROWS, int VECTORS, class F>
   constexpr void fill(F kernel_of) {
     if constexpr (VECTORS <= MOST_VECTORS) {
-      if constexpr (ROWS <= max_rows(VECTORS)) {
+      if constexpr (ROWS <= MOST_ROWS(VECTORS)) {
         kernels_[VECTORS - 1][ROWS - 1] =
             kernel_of(std::integral_constant<int, ROWS>{}, std::integral_constant<int, VECTORS>{});
         fill<ROWS + 1, VECTORS>(kernel_of);

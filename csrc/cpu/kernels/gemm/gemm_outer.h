@@ -2,6 +2,7 @@
 //
 //   out[i][j] = sum_p dy[p][i] * x[p][j]          p: `vectors` loads of x, one broadcast of dy a row
 #pragma once
+#include "cpu/simd/registers.h"
 #include "gemm.h"
 
 namespace convext::CONVEXT_ISA {
@@ -21,43 +22,25 @@ struct OuterArgs {
 template <class T, int ROWS, int VECTORS>
 void outer_tile(const OuterArgs<T>& args) {
   using V = Vec<T>;
-  constexpr int kLanes = VECTORS * V::width;
   V acc[ROWS][VECTORS];
-  CONVEXT_UNROLL
-  for (int i = 0; i < ROWS; ++i) {
-    CONVEXT_UNROLL
-    for (int j = 0; j < VECTORS; ++j) acc[i][j] = V::zero();
-  }
+  unrolled<ROWS, VECTORS>([&](int i, int j) CONVEXT_LAMBDA_INLINE { acc[i][j] = V::zero(); });
   const T* x = args.x;
   for (int32_t p = 0; p < args.pixels; ++p, x += args.x_pitch) {
     const T* dy = args.dy[p] + args.offset;
-    V column[VECTORS];
-    CONVEXT_UNROLL
-    for (int j = 0; j < VECTORS; ++j) column[j] = load(x + j * V::width);
-    CONVEXT_UNROLL
-    for (int i = 0; i < ROWS; ++i) {
-      const V broadcast(dy[i]);
-      CONVEXT_UNROLL
-      for (int j = 0; j < VECTORS; ++j) acc[i][j] = fma(acc[i][j], broadcast, column[j]);
-    }
+    add_outer(acc, [&](int i) CONVEXT_LAMBDA_INLINE { return V(dy[i]); },
+              [&](int j) CONVEXT_LAMBDA_INLINE { return load(x + j * V::width); });
   }
-  CONVEXT_UNROLL
-  for (int i = 0; i < ROWS; ++i) {
-    CONVEXT_UNROLL
-    for (int j = 0; j < VECTORS; ++j) {
-      T* to = args.out + i * kLanes + j * V::width;
-      store(to, args.accumulate ? acc[i][j] + load(to) : acc[i][j]);
-    }
-  }
+  unrolled<ROWS, VECTORS>([&](int i, int j) CONVEXT_LAMBDA_INLINE {
+    T* to = args.out + (i * VECTORS + j) * V::width;
+    store(to, args.accumulate ? acc[i][j] + load(to) : acc[i][j]);
+  });
 }
 
 template <class T>
 using OuterKernel = void (*)(const OuterArgs<T>&);
 
 template <class T>
-constexpr TileTable<OuterKernel<T>> outer_table([](auto r, auto v) -> OuterKernel<T> {
-  return outer_tile<T, decltype(r)::value, decltype(v)::value>;
-});
+constexpr TileTable<OuterKernel<T>> outer_table([](auto r, auto v) { return outer_tile<T, r.value, v.value>; });
 
 }  // namespace
 }  // namespace convext::CONVEXT_ISA

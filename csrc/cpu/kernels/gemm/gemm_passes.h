@@ -7,12 +7,23 @@ namespace convext::CONVEXT_ISA {
 
 constexpr int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// A row of zeros that padding taps read, at the start of the workspace.
+// What both passes say of the product; the axes and the epilogue are left to them. Clears the row of zeros that padding
+// taps read, at the start of the workspace.
 template <class T>
-const T* clear_zeros(void* workspace, int64_t elements) {
-  T* zeros = static_cast<T*>(workspace);
-  for (int64_t i = 0; i < elements; ++i) zeros[i] = T{};
-  return zeros;
+ImplicitGemm<T> gemm_of(const ConvProblem& p, const LaunchArgs& args, bool dgrad, int64_t zeros,
+                        bool tiles_within_rows) {
+  ImplicitGemm<T> g;
+  g.in = static_cast<const T*>(args.a), g.out = static_cast<T*>(args.out), g.packed = static_cast<const T*>(args.b);
+  T* const row = static_cast<T*>(args.workspace);
+  for (int64_t i = 0; i < zeros; ++i) row[i] = T{};
+  g.zeros = row;
+  g.batch = p.n;
+  g.filter_width = p.s;
+  g.packed_taps = p.r * p.s;
+  g.in_pitch = dgrad ? p.k : p.c, g.out_pitch = dgrad ? p.c : p.k;
+  g.groups = p.groups, g.depth = g.in_pitch / p.groups, g.columns = g.out_pitch / p.groups;
+  g.tiles_within_rows = tiles_within_rows;
+  return g;
 }
 
 // y[n,p,q,:] = epilogue(sum_{r,s} x[n,h,w,:] * W[r,s]), W[r,s] of shape (C, K) a group.
@@ -48,20 +59,10 @@ struct GemmFprop {
   }
 
   static const char* launch(const ConvProblem& p, const LaunchArgs& args) {
-    ImplicitGemm<T> g;
-    g.in = static_cast<const T*>(args.a);
-    g.out = static_cast<T*>(args.out);
-    g.packed = static_cast<const T*>(args.b);
-    g.zeros = clear_zeros<T>(args.workspace, zeros(p));
-    g.batch = p.n;
+    ImplicitGemm<T> g = gemm_of<T>(p, args, false, zeros(p), TILES_WITHIN_ROWS);
     g.height = height_of(p, false).at(0);
     g.width = width_of(p, false).at(0);
-    g.filter_width = p.s;
-    g.packed_taps = p.r * p.s;
-    g.in_pitch = p.c, g.out_pitch = p.k;
-    g.groups = p.groups, g.depth = p.c_per_group(), g.columns = p.k_per_group();
     g.epilogue = args.epilogue;
-    g.tiles_within_rows = TILES_WITHIN_ROWS;
     if (merges_filter_row(p)) {
       if (p.pad_w > 0) g.in = widen(p, args);
       g.width = Axis::fprop(static_cast<int32_t>(wide(p)), p.q(), 1, p.stride_w, 0, 1);
@@ -115,17 +116,7 @@ struct GemmDgrad {
   static int64_t workspace(const ConvProblem& p, int32_t) { return align64(p.k * int64_t{sizeof(T)}); }
 
   static const char* launch(const ConvProblem& p, const LaunchArgs& args) {
-    ImplicitGemm<T> g;
-    g.in = static_cast<const T*>(args.a);
-    g.out = static_cast<T*>(args.out);
-    g.packed = static_cast<const T*>(args.b);
-    g.zeros = clear_zeros<T>(args.workspace, p.k);
-    g.batch = p.n;
-    g.filter_width = p.s;
-    g.packed_taps = p.r * p.s;
-    g.in_pitch = p.k, g.out_pitch = p.c;
-    g.groups = p.groups, g.depth = p.k_per_group(), g.columns = p.c_per_group();
-    g.tiles_within_rows = TILES_WITHIN_ROWS;
+    ImplicitGemm<T> g = gemm_of<T>(p, args, true, p.k, TILES_WITHIN_ROWS);
     const AxisClasses rows = height_of(p, true), columns = width_of(p, true);
     for (int32_t i = 0; i < rows.count(); ++i) {
       g.height = rows.at(i);
@@ -150,12 +141,3 @@ constexpr Variant packed_variant(const char* name, Algorithm algorithm, Pass pas
 }
 
 }  // namespace convext::CONVEXT_ISA
-
-// Defines the Variants <pass>_<algorithm>_<type> of this instruction set; Impl is a template over the element type.
-#define CONVEXT_PACKED_VARIANTS(base, algorithm, pass, reject, cost, Impl) \
-  CONVEXT_FOR_ELEMENTS(CONVEXT_PACKED_VARIANT, base, algorithm, pass, reject, cost, Impl)
-#define CONVEXT_PACKED_VARIANT(T, type, base, algorithm, pass, reject, cost, Impl)                   \
-  namespace convext {                                                                                \
-  CONVEXT_DEFINE_VARIANT(base##_##type) = CONVEXT_ISA::packed_variant<T, CONVEXT_ISA::Impl<T>>(      \
-      CONVEXT_VARIANT_NAME(base##_##type), algorithm, pass, CONVEXT_ISA::reject, CONVEXT_ISA::cost); \
-  }

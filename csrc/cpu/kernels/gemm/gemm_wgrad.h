@@ -23,13 +23,3 @@ template <class T>
 const char* wgrad_launch(const ConvProblem&, const LaunchArgs&);
 
 }  // namespace convext::CONVEXT_ISA
-
-#define CONVEXT_WGRAD_VARIANTS(base, algorithm, reject, cost)       \
-  CONVEXT_WGRAD_VARIANT(float, base##_f32, algorithm, reject, cost) \
-  CONVEXT_WGRAD_VARIANT(double, base##_f64, algorithm, reject, cost)
-#define CONVEXT_WGRAD_VARIANT(T, base, algorithm, reject, cost)                                                   \
-  namespace convext {                                                                                             \
-  CONVEXT_DEFINE_VARIANT(base) = CONVEXT_ISA::cpu_variant<T>(CONVEXT_VARIANT_NAME(base), algorithm, Pass::kWgrad, \
-                                                             CONVEXT_ISA::reject, CONVEXT_ISA::wgrad_launch<T>,   \
-                                                             CONVEXT_ISA::cost, CONVEXT_ISA::wgrad_workspace<T>); \
-  }

@@ -147,6 +147,30 @@ struct Tiles {
   }
 };
 
+// One part of the reduction, taps [tap, tap_end) of the table and the depth that `args` says, for every tile. While it is
+// multiplied, the next one, at `next`, comes closer, a share with each of the first tiles. With few pixels a part is used
+// up faster than the hardware brings the next one from memory.
+template <class T>
+void run_part(TileArgs<T>& args, const Table<T>& table, const Tiles& tiles, int32_t tap, int32_t tap_end, const T* next,
+              compute_t<T>* partial) {
+  const int32_t vectors = tiles.vectors, lanes = vectors * Panels<T>::kWidth;
+  const int64_t share = int64_t{args.depth} * (tap_end - tap) / kDepthStep<T> * kCacheLine / sizeof(T);
+  next += share * vectors;
+  for (int32_t i = 0; i < tiles.count; ++i) {
+    args.ahead = i < vectors ? next + i * share : args.b;
+    int32_t from = tiles.taps_begin[i], to = tiles.taps_begin[i + 1];
+    while (from < to && tiles.taps[from] < tap) ++from;
+    while (to > from && tiles.taps[to - 1] >= tap_end) --to;
+    if (from == to && args.accumulate && !args.finish) continue;
+    args.taps = tiles.taps + from;
+    args.num_taps = to - from;
+    args.rows = table.rows + tiles.begin[i];
+    args.out = table.out + tiles.begin[i];
+    if constexpr (!kPartialInOutput<T>) args.partial = partial + tiles.begin[i] * lanes;
+    tile_kernel<T>(tiles.begin[i + 1] - tiles.begin[i], vectors)(args);
+  }
+}
+
 // One block of pixels, one run of panels.
 template <class T>
 void run_item(const ImplicitGemm<T>& g, const Panels<T>& split, int64_t begin, int32_t pixels, int32_t panel_begin,
@@ -205,23 +229,7 @@ void run_item(const ImplicitGemm<T>& g, const Panels<T>& split, int64_t begin, i
           args.b = b + int64_t{depth_begin} * lanes;
           args.accumulate = first_tap + tap + depth_begin > 0;
           args.finish = last_taps && tap_end == num_taps && depth_end == g.depth;
-          // While this part is multiplied, the next one comes closer, a share with each of the first tiles. With few
-          // pixels a part is used up faster than the hardware brings the next one from memory.
-          const int64_t share = int64_t{args.depth} * (tap_end - tap) / kDepthStep<T> * kCacheLine / sizeof(T);
-          const T* next = b + table.b_taps[tap] * args.b_tap_pitch + int64_t{depth_begin} * lanes + share * vectors;
-          for (int32_t i = 0; i < tiles.count; ++i) {
-            args.ahead = i < vectors ? next + i * share : args.b;
-            int32_t from = tiles.taps_begin[i], to = tiles.taps_begin[i + 1];
-            while (from < to && tiles.taps[from] < tap) ++from;
-            while (to > from && tiles.taps[to - 1] >= tap_end) --to;
-            if (from == to && args.accumulate && !args.finish) continue;
-            args.taps = tiles.taps + from;
-            args.num_taps = to - from;
-            args.rows = table.rows + tiles.begin[i];
-            args.out = table.out + tiles.begin[i];
-            if constexpr (!kPartialInOutput<T>) args.partial = partial + tiles.begin[i] * lanes;
-            tile_kernel<T>(tiles.begin[i + 1] - tiles.begin[i], vectors)(args);
-          }
+          run_part(args, table, tiles, tap, tap_end, args.b + table.b_taps[tap] * args.b_tap_pitch, partial);
           depth_begin = depth_end;
         } while (depth_begin < g.depth);
         tap = tap_end;

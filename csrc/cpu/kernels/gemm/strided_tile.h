@@ -6,6 +6,7 @@
 // Where a convolution reaches its rows through a table of pointers (gemm.h), 14 rows need 14 pointers, which spill;
 // here five reach them all. That matters where an output is a short sum and a vector of filters or two.
 #pragma once
+#include "cpu/simd/registers.h"
 #include "gemm.h"
 #include "tile_epilogue.h"
 
@@ -65,88 +66,47 @@ struct EqualSteps {
 template <bool FILTERS_IN_LANES, int ROWS, int VECTORS>
 void strided_tile(const StridedTile& args) {
   using V = Vec<float>;
-  const Lanes<float> tail(args.lanes - (VECTORS - 1) * V::width);
-  const bool whole = args.lanes == VECTORS * V::width;
-  const auto load_lanes = [&](const float* p, int j) {
-    return j == VECTORS - 1 && !whole ? load(p + j * V::width, tail) : load(p + j * V::width);
-  };
-
+  const TileColumns<float, VECTORS> columns(args.lanes);
   V acc[ROWS][VECTORS];
-  CONVEXT_UNROLL
-  for (int i = 0; i < ROWS; ++i) {
-    CONVEXT_UNROLL
-    for (int j = 0; j < VECTORS; ++j) acc[i][j] = V::zero();
-  }
+  unrolled<ROWS, VECTORS>([&](int i, int j) CONVEXT_LAMBDA_INLINE { acc[i][j] = V::zero(); });
   const float* w = args.w;
   for (int32_t t = 0; t < args.taps; ++t, w += args.w_pitch) {
     const float* x = args.x + args.offset[t];
     const EqualSteps a(FILTERS_IN_LANES ? x : w, FILTERS_IN_LANES ? args.x_pitch : 1);
     const float* b = FILTERS_IN_LANES ? w : x;
-    V lane[VECTORS];
-    CONVEXT_UNROLL
-    for (int j = 0; j < VECTORS; ++j) lane[j] = load(b + j * V::width);
-    CONVEXT_UNROLL
-    for (int i = 0; i < ROWS; ++i) {
-      const V broadcast(a[i]);
-      CONVEXT_UNROLL
-      for (int j = 0; j < VECTORS; ++j) acc[i][j] = fma(acc[i][j], broadcast, lane[j]);
-    }
+    add_outer(acc, [&](int i) CONVEXT_LAMBDA_INLINE { return V(a[i]); },
+              [&](int j) CONVEXT_LAMBDA_INLINE { return load(b + j * V::width); });
   }
 
-  const auto of_filter = [&](const float* values, int i, int j) __attribute__((always_inline)) {
-    return FILTERS_IN_LANES ? load_lanes(values, j) : V(values[i]);
+  const auto of_filter = [&](const float* values, int i, int j) CONVEXT_LAMBDA_INLINE {
+    return FILTERS_IN_LANES ? columns.load(values, j) : V(values[i]);
   };
   if (args.scale && args.shift) {  // batch norm
-    CONVEXT_UNROLL
-    for (int j = 0; j < VECTORS; ++j) {
-      CONVEXT_UNROLL
-      for (int i = 0; i < ROWS; ++i) {
-        acc[i][j] = fma(of_filter(args.shift, i, j), acc[i][j], of_filter(args.scale, i, j));
-      }
-    }
+    unrolled<VECTORS, ROWS>([&](int j, int i) CONVEXT_LAMBDA_INLINE {
+      acc[i][j] = fma(of_filter(args.shift, i, j), acc[i][j], of_filter(args.scale, i, j));
+    });
   } else if (args.scale) {
-    CONVEXT_UNROLL
-    for (int j = 0; j < VECTORS; ++j) {
-      CONVEXT_UNROLL
-      for (int i = 0; i < ROWS; ++i) acc[i][j] = acc[i][j] * of_filter(args.scale, i, j);
-    }
+    unrolled<VECTORS, ROWS>([&](int j, int i)
+                                CONVEXT_LAMBDA_INLINE { acc[i][j] = acc[i][j] * of_filter(args.scale, i, j); });
   } else if (args.shift) {
-    CONVEXT_UNROLL
-    for (int j = 0; j < VECTORS; ++j) {
-      CONVEXT_UNROLL
-      for (int i = 0; i < ROWS; ++i) acc[i][j] += of_filter(args.shift, i, j);
-    }
+    unrolled<VECTORS, ROWS>([&](int j, int i) CONVEXT_LAMBDA_INLINE { acc[i][j] += of_filter(args.shift, i, j); });
   }
   if (args.residual) {
-    CONVEXT_UNROLL
-    for (int i = 0; i < ROWS; ++i) {
-      CONVEXT_UNROLL
-      for (int j = 0; j < VECTORS; ++j) acc[i][j] += load_lanes(args.residual + i * args.out_pitch, j);
-    }
+    unrolled<ROWS, VECTORS>(
+        [&](int i, int j) CONVEXT_LAMBDA_INLINE { acc[i][j] += columns.load(args.residual + i * args.out_pitch, j); });
   }
   const Clamp<float> clamp(args.activation);
-  const V low(clamp.low), high(clamp.high);
-  CONVEXT_UNROLL
-  for (int i = 0; i < ROWS; ++i) {
-    CONVEXT_UNROLL
-    for (int j = 0; j < VECTORS; ++j) {
-      const V value = min_keep_nan(max_keep_nan(acc[i][j], low), high);
-      float* to = args.out + i * args.out_pitch + j * V::width;
-      if (j == VECTORS - 1 && !whole) {
-        store(to, value, tail);
-      } else {
-        store(to, value);
-      }
-    }
-  }
+  const auto clamped = clamp.of_vectors();
+  unrolled<ROWS, VECTORS>(
+      [&](int i, int j) CONVEXT_LAMBDA_INLINE { columns.store(args.out + i * args.out_pitch, j, clamped(acc[i][j])); });
   if (!clamp.exact) activate(args.activation, args.out, args.out_pitch, ROWS, args.lanes);
 }
 
 using StridedKernel = void (*)(const StridedTile&);
 
 template <bool FILTERS_IN_LANES>
-inline constexpr TileTable<StridedKernel, kStridedVectors> strided_tiles([](auto r, auto v) -> StridedKernel {
-  return strided_tile<FILTERS_IN_LANES, decltype(r)::value, decltype(v)::value>;
+inline constexpr TileTable<StridedKernel, kStridedVectors> strided_tiles([](auto r, auto v) {
+  return strided_tile<FILTERS_IN_LANES, r.value, v.value>;
 });
 
 }  // namespace convext::CONVEXT_ISA

@@ -1,21 +1,28 @@
-// The last steps of a register tile: what the activations that are a clamp do to accumulators, and the others to a tile
-// that has just been written and is still in the first-level cache.
+// The last steps of a register tile: where its columns lie, and what activations that are no clamp do to a tile that has
+// just been written and is still in the first-level cache.
 #pragma once
-#include "cpu/simd/vec.h"
+#include "cpu/simd/half.h"
+#include "cpu/simd/registers.h"
 
 namespace convext::CONVEXT_ISA {
 
-// identity, relu and relu6 as low <= z <= high.
-template <class T>
-struct Clamp {
-  T low, high;
-  bool exact;  // the clamp is the whole activation
+// The columns of a tile, at least VECTORS - 1 whole vectors and one lane: only the last vector is masked.
+template <class T, int VECTORS>
+struct TileColumns {
+  using V = VecOf<T>;
+  const Lanes<compute_t<T>> tail;
+  const bool whole;
 
-  explicit Clamp(Activation which)
-      : low(-static_cast<T>(__builtin_inf())), high(static_cast<T>(__builtin_inf())), exact(true) {
-    if (which == Activation::relu || which == Activation::relu6) low = 0;
-    if (which == Activation::relu6) high = 6;
-    exact = which == Activation::identity || which == Activation::relu || which == Activation::relu6;
+  explicit CONVEXT_INLINE TileColumns(int32_t columns)
+      : tail(columns - (VECTORS - 1) * V::width), whole(columns == VECTORS * V::width) {}
+
+  // Vector j of what column 0 of is at p: elements of T, or what they are computed in.
+  template <class S>
+  CONVEXT_INLINE V load(const S* p, int j) const {
+    return j == VECTORS - 1 && !whole ? load_as(p + j * V::width, tail) : load_as(p + j * V::width);
+  }
+  CONVEXT_INLINE void store(T* p, int j, V value) const {
+    j == VECTORS - 1 && !whole ? store_as(p + j * V::width, value, tail) : store_as(p + j * V::width, value);
   }
 };
 

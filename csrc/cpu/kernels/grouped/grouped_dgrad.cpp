@@ -4,8 +4,7 @@
 //   dx[n,h,w,c] = sum_{r,s,k} dy[n, h + pad_h - r*dil_h, w + pad_w - s*dil_w, k] * w[k,r,s,c]
 #include "grouped_fprop.h"
 
-namespace convext {
-namespace CONVEXT_ISA {
+namespace convext::CONVEXT_ISA {
 namespace {
 
 ConvProblem mirrored(const ConvProblem& p) {
@@ -51,10 +50,8 @@ const char* launch(const ConvProblem& p, const LaunchArgs& args) {
 }
 
 }  // namespace
-}  // namespace CONVEXT_ISA
+}  // namespace convext::CONVEXT_ISA
 
-CONVEXT_DEFINE_VARIANT(dgrad_grouped_f32) = CONVEXT_ISA::packed_by<CONVEXT_ISA::Packing>(
-    CONVEXT_ISA::cpu_variant<float>(CONVEXT_VARIANT_NAME(dgrad_grouped_f32), Algorithm::grouped, Pass::kDgrad,
-                                    CONVEXT_ISA::reject, CONVEXT_ISA::launch, CONVEXT_ISA::grouped_cost));
-
-}  // namespace convext
+CONVEXT_DEFINE_VARIANT_OF(float, f32, dgrad_grouped,
+                          packed_by<Packing>(cpu_variant<T>(name, Algorithm::grouped, Pass::kDgrad, reject, launch,
+                                                            grouped_cost)))

@@ -7,14 +7,13 @@
 // The direct kernel computes a group at a time and leaves all lanes but K / groups of a vector empty.
 #include "grouped_fprop.h"
 
+#include "cpu/kernels/gemm/gemm.h"
 #include "cpu/kernels/gemm/tile_epilogue.h"
 
-namespace convext {
-namespace CONVEXT_ISA {
+namespace convext::CONVEXT_ISA {
 namespace {
 
 using V = Vec<float>;
-constexpr int kTileColumns = 14;
 
 struct GroupedTile {
   const float* const* rows;  // one for each filter row inside the image
@@ -62,25 +61,13 @@ void tile(const GroupedTile& args) {
     for (int i = 0; i < COLUMNS; ++i) acc[i] += load(args.residual + i * args.out_pitch, lanes);
   }
   const Clamp<float> clamp(args.activation);
-  const V low(clamp.low), high(clamp.high);
+  const auto clamped = clamp.of_vectors();
   CONVEXT_UNROLL
-  for (int i = 0; i < COLUMNS; ++i) {
-    store(args.out + i * args.out_pitch, min_keep_nan(max_keep_nan(acc[i], low), high), lanes);
-  }
+  for (int i = 0; i < COLUMNS; ++i) store(args.out + i * args.out_pitch, clamped(acc[i]), lanes);
   if (!clamp.exact) activate(args.activation, args.out, args.out_pitch, COLUMNS, args.filters);
 }
 
-struct TileTable {
-  void (*kernels[kTileColumns])(const GroupedTile&);
-
-  template <int COLUMNS>
-  constexpr void fill() {
-    kernels[COLUMNS - 1] = tile<COLUMNS>;
-    if constexpr (COLUMNS < kTileColumns) fill<COLUMNS + 1>();
-  }
-  constexpr TileTable() : kernels{} { fill<1>(); }
-};
-constexpr TileTable tiles;
+constexpr TileTable<void (*)(const GroupedTile&), 1> tiles([](auto columns, auto) { return tile<columns.value>; });
 
 void run_block(const ConvProblem& p, const GroupedBlocks& blocks, const GroupedOutputs& block, const float* x,
                const float* packed, float* y, const Epilogue& e) {
@@ -108,13 +95,13 @@ void run_block(const ConvProblem& p, const GroupedBlocks& blocks, const GroupedO
       rows[args.num_rows++] = row;
     }
     const int64_t out = ((block.n * p.p() + i) * p.q() + block.q0) * p.k + filter;
-    cut(block.q1 - block.q0, kVectorRegisters == 32 ? kTileColumns : 12, [&](int32_t q, int32_t count) {
+    cut(block.q1 - block.q0, max_rows(1), [&](int32_t q, int32_t count) {
       const float* shifted[kGroupedTaps];
       for (int32_t r = 0; r < args.num_rows; ++r) shifted[r] = rows[r] + int64_t{q} * V::width;
       args.rows = shifted;
       args.out = y + out + int64_t{q} * p.k;
       args.residual = e.residual ? static_cast<const float*>(e.residual) + out + int64_t{q} * p.k : nullptr;
-      tiles.kernels[count - 1](args);
+      tiles.of(count, 1)(args);
     });
   }
 }
@@ -155,11 +142,8 @@ void run_grouped(const ConvProblem& p, const float* x, const float* packed, floa
   });
 }
 
-}  // namespace CONVEXT_ISA
+}  // namespace convext::CONVEXT_ISA
 
-CONVEXT_DEFINE_VARIANT(fprop_grouped_f32) = CONVEXT_ISA::packed_by<CONVEXT_ISA::Packing>(
-    CONVEXT_ISA::cpu_variant<float>(CONVEXT_VARIANT_NAME(fprop_grouped_f32), Algorithm::grouped, Pass::kFprop,
-                                    CONVEXT_ISA::reject_unless_grouped, CONVEXT_ISA::launch,
-                                    CONVEXT_ISA::grouped_cost));
-
-}  // namespace convext
+CONVEXT_DEFINE_VARIANT_OF(float, f32, fprop_grouped,
+                          packed_by<Packing>(cpu_variant<T>(name, Algorithm::grouped, Pass::kFprop,
+                                                            reject_unless_grouped, launch, grouped_cost)))

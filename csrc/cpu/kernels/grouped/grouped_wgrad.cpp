@@ -5,14 +5,14 @@
 // Register budget: 12 accumulators + 1 vector of dy; the spread inputs are memory operands, 13 loads for 12 FMAs. A
 // tile is summed over a row of outputs and added to the partial sums of its block. Blocks are a function of the problem
 // alone and are added in a fixed order, so results do not depend on the number of threads.
+#include "cpu/kernels/gemm/gemm.h"
 #include "grouped.h"
 
-namespace convext {
-namespace CONVEXT_ISA {
+namespace convext::CONVEXT_ISA {
 namespace {
 
 using V = Vec<float>;
-constexpr int kTileTaps = kVectorRegisters == 32 ? 12 : 11;
+constexpr int most_taps(int) { return kVectorRegisters == 32 ? 12 : 11; }
 
 struct RowTile {
   const float* x;  // tap i of output q reads the vector at x + offset[i] + q * width
@@ -44,17 +44,7 @@ void add_row(const RowTile& args) {
   for (int i = 0; i < TAPS; ++i) store(args.out + i * V::width, acc[i]);
 }
 
-struct RowTable {
-  void (*kernels[kTileTaps])(const RowTile&);
-
-  template <int TAPS>
-  constexpr void fill() {
-    kernels[TAPS - 1] = add_row<TAPS>;
-    if constexpr (TAPS < kTileTaps) fill<TAPS + 1>();
-  }
-  constexpr RowTable() : kernels{} { fill<1>(); }
-};
-constexpr RowTable row_table;
+constexpr TileTable<void (*)(const RowTile&), 1, most_taps> tiles([](auto taps, auto) { return add_row<taps.value>; });
 
 int64_t taps_of(const ConvProblem& p) { return int64_t{p.r} * p.s * p.c_per_group(); }
 
@@ -74,10 +64,10 @@ void sum_block(const ConvProblem& p, const GroupedBlocks& blocks, const GroupedO
     for (int32_t r = 0; r < p.r; ++r) {
       tile.x = lines.row(i, r);
       if (tile.x == nullptr) continue;
-      cut(row_taps, kTileTaps, [&](int32_t tap, int32_t taps) {
+      cut(row_taps, most_taps(1), [&](int32_t tap, int32_t taps) {
         tile.offset = lines.offset() + tap;
         tile.out = sums + (int64_t{r} * row_taps + tap) * V::width;
-        row_table.kernels[taps - 1](tile);
+        tiles.of(taps, 1)(tile);
       });
     }
   }
@@ -116,10 +106,8 @@ const char* launch(const ConvProblem& p, const LaunchArgs& args) {
 }
 
 }  // namespace
-}  // namespace CONVEXT_ISA
+}  // namespace convext::CONVEXT_ISA
 
-CONVEXT_DEFINE_VARIANT(wgrad_grouped_f32) = CONVEXT_ISA::cpu_variant<float>(
-    CONVEXT_VARIANT_NAME(wgrad_grouped_f32), Algorithm::grouped, Pass::kWgrad, CONVEXT_ISA::reject_unless_grouped,
-    CONVEXT_ISA::launch, CONVEXT_ISA::grouped_cost, CONVEXT_ISA::workspace);
-
-}  // namespace convext
+CONVEXT_DEFINE_VARIANT_OF(float, f32, wgrad_grouped,
+                          cpu_variant<T>(name, Algorithm::grouped, Pass::kWgrad, reject_unless_grouped, launch,
+                                         grouped_cost, workspace))

@@ -5,8 +5,7 @@
 #include "cpu/kernels/gemm/cut.h"
 #include "cpu/kernels/gemm/strided_tile.h"
 
-namespace convext {
-namespace CONVEXT_ISA {
+namespace convext::CONVEXT_ISA {
 namespace {
 
 constexpr int64_t kBlockElements = 6144;  // of the input: 24 KiB
@@ -20,8 +19,6 @@ const char* launch(const ConvProblem& p, const LaunchArgs& args) {
                 *args.parallel);
   return nullptr;
 }
-
-using Packing = GemmFprop<float, false>;
 
 }  // namespace
 
@@ -65,10 +62,8 @@ void run_pointwise(const PointwiseGemm& g, const Parallel& parallel) {
   });
 }
 
-}  // namespace CONVEXT_ISA
+}  // namespace convext::CONVEXT_ISA
 
-CONVEXT_DEFINE_VARIANT(fprop_pointwise_f32) = CONVEXT_ISA::packed_by<CONVEXT_ISA::Packing>(
-    CONVEXT_ISA::cpu_variant<float>(CONVEXT_VARIANT_NAME(fprop_pointwise_f32), Algorithm::pointwise, Pass::kFprop,
-                                    CONVEXT_ISA::reject, CONVEXT_ISA::launch, CONVEXT_ISA::pointwise_cost));
-
-}  // namespace convext
+CONVEXT_DEFINE_VARIANT_OF(float, f32, fprop_pointwise,
+                          packed_by<GemmFprop<T, false>>(cpu_variant<T>(name, Algorithm::pointwise, Pass::kFprop,
+                                                                        reject, launch, pointwise_cost)))

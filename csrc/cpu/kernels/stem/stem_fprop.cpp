@@ -17,8 +17,7 @@
 #include "cpu/kernels/gemm/strided_tile.h"
 #include "stem_patch.h"
 
-namespace convext {
-namespace CONVEXT_ISA {
+namespace convext::CONVEXT_ISA {
 namespace {
 
 // One block of outputs.
@@ -120,13 +119,10 @@ const char* launch(const ConvProblem& p, const LaunchArgs& args) {
   return nullptr;
 }
 
-using Packing = GemmFprop<float, false>;
-
 }  // namespace
-}  // namespace CONVEXT_ISA
+}  // namespace convext::CONVEXT_ISA
 
-CONVEXT_DEFINE_VARIANT(fprop_stem_f32) = CONVEXT_ISA::packed_by<CONVEXT_ISA::Packing>(CONVEXT_ISA::cpu_variant<float>(
-    CONVEXT_VARIANT_NAME(fprop_stem_f32), Algorithm::stem, Pass::kFprop, CONVEXT_ISA::reject_unless_stem,
-    CONVEXT_ISA::launch, CONVEXT_ISA::stem_cost, nullptr, Layouts::kAny));
-
-}  // namespace convext
+CONVEXT_DEFINE_VARIANT_OF(float, f32, fprop_stem,
+                          packed_by<GemmFprop<T, false>>(cpu_variant<T>(name, Algorithm::stem, Pass::kFprop,
+                                                                        reject_unless_stem, launch, stem_cost, nullptr,
+                                                                        Layouts::kAny)))

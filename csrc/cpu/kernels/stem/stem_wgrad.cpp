@@ -15,10 +15,10 @@
 // One item of work is a fixed share of the blocks of outputs. Shares depend on the problem alone and are added in a
 // fixed order, so results do not depend on the number of threads.
 #include "cpu/kernels/gemm/gemm.h"
+#include "cpu/simd/registers.h"
 #include "stem_patch.h"
 
-namespace convext {
-namespace CONVEXT_ISA {
+namespace convext::CONVEXT_ISA {
 namespace {
 
 constexpr int64_t kShares = 16;
@@ -37,59 +37,31 @@ struct RowTile {
   int64_t out_pitch;
 };
 
-template <int TAPS, int VECTORS, bool WHOLE>
+template <bool WHOLE, int TAPS, int VECTORS>
 void add_row(const RowTile& args) {
   using V = Vec<float>;
   const Lanes<float> tail(args.filters - (VECTORS - 1) * V::width);
   const float* x[TAPS];
-  V acc[TAPS][VECTORS];
   CONVEXT_UNROLL
-  for (int i = 0; i < TAPS; ++i) {
-    x[i] = args.x + args.offset[i];
-    CONVEXT_UNROLL
-    for (int j = 0; j < VECTORS; ++j) acc[i][j] = load(args.out + i * args.out_pitch + j * V::width);
-  }
+  for (int i = 0; i < TAPS; ++i) x[i] = args.x + args.offset[i];
+  V acc[TAPS][VECTORS];
+  unrolled<TAPS, VECTORS>(
+      [&](int i, int j) CONVEXT_LAMBDA_INLINE { acc[i][j] = load(args.out + i * args.out_pitch + j * V::width); });
   const float* dy = args.dy;
   const int64_t end = args.outputs * args.x_pitch;
   for (int64_t q = 0; q < end; q += args.x_pitch, dy += args.dy_pitch) {
-    V lane[VECTORS];
-    CONVEXT_UNROLL
-    for (int j = 0; j < VECTORS; ++j) {
-      lane[j] = WHOLE || j < VECTORS - 1 ? load(dy + j * V::width) : load(dy + j * V::width, tail);
-    }
-    CONVEXT_UNROLL
-    for (int i = 0; i < TAPS; ++i) {
-      const V broadcast(x[i][q]);
-      CONVEXT_UNROLL
-      for (int j = 0; j < VECTORS; ++j) acc[i][j] = fma(acc[i][j], broadcast, lane[j]);
-    }
+    add_outer(acc, [&](int i) CONVEXT_LAMBDA_INLINE { return V(x[i][q]); }, [&](int j) CONVEXT_LAMBDA_INLINE {
+      return WHOLE || j < VECTORS - 1 ? load(dy + j * V::width) : load(dy + j * V::width, tail);
+    });
   }
-  CONVEXT_UNROLL
-  for (int i = 0; i < TAPS; ++i) {
-    CONVEXT_UNROLL
-    for (int j = 0; j < VECTORS; ++j) store(args.out + i * args.out_pitch + j * V::width, acc[i][j]);
-  }
+  unrolled<TAPS, VECTORS>(
+      [&](int i, int j) CONVEXT_LAMBDA_INLINE { store(args.out + i * args.out_pitch + j * V::width, acc[i][j]); });
 }
 
-struct RowTable {
-  void (*kernels[2][kFilterVectors][max_taps(1)])(const RowTile&);
-
-  template <int VECTORS, int TAPS>
-  constexpr void fill_taps() {
-    if constexpr (TAPS <= max_taps(VECTORS)) {
-      kernels[0][VECTORS - 1][TAPS - 1] = add_row<TAPS, VECTORS, false>;
-      kernels[1][VECTORS - 1][TAPS - 1] = add_row<TAPS, VECTORS, true>;
-      fill_taps<VECTORS, TAPS + 1>();
-    }
-  }
-  template <int VECTORS>
-  constexpr void fill() {
-    fill_taps<VECTORS, 1>();
-    if constexpr (VECTORS < kFilterVectors) fill<VECTORS + 1>();
-  }
-  constexpr RowTable() : kernels{} { fill<1>(); }
-};
-constexpr RowTable row_table;
+template <bool WHOLE>
+constexpr TileTable<void (*)(const RowTile&), kFilterVectors, max_taps> row_tiles([](auto taps, auto vectors) {
+  return add_row<WHOLE, taps.value, vectors.value>;
+});
 
 struct WgradShares {
   int32_t taps, lanes;  // lanes: filters rounded up to whole vectors
@@ -131,11 +103,11 @@ class ShareSum {
         const int32_t filter = first * Vec<float>::width, left = p_.k - filter;
         tile_.filters = left < vectors * Vec<float>::width ? left : vectors * Vec<float>::width;
         tile_.dy = dy + filter;
-        const auto& kernels = row_table.kernels[tile_.filters == vectors * Vec<float>::width][vectors - 1];
+        const auto& tiles = tile_.filters == vectors * Vec<float>::width ? row_tiles<true> : row_tiles<false>;
         cut(shares_.taps, max_taps(vectors), [&](int32_t tap, int32_t taps) {
           tile_.offset = offset_ + tap;
           tile_.out = partial_ + int64_t{tap} * shares_.lanes + filter;
-          kernels[taps - 1](tile_);
+          tiles.of(taps, vectors)(tile_);
         });
       });
     }
@@ -189,12 +161,8 @@ const char* launch(const ConvProblem& p, const LaunchArgs& args) {
 }
 
 }  // namespace
-}  // namespace CONVEXT_ISA
+}  // namespace convext::CONVEXT_ISA
 
-CONVEXT_DEFINE_VARIANT(wgrad_stem_f32) = CONVEXT_ISA::cpu_variant<float>(CONVEXT_VARIANT_NAME(wgrad_stem_f32),
-                                                                         Algorithm::stem, Pass::kWgrad,
-                                                                         CONVEXT_ISA::reject_unless_stem,
-                                                                         CONVEXT_ISA::launch, CONVEXT_ISA::stem_cost,
-                                                                         CONVEXT_ISA::workspace, Layouts::kAnyX);
-
-}  // namespace convext
+CONVEXT_DEFINE_VARIANT_OF(float, f32, wgrad_stem,
+                          cpu_variant<T>(name, Algorithm::stem, Pass::kWgrad, reject_unless_stem, launch, stem_cost,
+                                         workspace, Layouts::kAnyX))

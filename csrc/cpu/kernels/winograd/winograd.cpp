@@ -18,6 +18,7 @@
 #include "winograd.h"
 
 #include "cpu/kernels/gemm/gemm_passes.h"
+#include "cpu/simd/registers.h"
 #include "winograd_direct.h"
 #include "winograd_tile.h"
 
@@ -57,26 +58,15 @@ struct Product {
 template <int ROWS, int VECTORS>
 void product(const Product& args) {
   V acc[ROWS][VECTORS];
-  CONVEXT_UNROLL
-  for (int i = 0; i < ROWS; ++i) {
-    CONVEXT_UNROLL
-    for (int j = 0; j < VECTORS; ++j) acc[i][j] = V::zero();
-  }
+  unrolled<ROWS, VECTORS>([&](int i, int j) CONVEXT_LAMBDA_INLINE { acc[i][j] = V::zero(); });
   const float* a[ROWS];
   CONVEXT_UNROLL
   for (int i = 0; i < ROWS; ++i) a[i] = args.v + i * args.v_pitch;
   const float *u = args.u, *ahead = args.ahead;
   const int32_t ahead_vectors = args.ahead_vectors;
   const auto step = [&](int64_t l) {
-    V column[VECTORS];
-    CONVEXT_UNROLL
-    for (int j = 0; j < VECTORS; ++j) column[j] = load(u + j * V::width);
-    CONVEXT_UNROLL
-    for (int i = 0; i < ROWS; ++i) {
-      const V broadcast(a[i][l]);
-      CONVEXT_UNROLL
-      for (int j = 0; j < VECTORS; ++j) acc[i][j] = fma(acc[i][j], broadcast, column[j]);
-    }
+    add_outer(acc, [&](int i) CONVEXT_LAMBDA_INLINE { return V(a[i][l]); },
+              [&](int j) CONVEXT_LAMBDA_INLINE { return load(u + j * V::width); });
     u += VECTORS * V::width;
   };
   if (ahead_vectors > 0) {
@@ -88,25 +78,15 @@ void product(const Product& args) {
   } else {
     for (int64_t l = 0; l < args.depth; ++l) step(l);
   }
-  if (args.accumulate) {
-    CONVEXT_UNROLL
-    for (int i = 0; i < ROWS; ++i) {
-      CONVEXT_UNROLL
-      for (int j = 0; j < VECTORS; ++j) acc[i][j] += load(args.m + i * kLanes + j * V::width);
-    }
-  }
-  CONVEXT_UNROLL
-  for (int i = 0; i < ROWS; ++i) {
-    CONVEXT_UNROLL
-    for (int j = 0; j < VECTORS; ++j) store(args.m + i * kLanes + j * V::width, acc[i][j]);
-  }
+  unrolled<ROWS, VECTORS>([&](int i, int j) CONVEXT_LAMBDA_INLINE {
+    float* to = args.m + i * kLanes + j * V::width;
+    store(to, args.accumulate ? acc[i][j] + load(to) : acc[i][j]);
+  });
 }
 
 using ProductKernel = void (*)(const Product&);
 
-constexpr TileTable<ProductKernel> kProducts([](auto r, auto v) -> ProductKernel {
-  return product<decltype(r)::value, decltype(v)::value>;
-});
+constexpr TileTable<ProductKernel> kProducts([](auto r, auto v) { return product<r.value, v.value>; });
 
 // ---- The plan ----
 

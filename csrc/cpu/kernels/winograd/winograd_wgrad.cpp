@@ -344,10 +344,8 @@ struct WinogradWgrad {
 }  // namespace
 }  // namespace convext::CONVEXT_ISA
 
-namespace convext {
-CONVEXT_DEFINE_VARIANT(wgrad_winograd4x4_f32) = CONVEXT_ISA::winograd_variant(
-    CONVEXT_ISA::cpu_variant<float>(CONVEXT_VARIANT_NAME(wgrad_winograd4x4_f32), Algorithm::winograd, Pass::kWgrad,
-                                    CONVEXT_ISA::WinogradWgrad::reject, CONVEXT_ISA::WinogradWgrad::launch,
-                                    CONVEXT_ISA::winograd_cost, CONVEXT_ISA::WinogradWgrad::workspace),
-    4);
-}  // namespace convext
+CONVEXT_DEFINE_VARIANT_OF(float, f32, wgrad_winograd4x4,
+                          winograd_variant(cpu_variant<T>(name, Algorithm::winograd, Pass::kWgrad,
+                                                          WinogradWgrad::reject, WinogradWgrad::launch, winograd_cost,
+                                                          WinogradWgrad::workspace),
+                                           M))
