@@ -57,10 +57,11 @@ class _Plan(NamedTuple):
     pack_format: str | None
 
 
-# What `slower` goes by, all shown by `convext bench layers` on a CPU with AVX-512.
+# What `slower` goes by, measured over shapes drawn at random on one thread of a CPU with AVX-512 (`tune/measure.py`).
 _BF16_PIXELS = 64  # of the output: with more, products in float32 lose to those of bfloat16
-_EMPTY_LANES = {Pass.FPROP: (8, 4), Pass.DGRAD: (8, 4), Pass.WGRAD: (16, 16)}  # columns a group; at stride 1, above
-_FEW_CHANNELS = 4
+# Columns a group of channels-last images, at stride 1 and above: with as many or fewer ATen's kernels for groups win.
+_FEW_COLUMNS = {Pass.FPROP: (8, 0), Pass.DGRAD: (8, 0), Pass.WGRAD: (16, 4)}
+_FEW_POINTWISE_COLUMNS = 2  # of NCHW images, whose pixels of a group lie side by side
 _FEW_FLOPS = 1.2e5
 # Kernels that are worth measuring beside the one that the cost model takes.
 _MOST_CANDIDATES, _WITHIN_REACH = 4, 2.5
@@ -304,11 +305,14 @@ class NativeCpu(Backend):
                 return "ATen multiplies bfloat16 with this CPU's bfloat16 instructions, twice as fast as float32"
         if p.groups > 1 and kernel["algorithm"] != "grouped":
             columns = p.c_per_group if pass_ is Pass.DGRAD else p.k_per_group
-            if columns <= _EMPTY_LANES[pass_][not p.is_unit_stride]:
+            if p.is_pointwise:
+                few = p.x_layout != _NHWC and pass_ is Pass.FPROP and p.is_unit_stride
+                few = few and columns <= _FEW_POINTWISE_COLUMNS
+            else:
+                few = p.x_layout == _NHWC and columns <= _FEW_COLUMNS[pass_][not p.is_unit_stride]
+            if few:
                 return f"{columns} channels a group leave most lanes of a vector empty"
-        elif p.c <= _FEW_CHANNELS and not p.is_pointwise and pass_ is Pass.DGRAD:
-            return f"{p.c} input channels leave most lanes of a vector empty"
-        if p.flops <= _FEW_FLOPS and pass_ is not Pass.DGRAD:
+        if p.is_pointwise and p.flops <= _FEW_FLOPS and pass_ is Pass.FPROP:
             return "so few multiplications cost less than the call"
         return None
 
