@@ -62,6 +62,7 @@ def _block_from(unit: Unit, by_source: BySource, layout: Layout, taken: set[Unit
         if (
             not added
             or not added[-1].in_strips
+            or not all(behind.first.takes_excitation for behind in added[1:])
             or added[-1] in taken
             or any(added[-1].residual in member.nodes for member in block + added)
         ):

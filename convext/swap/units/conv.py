@@ -34,6 +34,8 @@ class Conv(Op):
     """A `Convolution`, and what is fused with it: a `BatchNorm` or None, an activation. `excite`: the squeeze and
     excitation of its input, where it is computed together with that."""
 
+    takes_excitation = True
+
     def __init__(self, convolution: Convolution, batch_norm: BatchNorm | None = None, activation: str = "identity"):
         self.convolution, self.batch_norm, self.activation = convolution, batch_norm, activation
         self.channels_last = False  # whether the result is, whatever the input
