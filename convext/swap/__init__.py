@@ -10,6 +10,8 @@ dictionary that calls convext's kernels: class, parameters, hooks and keys stay.
 runs the same calls as its class's with each convolution, batch norm, add and activation as one.
 """
 
+from __future__ import annotations
+
 import sys
 import types
 
@@ -30,7 +32,7 @@ torch.serialization.add_safe_globals([ConvForward, PlannedForward])  # nothing b
 class _CallableModule(types.ModuleType):
     """`convext.swap` is the function; the import system puts this module there when somebody imports a part of it."""
 
-    def __call__(self, model):
+    def __call__(self, model: torch.nn.Module) -> torch.nn.Module:
         return swap(model)
 
 

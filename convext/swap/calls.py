@@ -1,7 +1,11 @@
 """What is known of torch's functions, methods and modules: one table for each question that a plan asks."""
 
+from __future__ import annotations
+
 import inspect
 import operator
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +15,17 @@ from .. import nn as convext_nn
 from ..activation import TABLE as ACTIVATIONS
 from .conv_forward import ConvForward
 
+Modules = Mapping[Any, Any]  # those that a graph's nodes call, by their targets; None is the owner of the graph
 _CONV_TYPE = nn.Conv2d
 
 # what computes an activation -> its name in the epilogue, and the attributes for which a module is it
 _ACTIVATION_MODULES = {
     module: (name, attributes) for name, entry in ACTIVATIONS.items() for module, attributes in entry.modules.items()
 }
-_ACTIVATION_FUNCTIONS = {function: name for name, entry in ACTIVATIONS.items() for function in entry.functions}
-_ACTIVATION_METHODS = {method: name for name, entry in ACTIVATIONS.items() for method in entry.methods}
+_ACTIVATION_FUNCTIONS: dict[Any, str] = {
+    function: name for name, entry in ACTIVATIONS.items() for function in entry.functions
+}
+_ACTIVATION_METHODS: dict[Any, str] = {method: name for name, entry in ACTIVATIONS.items() for method in entry.methods}
 _ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add}
 _ADD_METHODS = {"add", "add_", "__add__", "__iadd__"}
 _PRODUCT_METHODS = {"mul", "__mul__"}
@@ -141,12 +148,12 @@ _TENSOR_METHODS = _ELEMENTWISE_METHODS | {
 _NOT_ONE_TENSOR = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.AdaptiveLogSoftmaxWithLoss)
 
 
-def is_torch_module(module):
+def is_torch_module(module: nn.Module) -> bool:
     """True of torch's own layers, whose behaviour is known; False of user classes and containers."""
     return type(module).__module__.startswith("torch.nn.modules.") and not module._modules
 
 
-def module_returns_tensor(module):
+def module_returns_tensor(module: nn.Module) -> bool:
     """True of a layer that returns one tensor for one."""
     if is_layer_norm_2d(module) or permutation_of(module) is not None or is_known_dropout(module):
         return True
@@ -157,17 +164,17 @@ def module_returns_tensor(module):
     )
 
 
-def last_input(module):
+def last_input(module: nn.Module) -> tuple[Any, ...] | None:
     """Shape, strides, dtype and device of the last input of a convext.nn.Conv2d called by itself, or None."""
     return convext_nn.LAST_INPUTS.get(module)
 
 
-def is_swapped(module):
+def is_swapped(module: nn.Module) -> bool:
     """True of a convolution that convext computes when it is called by itself."""
     return isinstance(module.__dict__.get("_conv_forward"), ConvForward) or type(module) is convext_nn.Conv2d
 
 
-def is_conv(module):
+def is_conv(module: nn.Module) -> bool:
     """A convolution that the swap stands for: exactly torch's class, or already ours."""
     return type(module) is _CONV_TYPE or type(module) is convext_nn.Conv2d
 
@@ -177,15 +184,16 @@ class BatchNormOf:
 
     __name__ = "batch_norm_of"
 
-    def __init__(self, layer, key):
+    def __init__(self, layer: nn.BatchNorm2d, key: str):
         self.layer, self.key = layer, key
 
-    def __call__(self, x):
-        torch._assert(x.dim() == 4, f"expected 4D input (got {x.dim()}D input)")  # as the layer says it
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        # As the layer says it.
+        torch._assert(x.dim() == 4, f"expected 4D input (got {x.dim()}D input)")  # type: ignore[no-untyped-call]
         return nn.BatchNorm2d.forward(self.layer, x)
 
 
-def is_batch_norm_act(module):
+def is_batch_norm_act(module: nn.Module) -> bool:
     """True of timm's BatchNorm2d with a dropout and an activation in it, as children of these names."""
     return (
         type(module).__name__ == "BatchNormAct2d"
@@ -196,7 +204,7 @@ def is_batch_norm_act(module):
 
 # Functions that take parameters -> names and defaults of what they take after their first argument.
 NEEDED = object()
-_PARAMETERS = {
+_PARAMETERS: dict[Any, dict[str, Any]] = {
     F.conv2d: {"weight": NEEDED, "bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1},
     F.batch_norm: {
         "running_mean": NEEDED,
@@ -210,7 +218,7 @@ _PARAMETERS = {
 }
 
 
-def arguments_of(node, function):
+def arguments_of(node: fx.Node, function: Callable[..., torch.Tensor]) -> list[Any] | None:
     """What a node that calls one of these functions on another node gives it besides, or None of any other node."""
     if node.op != "call_function" or node.target is not function or not node.args:
         return None
@@ -221,7 +229,7 @@ def arguments_of(node, function):
     return None if NEEDED in values.values() or first in values.values() else list(values.values())
 
 
-def returns_tensor(node):
+def returns_tensor(node: fx.Node) -> bool:
     """True where the result of a call_function or call_method node is one tensor for certain."""
     if node.op == "call_function":
         known = node.target in _TENSOR_FUNCTIONS or type(node.target) is BatchNormOf
@@ -229,11 +237,11 @@ def returns_tensor(node):
     return node.target in _TENSOR_METHODS
 
 
-def argument(node, position, name, default=None):
+def argument(node: fx.Node, position: int, name: str, default: object = None) -> object:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
-def activation(node, modules):
+def activation(node: fx.Node, modules: Modules) -> str | None:
     """The epilogue's name of the activation that a node applies to its first argument, or None."""
     if node.op == "call_module":
         module = modules[node.target]
@@ -253,7 +261,7 @@ def activation(node, modules):
     return _ACTIVATION_FUNCTIONS.get(node.target)
 
 
-def summands(node):
+def summands(node: fx.Node) -> tuple[Any, ...] | None:
     """(a, b) of a node that computes a + b of two nodes, else None."""
     known = (
         node.target in _ADD_FUNCTIONS
@@ -265,7 +273,7 @@ def summands(node):
     return tuple(node.args)
 
 
-def is_product(node):
+def is_product(node: fx.Node) -> bool:
     """True of a node that computes a * b of two arguments."""
     return not node.kwargs and (
         node.op == "call_function"
@@ -275,7 +283,7 @@ def is_product(node):
     )
 
 
-def mean_over_pixels(node, modules):
+def mean_over_pixels(node: fx.Node, modules: Modules) -> bool | None:
     """True where a node computes the mean over the pixels of its only tensor as (N, C), False where as (N, C, 1, 1),
     None of another node."""
     if not node.args or len(node.all_input_nodes) != 1 or node.args[0] is not node.all_input_nodes[0]:
@@ -293,7 +301,7 @@ def mean_over_pixels(node, modules):
     return not argument(node, 2, "keepdim", False)
 
 
-def is_layer_norm_2d(module):
+def is_layer_norm_2d(module: nn.Module) -> bool:
     """True of torchvision's and timm's LayerNorm over the channels of an image, (N, C, H, W) in and out."""
     return (
         isinstance(module, nn.LayerNorm)
@@ -302,27 +310,25 @@ def is_layer_norm_2d(module):
     )
 
 
-def permutation_of(module):
+def permutation_of(module: Any) -> tuple[int, ...] | None:
     """The order in which torchvision's Permute puts the dimensions of its argument; None of another module."""
     known = type(module).__name__ == "Permute" and type(module).__module__.startswith("torchvision.ops")
     return tuple(module.dims) if known else None
 
 
-def writes_first_argument(node, modules):
+def writes_first_argument(node: fx.Node, modules: Modules) -> bool:
     """True where a node changes its first argument in place (or may, as far as is known)."""
+    target: Any = node.target
     if node.op == "call_method":
         return (
-            node.target.endswith("_")
-            and not node.target.endswith("__")
-            or node.target.startswith("__i")
-            or node.target in ("__setitem__", "__delitem__")
+            target.endswith("_")
+            and not target.endswith("__")
+            or target.startswith("__i")
+            or target in ("__setitem__", "__delitem__")
         )
     if node.op == "call_function":
         return (
-            "out" in node.kwargs
-            or _name(node.target).endswith("_")
-            or _is_inplace_operator(node.target)
-            or _inplace_flag(node)
+            "out" in node.kwargs or _name(target).endswith("_") or _is_inplace_operator(target) or _inplace_flag(node)
         )
     if node.op == "call_module":
         module = modules[node.target]
@@ -332,11 +338,11 @@ def writes_first_argument(node, modules):
     return False
 
 
-def _name(function):
+def _name(function: object) -> str:
     return getattr(function, "__name__", "_")
 
 
-def _is_inplace_operator(function):
+def _is_inplace_operator(function: object) -> bool:
     return (
         getattr(function, "__module__", "") == "_operator"
         and _name(function).startswith("i")
@@ -344,16 +350,17 @@ def _is_inplace_operator(function):
     )
 
 
-def _inplace_flag(node):
+def _inplace_flag(node: fx.Node) -> bool:
+    target: Any = node.target
     try:
-        parameters = list(inspect.signature(node.target).parameters)
+        parameters = list(inspect.signature(target).parameters)
     except (TypeError, ValueError):
         return bool(node.kwargs.get("inplace", False))
     position = parameters.index("inplace") if "inplace" in parameters else len(node.args)
     return bool(argument(node, position, "inplace", False))
 
 
-def written(node, modules):
+def written(node: fx.Node, modules: Modules) -> list[fx.Node]:
     """The nodes whose values a node changes or may change."""
     if node.op == "call_function" and node.target is F.batch_norm and argument(node, 5, "training", False) is not False:
         statistics = argument(node, 1, "running_mean"), argument(node, 2, "running_var")
@@ -365,7 +372,7 @@ def written(node, modules):
     return node.all_input_nodes[:1]
 
 
-def shared_arguments(node, modules):
+def shared_arguments(node: fx.Node, modules: Modules) -> list[Any]:
     """The arguments of a node with which its result may share memory: none where it makes a new tensor, the first alone
     where it is known to write a tensor and to return it, else all."""
     if makes_new_tensor(node, modules):
@@ -381,7 +388,7 @@ def shared_arguments(node, modules):
     return node.all_input_nodes
 
 
-def _is_tensor(value, modules):
+def _is_tensor(value: object, modules: Modules) -> bool:
     """True of a node whose value is one tensor whatever the containers do that the graph calls."""
     if not isinstance(value, fx.Node):
         return False
@@ -390,7 +397,7 @@ def _is_tensor(value, modules):
     return value.op in ("placeholder", "get_attr") or returns_tensor(value)
 
 
-def makes_new_tensor(node, modules):
+def makes_new_tensor(node: fx.Node, modules: Modules) -> bool:
     """True where the result surely shares no memory with the arguments."""
     if writes_first_argument(node, modules):
         return False
@@ -410,7 +417,7 @@ def makes_new_tensor(node, modules):
     return node.op == "call_method" and node.target in _ELEMENTWISE_METHODS
 
 
-def is_dropout(module):
+def is_dropout(module: nn.Module) -> bool:
     return (
         isinstance(module, _DROPOUT)
         and type(module).__module__.startswith("torch.nn.modules.")
@@ -418,7 +425,7 @@ def is_dropout(module):
     )
 
 
-def is_known_dropout(module):
+def is_known_dropout(module: nn.Module) -> bool:
     """Dropout that is certain to return its very argument in evaluation."""
     return (
         type(module) in _DROPOUT
@@ -427,7 +434,7 @@ def is_known_dropout(module):
     )
 
 
-def passes_through(node, modules):
+def passes_through(node: fx.Node, modules: Modules) -> bool:
     """True where a node returns its first argument as it is; dropout's training flag is part of what a plan is for."""
     if not node.args:
         return False
@@ -441,7 +448,7 @@ def passes_through(node, modules):
     )
 
 
-def reads_any_strides(node, modules):
+def reads_any_strides(node: fx.Node, modules: Modules) -> bool:
     """True where a node does the same to a channels-last tensor as to a contiguous one (see layout.py)."""
     if node.op == "call_module":
         module = modules[node.target]
@@ -471,6 +478,6 @@ def reads_any_strides(node, modules):
     return False
 
 
-def _mean_over_space(node):
+def _mean_over_space(node: fx.Node) -> bool:
     dims = argument(node, 1, "dim")
     return isinstance(dims, (list, tuple)) and sorted(dims) in ([2, 3], [-2, -1])

@@ -1,5 +1,9 @@
 """ConvForward: what stands as `conv._conv_forward` after a swap. The layer's class and its `forward` stay torch's."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,8 +27,8 @@ class ConvForward(InstanceMethod):
     def is_of(self, module: nn.Module) -> bool:
         return self._owner() is module
 
-    def __call__(self, input, weight, bias):
-        conv = self.owner
+    def __call__(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+        conv: Any = self.owner
         if type(conv)._conv_forward is not _TORCHS or F.conv2d is not _CONV2D:
             return type(conv)._conv_forward(conv, input, weight, bias)
         if not torch.compiler.is_compiling():

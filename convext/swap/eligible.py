@@ -1,5 +1,7 @@
 """Why a layer or a container is left as it is."""
 
+from __future__ import annotations
+
 import inspect
 
 import torch
@@ -10,13 +12,13 @@ from .conv_forward import ConvForward
 from .method import ForwardMethod
 
 
-def left_alone(module):
+def left_alone(module: nn.Module) -> str | None:
     """Why a convolution is not exchanged, or None."""
     kind, own = type(module), module.__dict__.get("_conv_forward")
     if own is not None and not isinstance(own, ConvForward):
         return "it has a _conv_forward of its own in the instance"
     if kind in (nn.Conv2d, convext_nn.Conv2d):
-        if isinstance(getattr(module, "weight", None), nn.parameter.UninitializedTensorMixin):
+        if isinstance(getattr(module, "weight", None), nn.parameter.UninitializedTensorMixin):  # type: ignore[attr-defined]
             return "its weight is not initialised yet"
         return None
     if not isinstance(module, nn.Conv2d):
@@ -28,7 +30,7 @@ def left_alone(module):
     return f"{kind.__module__}.{kind.__name__} is a subclass of torch.nn.Conv2d"
 
 
-def why_unplanned(module):
+def why_unplanned(module: nn.Module) -> str | None:
     """Why a container gets no planned forward, or None."""
     kind = type(module)
     if not module._modules:

@@ -1,5 +1,7 @@
 """The setting that makes every layer of a swapped network a call of its own."""
 
+from __future__ import annotations
+
 
 class layer_by_layer:
     """Makes every convolution of a swapped network a call of its own: a setting, and a context manager that puts the
@@ -32,8 +34,8 @@ class layer_by_layer:
             raise TypeError(f"layer_by_layer: expected True or False, got {on!r}")
         self._former, layer_by_layer.on = layer_by_layer.on, on
 
-    def __enter__(self):
+    def __enter__(self) -> layer_by_layer:
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc: object) -> None:
         layer_by_layer.on = self._former

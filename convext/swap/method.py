@@ -5,12 +5,18 @@ and so are code, name, defaults and signature. Whoever wraps, patches, unwraps o
 the class's own function, never with one that is bound twice.
 """
 
+from __future__ import annotations
+
 import copy
 import inspect
 import sys
 import weakref
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+if TYPE_CHECKING:
+    import torch
 
 _OF_THE_FUNCTION = frozenset(
     (
@@ -37,7 +43,7 @@ class InstanceMethod:
     def __init__(self, owner: nn.Module):
         self._attach(owner)
 
-    def _attach(self, owner):
+    def _attach(self, owner: nn.Module) -> None:
         # While unpickling, the owner may still be without its attributes: nothing of it is read here.
         self._owner = weakref.ref(owner)
         function = getattr(type(owner), self.name)
@@ -66,19 +72,19 @@ class InstanceMethod:
         return owner
 
     @property
-    def __self__(self):
+    def __self__(self) -> nn.Module:
         return self.owner
 
     @property
-    def __func__(self):
+    def __func__(self) -> Any:
         return getattr(type(self.owner), self.name)
 
     @property
-    def __signature__(self):
+    def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.__func__.__get__(self.owner))
 
     @property
-    def __globals__(self):
+    def __globals__(self) -> Any:
         if sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.jit", "torch._jit_internal")):
             raise RuntimeError(
                 f"torch.jit.script cannot read a swapped {type(self.owner).__name__}: "
@@ -86,21 +92,21 @@ class InstanceMethod:
             )
         return self.__func__.__globals__
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         if name in _OF_THE_FUNCTION:
             return getattr(self.__func__, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, nn.Module]:
         return {"owner": self.owner}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, nn.Module]) -> None:
         self._attach(state["owner"])
 
-    def __copy__(self):
+    def __copy__(self) -> InstanceMethod:
         return self  # as a bound method: that of the same module
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> InstanceMethod:
         owner = copy.deepcopy(self.owner, memo)  # the copy that is being made, or one for this method alone
         own = owner.__dict__.get(self.name)
         if isinstance(own, InstanceMethod) and own._owner() is owner:
@@ -119,3 +125,10 @@ class ForwardMethod(InstanceMethod):
     in_any_format(*tensors)       that call
     whole(mode)                   what runs all of it as a member of a sequence, or None
     """
+
+    if TYPE_CHECKING:
+
+        def plan(self, owner: nn.Module, signature: Any) -> Any: ...
+        def result_in_any_format(self, count: int) -> str | None: ...
+        def in_any_format(self, *tensors: torch.Tensor) -> Any: ...
+        def whole(self, mode: Any) -> Any: ...

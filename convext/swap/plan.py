@@ -1,5 +1,9 @@
 """What one state of a container's modules compiles to, and whether it still holds."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from .. import backends
 from ..backends import native
 from . import calls
@@ -11,15 +15,22 @@ from .refusal import Untraceable
 from .schedule.layout import Layout, weights_to_ask
 from .schedule.sequence import schedule
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .capture.facts import Facts
+    from .capture.signature import Signature
+    from .modes import Mode
+
 
 class _Guarded:
     """What stands as long as the facts do that it rests on."""
 
-    def __init__(self, facts):
+    def __init__(self, facts: Facts):
         self.guards = facts.fill(native.new_guards())
 
-    def holds(self, owner) -> bool:
-        return self.guards.holds(owner)
+    def holds(self, owner: nn.Module) -> bool:
+        return self.guards.holds(owner)  # type: ignore[no-any-return]
 
 
 class Refusal(_Guarded):
@@ -33,7 +44,7 @@ class Refusal(_Guarded):
 class Plan(_Guarded):
     """A captured forward, compiled for each mode in which it is called."""
 
-    def __init__(self, owner, signature):
+    def __init__(self, owner: nn.Module, signature: Signature):
         self.trace, self.signature = Trace(owner, signature), signature
         super().__init__(self.trace.facts)
         self.facts = self.trace.facts
@@ -42,9 +53,10 @@ class Plan(_Guarded):
         functions = [graph.convolution(node) for node in graph.nodes if node.op == "call_function"]
         places += [function.weight for function in functions if function is not None]
         self.weights = weights_to_ask(places) + self.trace.nested_weights
-        self.by_mode, self._epoch = {}, backends.epoch
+        self.by_mode: dict[Mode, Compiled] = {}
+        self._epoch = backends.epoch
 
-    def compiled(self, mode) -> Compiled:
+    def compiled(self, mode: Mode) -> Compiled:
         if self._epoch is not backends.epoch:  # prepared calls hold the backends' choices
             self.by_mode.clear()
             self._epoch = backends.epoch

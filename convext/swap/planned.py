@@ -4,6 +4,11 @@ It captures the container's own forward once for each form in which it is called
 a plan cannot stand for the forward that the class defines, that forward runs instead.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch.nn.modules import module as _torch_module
 
@@ -15,6 +20,12 @@ from .modes import Mode, function_mode_watches, present
 from .plan import Plan, Refusal
 from .refusal import ForNow, Untraceable
 from .schedule import layout
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .capture.signature import Signature
+    from .lower import Compiled
 
 _GLOBAL_HOOKS = tuple(
     getattr(_torch_module, name)
@@ -34,12 +45,12 @@ _MOST_CAPTURES = 64  # for one signature: a forward that reads something new in 
 class PlannedForward(ForwardMethod):
     """A container's `forward` after the swap. Copies belong to the copied container; pickles carry no plan."""
 
-    def _attach(self, owner):
+    def _attach(self, owner: nn.Module) -> None:
         super()._attach(owner)
-        self._plans = {}  # signature -> list of Plan and Refusal, the latest first
-        self._captures = {}  # signature -> how often it was captured
+        self._plans: dict[Signature, list[Plan | Refusal]] = {}  # the latest first
+        self._captures: dict[Signature, int] = {}  # how often each was captured
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             owner = self.owner
             return type(owner).forward(owner, *args, **kwargs)
@@ -53,7 +64,7 @@ class PlannedForward(ForwardMethod):
         in_seam = layout.wanted(tensors) and layout.contiguous_weights(plan.weights)
         return plan.compiled(present(in_seam)).result(owner, tensors, in_seam)
 
-    def in_any_format(self, *tensors):
+    def in_any_format(self, *tensors: torch.Tensor) -> Any:
         """The call from another plan: arguments and result may be channels-last where the user's own are not."""
         owner = self.owner
         plan = self.plan(owner, signatures.of_call(tensors, {}))
@@ -69,14 +80,14 @@ class PlannedForward(ForwardMethod):
 
     # Plans.
 
-    def plan(self, owner, signature) -> Plan | None:
+    def plan(self, owner: nn.Module, signature: Signature | None) -> Plan | None:
         """The plan for calls of a signature in the owner's present state, or None."""
         found = None if signature is None else self._present(owner, signature) or self._make(owner, signature)
         return found if isinstance(found, Plan) else None
 
-    def _present(self, owner, signature):
+    def _present(self, owner: nn.Module, signature: Signature) -> Plan | Refusal | None:
         """The Plan or Refusal that holds, or None."""
-        plans = self._plans.get(signature, ())
+        plans: list[Plan | Refusal] = self._plans.get(signature, ())  # type: ignore[arg-type]
         for position, plan in enumerate(plans):
             if plan.holds(owner):
                 if position:
@@ -84,7 +95,7 @@ class PlannedForward(ForwardMethod):
                 return plan
         return None
 
-    def _make(self, owner, signature):
+    def _make(self, owner: nn.Module, signature: Signature) -> Plan | Refusal | None:
         if (
             len(self._plans) >= _MOST_SIGNATURES
             and signature not in self._plans
@@ -95,7 +106,7 @@ class PlannedForward(ForwardMethod):
         if signature == signatures.ONE_TENSOR:
             signature = signatures.ONE_TENSOR
         try:
-            made = Plan(owner, signature)
+            made: Plan | Refusal = Plan(owner, signature)
         except ForNow:
             return None
         except Untraceable as reason:
@@ -111,11 +122,11 @@ class PlannedForward(ForwardMethod):
 
     # What the report reads.
 
-    def present_plans(self):
+    def present_plans(self) -> list[Compiled]:
         """The `Compiled` of the plans that hold for the owner's present state: those that have run, else what would
         run."""
         owner = self.owner
-        plans = [p for plans in self._plans.values() for p in plans if p.holds(owner)]
+        plans: list[Plan | Refusal | None] = [p for plans in self._plans.values() for p in plans if p.holds(owner)]
         if not any(isinstance(p, Plan) for p in plans):
             plans = [self.plan(owner, signatures.default(owner))]
         return [
@@ -125,7 +136,7 @@ class PlannedForward(ForwardMethod):
             for compiled in list(plan.by_mode.values()) or [plan.compiled(Mode())]
         ]
 
-    def present_refusal(self):
+    def present_refusal(self) -> str | None:
         """Why there is no plan, where there is none."""
         owner = self.owner
         return next(
@@ -138,7 +149,7 @@ class PlannedForward(ForwardMethod):
             None,
         )
 
-    def forget_refusals(self):
+    def forget_refusals(self) -> None:
         """Lets a capture that was refused be tried again."""
         self._captures.clear()
         for plans in self._plans.values():
@@ -146,23 +157,23 @@ class PlannedForward(ForwardMethod):
 
     # What plans around this one ask.
 
-    def result_in_any_format(self, count):
+    def result_in_any_format(self, count: int) -> str | None:
         plan = self.plan(self.owner, ((signatures.TENSOR,) * count, ()))
         compiled = plan and plan.compiled(Mode(in_seam=True))
         return compiled.layout.returns if compiled and compiled.works_in_any_format else None
 
-    def whole(self, mode):
+    def whole(self, mode: Mode) -> Any:
         if mode.in_seam and self.result_in_any_format(1) is None:
             return None
         plan = self.plan(self.owner, signatures.ONE_TENSOR)
         return None if plan is None else plan.compiled(mode).whole
 
 
-def _restored(module, tensors):
+def _restored(module: nn.Module, tensors: Sequence[torch.Tensor]) -> Any:
     """module(*tensors) with contiguous arguments; what it writes into them reaches the originals."""
     given = [t.contiguous() for t in tensors]
     tracked = not any(t.is_inference() for t in given)
-    versions = [t._version for t in given] if tracked else None
+    versions: Any = [t._version for t in given] if tracked else None
     result = module(*given)
     for position, (before, now) in enumerate(zip(tensors, given)):
         if now is not before and (not tracked or now._version != versions[position]):

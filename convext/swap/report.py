@@ -1,7 +1,11 @@
 """report(model): what became of each convolution of a model, with what it is fused, and who computes it."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,35 +44,35 @@ class Row:
 class Report:
     """The rows of a report. Prints as a table; iterates over `Row`s; `to_dict()` gives {module: {column: text}}."""
 
-    def __init__(self, rows, title):
+    def __init__(self, rows: list[Row], title: str):
         self.rows, self.title = rows, title
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, module):
+    def __getitem__(self, module: str) -> Row:
         """The row of a module by its name. Raises KeyError where there is none."""
         for row in self.rows:
             if row.module == module:
                 return row
         raise KeyError(module)
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, dict[str, str]]:
         return {
             row.module: {name: text for name, text in dataclasses.asdict(row).items() if name != "module"}
             for row in self.rows
         }
 
-    def summary(self):
+    def summary(self) -> str:
         """One line: how many layers, how many exchanged, how many fused with something."""
         exchanged = sum(row.became == "convext" for row in self.rows)
         fused = sum(bool(row.fused) for row in self.rows)
         return f"{len(self.rows)} convolutions, {exchanged} by convext, {fused} fused with what follows"
 
-    def __str__(self):
+    def __str__(self) -> str:
         notes = _notes(row.reason for row in self.rows)
         rows = [(*dataclasses.astuple(row)[:-1], notes.get(row.reason, row.reason)) for row in self.rows]
         caption = [f"{note}: {reason}" for reason, note in notes.items()] + [self.summary()]
@@ -77,7 +81,7 @@ class Report:
     __repr__ = __str__
 
 
-def _notes(reasons):
+def _notes(reasons: Iterable[str]) -> dict[str, str]:
     """{reason: "note 1"} of the long ones that several rows share: they stand once, below the table."""
     counted = Counter(reasons)
     shared = [reason for reason, count in counted.items() if count > 1 and len(reason) > 30]
@@ -117,19 +121,19 @@ def report(model: nn.Module) -> Report:
 class _Place:
     """Where a convolution stands: its op, what runs with it in one call, and why nothing more does."""
 
-    op: object = None
+    op: Any = None
     fused: str = ""
     reason: str = ""
 
     @property
-    def last(self):
+    def last(self) -> Any:
         """Its last input there, or None."""
         return self.op.state.last if self.op is not None else None
 
 
-def _places(model):
+def _places(model: nn.Module) -> dict[nn.Module | None, _Place]:
     """{convolution: where the outermost plan that reaches it has put it}; what has run goes before what has not."""
-    places = {}
+    places: dict[nn.Module | None, _Place] = {}
     for module in model.modules():
         forward = module.__dict__.get("forward")
         for compiled in forward.present_plans() if isinstance(forward, PlannedForward) else ():
@@ -149,7 +153,7 @@ def _places(model):
     return places
 
 
-def _row(model, name, module, place):
+def _row(model: nn.Module, name: str, module: _ConvNd, place: _Place | None) -> Row:
     exchanged = calls.is_swapped(module) or place is not None and place.op is not None
     row = Row(name, describe(module), "convext" if exchanged else _class_name(module))
     if exchanged:
@@ -166,12 +170,12 @@ def _row(model, name, module, place):
     return row
 
 
-def _class_name(module):
+def _class_name(module: nn.Module) -> str:
     kind = type(module)
     return f"torch.nn.{kind.__name__}" if kind.__module__.startswith("torch.nn") else kind.__name__
 
 
-def describe(module):
+def describe(module: _ConvNd) -> str:
     """A layer in a few words: "64 -> 128, 3x3, stride 2, groups 1" without what is usual."""
     text = [f"{module.in_channels} -> {module.out_channels}", "x".join(map(str, module.kernel_size))]
     for setting, usual in (("stride", 1), ("padding", 0), ("dilation", 1)):
@@ -189,7 +193,7 @@ def describe(module):
     return ", ".join(text)
 
 
-def _why_no_plan(model, name):
+def _why_no_plan(model: nn.Module, name: str) -> str:
     """Why no plan reaches a convolution: the nearest container with something to say."""
     parts = name.split(".") if name else []
     for end in range(len(parts) - 1, -1, -1):
@@ -218,7 +222,7 @@ def last_problem(model: nn.Module, name: str) -> ConvProblem | None:
     return None if last is None else _problem(module, last, place and place.op)
 
 
-def _problem(module, last, op):
+def _problem(module: _ConvNd, last: tuple[Any, ...], op: Any) -> ConvProblem | None:
     """The problem of the last input, in a call of an op or by itself; None where there are no kernels for such."""
     shape, strides, dtype, device = last
     if dtype not in DTYPES or op is None and module.padding_mode != "zeros" or len(shape) != 4:
@@ -230,7 +234,7 @@ def _problem(module, last, op):
     return dataclasses.replace(problem, device=device.type)
 
 
-def _serving(module, last, op):
+def _serving(module: _ConvNd, last: tuple[Any, ...], op: Any) -> tuple[str, str, str]:
     """(backend, variant, why a backend before it was passed over) for the problem of the last input."""
     problem = _problem(module, last, op)
     if problem is None:

@@ -1,5 +1,9 @@
 """swap and revert: what stands in the place of a model's methods, and back."""
 
+from __future__ import annotations
+
+from typing import Any
+
 from torch import nn
 
 from .. import nn as convext_nn
@@ -38,7 +42,7 @@ def swap(model: nn.Module) -> nn.Module:
     """
     _check(model)
     convs = [m for m in model.modules() if type(m) is nn.Conv2d and left_alone(m) is None and not is_swapped(m)]
-    before = {}
+    before: dict[nn.Module, dict[str, Any]] = {}
     try:
         for module in model.modules():
             forward = module.__dict__.get("forward")
@@ -85,10 +89,10 @@ def revert(model: nn.Module) -> nn.Module:
         if isinstance(module.__dict__.get("_conv_forward"), ConvForward):
             del module.__dict__["_conv_forward"]
         if type(module) is convext_nn.Conv2d:
-            module.__class__ = nn.Conv2d
+            module.__class__ = nn.Conv2d  # type: ignore[assignment]
     return model
 
 
-def _check(model):
+def _check(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")

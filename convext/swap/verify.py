@@ -40,6 +40,8 @@ matter of one in 100,000. Verify in float64, where the move is as much smaller a
 Integers, such as a batch norm's count of batches, are equal unless rounding changes them.
 """
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import dataclasses
@@ -47,11 +49,12 @@ import math
 import random
 import sys
 from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -66,10 +69,14 @@ MARGIN = 3 * math.sqrt(2) * 2
 # Runs with moved operands: of all values, and of those that these few would not let pass.
 ROUNDS = 2, 12
 
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+Key = tuple[str, str]  # name and kind of a value
+Values = dict[Key, torch.Tensor]
 WITHOUT_GRADIENTS = ", no_grad"
 
 
-def _jolt(dtype):
+def _jolt(dtype: torch.dtype) -> float:
     """The relative move that gradients are held against."""
     eps = torch.finfo(dtype).eps
     return max(eps, min(1024 * eps, 1e-4))
@@ -108,25 +115,25 @@ class Verification:
            explains: what the model has kept from earlier calls does not fit what it is now
     """
 
-    def __init__(self, rows, stale, title):
+    def __init__(self, rows: list[Difference], stale: list[Difference], title: str):
         self.rows, self.stale, self.title = rows, stale, title
 
     @property
     def ok(self) -> bool:
         return all(row.ok for row in self.rows) and not self.stale
 
-    def __bool__(self):
+    def __bool__(self) -> bool:
         return self.ok
 
-    def worst(self):
+    def worst(self) -> list[Difference]:
         """The row of each kind that used most of what was allowed, and every row beyond it."""
-        chosen = {}
+        chosen: dict[str, Difference] = {}
         for row in self.rows:
             if row.kind not in chosen or _share(row) > _share(chosen[row.kind]):
                 chosen[row.kind] = row
         return [row for row in self.rows if row is chosen[row.kind] or not row.ok]
 
-    def __str__(self):
+    def __str__(self) -> str:
         rows = [
             (r.of, r.kind, r.name, f"{r.error:.3g}", f"{r.own:.3g}", f"{r.allowed:.3g}", "yes" if r.ok else "NO")
             for r in self.worst()
@@ -149,7 +156,7 @@ class Verification:
     __repr__ = __str__
 
 
-def _share(row):
+def _share(row: Difference) -> float:
     return math.inf if not row.error <= row.allowed else row.error / row.allowed if row.allowed else 0.0
 
 
@@ -192,8 +199,8 @@ def verify(
         except Exception as error:
             raise ValueError(f"sample: the unswapped {type(model).__name__} fails on it: {error}") from error
         terms = _longest_sum(model, args, kwargs)
-        found = {"live": _Model(model, args, kwargs, seed), "copy": _Model(fresh, args, kwargs, seed)}
-        found = {of: each.values_of_calls(2) for of, each in found.items()}
+        models = {"live": _Model(model, args, kwargs, seed), "copy": _Model(fresh, args, kwargs, seed)}
+        found = {of: each.values_of_calls(2) for of, each in models.items()}
         limits = _Limits(
             expected,
             lambda number: plain.values(rounding=_Rounding(seed + 1 + number, terms)),
@@ -214,7 +221,7 @@ def verify(
     )
 
 
-def _arguments(sample):
+def _arguments(sample: Any) -> tuple[Args, Kwargs]:
     args, kwargs = (
         ((), sample)
         if isinstance(sample, dict)
@@ -229,7 +236,7 @@ def _arguments(sample):
     return args, kwargs
 
 
-def _copied(model):
+def _copied(model: nn.Module) -> nn.Module:
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(t, UninitializedTensorMixin):
             raise ValueError(f"model: {name} is not initialised yet; call the model once, then verify it")
@@ -242,13 +249,13 @@ def _copied(model):
         ) from error
 
 
-def _keys(*found):
+def _keys(*found: Values) -> list[Key]:
     """All names of values, in the order of the first that has them."""
     return list(dict.fromkeys(key for values in found for key in values))
 
 
 @contextlib.contextmanager
-def _random_states():
+def _random_states() -> Iterator[None]:
     """What is drawn in here changes no random state."""
     numpy = sys.modules.get("numpy")
     python, arrays = random.getstate(), numpy and numpy.random.get_state()
@@ -261,7 +268,7 @@ def _random_states():
             numpy.random.set_state(arrays)
 
 
-def _seed(seed):
+def _seed(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     if "numpy" in sys.modules:
@@ -274,15 +281,15 @@ def _seed(seed):
 class _Model:
     """A model with its sample."""
 
-    def __init__(self, model, args, kwargs, seed):
+    def __init__(self, model: nn.Module, args: Args, kwargs: Kwargs, seed: int):
         self.model, self.args, self.kwargs, self.seed = model, args, kwargs, seed
 
-    def values_of_calls(self, times):
+    def values_of_calls(self, times: int) -> list[Values]:
         """[{(name, kind): tensor}] of so many calls with gradients, one after the other, and of as many without."""
         calls = [[self._call_unchanged(gradients) for _ in range(times)] for gradients in (True, False)]
         return [with_gradients | without for with_gradients, without in zip(*calls)]
 
-    def values(self, rounding=None, jolt=None):
+    def values(self, rounding: _Rounding | None = None, jolt: int | None = None) -> Values:
         """{(name, kind): tensor} of a call with gradients, and of one without. The model is afterwards what it was.
 
         rounding: a `_Rounding` in which to run; jolt: the seed of signs by which inputs and parameters are moved before
@@ -291,7 +298,7 @@ class _Model:
             return self._call_unchanged(True, jolt=jolt)
         return self._call_unchanged(True, rounding) | self._call_unchanged(False, rounding)
 
-    def _call_unchanged(self, gradients, rounding=None, jolt=None):
+    def _call_unchanged(self, gradients: bool, rounding: _Rounding | None = None, jolt: int | None = None) -> Values:
         with _Unchanged(self.model):
             generator = None if jolt is None else torch.Generator("cpu").manual_seed(jolt)
             if generator is not None:
@@ -299,7 +306,7 @@ class _Model:
             with rounding or contextlib.nullcontext():
                 return self._call(gradients, generator)
 
-    def _call(self, gradients, generator):
+    def _call(self, gradients: bool, generator: torch.Generator | None) -> Values:
         try:
             return self._run(gradients, generator, in_place=False)
         except RuntimeError as error:
@@ -308,10 +315,11 @@ class _Model:
                 raise
         return self._run(gradients, generator, in_place=True)
 
-    def _run(self, gradients, generator, in_place):
-        model, inputs = self.model, []
+    def _run(self, gradients: bool, generator: torch.Generator | None, in_place: bool) -> Values:
+        model = self.model
+        inputs: list[torch.Tensor] = []
 
-        def given(value):
+        def given(value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
                 return value
             value = _twin(value.detach())
@@ -335,7 +343,9 @@ class _Model:
             values |= {names[id(t)]: g for t, g in zip(leaves, found) if g is not None}
         return values | {(name, "buffer" + suffix): b.detach().clone() for name, b in model.named_buffers()}
 
-    def _backward(self, outputs, leaves, in_place):
+    def _backward(
+        self, outputs: list[torch.Tensor], leaves: list[torch.Tensor], in_place: bool
+    ) -> Sequence[torch.Tensor | None]:
         """The gradients of the leaves, None where there is none. `in_place`: through their `grad`."""
         if not outputs or not leaves:
             return []
@@ -352,14 +362,14 @@ class _Model:
         return [t.grad for t in leaves]
 
 
-def _twin(t):
+def _twin(t: torch.Tensor) -> torch.Tensor:
     """A copy of a tensor with the same strides: what was kept for calls is kept for strides, too."""
     if t.layout is not torch.strided or any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride())):
         return t.clone()
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
 
 
-def _tensors_of(result):
+def _tensors_of(result: object) -> list[torch.Tensor]:
     """The tensors of a forward's result, those in objects with attributes of their own included."""
     leaves = pytree.tree_leaves(result)
     return [
@@ -380,10 +390,10 @@ class _Unchanged:
     it, hooks on the parameters' gradients are off: the copies have none.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Module):
         self.model = model
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self.modules = [(m, dict(m.__dict__)) for m in self.model.modules()]
         holders = [
             v
@@ -399,11 +409,11 @@ class _Unchanged:
             if isinstance(t, torch.Tensor)
         }
         self.tensors = [(t, t.detach().clone(), t.requires_grad, t.grad if t.is_leaf else None) for t in found.values()]
-        self.hooks = [(p, p._backward_hooks, p._post_accumulate_grad_hooks) for p in self.model.parameters()]
+        self.hooks: list[Any] = [(p, p._backward_hooks, p._post_accumulate_grad_hooks) for p in self.model.parameters()]
         for p, *_ in self.hooks:
             p._backward_hooks = p._post_accumulate_grad_hooks = None
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         for holder, items, kept in self.contents:
             if _items(holder) != items:
                 holder.clear()
@@ -425,7 +435,7 @@ class _Unchanged:
                     t.grad = grad
 
 
-def _items(holder):
+def _items(holder: Any) -> list[Any]:
     """What a container holds, by identity."""
     if isinstance(holder, dict):
         return [(key, id(value)) for key, value in holder.items()]
@@ -441,10 +451,11 @@ class _Limits:
     expected: the unswapped model's values; rounded, jolted: number -> those of another run with moved operands, and of
     another with moved inputs and parameters."""
 
-    def __init__(self, expected, rounded, jolted):
-        self.expected, self.runs, self.distances = expected, (rounded, jolted), ([], [])
+    def __init__(self, expected: Values, rounded: Callable[[int], Values], jolted: Callable[[int], Values]):
+        self.expected, self.runs = expected, (rounded, jolted)
+        self.distances: tuple[list[dict[Key, float]], list[dict[Key, float]]] = [], []
 
-    def difference(self, of, key, found, others):
+    def difference(self, of: str, key: Key, found: list[Values], others: list[Values]) -> Difference:
         """The worst `Difference` of one value in some runs from that in others."""
         name, kind = key
         error = max(_distance(a.get(key), b.get(key)) for a in found for b in others)
@@ -454,7 +465,7 @@ class _Limits:
                 break
         return Difference(name, kind, of, error, own, allowed)
 
-    def _allowed(self, key, rounds):
+    def _allowed(self, key: Key, rounds: int) -> tuple[float, float]:
         """(how far rounding takes a value, how far it may be from another)"""
         plain = self.expected.get(key)
         if plain is None:
@@ -469,7 +480,7 @@ class _Limits:
             allowed = max(allowed, 2 * max(self._distances(1, key, rounds)))
         return own, allowed
 
-    def _distances(self, kind, key, rounds):
+    def _distances(self, kind: int, key: Key, rounds: int) -> list[float]:
         """From a value to that of each of so many runs of one kind."""
         distances = self.distances[kind]
         while len(distances) < rounds:
@@ -478,12 +489,12 @@ class _Limits:
         return [found[key] for found in distances[:rounds]]
 
 
-def _real(t):
+def _real(t: torch.Tensor) -> torch.Tensor:
     t = t.detach() if t.layout is torch.strided else t.detach().to_dense()
     return torch.view_as_real(t.to(torch.complex128)) if t.is_complex() else t.double()
 
 
-def _distance(a, b):
+def _distance(a: torch.Tensor | None, b: torch.Tensor | None) -> float:
     """Largest distance of two tensors; infinite where one is missing, is of another shape or type, or is not finite
     where the other differs."""
     if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
@@ -496,20 +507,20 @@ def _distance(a, b):
     return float(apart.nan_to_num(math.inf).max())
 
 
-def _jolted(t, generator):
+def _jolted(t: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """t with every element up or down by the relative amount `_jolt`."""
     signs = torch.randint(0, 2, t.shape, generator=generator, device="cpu").to(t.device, torch.float64) * 2 - 1
     return (t.double() * (1 + signs * _jolt(t.dtype))).to(t.dtype)
 
 
 @torch.no_grad()
-def _move_parameters(model, generator):
+def _move_parameters(model: nn.Module, generator: torch.Generator) -> None:
     for p in model.parameters():
         if p.is_floating_point():
             p.copy_(_jolted(p, generator))
 
 
-def _longest_sum(model, args, kwargs):
+def _longest_sum(model: nn.Module, args: Args, kwargs: Kwargs) -> int:
     """Of the forward pass over the operands of an output, of the backward pass over batch and pixels."""
     operands = [p[:1].numel() for p in model.parameters() if p.dim() > 1]
     pixels = [
@@ -537,17 +548,18 @@ _PRODUCTS = frozenset(f"aten::{name}" for name in "mm bmm mv dot addmm addmv bad
 _BATCH_NORMS = frozenset(("aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm"))
 
 
-class _Rounding(TorchDispatchMode):
+class _Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Every operation on operands moved by what its own rounding errors amount to (see the module).
 
     terms: the length of a sum in an operation that is not known here.
     """
 
-    def __init__(self, seed, terms):
-        super().__init__()
-        self.seed, self.terms, self.generators = seed, terms, {}
+    def __init__(self, seed: int, terms: int):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seed, self.terms = seed, terms
+        self.generators: dict[torch.device, torch.Generator] = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, schema = kwargs or {}, func._schema
         name = schema.name
         if name == "aten::_to_copy":
@@ -572,11 +584,11 @@ class _Rounding(TorchDispatchMode):
         terms = given // made if made else 1
         return result if terms <= 1 else self._sums(func, args, kwargs, terms)
 
-    def _sums(self, func, args, kwargs, terms):
+    def _sums(self, func: Any, args: Args, kwargs: Kwargs, terms: int) -> Any:
         result = func(*self._all_moved(args, terms), **self._all_moved(kwargs, terms))
         return self._summed(result, terms)
 
-    def _convolution_backward(self, func, args, kwargs):
+    def _convolution_backward(self, func: Any, args: Args, kwargs: Kwargs) -> Any:
         dy, x, w = args[:3]
         mask = list(args[-1])
         transposed, groups = args[7], args[9]
@@ -584,7 +596,7 @@ class _Rounding(TorchDispatchMode):
         _, dw, db = self._sums(func, (*args[:-1], [False, *mask[1:]]), kwargs, _pixels(x if transposed else dy))
         return dx, dw, db
 
-    def _batch_norm(self, func, args, kwargs):
+    def _batch_norm(self, func: Any, args: Args, kwargs: Kwargs) -> Any:
         """In training: statistics of moved operands, with which the operands, moved as in one operation, are normed."""
         x, weight, bias, running_mean, running_var, _, momentum, _ = args
         terms = _pixels(x)
@@ -601,7 +613,7 @@ class _Rounding(TorchDispatchMode):
         y = y if bias is None else y + bias.view(shape)
         return self._moved(y.to(x.dtype), 1), shifted, rstd, *others
 
-    def _in_place(self, func, args, kwargs):
+    def _in_place(self, func: Any, args: Args, kwargs: Kwargs) -> Any:
         """What is written to is moved afterwards, other operands before."""
         arguments = func._schema.arguments
         writes = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
@@ -617,7 +629,7 @@ class _Rounding(TorchDispatchMode):
             t.copy_(self._moved(t, 1))
         return result
 
-    def _converted(self, func, args, kwargs):
+    def _converted(self, func: Any, args: Args, kwargs: Kwargs) -> Any:
         result = func(*args, **kwargs)
         narrower = (
             result.is_floating_point()
@@ -626,14 +638,14 @@ class _Rounding(TorchDispatchMode):
         )
         return self._moved(result, 1) if narrower else result
 
-    def _all_moved(self, values, terms):
+    def _all_moved(self, values: Any, terms: int) -> Any:
         return pytree.tree_map(lambda t: self._moved(t, terms) if _is_float(t) else t, values)
 
-    def _moved(self, t, terms):
+    def _moved(self, t: torch.Tensor, terms: int) -> torch.Tensor:
         summing = 0.0 if terms <= 1 else _accumulating(t.dtype) * math.sqrt(terms) / 2
         return self._by(t, _roundoff(t.dtype) + summing)
 
-    def _summed(self, result, terms):
+    def _summed(self, result: Any, terms: int) -> Any:
         """The result of sums of `terms` terms, moved by what depends on its own size."""
         return (
             result
@@ -643,7 +655,7 @@ class _Rounding(TorchDispatchMode):
             )
         )
 
-    def _by(self, t, amount):
+    def _by(self, t: torch.Tensor, amount: float) -> torch.Tensor:
         """t with each element moved by a relative amount of that standard deviation."""
         if t.numel() == 0 or t.device.type == "meta":
             return t
@@ -654,35 +666,35 @@ class _Rounding(TorchDispatchMode):
         return t * torch.empty_like(t).uniform_(1 - reach, 1 + reach, generator=generator)
 
 
-def _is_exact(func):
+def _is_exact(func: Any) -> bool:
     name = func._schema.name
     if torch.Tag.nondeterministic_seeded in func.tags or name in _EXACT or name.removesuffix("_") in _EXACT:
         return True
     return any(a.alias_info is not None and not a.alias_info.is_write for a in func._schema.returns)  # views
 
 
-def _is_float(t):
+def _is_float(t: object) -> bool:
     return isinstance(t, torch.Tensor) and t.is_floating_point() and t.layout is torch.strided
 
 
-def _floats(values):
+def _floats(values: object) -> list[torch.Tensor]:
     return [t for t in pytree.tree_leaves(values) if _is_float(t)]
 
 
-def _products(w, groups, transposed):
+def _products(w: torch.Tensor, groups: int, transposed: bool) -> int:
     """In one output of a convolution with these weights. That of its gradient is the transposed one."""
     return max(1, w.numel() // max(1, groups * w.shape[1] if transposed else w.shape[0]))
 
 
-def _pixels(t):
+def _pixels(t: torch.Tensor) -> int:
     """Values of one channel."""
     return max(1, t.numel() // max(1, t.shape[1]))
 
 
-def _roundoff(dtype):
+def _roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-def _accumulating(dtype):
+def _accumulating(dtype: torch.dtype) -> float:
     """The unit roundoff of the type that sums are kept in."""
     return _roundoff(torch.float64 if dtype is torch.float64 else torch.float32)

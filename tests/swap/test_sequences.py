@@ -332,6 +332,28 @@ def test_a_container_that_is_no_sequence_leaves_those_around_it(sequence_calls):
     _close(together, expected)
 
 
+# What follows squeeze and excitation -> the steps of the calls: a pointwise convolution takes it in, and no other step.
+BEHIND_SQUEEZE_AND_EXCITATION = {
+    "convolution": lambda: nn.Conv2d(64, 64, 1),
+    "layer norm": lambda: torchvision.models.convnext.LayerNorm2d(64),
+    "linear": lambda: nn.Sequential(
+        torchvision.ops.Permute([0, 2, 3, 1]), nn.Linear(64, 64), torchvision.ops.Permute([0, 3, 1, 2])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BEHIND_SQUEEZE_AND_EXCITATION)
+@torch.no_grad()
+def test_squeeze_and_excitation_is_computed_whatever_follows(name, sequence_calls):
+    depthwise, squeeze_and_excitation = nn.Conv2d(64, 64, 3, 1, 1, groups=64), torchvision.ops.SqueezeExcitation(64, 16)
+    behind, last = BEHIND_SQUEEZE_AND_EXCITATION[name](), nn.Conv2d(64, 64, 1)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), depthwise, squeeze_and_excitation, behind, last).eval()
+    x, swapped = torch.randn(1, 3, 56, 56), convext.swap(copy.deepcopy(model))
+    for _ in range(3):
+        _close(swapped(x), model(x))
+    assert (max(sequence_calls) >= 4) is (name == "convolution"), sequence_calls
+
+
 @torch.no_grad()
 def test_a_batch_norm_that_keeps_no_statistics_runs_by_itself(sequence_calls):
     layers = [

@@ -8,6 +8,8 @@ capture's own globals: that would read what nobody notes. It errs towards refusi
 written.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dis
 import enum
@@ -15,6 +17,8 @@ import functools
 import gc
 import sys
 import types
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
 
 from torch import fx
 
@@ -37,6 +41,7 @@ _TORCH_PYTHON = (
     "torch.types",
     "torch.utils._device",
 )
+Operand = tuple[Any, ...] | None  # see `_operand`
 # Instructions -> what they do that no graph does again. An operation of a graph that raises would find no handler.
 _REFUSED = {
     **dict.fromkeys(("MATCH_CLASS", "MATCH_MAPPING", "MATCH_SEQUENCE", "MATCH_KEYS"), "uses match"),
@@ -46,12 +51,12 @@ _REFUSED = {
 }
 
 
-def is_user(frame):
+def is_user(frame: types.FrameType) -> bool:
     return not is_library(dict.get(frame.f_globals, "__name__", ""))
 
 
 @functools.lru_cache(maxsize=4096)
-def _effects(code):
+def _effects(code: types.CodeType) -> tuple[str | None, bool, frozenset[str], tuple[tuple[Operand, Operand], ...]]:
     """(what the code does beyond its own locals, does it compare with None, names of globals, pairs of operands whose
     identity it compares: each a constant's tuple or the chain of names that leads to it, None where it is another)"""
     stores, compares, names, pairs = None, False, set(), []
@@ -80,9 +85,9 @@ def _effects(code):
     return stores, compares, frozenset(names), tuple(pairs)
 
 
-def _operand(instructions, at):
+def _operand(instructions: Sequence[dis.Instruction], at: int) -> tuple[Operand, int]:
     """((constant,), or the names that lead to an operand that is loaded last at `at`, or None; the place before it)"""
-    chain = []
+    chain: list[str] = []
     while at >= 0:
         instruction = instructions[at]
         name = instruction.opname
@@ -98,12 +103,12 @@ def _operand(instructions, at):
     return None, at
 
 
-def _is_numpy(value):
+def _is_numpy(value: object) -> bool:
     return isinstance(value, types.ModuleType) and root_of(value.__name__) in ("numpy", "random", "time")
 
 
 @contextlib.contextmanager
-def paused():
+def paused() -> Iterator[None]:
     """Suspends the audit in force: what convext does in between is not the user's."""
     profile = sys.getprofile()
     sys.setprofile(None)
@@ -116,11 +121,11 @@ def paused():
 class Audit:
     """Context manager: `with Audit() as audit: forward(...)`, then `audit.check()` outside."""
 
-    def __init__(self):
-        self.problem = None
+    def __init__(self) -> None:
+        self.problem: str | None = None
         self.compares_with_none = False
 
-    def __enter__(self):
+    def __enter__(self) -> Audit:
         if sys.getprofile() is not None:
             raise ForNow("a Python profiler is on")
         self._collecting = gc.isenabled()
@@ -128,21 +133,21 @@ class Audit:
         sys.setprofile(self._event)
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc: object) -> Literal[False]:
         sys.setprofile(None)
         if self._collecting:
             gc.enable()
         return False
 
-    def check(self):
+    def check(self) -> None:
         if self.problem is not None:
             raise Untraceable(f"its forward {self.problem}")
 
-    def _event(self, frame, event, arg):
+    def _event(self, frame: types.FrameType, event: str, arg: Any) -> None:
         self._look(frame, event, arg)
         self.check()  # raises before the call is made, so that it leaves nothing behind
 
-    def _look(self, frame, event, arg):
+    def _look(self, frame: types.FrameType, event: str, arg: Any) -> None:
         if event == "call":
             if is_user(frame):
                 self._enter_user_code(frame)
@@ -151,7 +156,7 @@ class Audit:
         elif event == "c_call" and is_user(frame):
             self._c_call(frame, arg)
 
-    def _enter_user_code(self, frame):
+    def _enter_user_code(self, frame: types.FrameType) -> None:
         name = dict.get(frame.f_globals, "__name__", "")
         if not isinstance(frame.f_globals, Globals) and not name.startswith("namedtuple_"):
             self.problem = f"runs {name}.{frame.f_code.co_name}, into which a capture does not look"
@@ -171,7 +176,7 @@ class Audit:
                 if not all(self._is_no_value(frame, operand) for pair in pairs for operand in pair):
                     self.problem = "asks whether two values are one object"
 
-    def _is_no_value(self, frame, operand):
+    def _is_no_value(self, frame: types.FrameType, operand: Operand) -> bool:
         """True of an operand of `is` that is the same throughout a call of the function and no tensor: a constant, or
         what names lead to from a global or from the first argument of a method."""
         if operand is None:
@@ -195,7 +200,7 @@ class Audit:
             value = getattr(value, name)
         return not isinstance(value, fx.Proxy)
 
-    def _call(self, callee):
+    def _call(self, callee: types.FrameType) -> None:
         module, name = dict.get(callee.f_globals, "__name__", ""), callee.f_code.co_name
         root = root_of(module)
         if root == "torch":
@@ -210,7 +215,7 @@ class Audit:
             if root not in STDLIB or _hold_stand_ins([*callee.f_locals.values()]):
                 self.problem = f"calls {module}.{name}"
 
-    def _c_call(self, frame, function):
+    def _c_call(self, frame: types.FrameType, function: object) -> None:
         name, owner = getattr(function, "__name__", "?"), getattr(function, "__self__", None)
         if isinstance(owner, (list, dict, set)) and name in _MUTATORS:
             if type(owner) is List or not any(owner is value for value in frame.f_locals.values()):
@@ -225,7 +230,7 @@ _MUTATORS = frozenset(
 )
 
 
-def _hold_stand_ins(values):
+def _hold_stand_ins(values: Iterable[Any]) -> bool:
     return any(
         isinstance(v, (StandIn, ClassStandIn, fx.Proxy)) or type(v) in (list, tuple) and _hold_stand_ins(v)
         for v in values

@@ -1,7 +1,10 @@
 """What is known to do nothing but compute from its arguments: of C functions, torch's and the standard library's."""
 
+from __future__ import annotations
+
 import sys
 import types
+from typing import Any
 
 import torch
 
@@ -21,7 +24,7 @@ _LAYERS_METHODS = frozenset(
     "__getattr__ children named_children modules named_modules __hash__ __dir__ _get_name "
     "forward _conv_forward _check_input_dim".split()
 )
-VALUES = (
+VALUES: tuple[type, ...] = (
     list,
     tuple,
     dict,
@@ -41,32 +44,32 @@ VALUES = (
 )
 
 
-def root_of(name):
+def root_of(name: object) -> str:
     """The package of a module's name."""
     return name.partition(".")[0] if isinstance(name, str) else ""
 
 
-def is_library(name):
+def is_library(name: object) -> bool:
     """True of a module of torch's, convext's or the standard library's."""
     return root_of(name) in ("torch", "convext") or is_stdlib(name)
 
 
-def is_stdlib(name):
+def is_stdlib(name: object) -> bool:
     return root_of(name) in sys.stdlib_module_names and name != "__main__"
 
 
-def is_of_layers(module, name):
+def is_of_layers(module: str, name: str) -> bool:
     """True of methods of torch's layers that only look, and of their forwards, which only compute."""
     return module.startswith("torch.nn.modules.") and name in _LAYERS_METHODS
 
 
-def is_torchs(owner):
+def is_torchs(owner: object) -> bool:
     """True of torch's modules of functions, and of its classes and their instances."""
     names = owner.__name__ if isinstance(owner, types.ModuleType) else getattr(owner, "__module__", None)
     return any(root_of(name) == "torch" for name in (names, type(owner).__module__))
 
 
-def why_impure(function):
+def why_impure(function: Any) -> str | None:
     """What a C function does besides computing, in words, or None."""
     if isinstance(function, (torch._ops.OpOverloadPacket, torch._ops.OpOverload)):
         return None

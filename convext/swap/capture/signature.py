@@ -3,10 +3,18 @@
 Two calls of the same signature take the same path through a traceable forward, so a plan is made per signature.
 """
 
+from __future__ import annotations
+
 import inspect
 import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import nn
+
+Kind = Any  # hashable, of one argument: see `kind`
+Signature = tuple[tuple[Kind, ...], tuple[tuple[str, Kind], ...]]  # of the arguments by position and by name
 
 TENSOR = "tensor"
 _PLAIN = (bool, int, float, str)
@@ -14,7 +22,7 @@ _PLAIN = (bool, int, float, str)
 TENSOR_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
-def kind(value):
+def kind(value: Any) -> Kind:
     """Hashable description of one argument, or None for what no plan can be made for."""
     if type(value) in TENSOR_TYPES:
         return TENSOR
@@ -25,7 +33,7 @@ def kind(value):
     return None
 
 
-def of_call(args, kwargs):
+def of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Signature | None:
     """(kinds of args, names and kinds of kwargs), or None."""
     if not kwargs and len(args) == 1 and type(args[0]) in TENSOR_TYPES:
         return ONE_TENSOR
@@ -39,10 +47,10 @@ def of_call(args, kwargs):
     return kinds, named
 
 
-ONE_TENSOR = ((TENSOR,), ())
+ONE_TENSOR: Signature = ((TENSOR,), ())
 
 
-def default(module):
+def default(module: nn.Module) -> Signature:
     """The signature to plan for before any call has been seen: every argument without a default is a tensor."""
     try:
         parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
@@ -52,12 +60,14 @@ def default(module):
     return ((TENSOR,) * required, ())
 
 
-def build(signature, new_tensor, constant_list=list):
+def build(
+    signature: Signature, new_tensor: Callable[[], Any], constant_list: Callable[[Iterable[Any]], Any] = list
+) -> tuple[list[Any], dict[str, Any]]:
     """(args, kwargs) of the given signature with `new_tensor()` in the place of every tensor, `constant_list` in that
     of
     list."""
 
-    def make(k):
+    def make(k: Kind) -> Any:
         if k == TENSOR:
             return new_tensor()
         if len(k) == 3 and k[-1] == TENSOR:
@@ -68,7 +78,7 @@ def build(signature, new_tensor, constant_list=list):
     return [make(k) for k in kinds], {name: make(k) for name, k in named}
 
 
-def tensors(args, kwargs):
+def tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
     """The tensors of a call, in the order in which `build` asked for them."""
     found = []
     for value in (*args, *kwargs.values()):

@@ -15,22 +15,28 @@ What a look-up finds is a fact (facts.py). The audit (audit.py) sees to it that 
 library functions are called only where they are known to do nothing but compute.
 """
 
+from __future__ import annotations
+
 import builtins
 import enum
 import functools
 import operator
 import sys
 import types
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
 
 from ..method import ForwardMethod
 from ..refusal import Untraceable
-from .facts import ABSENT, PLAIN
+from .facts import ABSENT, PLAIN, Facts
 from .pure import BUILTINS, is_library, is_of_layers, is_stdlib, why_impure
 
-_PLAIN = frozenset((*PLAIN, torch.dtype, torch.device, torch.memory_format, torch.layout, torch.Size, slice, range))
+_PLAIN: frozenset[Any] = frozenset(
+    (*PLAIN, torch.dtype, torch.device, torch.memory_format, torch.layout, torch.Size, slice, range)
+)
 _C_FUNCTIONS = (
     types.BuiltinFunctionType,
     types.MethodDescriptorType,
@@ -43,21 +49,22 @@ _C_FUNCTIONS = (
     torch._ops.OpOverloadPacket,
     torch._ops.OpOverload,
 )
-_GETATTRIBUTE = object.__getattribute__
+Place = tuple[Any, Any]  # where a value was found: (dictionary or list, key)
+_GETATTRIBUTE: Any = object.__getattribute__
 _MODULE_GETATTR = nn.Module.__getattr__
 
 
-class Globals(dict):
+class Globals(dict[str, Any]):
     """A module's globals as functions that run in a capture see them: each look-up becomes a fact. Only the names by
     which the interpreter and the audit know a module are really in here."""
 
     __slots__ = ("recorder", "real")
 
-    def __init__(self, recorder, real):
+    def __init__(self, recorder: Recorder, real: dict[str, Any]):
         super().__init__(__name__=real.get("__name__", ""), __builtins__=recorder.builtins)
         self.recorder, self.real = recorder, real
 
-    def __getitem__(self, name):
+    def __getitem__(self, name: str) -> Any:
         recorder = self.recorder
         if recorder.over:
             raise RuntimeError(f"a function that was made while a forward was captured outlived that ({name})")
@@ -77,36 +84,36 @@ class StandIn:
 
     __slots__ = ("_recorder", "_real")
 
-    def __init__(self, recorder, real):
+    def __init__(self, recorder: Recorder, real: object):
         _set(self, "_recorder", recorder)
         _set(self, "_real", real)
 
-    def __getattribute__(self, name):
+    def __getattribute__(self, name: str) -> Any:
         recorder, real = _recorder(self), _real(self)
         if name == "__class__" and is_library(sys._getframe(1).f_globals.get("__name__")):
             return type(real)
         return recorder.load(real, name, self)
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: object) -> None:
         raise Untraceable(f"its forward sets the attribute {name!r}")
 
-    def __delattr__(self, name):
+    def __delattr__(self, name: str) -> None:
         raise Untraceable(f"its forward deletes the attribute {name!r}")
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> Any:
         return _recorder(self).compared(self, "__eq__", other, self is other)
 
-    def __ne__(self, other):
+    def __ne__(self, other: object) -> Any:
         return _recorder(self).compared(self, "__ne__", other, self is not other)
 
-    def __hash__(self):
-        kind = type(_real(self))
+    def __hash__(self) -> int:
+        kind: Any = type(_real(self))
         if _recorder(self).facts.class_item(kind, "__hash__") is not object.__hash__ and kind is not nn.Module:
             if kind.__hash__ is not nn.Module.__hash__:
                 raise Untraceable(f"its forward uses a {kind.__name__} as a key")
         return id(_real(self))
 
-    def __bool__(self):
+    def __bool__(self) -> bool:
         recorder, real = _recorder(self), _real(self)
         for name in ("__bool__", "__len__"):
             if recorder.facts.class_item(type(real), name) is not ABSENT:
@@ -115,19 +122,20 @@ class StandIn:
 
 
 _set = object.__setattr__
-_recorder, _real = StandIn._recorder.__get__, StandIn._real.__get__
+_recorder: Callable[[StandIn], Recorder] = StandIn.__dict__["_recorder"].__get__
+_real: Callable[[StandIn], Any] = StandIn.__dict__["_real"].__get__
 
 
-def _forwarded(name):
-    def method(self, *args):
+def _forwarded(name: str) -> Callable[..., Any]:
+    def method(self: StandIn, *args: Any) -> Any:
         return _recorder(self).special(self, name, *args)
 
     method.__name__ = name
     return method
 
 
-def _refused(name):
-    def method(self, *args):
+def _refused(name: str) -> Callable[..., Any]:
+    def method(self: StandIn, *args: Any) -> Any:
         raise Untraceable(f"its forward asks for {name} of a {type(_real(self)).__name__}")
 
     method.__name__ = name
@@ -145,7 +153,7 @@ class CallableStandIn(StandIn):
 
     __slots__ = ()
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _recorder(self).special(self, "__call__", *args, **kwargs)
 
 
@@ -154,7 +162,7 @@ class ModuleStandIn(StandIn):
 
     __slots__ = ()
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _recorder(self).tracer.call_module(_real(self), args, kwargs)
 
 
@@ -163,7 +171,7 @@ class NamespaceStandIn(StandIn):
 
     __slots__ = ()
 
-    def __getattribute__(self, name):
+    def __getattribute__(self, name: str) -> Any:
         recorder, real = _recorder(self), _real(self)
         value = recorder.facts.item_or_absent(real.__dict__, name)
         if value is not ABSENT:
@@ -180,52 +188,53 @@ class NamespaceStandIn(StandIn):
 class ClassStandIn(type):
     """Metaclass of what stands for a class of the user's."""
 
-    def __new__(meta, recorder, real):
+    def __new__(meta, recorder: Recorder, real: type) -> ClassStandIn:
         made = super().__new__(meta, real.__name__, (), {})
         type.__setattr__(made, "_recorder", recorder)
         type.__setattr__(made, "_real", real)
         return made
 
-    def __init__(cls, recorder, real):
+    def __init__(cls, recorder: Recorder, real: type):
         super().__init__(real.__name__, (), {})
 
-    def __getattribute__(cls, name):
+    def __getattribute__(cls, name: str) -> Any:
         recorder, real = _class_part(cls, "_recorder"), _class_part(cls, "_real")
         if name == "__class__" and is_library(sys._getframe(1).f_globals.get("__name__")):
             return ClassStandIn
         return recorder.load_of_class(real, name, cls)
 
-    def __setattr__(cls, name, value):
+    def __setattr__(cls, name: str, value: object) -> None:
         raise Untraceable(f"its forward sets the attribute {name!r} of a class")
 
-    def __call__(cls, *args, **kwargs):
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         raise Untraceable(f"its forward makes a {_class_part(cls, '_real').__name__}")
 
-    def __instancecheck__(cls, value):
-        return _class_part(cls, "_recorder").isinstance(value, cls)
+    def __instancecheck__(cls, value: object) -> bool:
+        recorder: Recorder = _class_part(cls, "_recorder")
+        return recorder.isinstance(value, cls)
 
-    def __subclasscheck__(cls, other):
+    def __subclasscheck__(cls, other: type) -> bool:
         return issubclass(_real_class(other), _class_part(cls, "_real"))
 
-    def __eq__(cls, other):
+    def __eq__(cls, other: object) -> bool:
         return _class_part(cls, "_real") is _real_class(other)
 
-    def __hash__(cls):
+    def __hash__(cls) -> int:
         return hash(_class_part(cls, "_real"))
 
 
-_class_part = type.__getattribute__
+_class_part: Callable[[type, str], Any] = type.__getattribute__
 
 
-def _real_class(kind):
+def _real_class(kind: Any) -> Any:
     return _class_part(kind, "_real") if type(kind) is ClassStandIn else kind
 
 
-def _cannot_change(self, *args, **kwargs):
+def _cannot_change(self: Any, *args: Any, **kwargs: Any) -> None:
     raise Untraceable(f"its forward changes a {type(self).__mro__[1].__name__} that outlives the call")
 
 
-def _constant(kind, *mutators):
+def _constant(kind: type, *mutators: str) -> Any:
     return type(
         kind.__name__.capitalize(),
         (kind,),
@@ -245,10 +254,10 @@ Set = _constant(
 class Super:
     """super() of a stand-in."""
 
-    def __init__(self, recorder, start, subject):
+    def __init__(self, recorder: Recorder, start: type, subject: StandIn):
         self.recorder, self.start, self.subject = recorder, start, subject
 
-    def __getattribute__(self, name):
+    def __getattribute__(self, name: str) -> Any:
         recorder, start, subject = (object.__getattribute__(self, n) for n in ("recorder", "start", "subject"))
         real = _real(subject)
         kind = type(real)
@@ -262,14 +271,14 @@ class Super:
         raise AttributeError(f"'super' object has no attribute {name!r}")
 
 
-def _is_written_in_python(kind):
+def _is_written_in_python(kind: type) -> bool:
     return bool(kind.__flags__ & 1 << 9) or kind is types.SimpleNamespace
 
 
-def _alike(copy, content):
+def _alike(copy: Any, content: Any) -> bool:
     """Whether a copy holds the very objects that it held."""
     if isinstance(copy, set):
-        return set.copy(copy) == content
+        return bool(set.copy(copy) == content)
     now = list(dict.items(copy)) if isinstance(copy, dict) else list(list.__iter__(copy))
     if len(now) != len(content):
         return False
@@ -279,13 +288,21 @@ def _alike(copy, content):
     return all(a is b for a, b in pairs)
 
 
+class Tracer(Protocol):
+    """What a recorder asks of its tracer (trace.py)."""
+
+    def call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Proxy: ...
+    def tensor(self, tensor: torch.Tensor, place: Place | None) -> fx.Proxy: ...
+    def type_of(self, proxy: fx.Proxy) -> type | None: ...
+
+
 class Recorder:
     """The stand-ins of one capture. `over` once it has ended."""
 
-    def __init__(self, tracer, facts):
+    def __init__(self, tracer: Tracer, facts: Facts):
         self.tracer, self.facts, self.over = tracer, facts, False
-        self._made = {}  # id of an object -> (the object, what stands for it)
-        self._copies = []  # (copy of a container, what was in it)
+        self._made: dict[int, tuple[Any, Any]] = {}  # id of an object -> (the object, what stands for it)
+        self._copies: list[tuple[Any, Any]] = []  # (copy of a container, what was in it)
         for function, own in (
             (builtins.super, self.super),
             (builtins.callable, self.callable),
@@ -295,13 +312,14 @@ class Recorder:
             self._made[id(function)] = function, own
         self.builtins = {**builtins.__dict__, "__import__": self.import_}
 
-    def end(self):
+    def end(self) -> None:
         """Lets go of everything: what stands for something holds the recorder, and that must not hold the user's."""
-        self.over, self.tracer, self.builtins = True, None, None
+        self.over = True
+        self.tracer = self.builtins = None  # type: ignore[assignment]  # nobody asks for them any more
         self._made.clear()
         self._copies.clear()
 
-    def check(self):
+    def check(self) -> None:
         """Raises Untraceable where a container that stands for one of the user's was changed, by whatever way."""
         for copy, content in self._copies:
             if not _alike(copy, content):
@@ -309,7 +327,7 @@ class Recorder:
 
     # Values.
 
-    def wrap(self, value, place=None):
+    def wrap(self, value: Any, place: Place | None = None) -> Any:
         """What user code sees in the place of a value. `place`: (dictionary or list, key) where it was found."""
         kind = type(value)
         if kind in _PLAIN or isinstance(value, (fx.Proxy, StandIn, ClassStandIn)):
@@ -321,7 +339,7 @@ class Recorder:
             known = self._made[id(value)] = value, self._make(value, kind)
         return known[1]
 
-    def _make(self, value, kind):
+    def _make(self, value: Any, kind: type) -> Any:
         if isinstance(value, nn.Module):
             return ModuleStandIn(self, value)
         if kind is types.FunctionType:
@@ -348,14 +366,14 @@ class Recorder:
             return self._container(value, kind)
         return (CallableStandIn if callable(value) else StandIn)(self, value)
 
-    def _constant_members(self, member):
+    def _constant_members(self, member: enum.Enum) -> None:
         """An enum member: its value cannot be another, what is in it may be."""
         for value in member.__dict__.values():
             if not isinstance(value, (*_PLAIN, type, enum.Enum)) and not self._is_constant(value):
                 raise Untraceable(f"its forward uses {member}, whose value may change in place")
         self.facts.contents(member.__dict__)
 
-    def _is_constant(self, value):
+    def _is_constant(self, value: object) -> bool:
         return (
             type(value) in _PLAIN
             or isinstance(value, (enum.Enum, type, types.BuiltinFunctionType))
@@ -363,7 +381,7 @@ class Recorder:
             and all(map(self._is_constant, value))
         )
 
-    def _c_function(self, value):
+    def _c_function(self, value: Any) -> Any:
         why = why_impure(value)
         if why is not None:
             raise Untraceable(f"its forward {why}")
@@ -377,7 +395,7 @@ class Recorder:
             return value
         raise Untraceable(f"its forward uses {value.__name__}() of a {type(owner).__name__}")
 
-    def _container(self, value, kind):
+    def _container(self, value: Any, kind: type) -> Any:
         wrap, facts = self.wrap, self.facts
         if isinstance(value, tuple):
             if kind is tuple:
@@ -405,19 +423,19 @@ class Recorder:
             return self._copy(Dict({key: wrap(item, (value, key)) for key, item in value.items()}))
         raise Untraceable(f"its forward uses a {kind.__name__}, into which a capture does not look")
 
-    def _copy(self, copy):
+    def _copy(self, copy: Any) -> Any:
         content = set.copy(copy) if isinstance(copy, set) else list(copy.items() if isinstance(copy, dict) else copy)
         self._copies.append((copy, content))
         return copy
 
-    def _note_class(self, kind):
+    def _note_class(self, kind: type) -> None:
         """Notes all that a class of the user's says itself."""
         for name in kind.__dict__:
             self.facts.class_item(kind, name)
 
     # Functions and classes.
 
-    def function(self, function):
+    def function(self, function: Any) -> Any:
         """A function as user code of the capture calls it."""
         real = function.__globals__
         if isinstance(real, Globals) or is_library(real.get("__name__")):
@@ -451,7 +469,7 @@ class Recorder:
             made.__kwdefaults__ = {name: self.wrap(value) for name, value in function.__kwdefaults__.items()}
         return made
 
-    def forward(self, kind):
+    def forward(self, kind: type) -> Any:
         """A class's forward: user code, or that of torch's layers, but no wrapper around one."""
         found = self.facts.class_item(kind, "forward")
         module, name = getattr(found, "__globals__", {}).get("__name__", ""), getattr(found, "__name__", "")
@@ -459,13 +477,13 @@ class Recorder:
             raise Untraceable(f"its forward calls {module}.{name}")
         return found
 
-    def _globals(self, real):
+    def _globals(self, real: dict[str, Any]) -> Any:
         known = self._made.get(id(real))
         if known is None:
             known = self._made[id(real)] = real, Globals(self, real)
         return known[1]
 
-    def _class(self, kind):
+    def _class(self, kind: type) -> Any:
         if kind is type:
             raise Untraceable("its forward looks at type(...) of a value")
         if is_library(kind.__module__) and not issubclass(kind, nn.Module) or issubclass(kind, BaseException):
@@ -481,7 +499,9 @@ class Recorder:
             return kind
         return ClassStandIn(self, kind)
 
-    def import_(self, name, globals=None, locals=None, fromlist=(), level=0):
+    def import_(
+        self, name: str, globals: Any = None, locals: Any = None, fromlist: Sequence[str] = (), level: int = 0
+    ) -> Any:
         """`import` inside a function: of what is imported already."""
         real = globals.real if isinstance(globals, Globals) else globals
         if level == 0 and name not in sys.modules:
@@ -492,7 +512,7 @@ class Recorder:
 
     # Attributes.
 
-    def know(self, value):
+    def know(self, value: object) -> Any:
         """Notes the class of an object and which dictionary it has; returns that, or None."""
         self.facts.type(value)
         if not hasattr(value, "__dict__"):
@@ -500,7 +520,7 @@ class Recorder:
         self.facts.dict_of(value)
         return value.__dict__
 
-    def load(self, value, name, stand_in):
+    def load(self, value: object, name: str, stand_in: StandIn) -> Any:
         """Attribute `name` of an object, looked up as object.__getattribute__ does."""
         kind = type(value)
         if name == "__class__":
@@ -535,7 +555,7 @@ class Recorder:
             return self.bound(found, name, value, stand_in)
         return self._otherwise(attributes, name, value, stand_in)
 
-    def _otherwise(self, attributes, name, value, stand_in):
+    def _otherwise(self, attributes: Any, name: str, value: object, stand_in: StandIn) -> Any:
         """What __getattr__ returns for an attribute that an object does not have."""
         kind = type(value)
         getter = self.facts.class_item(kind, "__getattr__")
@@ -545,7 +565,7 @@ class Recorder:
             raise AttributeError(f"{kind.__name__!r} object has no attribute {name!r}")
         return self.bound(getter, "__getattr__", value, stand_in)(name)
 
-    def _own(self, attributes, name, own, kind, stand_in):
+    def _own(self, attributes: Any, name: str, own: object, kind: type, stand_in: StandIn) -> Any:
         """What an object's dictionary says of a name."""
         if isinstance(own, ForwardMethod):
             self.facts.item(attributes, name, own)
@@ -556,7 +576,7 @@ class Recorder:
             self.facts.item(attributes, name, own)
         return self.wrap(own, (attributes, name))
 
-    def _of_module(self, attributes, name, kind):
+    def _of_module(self, attributes: Any, name: str, kind: type) -> Any:
         """What nn.Module.__getattr__ returns."""
         for part in ("_parameters", "_buffers", "_modules"):
             values = self.facts.item_or_absent(attributes, part)
@@ -571,7 +591,7 @@ class Recorder:
                 return self.wrap(value, (values, name))
         raise AttributeError(f"{kind.__name__!r} object has no attribute {name!r}")
 
-    def bound(self, found, name, value, stand_in):
+    def bound(self, found: Any, name: str, value: object, stand_in: StandIn) -> Any:
         """What a class says of a name, as an attribute of an object of that class."""
         if found is _MODULE_GETATTR:
             real = _real(stand_in)
@@ -592,7 +612,7 @@ class Recorder:
             )
         return self.wrap(found)
 
-    def load_of_class(self, kind, name, stand_in):
+    def load_of_class(self, kind: type, name: str, stand_in: type) -> Any:
         """Attribute `name` of a class of the user's."""
         if name in ("__name__", "__qualname__", "__module__"):
             self.facts.attribute(kind, name, getattr(kind, name))
@@ -616,7 +636,7 @@ class Recorder:
             raise Untraceable(f"its forward uses {name!r} of the class {kind.__name__}")
         return self.wrap(found)
 
-    def special(self, stand_in, name, *args, **kwargs):
+    def special(self, stand_in: StandIn, name: str, *args: Any, **kwargs: Any) -> Any:
         """A special method of an object, which Python looks for in its class alone."""
         real = _real(stand_in)
         kind = type(real)
@@ -628,7 +648,7 @@ class Recorder:
             raise Untraceable(f"its forward asks for {name} of a {kind.__name__}")
         return self.function(found)(stand_in, *args, **kwargs)
 
-    def compared(self, stand_in, name, other, identical):
+    def compared(self, stand_in: StandIn, name: str, other: object, identical: bool) -> Any:
         """stand_in == other, or !=."""
         kind = type(_real(stand_in))
         self.facts.type(_real(stand_in))
@@ -641,7 +661,7 @@ class Recorder:
 
     # Builtins that would look behind a stand-in.
 
-    def isinstance(self, value, kinds):
+    def isinstance(self, value: Any, kinds: Any) -> bool:
         """isinstance() for user code."""
         if type(kinds) is tuple:
             return any([self.isinstance(value, kind) for kind in kinds])
@@ -650,18 +670,19 @@ class Recorder:
         if not issubclass(type(kinds), type):
             raise TypeError("isinstance() arg 2 must be a type, a tuple of types, or a union")
         kind = _real_class(kinds)
+        meta: Any = type(kind)
         if issubclass(type(value), fx.Proxy):
             return self._is_tensor_of(value, kind)
         if type(value) in (List, Dict, Set):
             return issubclass(type(value).__mro__[1], kind)
-        if type(kind).__instancecheck__ is not type.__instancecheck__ and issubclass(type(value), StandIn):
+        if meta.__instancecheck__ is not type.__instancecheck__ and issubclass(type(value), StandIn):
             raise Untraceable(f"its forward asks {kind.__name__}, which answers by itself, whether something is one")
         if issubclass(type(value), StandIn):
             self.facts.type(_real(value))
             return issubclass(type(_real(value)), kind)
         return isinstance(_real_class(value), kind)
 
-    def _is_tensor_of(self, value, kind):
+    def _is_tensor_of(self, value: fx.Proxy, kind: Any) -> bool:
         found = self.tracer.type_of(value)
         if (
             found is None
@@ -676,13 +697,13 @@ class Recorder:
             raise Untraceable("its forward asks for the type of a value that only running it can tell")
         return issubclass(found, kind)
 
-    def issubclass(self, kind, kinds):
+    def issubclass(self, kind: Any, kinds: Any) -> bool:
         """issubclass() for user code."""
         if type(kinds) is tuple:
             return any([self.issubclass(kind, one) for one in kinds])
         return issubclass(_real_class(kind), _real_class(kinds))
 
-    def callable(self, value):
+    def callable(self, value: Any) -> bool:
         """callable() for user code."""
         if issubclass(type(value), fx.Proxy):
             raise Untraceable("its forward asks whether a value can be called")
@@ -691,7 +712,7 @@ class Recorder:
             return callable(_real(value))
         return callable(value)
 
-    def super(self, start=None, subject=None):
+    def super(self, start: Any = None, subject: Any = None) -> Super:
         """super() for user code, with or without arguments."""
         if start is None:
             frame = sys._getframe(1)

@@ -5,10 +5,14 @@ so only where a call would have run nothing but the library's code. `is_standard
 the answer rests on.
 """
 
+from __future__ import annotations
+
 import functools
 import os
 import sys
 import types
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +20,7 @@ from torch import nn
 
 from ..conv_forward import ConvForward
 from ..refusal import ForNow
-from .facts import ABSENT, PLAIN
+from .facts import ABSENT, PLAIN, Facts
 
 _LIBRARIES = ("torch", "torchvision", "timm", "convext")
 _CODE = (
@@ -37,7 +41,10 @@ _TENSORS = {
     nn.LayerNorm: (("weight", "bias"), ()),
     nn.PReLU: (("weight",), ()),
 }
-_OTHER_NAMES = {(nn.Module, "__call__"): "Module._wrapped_call_impl", (nn.Module, "forward"): "_forward_unimplemented"}
+_OTHER_NAMES: dict[tuple[type, str], str] = {
+    (nn.Module, "__call__"): "Module._wrapped_call_impl",
+    (nn.Module, "forward"): "_forward_unimplemented",
+}
 # What torch's layers go through, and plans pass by.
 _FUNCTIONS = {
     F: "conv2d linear batch_norm layer_norm relu relu_ relu6 silu hardswish hardtanh hardsigmoid gelu sigmoid tanh "
@@ -48,11 +55,11 @@ _FUNCTIONS = {
 }
 
 
-def _folder(package):
-    return os.path.dirname(sys.modules[package].__file__) + os.sep
+def _folder(package: str) -> str:
+    return os.path.dirname(cast(str, sys.modules[package].__file__)) + os.sep
 
 
-def _is_torchs(found):
+def _is_torchs(found: object) -> bool:
     if isinstance(found, types.BuiltinFunctionType):
         return True
     return hasattr(found, "__code__") and found.__code__.co_filename.startswith(_folder("torch"))
@@ -73,7 +80,7 @@ _TENSORS_METHODS = {name: getattr(torch.Tensor, name) for name in _METHODS}
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_own(function, module, qualname):
+def _is_own(function: object, module: str, qualname: str) -> bool:
     """True of a function that a library defines there under that name."""
     if isinstance(function, types.BuiltinFunctionType):
         return function.__name__ == qualname.rpartition(".")[2]
@@ -90,7 +97,7 @@ def _is_own(function, module, qualname):
 MODULE_CALL = nn.Module.__call__  # what it is is checked in `is_original`
 
 
-def is_original(kind) -> bool:
+def is_original(kind: type) -> bool:
     """True of a class of a known library all of whose code is that library's."""
     for base in kind.__mro__:
         if base is object:
@@ -110,7 +117,7 @@ def is_original(kind) -> bool:
     return True
 
 
-def is_standard(module: nn.Module, children=()) -> bool:
+def is_standard(module: nn.Module, children: Iterable[str] = ()) -> bool:
     """True of a layer that does what its class does, and has its parameters where that class puts them. `children`: the
     names of those that its class has."""
     kind, attributes = type(module), module.__dict__
@@ -129,7 +136,10 @@ def is_standard(module: nn.Module, children=()) -> bool:
             return False
     for base, (parameters, buffers) in _TENSORS.items():
         if isinstance(module, base):
-            places = [(module._parameters, parameters), (module._buffers, buffers)]
+            places: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+                (module._parameters, parameters),
+                (module._buffers, buffers),
+            ]
             return all(
                 name in place and name not in attributes and not _class_has(kind, name)
                 for place, names in places
@@ -138,17 +148,17 @@ def is_standard(module: nn.Module, children=()) -> bool:
     return True
 
 
-def _goes_by_its_library(kind):
+def _goes_by_its_library(kind: type) -> bool:
     """True where the functions and modules that a layer's forward goes by are those of its library."""
     for name in ("forward", "_conv_forward"):
-        function = getattr(kind, name, None)
+        function: Any = getattr(kind, name, None)
         for used in function.__code__.co_names if isinstance(function, types.FunctionType) else ():
             if used in function.__globals__ and not _is_of_the_library(function.__globals__[used], function):
                 return False
     return True
 
 
-def _is_of_the_library(found, function):
+def _is_of_the_library(found: object, function: types.FunctionType) -> bool:
     """True of what a library's function may find in its globals: a module, what the library itself or torch defines, a
     plain value."""
     if isinstance(found, types.ModuleType):
@@ -159,11 +169,11 @@ def _is_of_the_library(found, function):
     return isinstance(found, (type, types.BuiltinFunctionType, *PLAIN)) or type(found).__module__ == "typing"
 
 
-def _class_has(kind, name):
+def _class_has(kind: type, name: str) -> bool:
     return any(name in base.__dict__ for base in kind.__mro__)
 
 
-def calls_forward(module: nn.Module, facts) -> bool:
+def calls_forward(module: nn.Module, facts: Facts) -> bool:
     """Whether a call of a module is a call of its forward between its hooks, as nn.Module has it; notes that."""
     original = True
     for name in ("__call__", "_wrapped_call_impl", "_call_impl"):
@@ -172,7 +182,7 @@ def calls_forward(module: nn.Module, facts) -> bool:
     return original
 
 
-def note_code(module: nn.Module, facts) -> None:
+def note_code(module: nn.Module, facts: Facts) -> None:
     """Notes whose code a call of a module runs, and which globals its forward goes by."""
     for name in _CODE:
         found = facts.class_item(type(module), name)
@@ -183,7 +193,7 @@ def note_code(module: nn.Module, facts) -> None:
                     facts.item(found.__globals__, used, found.__globals__[used])
 
 
-def is_of_a_library(module: nn.Module, facts) -> bool:
+def is_of_a_library(module: nn.Module, facts: Facts) -> bool:
     """True of a module all of whose code, and of whose submodules' code, is a known library's, where nobody listens;
     notes that."""
     for part in module.modules():
@@ -205,7 +215,7 @@ def is_of_a_library(module: nn.Module, facts) -> bool:
 _FORWARD_HOOKS = "_forward_hooks", "_forward_pre_hooks"
 
 
-def note(module: nn.Module, facts) -> None:
+def note(module: nn.Module, facts: Facts) -> None:
     """Notes that a module stays as it is: its code, its settings, and which tensors it has. Which tensors they are is
     for the plan to look up in each call."""
     kind = type(module)
@@ -224,7 +234,7 @@ def note(module: nn.Module, facts) -> None:
                 facts.class_item(kind, name)
 
 
-def note_functions(facts) -> None:
+def note_functions(facts: Facts) -> None:
     """Notes that torch's functions are torch's. Raises ForNow where somebody has put others there."""
     for place, names in _FUNCTIONS.items():
         for name in names.split():

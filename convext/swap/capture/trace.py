@@ -8,12 +8,16 @@ what it takes for granted: `isinstance(x, torch.Tensor)` is true of tensors and 
 stays in place, operations on parameters alone and random numbers are recorded, not computed once.
 """
 
+from __future__ import annotations
+
 import dis
 import operator
 import random
 import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
@@ -28,14 +32,16 @@ from . import standard
 from .audit import Audit, is_user, paused
 from .facts import ABSENT, PLAIN, Facts
 from .pure import root_of
-from .stand_ins import ClassStandIn, Dict, Globals, List, ModuleStandIn, Recorder, Set, StandIn
+from .signature import Signature
+from .stand_ins import ClassStandIn, Dict, Globals, List, ModuleStandIn, Place, Recorder, Set, StandIn
 
 _LOCK = threading.RLock()
 _PLAIN = (*PLAIN, torch.dtype, torch.device)
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+Trials = dict[tuple[nn.Module, Signature], "Trace | Untraceable"]  # of modules' forwards, or why there is none
 
 
-def is_sequential(module):
+def is_sequential(module: nn.Module) -> bool:
     """True of a container whose forward does nothing but call its children one after the other: nn.Sequential's, or
     that of torchvision's IntermediateLayerGetter, which returns some of the results by name."""
     if isinstance(module, nn.Sequential):
@@ -53,25 +59,25 @@ _TENSOR_NAMES = frozenset(dir(torch.Tensor)) - {"__class__", "__dict__", "__hash
 class _Traced:
     """What a proxy shows to user code: what a tensor has, and nothing of its own."""
 
-    def __getattribute__(self, name):
+    def __getattribute__(self, name: str) -> Any:
         if name not in _TENSOR_NAMES and is_user(sys._getframe(1)):
             raise Untraceable(f"its forward asks for {name!r} of a value")
         return super().__getattribute__(name)
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         if is_user(sys._getframe(1)):
             raise Untraceable("its forward uses a value as a key")
         return id(self)
 
-    def __repr__(self):
+    def __repr__(self) -> NoReturn:
         raise Untraceable("its forward makes a string of a value")
 
     __str__ = __repr__
 
-    def __format__(self, how):
+    def __format__(self, how: str) -> NoReturn:
         raise Untraceable("its forward makes a string of a value")
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Any]:
         frame = sys._getframe(1)
         here = next((i for i in dis.get_instructions(frame.f_code) if i.offset == frame.f_lasti), None)
         node = self.node
@@ -92,7 +98,7 @@ class _Traced:
         return iter([extents[i] for i in range(here.argval)])
 
 
-def unpacked(values, count):
+def unpacked(values: Sequence[Any], count: int) -> Sequence[Any]:
     """The values, if they are as many; else the ValueError that unpacking them raises."""
     if len(values) < count:
         raise ValueError(f"not enough values to unpack (expected {count}, got {len(values)})")
@@ -105,7 +111,7 @@ class TracedAttribute(_Traced, fx.proxy.Attribute):
     pass
 
 
-def _with_plain_lists(value):
+def _with_plain_lists(value: Any) -> Any:
     """The same with plain lists in the place of those that stand for the user's, which torch.fx does not look into."""
     if isinstance(value, list):
         return [_with_plain_lists(item) for item in value]
@@ -116,16 +122,18 @@ def _with_plain_lists(value):
 
 class TracedValue(_Traced, fx.Proxy):
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        return super().__torch_function__(function, types, _with_plain_lists(args), _with_plain_lists(kwargs))
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = _with_plain_lists(args), _with_plain_lists(kwargs)
+        return super().__torch_function__(function, types, args, kwargs)  # type: ignore[no-untyped-call]
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> TracedAttribute:
         if name not in METADATA_ATTRIBUTES and not callable(getattr(torch.Tensor, name, None)):
-            self.tracer.guessed = self.tracer.guessed or name  # it may be None
+            tracer: Any = self.tracer
+            tracer.guessed = tracer.guessed or name  # it may be None
         return TracedAttribute(self, name)
 
 
-def _in_place(function):
+def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
 
 
@@ -136,11 +144,11 @@ for _name in "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor imatmul"
 class _RecordEverything(TorchFunctionMode):
     """Torch functions that meet no proxy (factories, arithmetic on tensors of those) become nodes as well."""
 
-    def __init__(self, tracer):
+    def __init__(self, tracer: _Tracer):
         super().__init__()
         self.tracer = tracer
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if any(issubclass(t, fx.Proxy) for t in types):
             return function(*args, **kwargs)
@@ -153,28 +161,29 @@ class _RecordEverything(TorchFunctionMode):
 
 
 class _Tracer(fx.proxy.TracerBase):
-    def __init__(self, trace):
+    def __init__(self, trace: Trace):
         super().__init__()
         self.trace = trace
         self.graph = fx.Graph()
-        self.types = {}  # node whose value is known to be one tensor -> its type
-        self.guessed = None  # path of a leaf whose result is taken for something else than None
-        self.inside = []  # the modules that are being looked through
+        self.types: dict[fx.Node, type] = {}  # node whose value is known to be one tensor -> its type
+        self.guessed: Any = None  # path of a leaf whose result is taken for something else than None
+        self.inside: list[nn.Module] = []  # the modules that are being looked through
         self.audit = Audit()
         self.recorder = Recorder(self, trace.facts)
-        self._tensors = {}  # id of a tensor -> (the tensor, its proxy, where it was found)
+        # id of a tensor -> (the tensor, its proxy, where it was found)
+        self._tensors: dict[int, tuple[torch.Tensor, fx.Proxy, Place]] = {}
 
-    def end(self):
+    def end(self) -> None:
         """Lets go of the user's objects."""
         self.recorder.end()
         self._tensors.clear()
-        self.trace = self.audit = None
+        self.trace = self.audit = None  # type: ignore[assignment]  # nobody asks for them any more
 
     # What torch.fx calls.
-    def proxy(self, node):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
         return TracedValue(node, self)
 
-    def create_arg(self, value):
+    def create_arg(self, value: Any) -> Any:
         if isinstance(value, fx.Proxy):
             return value.node
         if isinstance(value, torch.Tensor):
@@ -206,7 +215,9 @@ class _Tracer(fx.proxy.TracerBase):
             return tuple(value)
         raise Untraceable(f"its forward uses a {type(value).__name__} as an argument")
 
-    def create_node(self, kind, target, args, kwargs, name=None, type_expr=None):
+    def create_node(
+        self, kind: str, target: fx.node.Target, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None
+    ) -> fx.Node:
         node = self.graph.create_node(kind, target, args, kwargs, name, type_expr)
         if kind in ("call_function", "call_method"):
             if returns_tensor(node):
@@ -215,29 +226,29 @@ class _Tracer(fx.proxy.TracerBase):
                 self.guessed = getattr(target, "__name__", target)
         return node
 
-    def to_bool(self, proxy):
+    def to_bool(self, proxy: fx.Proxy) -> NoReturn:
         raise Untraceable("its forward decides by the value or the shape of a tensor")
 
-    def iter(self, proxy):
+    def iter(self, proxy: fx.Proxy) -> NoReturn:
         raise Untraceable("its forward loops over a tensor or unpacks a result")
 
-    def keys(self, proxy):
+    def keys(self, proxy: fx.Proxy) -> NoReturn:
         raise Untraceable("its forward unpacks a mapping")
 
     # What this module and the recorder call.
-    def type_of(self, proxy):
+    def type_of(self, proxy: fx.Proxy) -> type | None:
         """The type of a value where it is known to be one tensor, else None."""
         return self.types.get(proxy.node) if isinstance(proxy, TracedValue) else None
 
-    def is_tensor(self, proxy):
+    def is_tensor(self, proxy: object) -> bool:
         return isinstance(proxy, fx.Proxy) and self.type_of(proxy) is not None
 
-    def new_tensor(self):
+    def new_tensor(self) -> fx.Proxy:
         node = self.graph.placeholder(f"x{len(self.graph.nodes)}")
         self.types[node] = torch.Tensor
         return self.proxy(node)
 
-    def tensor(self, tensor, place):
+    def tensor(self, tensor: torch.Tensor, place: Place | None) -> fx.Proxy:
         """The proxy of a tensor that user code found in a place: (dictionary or list, key)."""
         if type(tensor) not in signatures.TENSOR_TYPES or place is None:
             raise Untraceable(f"its forward uses a {type(tensor).__name__} that is not found by name")
@@ -256,12 +267,12 @@ class _Tracer(fx.proxy.TracerBase):
         self._tensors[id(tensor)] = tensor, proxy, place
         return proxy
 
-    def _one_and_the_same(self, values, key, tensor):
+    def _one_and_the_same(self, values: Any, key: Any, tensor: torch.Tensor) -> None:
         """Notes that a tensor which was found in several places is in this one."""
         if isinstance(values, dict):
             self.trace.facts.item(values, key, tensor)
 
-    def call_module(self, module, args, kwargs):
+    def call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         own = module.__dict__.get("forward")
         calls_forward = standard.calls_forward(module, self.recorder.facts)
         if module is self.trace.owner:
@@ -281,7 +292,8 @@ class _Tracer(fx.proxy.TracerBase):
         node = self.create_node(
             "call_module",
             self.trace.key(module),
-            *map(self.create_arg, (tuple(args), kwargs)),
+            self.create_arg(tuple(args)),
+            self.create_arg(kwargs),
             name=self.trace.descendants[module].replace(".", "_"),
         )
         with paused(), _pop_mode_temporarily():
@@ -297,7 +309,7 @@ class _Tracer(fx.proxy.TracerBase):
             self.trace.effect = effect
         return self.proxy(node)
 
-    def _can_look_through(self, module, args, kwargs):
+    def _can_look_through(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """True of a module of the user's, or of a library built on torch, without a plan of its own, whose forward can
         be captured for such a call."""
         signature = self.kinds(args, kwargs)
@@ -312,7 +324,7 @@ class _Tracer(fx.proxy.TracerBase):
             inside = self.trace.trial(module, signature)
         return isinstance(inside, Trace) and inside.effect is None
 
-    def _look_through(self, module, args, kwargs):
+    def _look_through(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a module's forward as part of the one that calls it."""
         self.inside.append(module)
         try:
@@ -321,7 +333,7 @@ class _Tracer(fx.proxy.TracerBase):
         finally:
             self.inside.pop()
 
-    def _batch_norm_act(self, module, x):
+    def _batch_norm_act(self, module: Any, x: Any) -> Any:
         """The parts of timm's BatchNormAct2d, whose own forward asks for the number of its input's dimensions."""
         with paused(), _pop_mode_temporarily():
             standard.note(module, self.trace.facts)
@@ -329,7 +341,7 @@ class _Tracer(fx.proxy.TracerBase):
         stand_in = self.recorder.wrap(module)
         return stand_in.act(stand_in.drop(self.create_proxy("call_function", part, (x,), {})))
 
-    def _listens(self, module):
+    def _listens(self, module: nn.Module) -> bool:
         """Whether somebody listens to a module's calls, or stands in for them: noted."""
         facts, attributes = self.recorder.facts, module.__dict__
         self.recorder.know(module)
@@ -337,13 +349,13 @@ class _Tracer(fx.proxy.TracerBase):
         facts.item_or_absent(attributes, "forward")
         return any(listens) or facts.item_or_absent(attributes, "_compiled_call_impl") not in (ABSENT, None)
 
-    def kinds(self, args, kwargs):
+    def kinds(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Signature | None:
         """The signature that a leaf will be called with, or None where it cannot be known."""
         positional = tuple(map(self._kind, args))
         named = tuple((name, self._kind(value)) for name, value in kwargs.items())
         return None if None in positional or any(k is None for _, k in named) else (positional, named)
 
-    def _kind(self, value):
+    def _kind(self, value: Any) -> signatures.Kind:
         if isinstance(value, fx.Proxy):
             return signatures.TENSOR if self.is_tensor(value) else None
         if type(value) in (list, tuple, List):
@@ -370,14 +382,18 @@ class Trace:
     Raises Untraceable where the forward cannot stand in a plan; `facts` of the exception says what that rests on.
     """
 
-    def __init__(self, owner, signature, trials=None):
+    def __init__(self, owner: nn.Module, signature: Signature, trials: Trials | None = None):
         self.owner, self.facts = owner, Facts(owner)
         self._trials = {} if trials is None else trials
         self.descendants = {module: name for name, module in owner.named_modules() if module is not owner}
-        self.modules, self._keys = {"0": owner}, {owner: "0"}
-        self.places, self.opaque, self.planned, self.nested_weights = [], set(), set(), []
-        self.effect = None  # what the last call of the forward may do besides computing, in words
-        self._homes = {}  # id of a dictionary of parameters or buffers -> the module
+        self.modules: dict[Any, Any] = {"0": owner}
+        self._keys = {owner: "0"}
+        self.places: list[Place] = []
+        self.opaque: set[str] = set()
+        self.planned: set[fx.Node] = set()
+        self.nested_weights: list[Any] = []
+        self.effect: str | None = None  # what the last call of the forward may do besides computing, in words
+        self._homes: dict[int, nn.Module] = {}  # id of a dictionary of parameters or buffers -> the module
         with noticed() as refusals:
             try:
                 standard.note_functions(self.facts)
@@ -394,13 +410,13 @@ class Trace:
                 refusals.clear()  # their tracebacks would lead back to this
         self._freeze()
 
-    def key(self, module):
+    def key(self, module: nn.Module) -> str:
         if module not in self._keys:
             self._keys[module] = str(len(self.modules))
             self.modules[self._keys[module]] = module
         return self._keys[module]
 
-    def place(self, values, key):
+    def place(self, values: Any, key: Any) -> str:
         """The get_attr target of a tensor found in a dictionary or list."""
         if not self._homes:
             for module in (self.owner, *self.descendants):
@@ -411,7 +427,7 @@ class Trace:
         self.places.append((None if values is self.owner.__dict__ else values, key))
         return f"at.{len(self.places) - 1}"
 
-    def trial(self, module, signature):
+    def trial(self, module: nn.Module, signature: Signature) -> Trace | Untraceable:
         """The Trace of a module's own forward, to see whether it does anything but compute, or why there is none."""
         found = self._trials.get((module, signature))
         if found is None:
@@ -422,7 +438,7 @@ class Trace:
             self._trials[module, signature] = found
         return found
 
-    def leaf(self, module, node, signature):
+    def leaf(self, module: nn.Module, node: fx.Node, signature: Signature | None) -> tuple[bool, str | None]:
         """Notes what the plan takes for granted of a module that a node calls.
 
         Returns (whether it is certain to return one tensor, what else a call may do, in words, or None)."""
@@ -466,7 +482,7 @@ class Trace:
             return False, "runs as it is written"
         return inside.result in inside.tensors, inside.effect
 
-    def _run(self, tracer, signature, refusals):
+    def _run(self, tracer: _Tracer, signature: Signature, refusals: list[Untraceable]) -> None:
         recorder = tracer.recorder
         forward = recorder.forward(type(self.owner))
         if self.facts.class_item(type(self.owner), "__call__") is ABSENT or not hasattr(forward, "__get__"):
@@ -503,7 +519,7 @@ class Trace:
         self._drop_identities()
         self.result = output.args[0]
 
-    def _drop_identities(self):
+    def _drop_identities(self) -> None:
         """Takes out the nodes that return their argument as it is."""
         for node in list(self.graph.nodes):
             is_opaque = node.op == "call_module" and node.target in self.opaque
@@ -511,27 +527,27 @@ class Trace:
                 node.replace_all_uses_with(node.args[0])
                 self.graph.erase_node(node)
 
-    def _freeze(self):
+    def _freeze(self) -> None:
         """Lets go of the owner: the plan is held by it. Its dictionaries of tensors are kept: no tensor holds its
         module."""
         self.facts.done()
         self.paths = {key: self.descendants.get(m, "") for key, m in self.modules.items()}
         self.modules["0"], self._owned = None, (self.owner._parameters, self.owner._buffers)
-        self.opaque = frozenset(self.opaque)
+        self.opaque = frozenset(self.opaque)  # type: ignore[assignment]  # nobody adds to it any more
         del self.owner, self.descendants, self._keys, self._homes, self._trials
 
-    def tensors_of(self, key):
+    def tensors_of(self, key: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """The parameters and the buffers of a module, two dictionaries."""
         module = self.modules[key]
         return self._owned if module is None else (module._parameters, module._buffers)
 
     @property
-    def leaves(self):
+    def leaves(self) -> list[nn.Module]:
         """The modules that the graph calls or takes tensors from, without the owner."""
         return [m for key, m in self.modules.items() if key != "0"]
 
 
-def _outlives(value):
+def _outlives(value: object) -> bool:
     """True of a container of the user's own, which a caller may change, of one that holds such, and of what a graph
     cannot return as it is."""
     if isinstance(value, (Dict, List, Set, range, torch.Size, slice)):
@@ -544,11 +560,11 @@ def _outlives(value):
     )
 
 
-def _twice(value):
+def _twice(value: object) -> bool:
     """True where one list or dictionary stands in a result twice."""
-    seen = set()
+    seen: set[int] = set()
 
-    def visit(value):
+    def visit(value: object) -> bool:
         if isinstance(value, (list, dict)):
             if id(value) in seen:
                 return True
@@ -559,12 +575,12 @@ def _twice(value):
     return visit(value)
 
 
-def _may_change(value):
+def _may_change(value: object) -> bool:
     """True of an argument that a callee may change, or that holds such a one."""
     return isinstance(value, (list, dict, set)) or isinstance(value, tuple) and any(map(_may_change, value))
 
 
-def _is_of_metadata(node):
+def _is_of_metadata(node: fx.Node) -> bool:
     """True of sizes and the like, and of what is made of them: never None."""
     if node.op == "call_method":
         return node.target in METADATA_METHODS
@@ -573,5 +589,5 @@ def _is_of_metadata(node):
     return getattr(node.target, "__module__", "") == "_operator" or node.target is unpacked
 
 
-def _one_line(error):
+def _one_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:120]

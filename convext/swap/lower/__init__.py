@@ -4,12 +4,24 @@ A unit is called by itself, or cooperatively with its neighbours, in one call of
 be, its modules run.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..schedule.layout import Layout, contiguous, contiguous_unrecorded
 from .calls import RowCall, block_call
 from .codegen import generate
+
+if TYPE_CHECKING:
+    import torch
+    from torch import fx, nn
+
+    from ..match.graph import Graph
+    from ..modes import Mode
+    from ..schedule.sequence import Row
+    from ..units import Unit
+    from .calls import Member
 
 
 class Compiled(NamedTuple):
@@ -22,24 +34,24 @@ class Compiled(NamedTuple):
     whole        what runs all of the forward as a member of a sequence, where one call does, else None
     """
 
-    function: Callable
-    units: list
-    reasons: dict
+    function: Callable[..., Any]
+    units: list[Unit]
+    reasons: dict[nn.Module | None, str]
     layout: Layout
-    contiguous: Callable
+    contiguous: Callable[[torch.Tensor], torch.Tensor]
     whole: Any
 
-    def result(self, owner, tensors, in_seam):
+    def result(self, owner: nn.Module, tensors: Sequence[torch.Tensor], in_seam: bool) -> Any:
         """The forward's, for the caller of the module."""
         result = self.function(owner, *tensors)
         return self.contiguous(result) if in_seam and self.layout.returns == "free" else result
 
     @property
-    def works_in_any_format(self):
+    def works_in_any_format(self) -> bool:
         return self.layout.accepts and self.layout.returns is not None
 
 
-def lower(graph, rows, layout, mode) -> Compiled:
+def lower(graph: Graph, rows: list[Row], layout: Layout, mode: Mode) -> Compiled:
     """The call of a schedule's rows, and of what is in none of them."""
     made = [_row_call([block_call(block, graph, mode) for block in row], mode) for row in rows]
     units = [unit for row in rows for block in row for unit in block]
@@ -58,16 +70,18 @@ def lower(graph, rows, layout, mode) -> Compiled:
     return Compiled(function, units, graph.reasons, layout, made_contiguous, whole)
 
 
-def _row_call(members, mode):
+def _row_call(members: list[Member], mode: Mode) -> Member:
     return members[0] if len(members) == 1 else RowCall(members[0].inputs[0], members, mode.autocast)
 
 
-def _is_all(call, inside, graph):
+def _is_all(call: Member, inside: set[fx.Node], graph: Graph) -> bool:
     """True where a call is all that a forward of one tensor does."""
     first, *inner, _ = graph.nodes
     return first.op == "placeholder" and set(inner) == inside and call.inputs == [first] and graph.result is call.last
 
 
-def _leaf(graph, node, layout):
+def _leaf(graph: Graph, node: fx.Node, layout: Layout) -> Any:
     """What stands for a call of a module in no unit."""
-    return graph.container(node).in_any_format if node in layout.any_format else graph.modules[node.target]
+    if node in layout.any_format:
+        return graph.container(node).in_any_format  # type: ignore[union-attr]  # it is a container
+    return graph.modules[node.target]

@@ -1,6 +1,10 @@
 """What a plan calls in the place of units: one by itself, or several cooperatively."""
 
+from __future__ import annotations
+
 import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import fx
 
@@ -11,17 +15,26 @@ from ..schedule.sequence import inputs_of
 from ..units.functions import found
 from .program import Program, prepared
 
+if TYPE_CHECKING:
+    import torch
+
+    from ..match.graph import Graph
+    from ..modes import Mode
+    from ..units import Call, Op, Unit
+
+    Member: TypeAlias = "UnitCall | CooperativeCall"
+
 
 class UnitCall:
     """A unit by itself: function(x[, residual]). As a member of a cooperative call it adds its steps to the program."""
 
-    def __init__(self, unit, graph, mode):
+    def __init__(self, unit: Unit, graph: Graph, mode: Mode):
         self.unit, self.inputs, self.last = unit, unit.inputs, unit.last
         modules = fallback(unit, graph)
         self.function = unit.first.bind(modules, mode) if len(unit.ops) == 1 else modules
         self.runs_modules = self.function is modules
 
-    def emit(self, program, values):
+    def emit(self, program: Program, values: list[int]) -> int | None:
         return self.unit.first.emit(self.unit, program, values)
 
 
@@ -32,10 +45,12 @@ class CooperativeCall:
     Where the kernels refuse, it is tried without the first member: that is often the network's first layer, whose input
     is the caller's, in whatever layout."""
 
-    def __init__(self, inputs, members, autocast):
-        self.inputs, self.members, self.last, self.autocast = inputs, members, members[-1].last, autocast
+    def __init__(self, inputs: list[fx.Node], members: Sequence[Member], autocast: torch.dtype | None):
+        self.inputs, self.members, self.autocast = inputs, members, autocast
+        self.last: fx.Node = members[-1].last
         numbers = {node: number for number, node in enumerate(inputs)}
-        self.steps = []  # of each member: function, numbers of its inputs and of those that none reads after it
+        # Of each member: function, numbers of its inputs and of those that none reads after it.
+        self.steps: list[tuple[Call, list[int], list[int]]] = []
         for member in members:
             self.steps.append((member.function, [numbers[node] for node in member.inputs], []))
             numbers[member.last] = len(numbers)
@@ -44,13 +59,15 @@ class CooperativeCall:
                 if number in read:
                     done.append(number)
                     break
-        self.prepared = self.refused = self.rest = None
+        self.prepared: Call | None = None
+        self.refused: tuple[Any, ...] | None = None
+        self.rest: CooperativeCall | None = None
 
     @property
-    def function(self):
+    def function(self) -> Call:
         return self
 
-    def __call__(self, x, *others):
+    def __call__(self, x: Any, *others: Any) -> Any:
         if x is None:  # a container's result: the layers raise
             return self.fallback(x, *others)
         if self.autocast is not None and x.dtype is not self.autocast:
@@ -69,13 +86,13 @@ class CooperativeCall:
             self.refused = None if self.prepared is not None else signature
         return y
 
-    def _prepare(self, x, signature):
+    def _prepare(self, x: torch.Tensor, signature: tuple[Any, ...]) -> Call | None:
         program = Program(x)
         if x.dtype not in DTYPES or self.emit(program, [0]) is None:
             return None
         return prepared(program, signature)
 
-    def fallback(self, *given):
+    def fallback(self, *given: Any) -> Any:
         if self.refused is not None and self.rest is not None and not layer_by_layer.on:
             return self.rest(self.steps[0][0](*given))
         values = list(given)
@@ -85,7 +102,7 @@ class CooperativeCall:
                 values[i] = None
         return values[-1]
 
-    def emit(self, program, values):
+    def emit(self, program: Program, values: list[int]) -> int | None:
         """Adds the steps; returns the number of the result, or None where a step has no kernel yet."""
         numbers = list(values)
         for member, (_, inputs, _) in zip(self.members, self.steps):
@@ -99,23 +116,25 @@ class CooperativeCall:
 class BlockCall(CooperativeCall):
     """The units of one block, with squeeze and excitation as part of the convolution behind it."""
 
-    def __init__(self, block, members, autocast):
+    def __init__(self, block: list[Unit], members: Sequence[Member], autocast: torch.dtype | None):
         super().__init__(inputs_of(block), members, autocast)
         for before, unit in zip(block, block[1:]):
-            unit.first.excite = before.first.excitation
+            first: Any = unit.first
+            first.excite = before.first.excitation
         self.block = [
             (unit, inputs) for unit, (_, inputs, _) in zip(block, self.steps) if unit.first.excitation is None
         ]
 
-    def emit(self, program, values):
-        steps, residuals = [], []
+    def emit(self, program: Program, values: list[int]) -> int | None:
+        steps: list[Op] = []
+        residuals: list[int | None] = []
         for unit, inputs in self.block:
             steps += unit.ops
             residuals += [None] * (len(unit.ops) - 1) + [None if unit.residual is None else values[inputs[1]]]
         return program.add_block(steps, values[0], residuals)
 
 
-def block_call(block, graph, mode):
+def block_call(block: list[Unit], graph: Graph, mode: Mode) -> Member:
     """The call of a block: the unit's, where there is one and it has a kernel of its own or cannot run in strips."""
     members = [UnitCall(unit, graph, mode) for unit in block]
     if len(block) == 1 and not (members[0].runs_modules and block[0].in_strips):
@@ -126,28 +145,29 @@ def block_call(block, graph, mode):
 class RowCall(CooperativeCall):
     """The blocks of one row."""
 
-    def __init__(self, source, members, autocast):
+    def __init__(self, source: fx.Node, members: Sequence[Member], autocast: torch.dtype | None):
         super().__init__([source], members, autocast)
         first, *rest = members
         if len(rest) > 1 and all(source not in member.inputs for member in rest):
             self.rest = RowCall(first.last, rest, autocast)
 
 
-def fallback(unit, graph):
+def fallback(unit: Unit, graph: Graph) -> Call:
     """function(x, residual) that runs the nodes of a unit one by one, each as the forward wrote it."""
-    tensors = {node: graph.place(node) for node in unit.parameters if node.op == "get_attr"}
+    tensors: dict[Any, Any] = {node: graph.place(node) for node in unit.parameters if node.op == "get_attr"}
 
-    def step(node, previous):
-        function = node.target
+    def step(node: fx.Node, previous: fx.Node | None) -> Call:
+        target: Any = node.target
+        function = target
         if node.op == "call_module":
             function = graph.modules[node.target]
         elif node.op == "call_method":
 
-            def function(value, *others, **named):
-                return operator.methodcaller(node.target, *others, **named)(value)
+            def function(value: Any, *others: Any, **named: Any) -> Any:
+                return operator.methodcaller(target, *others, **named)(value)
 
-        def run(value, residual):
-            def given(argument):
+        def run(value: Any, residual: Any) -> Any:
+            def given(argument):  # type: ignore[no-untyped-def]  # made anew by each call
                 if argument is previous:
                     return value
                 if argument is unit.residual:
@@ -163,7 +183,7 @@ def fallback(unit, graph):
     reshaped = {node: step(node, None) for node in unit.parameters if node not in tensors}
     steps = [step(node, before) for node, before in zip(unit.nodes, [unit.source, *unit.nodes])]
 
-    def run_all(x, residual=None):
+    def run_all(x: Any, residual: Any = None) -> Any:
         for run in steps:
             x = run(x, residual)
         return x

@@ -8,14 +8,29 @@ The function reads as the forward would with everything looked up beforehand:
         return v2
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import fx
+
+Function = Callable[..., Any]
+Calls = dict[fx.Node, tuple[list[fx.Node], Function]]
 
 _PLAIN = (int, str, bool, type(None))
 
 
-def generate(graph, calls, inside, leaf, attribute, must_be_contiguous, contiguous):
+def generate(
+    graph: fx.Graph,
+    calls: Calls,
+    inside: set[fx.Node],
+    leaf: Callable[[fx.Node], Function],
+    attribute: Callable[[fx.Node], Function],
+    must_be_contiguous: set[fx.Node],
+    contiguous: Function,
+) -> Any:
     """The compiled function of (owner, *tensors).
 
     calls: {node: (inputs, function)} of what stands for several nodes, at the last one's place; inside: all of those
@@ -42,7 +57,7 @@ def generate(graph, calls, inside, leaf, attribute, must_be_contiguous, contiguo
     return writer.compile()
 
 
-def _value(writer, node, leaf, attribute):
+def _value(writer: _Writer, node: fx.Node, leaf: Function, attribute: Function) -> str:
     if node.op == "call_module":
         return writer.call(writer.name(f"module_{node.target}", leaf(node)), node.args, node.kwargs)
     if node.op == "get_attr":
@@ -55,9 +70,10 @@ def _value(writer, node, leaf, attribute):
     return writer.call(writer.name(name, node.target), node.args, node.kwargs)
 
 
-def _last_reads(graph, calls, inside):
+def _last_reads(graph: fx.Graph, calls: Calls, inside: set[fx.Node]) -> dict[fx.Node, list[str]]:
     """{node: names of the values that nobody reads after it}"""
-    last, dead = {}, {node: [] for node in graph.nodes}
+    last: dict[fx.Node, fx.Node] = {}
+    dead: dict[fx.Node, list[str]] = {node: [] for node in graph.nodes}
     for node in graph.nodes:
         if node.op != "placeholder" and (node in calls or node not in inside):
             for value in calls[node][0] if node in calls else node.all_input_nodes:
@@ -68,10 +84,12 @@ def _last_reads(graph, calls, inside):
 
 
 class _Writer:
-    def __init__(self):
-        self.arguments, self.lines, self.names = ["owner"], [], {}
+    def __init__(self) -> None:
+        self.arguments = ["owner"]
+        self.lines: list[str] = []
+        self.names: dict[str, Any] = {}
 
-    def name(self, wish, value):
+    def name(self, wish: str, value: object) -> str:
         wish = "_g_" + "".join(c if c.isalnum() else "_" for c in wish)  # no local has such a name
         name = wish
         while name in self.names and self.names[name] is not value:
@@ -79,11 +97,11 @@ class _Writer:
         self.names[name] = value
         return name
 
-    def call(self, function, args, kwargs):
+    def call(self, function: str, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
         given = [self.text(a) for a in args] + [f"{name}={self.text(a)}" for name, a in kwargs.items()]
         return f"{function}({', '.join(given)})"
 
-    def text(self, value):
+    def text(self, value: Any) -> str:
         if isinstance(value, fx.Node):
             return value.name
         if type(value) in _PLAIN or type(value) is float and math.isfinite(value):
@@ -98,7 +116,7 @@ class _Writer:
             return f"slice({self.text(value.start)}, {self.text(value.stop)}, {self.text(value.step)})"
         return self.name("constant", value)
 
-    def compile(self):
+    def compile(self) -> Any:
         source = f"def planned({', '.join(self.arguments)}):\n" + "".join(f"    {line}\n" for line in self.lines)
         exec(compile(source, "<convext plan>", "exec"), self.names)
         function = self.names.pop("planned")

@@ -1,25 +1,36 @@
 """What runs together becomes the program of one call of the compiled library."""
 
+from __future__ import annotations
+
 from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...backends.native_sequence import Block
+from ...backends.native_sequence import Block, CachedTensors
 from ...memory_format import suggests_channels_last
 from ...problem import DTYPES, ConvProblem, Layout
 from ..units.channels import POINTWISE
 from ..units.functions import EMPTY
+
+if TYPE_CHECKING:
+    from ..units import Op, Unit
+
+Residuals = Sequence[int | None]
 
 
 class Program:
     """The blocks of a sequence whose input is x, while it is put together. Values are numbered: 0 is x, i the output of
     block i - 1."""
 
-    def __init__(self, x):
-        self.x, self.blocks, self.ops = x, [], []
+    def __init__(self, x: torch.Tensor):
+        self.x = x
+        self.blocks: list[Block] = []
+        self.ops: list[Op] = []
         self.flat = False  # whether the result is (N, C), not an image
 
-    def add_block(self, ops, source, residuals):
+    def add_block(self, ops: Sequence[Op], source: int, residuals: Residuals) -> int | None:
         """Adds a block and returns the number of its value; None where a step has no kernel yet."""
         before, steps = self.problem(source), []
         for op, residual in zip(ops, residuals):
@@ -32,17 +43,18 @@ class Program:
         self.blocks.append(Block(source, tuple(steps)))
         return len(self.blocks)
 
-    def add_unit(self, unit, values):
+    def add_unit(self, unit: Unit, values: list[int]) -> int | None:
         """Adds the steps of a unit, as one block where they can run in strips. values: the numbers of its inputs."""
-        value, residuals = values[0], [None] * (len(unit.ops) - 1) + [values[1] if len(values) > 1 else None]
+        value: int | None = values[0]
+        residuals: Residuals = [None] * (len(unit.ops) - 1) + [values[1] if len(values) > 1 else None]
         self.flat = self.flat or not unit.is_image
         if unit.in_strips:
-            return self.add_block(unit.ops, value, residuals)
+            return self.add_block(unit.ops, values[0], residuals)
         for op, residual in zip(unit.ops, residuals):
             value = value if value is None else self.add_block([op], value, [residual])
         return value
 
-    def problem(self, value):
+    def problem(self, value: int) -> ConvProblem | None:
         """A problem whose output is like a value, or None."""
         if value > 0:
             return self.blocks[value - 1].steps[-1].problem
@@ -50,10 +62,11 @@ class Program:
         if x.dim() != 4:
             return None
         layout = Layout(suggests_channels_last(x))
-        return ConvProblem(*x.shape, x.shape[1], *POINTWISE, DTYPES[x.dtype], layout, layout, x.device.type)
+        n, c, h, w = x.shape
+        return ConvProblem(n, c, h, w, c, *POINTWISE, DTYPES[x.dtype], layout, layout, x.device.type)
 
 
-def prepared(program, signature):
+def prepared(program: Program, signature: tuple[Any, ...]) -> Callable[[torch.Tensor], torch.Tensor | None] | None:
     """call(x) -> y for calls of a signature, or None where the kernels cannot run it; it returns None where something
     is not as it was."""
     ops, x = program.ops, program.x
@@ -76,7 +89,7 @@ def prepared(program, signature):
     counts = [(counter, times[key]) for key, counter in counters.items()]
     run, flat, guards, handed = sequence.run, program.flat, None, None
 
-    def look_up():
+    def look_up() -> CachedTensors | None:
         """The tensors and eps of every op, handed over, or None where something is not as it was."""
         tensors = []
         for op, facts, there in expected:
@@ -86,7 +99,7 @@ def prepared(program, signature):
             tensors.append(given)
         return sequence.keep(tensors, [op.eps for op in ops], flat)
 
-    def again(x):
+    def again(x: torch.Tensor) -> torch.Tensor | None:
         nonlocal guards, handed
         if (x.shape, x.stride(), x.dtype, x.device) != signature:
             return None
@@ -105,7 +118,7 @@ def prepared(program, signature):
     return again
 
 
-def _guards(guards, ops):
+def _guards(guards: Any, ops: list[Op]) -> Any:
     """Notes which tensors the ops have. Everything else that `look_up` looks at is among the facts of the plan that
     holds the sequence."""
     for op in ops:

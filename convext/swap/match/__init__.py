@@ -10,9 +10,16 @@ its last node: `match` leaves out a unit between whose ends something else may w
 write it into a file of its own here and enter it into the list.
 """
 
+from __future__ import annotations
+
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from .graph import Graph
+
+if TYPE_CHECKING:
+    from ..capture.trace import Trace
+    from ..modes import Mode
 
 PATTERNS = [
     import_module(f"{__name__}.{name}")
@@ -26,7 +33,7 @@ PATTERNS = [
 ]
 
 
-def match(trace, mode) -> Graph:
+def match(trace: Trace, mode: Mode) -> Graph:
     """The graph of a trace with the units that run in calls of a mode."""
     graph = Graph(trace)
     for pattern in PATTERNS:

@@ -7,17 +7,26 @@ Over a channels-last image a permutation is a view, and so the layers are steps 
 LayerNorm2d, which permutes by itself, is a unit of one layer.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import fx, nn
 
 from .. import calls
-from ..units import Format, Unit
-from ..units.channels import LayerNorm, Linear
+from ..units import Format, Op, Unit
+from ..units.channels import LayerNorm, Linear, Shapes
+
+if TYPE_CHECKING:
+    from ..modes import Mode
+    from .graph import Graph, Node
 
 _TO_NHWC, _TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
-def match(graph, mode):
+def match(graph: Graph, mode: Mode) -> Iterator[Unit]:
     for node in graph.nodes:
         unit = _from(graph, node) if graph.is_untaken(node) else None
         if unit is not None:
@@ -25,7 +34,7 @@ def match(graph, mode):
             yield unit
 
 
-def _from(graph, node):
+def _from(graph: Graph, node: Node) -> Unit | None:
     """The unit that begins with a node, or None."""
     module = graph.module(node)
     if module is not None and calls.is_layer_norm_2d(module):
@@ -39,7 +48,7 @@ def _from(graph, node):
     return unit
 
 
-def _inside(graph, unit):
+def _inside(graph: Graph, unit: Unit) -> bool:
     """Follows a unit while its values are in the order NHWC; False where it does not come back."""
     while (node := graph.follower(unit.last)) is not None:
         first = _reads_alone(node, unit.last)
@@ -52,7 +61,7 @@ def _inside(graph, unit):
     return False
 
 
-def _outside(graph, unit):
+def _outside(graph: Graph, unit: Unit) -> None:
     """What follows in the order NCHW: a scale by channels, and a sum."""
     while ends_in_linear(unit.ops) and (node := graph.follower(unit.last)) is not None:
         first = bool(node.args) and node.args[0] is unit.last
@@ -65,11 +74,11 @@ def _outside(graph, unit):
         unit.nodes.append(node)
 
 
-def _reads_alone(node, value):
+def _reads_alone(node: fx.Node, value: fx.Node) -> bool:
     return node.args[:1] == (value,) and node.all_input_nodes == [value]
 
 
-def takes_layer(graph, unit, node):
+def takes_layer(graph: Graph, unit: Unit, node: fx.Node) -> bool:
     """True of a LayerNorm or linear layer, and of an activation behind the latter, that reads the unit's last node
     alone; adds it to the ops."""
     module = graph.module(node, nn.LayerNorm, nn.Linear)
@@ -82,23 +91,25 @@ def takes_layer(graph, unit, node):
     return False
 
 
-def ends_in_linear(ops):
+def ends_in_linear(ops: list[Op]) -> bool:
     """True where the last op is a linear layer that nothing but a scale follows so far."""
     return bool(ops) and isinstance(ops[-1], Linear) and ops[-1].activation == "identity"
 
 
-def _takes_scale(graph, unit, node, shapes):
+def _takes_scale(graph: Graph, unit: Unit, node: fx.Node, shapes: Shapes) -> bool:
     """True of a node that multiplies the unit's last by a tensor found by name, of one of the shapes, where -1 stands
     for the channels; notes it as the scale of the last op."""
+    ops: list[Any] = unit.ops
     if (
-        not ends_in_linear(unit.ops)
-        or unit.ops[-1].scale
+        not ends_in_linear(ops)
+        or ops[-1].scale
         or not calls.is_product(node)
         or len(node.args) != 2
         or unit.last not in node.args
     ):
         return False
-    factor, between = next((a for a in node.args if a is not unit.last), None), []
+    factor: Any = next((a for a in node.args if a is not unit.last), None)
+    between: list[fx.Node] = []
     if (
         isinstance(factor, fx.Node)
         and factor.op == "call_method"
@@ -111,12 +122,12 @@ def _takes_scale(graph, unit, node, shapes):
     place = graph.place(factor)
     if place is None or len(factor.users) != 1:
         return False
-    unit.ops[-1].scale_by(place, shapes)
+    ops[-1].scale_by(place, shapes)
     unit.parameters += [factor, *between]
     return True
 
 
-def _permutation(graph, node):
+def _permutation(graph: Graph, node: fx.Node) -> tuple[Any, ...] | None:
     """The order in which a node permutes its first argument's dimensions, or None."""
     if node.op == "call_module":
         module = graph.module(node)

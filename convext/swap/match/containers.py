@@ -6,6 +6,11 @@
 with 1x1 convolutions.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
 from .. import calls
 from ..capture.signature import ONE_TENSOR
 from ..units import Format, Unit
@@ -13,8 +18,13 @@ from ..units.containers import GATES, Container, SqueezeExcite
 from . import conv_bn_act
 from .graph import Graph
 
+if TYPE_CHECKING:
+    from torch import fx
 
-def match(graph, mode):
+    from ..modes import Mode
+
+
+def match(graph: Graph, mode: Mode) -> Iterator[Unit]:
     if not mode.direct:
         return
     for node in graph.nodes:
@@ -25,7 +35,7 @@ def match(graph, mode):
             yield Unit(node.args[0], [op], [node], format=Format.AS_NODES)
 
 
-def _squeeze_excite(plan, mode):
+def _squeeze_excite(plan: Any, mode: Mode) -> SqueezeExcite | None:
     """SqueezeExcite of a container's plan for calls with one tensor, or None."""
     if plan is None or plan.signature is not ONE_TENSOR or plan.trace.opaque:
         return None
@@ -33,9 +43,10 @@ def _squeeze_excite(plan, mode):
     for unit in conv_bn_act.match(graph, mode):
         graph.take(unit)
     x, product = graph.nodes[0], graph.result
-    if len(graph.units) != 2 or x.op != "placeholder" or graph.nodes[-1].all_input_nodes != [product]:
+    units: list[Any] = graph.units
+    if len(units) != 2 or x.op != "placeholder" or graph.nodes[-1].all_input_nodes != [product]:
         return None
-    squeeze, excite = graph.units
+    squeeze, excite = units
     if (
         squeeze.source.args[:1] != (x,)
         or calls.mean_over_pixels(squeeze.source, graph.modules) is not False
@@ -59,7 +70,7 @@ def _squeeze_excite(plan, mode):
     return SqueezeExcite(*convs, squeeze.first.activation, gate)
 
 
-def _gate(node, modules):
+def _gate(node: fx.Node, modules: calls.Modules) -> str | None:
     kind = type(modules[node.target]) if node.op == "call_module" else node.target
     if len(node.args) != 1 or node.kwargs:
         return None

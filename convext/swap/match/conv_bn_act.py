@@ -6,12 +6,24 @@ Each is the only reader of the one before. It runs at the place of its last node
 what it reads: it ends before that.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
 from .. import calls
 from ..units import Unit
 from ..units.conv import Conv
 
+if TYPE_CHECKING:
+    from torch import fx
 
-def match(graph, mode):
+    from ..modes import Mode
+    from ..units.functions import Convolution
+    from .graph import Graph, Node
+
+
+def match(graph: Graph, mode: Mode) -> Iterator[Unit]:
     for node in graph.nodes:
         convolution = graph.convolution(node)
         if convolution is None:
@@ -24,7 +36,7 @@ def match(graph, mode):
             yield unit
 
 
-def _why_by_itself(graph, node):
+def _why_by_itself(graph: Graph, node: fx.Node) -> str:
     """Why a layer's call is no Convolution."""
     if graph.uses[node.target] > 1:
         return "called more than once in one forward"
@@ -35,12 +47,13 @@ def _why_by_itself(graph, node):
     return "its padding is no number of zeros on both sides"
 
 
-def _unit(graph, node, convolution):
+def _unit(graph: Graph, node: Node, convolution: Convolution) -> Unit:
     """The longest unit from a convolution on that crosses no write."""
-    nodes, source, residual = [node], node.args[0], None
-    parts = {}
+    nodes, source = [node], node.args[0]
+    residual: fx.Node | None = None
+    parts: dict[str, Any] = {}
 
-    def unit():
+    def unit() -> Unit:
         op = Conv(convolution, parts.get("batch_norm"), parts.get("activation", "identity"))
         read = dict.fromkeys(value for node in nodes for value in node.all_input_nodes if value.op == "get_attr")
         return Unit(source, [op], nodes, residual, parameters=[v for v in read if v not in (source, residual)])
@@ -55,7 +68,7 @@ def _unit(graph, node, convolution):
     return longest
 
 
-def _followers(graph, node):
+def _followers(graph: Graph, node: fx.Node) -> Iterator[tuple[list[fx.Node], str, Any]]:
     """(nodes up to and with this one, what is fused, with what) of each node that can be fused, in order."""
     nodes, stages = [node], ["batch_norm", "residual", "activation"]
     while stages and (follower := graph.follower(node)) is not None:
@@ -67,7 +80,7 @@ def _followers(graph, node):
         yield nodes, stage, found
 
 
-def _fused(graph, node, follower, first):
+def _fused(graph: Graph, node: fx.Node, follower: fx.Node, first: bool) -> tuple[str | None, Any]:
     if first and (batch_norm := graph.batch_norm(follower)) is not None:
         return "batch_norm", batch_norm
     if (pair := calls.summands(follower)) and (first or not calls.writes_first_argument(follower, graph.modules)):

@@ -1,8 +1,12 @@
 """A captured forward as patterns look at it."""
 
+from __future__ import annotations
+
 import functools
 import operator
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import fx, nn
@@ -10,7 +14,14 @@ from torch.nn.modules.conv import _ConvNd
 
 from .. import calls
 from ..capture import signature as signatures
-from ..units.functions import NOWHERE, BatchNorm, Convolution, geom_of
+from ..units.functions import NOWHERE, BatchNorm, Convolution, Place, geom_of
+
+if TYPE_CHECKING:
+    from ..capture.trace import Trace
+    from ..method import ForwardMethod
+    from ..units import Unit
+
+Node = Any  # an fx.Node whose arguments are known better than torch.fx has their types
 
 
 class Graph:
@@ -21,29 +32,31 @@ class Graph:
     result     what the forward returns
     """
 
-    def __init__(self, trace):
+    def __init__(self, trace: Trace):
         self.graph, self.modules = trace.graph, trace.modules
         self.nodes, self.order = list(trace.graph.nodes), {node: i for i, node in enumerate(trace.graph.nodes)}
-        self.units, self.reasons = [], {}
-        self._trace, self._opaque, self._taken = trace, trace.opaque, set()
+        self.units: list[Unit] = []
+        self.reasons: dict[nn.Module | None, str] = {}
+        self._trace, self._opaque = trace, trace.opaque
+        self._taken: set[fx.Node] = set()
 
     @property
-    def result(self):
+    def result(self) -> Any:
         return self.nodes[-1].args[0]
 
-    def take(self, unit):
+    def take(self, unit: Unit) -> None:
         self.units.append(unit)
         if unit.runs:
             self._taken.update(unit.all_nodes)
 
-    def is_untaken(self, node):
+    def is_untaken(self, node: fx.Node) -> bool:
         return node not in self._taken
 
-    def is_opaque(self, node):
+    def is_opaque(self, node: fx.Node) -> bool:
         """True of the call of a module that must be called as it is."""
         return node.op == "call_module" and node.target in self._opaque
 
-    def module(self, node, *kinds):
+    def module(self, node: fx.Node, *kinds: type) -> Any:
         """The module that a node calls with one argument, if it may be looked into and is exactly of one of the kinds,
         else None."""
         if (
@@ -57,7 +70,7 @@ class Graph:
         module = self.modules[node.target]
         return module if not kinds or type(module) in kinds else None
 
-    def follower(self, node):
+    def follower(self, node: fx.Node) -> fx.Node | None:
         """The only reader of a node, where it may belong to a unit, else None."""
         users = node.users
         reader = next(iter(users)) if len(users) == 1 else None
@@ -65,7 +78,7 @@ class Graph:
             return None
         return reader
 
-    def container(self, node):
+    def container(self, node: fx.Node) -> ForwardMethod | None:
         """The planned forward of the container that a node calls with tensors alone, or None."""
         if (
             node not in self._trace.planned
@@ -74,9 +87,10 @@ class Graph:
             or any(not isinstance(a, fx.Node) for a in node.args)
         ):
             return None
-        return self.modules[node.target].__dict__["forward"]
+        forward: ForwardMethod = self.modules[node.target].__dict__["forward"]
+        return forward
 
-    def attribute(self, node):
+    def attribute(self, node: Node) -> Callable[[nn.Module], Any]:
         """function(owner) that reads the tensor of a get_attr node."""
         key, _, name = node.target.partition(".")
         if key == "at":
@@ -85,22 +99,23 @@ class Graph:
         module = self.modules[key]
         return operator.attrgetter(name) if module is None else lambda owner: getattr(module, name)
 
-    def place(self, node):
+    def place(self, node: object) -> Place | None:
         """(dictionary, name) where the tensor of a get_attr node is found, or None of what is not in a dictionary."""
         if not isinstance(node, fx.Node) or node.op != "get_attr":
             return None
-        key, _, name = node.target.partition(".")
+        target: Any = node.target
+        key, _, name = target.partition(".")
         if key == "at":
             values, name = self._trace.places[int(name)]
             return (values, name) if isinstance(values, dict) else None
         return next(((values, name) for values in self._trace.tensors_of(key) if name in values), None)
 
-    def _places(self, *values):
+    def _places(self, *values: object) -> list[Any] | None:
         """The places of nodes, nowhere of None; None where one is neither."""
         places = [NOWHERE if value is None else self.place(value) for value in values]
         return None if None in places else places
 
-    def convolution(self, node):
+    def convolution(self, node: fx.Node) -> Convolution | None:
         """The Convolution that a node computes of its first argument, or None."""
         module = self.module(node)
         if module is not None and calls.is_conv(module):
@@ -113,9 +128,9 @@ class Graph:
         if places is None or weight is None or geom is None:
             return None
         owner = self.modules.get(weight.target.partition(".")[0])
-        return Convolution(*places, geom, owner if isinstance(owner, _ConvNd) else None)
+        return Convolution(places[0], places[1], geom, owner if isinstance(owner, _ConvNd) else None)
 
-    def batch_norm(self, node):
+    def batch_norm(self, node: fx.Node) -> BatchNorm | None:
         """The BatchNorm that a node computes of its first argument, or None."""
         module = self.module(node)
         if module is not None and type(module) is nn.BatchNorm2d:
@@ -129,13 +144,14 @@ class Graph:
         places = self._places(*tensors)
         if places is None or type(by_batch) is not bool or momentum is None:
             return None
-        return BatchNorm(*places, NOWHERE, by_batch, momentum, eps).as_usual()
+        mean, var, weight, bias = places
+        return BatchNorm(mean, var, weight, bias, NOWHERE, by_batch, momentum, eps).as_usual()
 
-    def activation(self, node):
+    def activation(self, node: fx.Node) -> str | None:
         return calls.activation(node, self.modules)
 
     @functools.cached_property
-    def uses(self):
+    def uses(self) -> Counter[Any]:
         """Key of a module -> how often it is called, two for each of its parameters that is read outside its call."""
         times = Counter(node.target for node in self.nodes if node.op == "call_module")
         times.update(node.target.key for node in self.nodes if type(node.target) is calls.BatchNormOf)
@@ -145,7 +161,7 @@ class Graph:
         return times
 
     @functools.cached_property
-    def aliases(self):
+    def aliases(self) -> dict[fx.Node, set[fx.Node]]:
         """For each node, the nodes whose memory its value may share."""
         aliases = {}
         for node in self.nodes:
@@ -155,7 +171,7 @@ class Graph:
                     aliases[node] |= aliases[source]
         return aliases
 
-    def crosses_a_write(self, nodes, inputs):
+    def crosses_a_write(self, nodes: Sequence[fx.Node], inputs: Iterable[fx.Node]) -> bool:
         """True where a node between the ends of `nodes`, which run at the last one's place, may write what they read:
         an input, or through an argument or a tensor of a module, which may share memory with any other of these."""
         reads = set().union(*(self.aliases[node] for node in inputs))
@@ -167,19 +183,19 @@ class Graph:
             for target in calls.written(node, self.modules)
         )
 
-    def _is_held(self, target, writer):
+    def _is_held(self, target: fx.Node, writer: fx.Node) -> bool:
         """True where what a node may write may be a tensor that a module holds, or an argument."""
         origins = {alias.op for alias in self.aliases[target]}
         return "get_attr" in origins or "placeholder" in origins and not self._leaves_arguments_alone(writer)
 
-    def _leaves_arguments_alone(self, node):
+    def _leaves_arguments_alone(self, node: fx.Node) -> bool:
         """True of the call of a container whose plan writes none of its arguments."""
         forward = None if self.is_opaque(node) else self.container(node)
         plan = None if forward is None else forward.plan(forward.owner, ((signatures.TENSOR,) * len(node.args), ()))
         return plan is not None and not Graph(plan.trace).writes_arguments
 
     @functools.cached_property
-    def writes_arguments(self):
+    def writes_arguments(self) -> bool:
         return any(
             alias.op == "placeholder" and not self._leaves_arguments_alone(node)
             for node in self.nodes

@@ -7,16 +7,25 @@ The mean is a kernel of its own (csrc's mean.h), an image of one pixel the same 
 1x1 convolution, whose kernel reads the weights once, by all threads. So the head is the last member of a sequence.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 import torch
-from torch import nn
+from torch import fx, nn
 
 from .. import calls
 from ..units import Format, Unit
 from ..units.channels import LayerNorm, Mean
 from .channel_layers import ends_in_linear, takes_layer
 
+if TYPE_CHECKING:
+    from ..modes import Mode
+    from .graph import Graph, Node
 
-def match(graph, mode):
+
+def match(graph: Graph, mode: Mode) -> Iterator[Unit]:
     if not mode.direct:
         return
     for node in graph.nodes:
@@ -25,7 +34,7 @@ def match(graph, mode):
             yield unit
 
 
-def _from(graph, node):
+def _from(graph: Graph, node: Node) -> Unit | None:
     """The head that begins with a node, or None."""
     flat = calls.mean_over_pixels(node, graph.modules)
     if flat is None:
@@ -45,7 +54,7 @@ def _from(graph, node):
     return unit if flat and ends_in_linear(unit.ops) else None
 
 
-def _flattens(graph, node):
+def _flattens(graph: Graph, node: fx.Node) -> bool:
     """True where a node makes (N, C) of (N, C, 1, 1)."""
     if node.op == "call_module":
         module = graph.module(node, nn.Flatten)

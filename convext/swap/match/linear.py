@@ -1,12 +1,21 @@
 """Linear layers beside the convolutions, in training, and the activation after them: units/channels.py says how."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 from torch import nn
 
 from ..units import Format, Unit
 from ..units.channels import Linear
 
+if TYPE_CHECKING:
+    from ..modes import Mode
+    from .graph import Graph
 
-def match(graph, mode):
+
+def match(graph: Graph, mode: Mode) -> Iterator[Unit]:
     if mode.direct:
         return
     for node in graph.nodes:

@@ -8,6 +8,11 @@ A third kind is *channels-last* whatever the input was, in the forward as it is 
 from NHWC (match/channel_layers.py), and what convolutions make of it. It is so here, too.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import fx
 
@@ -17,10 +22,18 @@ from .. import calls
 from ..units import Format
 from ..units.functions import found
 
+if TYPE_CHECKING:
+    from ..match.graph import Graph
+    from ..modes import Mode
+    from ..units import Unit
+    from ..units.functions import Place
+
+Asked = tuple[dict[str, Any], str, int, int]  # what `weights_to_ask` makes of a place
+
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
-def wanted(tensors):
+def wanted(tensors: Sequence[torch.Tensor]) -> bool:
     """True where the native backend would serve, and the caller's tensors are contiguous and not channels-last. An
     empty one is contiguous whatever its strides are, which a user may look at."""
     forced = backends.forced()
@@ -43,11 +56,11 @@ def wanted(tensors):
     return bool(tensors)
 
 
-def weights_to_ask(places):
+def weights_to_ask(places: Iterable[Place]) -> list[Asked]:
     """What `contiguous_weights` takes: for the place of each convolution's weight, the dimension whose stride tells a
     contiguous weight from a channels-last one, with the stride of the former. Where there are no taps to order that is
     the last dimension; a weight of one channel and one tap is both, which asks for nothing."""
-    asked = []
+    asked: list[Asked] = []
     for place in places:
         weight = found(place)
         if weight is None or weight.dim() != 4:
@@ -59,7 +72,7 @@ def weights_to_ask(places):
     return asked
 
 
-def contiguous_weights(asked):
+def contiguous_weights(asked: list[Asked]) -> bool:
     """True when no weight asks for a channels-last output."""
     in_vmap = ops.batches_the_older_way()
     for values, name, dimension, stride in asked:
@@ -71,7 +84,7 @@ def contiguous_weights(asked):
     return True
 
 
-def contiguous(t):
+def contiguous(t: torch.Tensor) -> torch.Tensor:
     """t.contiguous() with a contiguous tensor's strides for extents of one, too: those are what an interpolation or a
     concatenation of it goes by."""
     if t.dim() == 4 and t.is_contiguous() and t.stride() != dense_strides(t.shape, False) and t.numel():
@@ -83,7 +96,7 @@ def contiguous(t):
         return t.contiguous()
 
 
-def contiguous_unrecorded(t):
+def contiguous_unrecorded(t: torch.Tensor) -> Any:
     """The same where nothing is recorded: a channels-last image on the CPU is copied by convext, several times as fast
     as by torch, whose copy reads one value from each of as many cache lines as there are channels."""
     if (
@@ -112,20 +125,24 @@ class Layout:
     accepts              no argument of the container must be contiguous
     returns              "free" or "channels-last" where its result is one tensor of that kind, else None"""
 
-    def __init__(self, graph, mode):
-        self.in_seam, self.accepts, self.returns = mode.in_seam, False, None
-        self.free, self.channels_last, self.any_format = set(), set(), set()
-        self.must_be_contiguous, self._plain = set(), set()
+    def __init__(self, graph: Graph, mode: Mode):
+        self.in_seam, self.accepts = mode.in_seam, False
+        self.returns: str | None = None
+        self.free: set[fx.Node] = set()
+        self.channels_last: set[fx.Node] = set()
+        self.any_format: set[fx.Node] = set()
+        self.must_be_contiguous: set[fx.Node] = set()
+        self._plain: set[fx.Node] = set()
         if self.in_seam:
             self._visit_all(graph)
 
-    def is_free(self, node):
+    def is_free(self, node: fx.Node) -> bool:
         """True of a value that may be channels-last."""
         return (
             not self.in_seam or node in self.channels_last or node in self.free and node not in self.must_be_contiguous
         )
 
-    def _visit_all(self, graph):
+    def _visit_all(self, graph: Graph) -> None:
         units = {unit.last: unit for unit in graph.units if unit.format is not Format.AS_NODES}
         inside = {node for unit in units.values() for node in unit.all_nodes} - set(units)
         *nodes, output = graph.nodes
@@ -141,7 +158,7 @@ class Layout:
         self.returns = None if returns == "free" and result in self.must_be_contiguous else returns
         self.accepts = not any(node.op == "placeholder" for node in self.must_be_contiguous)
 
-    def _visit(self, graph, node, unit):
+    def _visit(self, graph: Graph, node: fx.Node, unit: Unit | None) -> None:
         if node.op == "placeholder":
             self.free.add(node)
             return
@@ -157,7 +174,7 @@ class Layout:
         else:
             (self.free if kind == "free" else self.channels_last).add(node)
 
-    def _kind(self, graph, node, unit, inputs):
+    def _kind(self, graph: Graph, node: fx.Node, unit: Unit | None, inputs: list[fx.Node]) -> str | None:
         """ "free", "channels-last", or None."""
         if unit is not None and unit.format is Format.CHANNELS_LAST:
             if not unit.comes_second or unit.residual in self.channels_last:
@@ -177,7 +194,7 @@ class Layout:
         reads_any = unit is not None or not graph.is_opaque(node) and calls.reads_any_strides(node, graph.modules)
         return "free" if reads_any else None
 
-    def _is_metadata(self, node):
+    def _is_metadata(self, node: fx.Node) -> bool:
         """Sizes and numbers made of them."""
         inputs = node.all_input_nodes
         if inputs and all(i in self._plain and i.op != "get_attr" for i in inputs):
@@ -192,7 +209,7 @@ class Layout:
             and node.args[1] in calls.METADATA_ATTRIBUTES
         )
 
-    def _must_be_contiguous_as_aliases(self, aliases):
+    def _must_be_contiguous_as_aliases(self, aliases: dict[fx.Node, set[fx.Node]]) -> None:
         grown = True
         while grown:
             pinned = self.must_be_contiguous

@@ -11,16 +11,34 @@ A schedule is a list of rows, a row a list of blocks, a block a list of units, e
 runs as the forward has it. Whether the kernels take a row is seen when it is prepared.
 """
 
+from __future__ import annotations
 
-def schedule(graph, layout, mode):
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from ..match.graph import Graph
+    from ..modes import Mode
+    from ..units import Unit
+    from .layout import Layout
+
+    Block = list[Unit]
+    Row = list[Block]
+    BySource = dict[fx.Node, list[Unit]]
+
+
+def schedule(graph: Graph, layout: Layout, mode: Mode) -> list[Row]:
     """The rows of a graph's units."""
     units = sorted((unit for unit in graph.units if unit.runs), key=lambda unit: graph.order[unit.nodes[0]])
     units = [unit for unit in units if unit.first.settle(unit.last, layout, mode)]
     return rows(graph, blocks(graph, units, layout), layout) if mode.direct else [[[unit]] for unit in units]
 
 
-def blocks(graph, units, layout):
-    by_source, found, taken = {}, [], set()
+def blocks(graph: Graph, units: list[Unit], layout: Layout) -> list[Block]:
+    by_source: BySource = {}
+    taken: set[Unit] = set()
+    found = []
     for unit in units:
         by_source.setdefault(unit.source, []).append(unit)
     for unit in units:
@@ -34,7 +52,7 @@ def blocks(graph, units, layout):
     return [block for block in found if len(block) > 1 or block[0] not in taken]
 
 
-def _block_from(unit, by_source, layout, taken):
+def _block_from(unit: Unit, by_source: BySource, layout: Layout, taken: set[Unit]) -> Block:
     """The longest block that begins with a unit."""
     block = [unit]
     while block[-1].in_strips and layout.is_free(block[-1].last):
@@ -44,6 +62,7 @@ def _block_from(unit, by_source, layout, taken):
         if (
             not added
             or not added[-1].in_strips
+            or not all(behind.first.takes_excitation for behind in added[1:])
             or added[-1] in taken
             or any(added[-1].residual in member.nodes for member in block + added)
         ):
@@ -52,13 +71,13 @@ def _block_from(unit, by_source, layout, taken):
     return block
 
 
-def _only_reader(node, by_source):
+def _only_reader(node: fx.Node, by_source: BySource) -> list[Unit]:
     """[the unit that alone reads a node], or []."""
     found = by_source.get(node, [])
     return list(found) if len(found) == 1 and len(node.users) == 1 else []
 
 
-def _something_between(block, graph):
+def _something_between(block: Block, graph: Graph) -> bool:
     """True where a node stands between the ends of a block that could write what it reads."""
     members = {node for unit in block for node in unit.all_nodes}
     start, end = graph.order[block[0].nodes[0]], graph.order[block[-1].last]
@@ -67,18 +86,18 @@ def _something_between(block, graph):
     )
 
 
-def inputs_of(block):
+def inputs_of(block: Block) -> list[fx.Node]:
     """What a block reads: the source, then each residual that is not the source."""
     source = block[0].source
     return [source, *dict.fromkeys(unit.residual for unit in block if unit.residual not in (None, source))]
 
 
-def rows(graph, found, layout):
+def rows(graph: Graph, found: list[Block], layout: Layout) -> list[Row]:
     """Blocks that follow each other put together. What is not worth a call of its own is left out alone."""
     found = [block for block in found if block[0].first.joins()]
     by_last = {block[-1].last: block for block in found}
     inside = {node for block in found for unit in block for node in unit.all_nodes}
-    adjacent = [[]]
+    adjacent: list[Row] = [[]]
     for node in graph.nodes:
         if node in by_last:
             adjacent[-1].append(by_last[node])
@@ -94,10 +113,11 @@ def rows(graph, found, layout):
     return made
 
 
-def _longest(row, layout):
+def _longest(row: Row, layout: Layout) -> int:
     """How many blocks from the first on can be one row: what they compute is read by themselves alone, but for the last
     one's result."""
-    longest, values, nodes = 1, set(inputs_of(row[0])), set()
+    longest, values = 1, set(inputs_of(row[0]))
+    nodes: set[fx.Node] = set()
     if len(values) > 1:
         return 1
     source = row[0][0].source

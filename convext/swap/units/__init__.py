@@ -1,14 +1,28 @@
 """The one intermediate form: units are what patterns find in a graph, and what schedule and calls are made of."""
 
-import enum
-from dataclasses import dataclass, field
+from __future__ import annotations
 
-from torch import fx
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
 
 from ...backends.native_sequence import Step
 from ...problem import ConvProblem
 from ..capture.signature import TENSOR_TYPES
 from .functions import Place, found
+
+if TYPE_CHECKING:
+    from ...backends import Choice
+    from ..modes import Mode
+
+Call = Callable[..., Any]  # function(x, residual=None)
+Tensors = Sequence[torch.Tensor | None]
+AnyLayout = Any  # Layout of schedule/layout.py, which stands above
+AnyProgram = Any  # Program of lower/program.py, as well
 
 
 class Op:
@@ -20,19 +34,22 @@ class Op:
     in_strips   it may be computed a strip of rows at a time, together with its neighbours
     has_call    it is worth a call by itself; else, alone, it is left to its module
     excitation  of a call that is squeeze and excitation, what the convolution behind it may do for it, else None
+    takes_excitation  as such a convolution can: the other steps scale no input
     choice      the backend's choice of a kernel, where there is a choice, once it is prepared
     """
 
     places: tuple[Place, ...] = ()
-    module = excitation = choice = None
-    in_strips, has_call = True, True
+    module: nn.Module | None = None
+    excitation: Any = None
+    choice: Choice | None = None
+    in_strips, has_call, takes_excitation = True, True, False
     activation, eps = "identity", 0.0
 
     def words(self, adds: bool) -> list[str]:
         """For the report: what of it is fused with the layer before. `adds`: it adds a residual."""
         return ["add"] if adds else []
 
-    def settle(self, last: fx.Node, layout, mode) -> bool:
+    def settle(self, last: fx.Node, layout: AnyLayout, mode: Mode) -> bool:
         """Called once the memory formats are known; `last` is the unit's. Returns whether the op may stand there."""
         return True
 
@@ -40,14 +57,14 @@ class Op:
         """Whether it may be a member of a row now."""
         return True
 
-    def bind(self, fallback, mode):
+    def bind(self, fallback: Call, mode: Mode) -> Call:
         """function(x, residual=None) of a unit of this op alone. `fallback(x, residual)` runs its nodes one by one."""
         return fallback
 
-    def tensors(self):
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
         return tuple(map(found, self.places))
 
-    def facts(self, tensors):
+    def facts(self, tensors: Tensors) -> list[Any] | None:
         """What a prepared call relies on; None where the tensors are none of torch's own."""
         if any(t is not None and type(t) not in TENSOR_TYPES for t in tensors):
             return None
@@ -57,9 +74,10 @@ class Op:
         """The step that reads the output of the problem `before`; None where it cannot be one."""
         return None
 
-    def emit(self, unit, program, values):
+    def emit(self, unit: Unit, program: AnyProgram, values: list[int]) -> int | None:
         """Adds the steps of a unit of this op to a program; returns the number of its value, or None."""
-        return program.add_unit(unit, values)
+        number: int | None = program.add_unit(unit, values)
+        return number
 
 
 class Format(enum.Enum):

@@ -12,16 +12,26 @@ The kernels of convolutions then compute the product and both its gradients, and
 bias's come out of one pass.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import torch
+from torch import fx, nn
 
 from ... import autograd, backends, functional, ops
 from ...backends.native_sequence import Step, StepKind
 from ...problem import ConvProblem, Layout, Pass
-from . import Op
-from .functions import NOWHERE
+from . import AnyLayout, Call, Op, Tensors
+from .functions import NOWHERE, Place
 
+if TYPE_CHECKING:
+    from ..modes import Mode
+
+Filters = tuple[int, int, int, int, int, int, int, int, int, int]  # k, r, s, stride, padding, dilation, groups
+Shapes = tuple[tuple[int, ...], ...]
 POINTWISE = 1, 1, 1, 1, 0, 0, 1, 1, 1  # filter, stride, padding, dilation, groups
-_DTYPES = torch.float32, torch.float64, torch.bfloat16
+_DTYPES: tuple[torch.dtype, ...] = torch.float32, torch.float64, torch.bfloat16
 _NORM_DTYPES = torch.float32, torch.float64  # of the LayerNorm's kernel
 _LEAST_ROWS = 64  # of x: with fewer, packing the weights costs as much as multiplying by them
 
@@ -29,15 +39,15 @@ _LEAST_ROWS = 64  # of x: with fewer, packing the weights costs as much as multi
 class _ChannelOp(Op):
     kind, dtypes = StepKind.CONVOLUTION, _DTYPES
 
-    def filters(self, before, tensors):
+    def filters(self, before: ConvProblem, tensors: Tensors) -> Filters | None:
         """How many there are, and their extents, strides and groups as ConvProblem takes them; None where the tensors
         do not fit."""
         raise NotImplementedError
 
-    def settle(self, last, layout, mode):
+    def settle(self, last: fx.Node, layout: AnyLayout, mode: Mode) -> bool:
         return not mode.direct or layout.is_free(last)
 
-    def step(self, before, residual):
+    def step(self, before: ConvProblem | None, residual: int | None) -> Step | None:
         tensors = self.tensors()
         if (
             before is None
@@ -59,10 +69,10 @@ class Mean(_ChannelOp):
     places = (NOWHERE,) * 6
     in_strips = has_call = False
 
-    def settle(self, last, layout, mode):
+    def settle(self, last: fx.Node, layout: AnyLayout, mode: Mode) -> bool:
         return True
 
-    def filters(self, before, tensors):
+    def filters(self, before: ConvProblem, tensors: Tensors) -> Filters | None:
         return before.k, *before.y_shape[2:], 1, 1, 0, 0, 1, 1, before.k
 
 
@@ -72,18 +82,18 @@ class LayerNorm(_ChannelOp):
     kind, dtypes = StepKind.LAYER_NORM, _NORM_DTYPES
     has_call = False
 
-    def __init__(self, module):
+    def __init__(self, module: nn.LayerNorm):
         self.norm = module
         self.places = (*(NOWHERE,) * 4, (module._parameters, "weight"), (module._parameters, "bias"))
 
     @property
-    def eps(self):
+    def eps(self) -> Any:  # type: ignore[override]
         return self.norm.__dict__["eps"]
 
-    def words(self, adds):
+    def words(self, adds: bool) -> list[str]:
         return ["layer norm", *super().words(adds)]
 
-    def filters(self, before, tensors):
+    def filters(self, before: ConvProblem, tensors: Tensors) -> Filters | None:
         return (before.k, *POINTWISE) if tuple(self.norm.normalized_shape) == (before.k,) else None
 
 
@@ -91,19 +101,20 @@ class Linear(_ChannelOp):
     """A linear layer, and the activation after it. `scale`: whether the output is multiplied by a tensor found by name;
     `scale_shapes`: those that it may have, where -1 stands for the channels."""
 
-    def __init__(self, module):
-        self.linear, self.scale, self.scale_shapes = module, False, ()
+    def __init__(self, module: nn.Linear):
+        self.linear, self.scale = module, False
+        self.scale_shapes: Shapes = ()
         self.places = (*((module._parameters, name) for name in ("weight", "bias")), *(NOWHERE,) * 4)
 
-    def scale_by(self, place, shapes):
+    def scale_by(self, place: Place, shapes: Shapes) -> None:
         self.scale, self.scale_shapes = True, shapes
         self.places = (*self.places[:4], place, NOWHERE)
 
-    def words(self, adds):
+    def words(self, adds: bool) -> list[str]:
         activation = [] if self.activation == "identity" else [self.activation]
         return ["linear", *activation, *(["scale"] if self.scale else []), *super().words(adds)]
 
-    def filters(self, before, tensors):
+    def filters(self, before: ConvProblem, tensors: Tensors) -> Filters | None:
         weight, scale = tensors[0], tensors[4]
         if weight is None or weight.dim() != 2 or weight.shape[1] != before.k:
             return None
@@ -112,12 +123,12 @@ class Linear(_ChannelOp):
             return None
         return weight.shape[0], *POINTWISE
 
-    def bind(self, fallback, mode):
+    def bind(self, fallback: Call, mode: Mode) -> Call:
         if mode.direct:
             return fallback
         parameters, activation = self.linear._parameters, self.activation
 
-        def fused(x):
+        def fused(x: Any) -> Any:
             w, bias = parameters.get("weight"), parameters.get("bias")
             if w is None or x is None or not _takes(x, w, bias):
                 return fallback(x)
@@ -129,7 +140,7 @@ class Linear(_ChannelOp):
         return fused
 
 
-def _takes(x, w, bias):
+def _takes(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """True where a recorded call on x runs faster as a convolution, and means the same."""
     if not autograd.needs_function(x, w, bias) or not ops.all_plain(x, w, bias) or autograd.carries_tangents():
         return False

@@ -1,19 +1,27 @@
 """The call of a container that has a plan of its own: it may join a sequence, and squeeze and excitation a
 convolution."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 from ...problem import ACTIVATIONS
 from ..method import ForwardMethod
-from . import Op
-from .functions import Convolution
+from . import AnyLayout, AnyProgram, Call, Op, Unit
+from .functions import Convolution, Place
+
+if TYPE_CHECKING:
+    from ..modes import Mode
 
 # Name of the gate -> what computes it; csrc/cpu/kernels/elementwise/squeeze_excite.h numbers them in this order.
-GATES = {"sigmoid": (nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid"), "hardsigmoid": (nn.Hardsigmoid, F.hardsigmoid)}
+GATES: dict[str, tuple[Any, ...]] = {
+    "sigmoid": (nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid"),
+    "hardsigmoid": (nn.Hardsigmoid, F.hardsigmoid),
+}
 
 
 class Container(Op):
@@ -22,27 +30,28 @@ class Container(Op):
 
     in_strips = has_call = False
 
-    def __init__(self, module, excitation=None):
-        self.container, self.excitation, self.mode = module, excitation, None
+    def __init__(self, module: nn.Module, excitation: SqueezeExcite | None = None):
+        self.container, self.excitation = module, excitation
+        self.mode: Mode = None  # type: ignore[assignment]  # until it is settled
 
-    def settle(self, last, layout, mode):
+    def settle(self, last: fx.Node, layout: AnyLayout, mode: Mode) -> bool:
         any_format = last in layout.any_format
         self.mode = mode._replace(in_seam=any_format)  # in which its own plan will run
         return not layout.in_seam or any_format or last in layout.channels_last
 
-    def bind(self, fallback, mode):
+    def bind(self, fallback: Call, mode: Mode) -> Call:
         return self.container.__dict__["forward"].in_any_format if self.mode.in_seam else self.container
 
-    def whole(self):
+    def whole(self) -> Any:
         """What runs all of it as a member of a sequence, now, or None."""
         forward = self.container.__dict__.get("forward")
         return forward.whole(self.mode) if isinstance(forward, ForwardMethod) else None
 
-    def joins(self):
+    def joins(self) -> bool:
         """One that is no sequence itself now would keep those around it from being one."""
         return self.whole() is not None
 
-    def emit(self, unit, program, values):
+    def emit(self, unit: Unit, program: AnyProgram, values: list[int]) -> Any:
         whole = self.whole()
         return None if whole is None else whole.emit(program, values)
 
@@ -56,10 +65,10 @@ class SqueezeExcite(NamedTuple):
     gate: str
 
     @property
-    def places(self):
+    def places(self) -> tuple[Place, ...]:
         return *self.squeeze[:2], *self.excite[:2]
 
     @property
-    def codes(self):
+    def codes(self) -> tuple[int, int]:
         """As the compiled library numbers them: (activation, gate)."""
         return ACTIVATIONS[self.activation], list(GATES).index(self.gate)

@@ -5,18 +5,27 @@ effect that it had before, then runs fused, or falls back on the functions one b
 Where no gradient is wanted it goes straight to the operator, and everything it does counts.
 """
 
+from __future__ import annotations
+
 import contextlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 from torch.autograd import forward_ad
 
 from ... import autograd, backends, checks, functional, ops
 from ...backends.native_sequence import Step
 from ...memory_format import dense_strides, suggests_channels_last, where_copied
-from ...problem import DTYPES, ConvProblem, Epilogue, Pass
+from ...problem import DTYPES, ConvProblem, Epilogue, Geom, Pass
 from ..capture.signature import TENSOR_TYPES as PLAIN
-from . import Op
-from .functions import NOWHERE, found
+from . import AnyLayout, Call, Op
+from .functions import NOWHERE, BatchNorm, Convolution, Place, found
+
+if TYPE_CHECKING:
+    from ..modes import Mode
+    from .containers import SqueezeExcite
 
 _grad_enabled = torch.is_grad_enabled
 
@@ -25,38 +34,42 @@ class Conv(Op):
     """A `Convolution`, and what is fused with it: a `BatchNorm` or None, an activation. `excite`: the squeeze and
     excitation of its input, where it is computed together with that."""
 
-    def __init__(self, convolution, batch_norm=None, activation="identity"):
+    takes_excitation = True
+
+    def __init__(self, convolution: Convolution, batch_norm: BatchNorm | None = None, activation: str = "identity"):
         self.convolution, self.batch_norm, self.activation = convolution, batch_norm, activation
         self.channels_last = False  # whether the result is, whatever the input
-        self.module, self.state, self.excite = convolution.layer, None, None
+        self.module = convolution.layer
+        self.state: _Calls = None  # type: ignore[assignment]  # until it is bound
+        self.excite: SqueezeExcite | None = None
         self.eps = 0.0 if batch_norm is None else batch_norm.eps
         self.in_strips = convolution.is_pointwise or convolution.is_depthwise
 
-    def words(self, adds):
+    def words(self, adds: bool) -> list[str]:
         activation = [] if self.activation == "identity" else [self.activation]
         return ([] if self.batch_norm is None else ["bn"]) + super().words(adds) + activation
 
-    def settle(self, last, layout, mode):
+    def settle(self, last: fx.Node, layout: AnyLayout, mode: Mode) -> bool:
         self.channels_last = layout.in_seam and layout.is_free(last)
         return True
 
-    def bind(self, fallback, mode):
+    def bind(self, fallback: Call, mode: Mode) -> Call:
         self.state = _Calls(self.convolution.geom, self.channels_last)
         fused = _recorded_or_not(self, fallback)
         by_batch = self.batch_norm is not None and self.batch_norm.by_batch
         return _direct(self, fused, fallback, mode.autocast) if mode.direct and not by_batch else fused
 
     @property
-    def places(self):
+    def places(self) -> tuple[Place, ...]:  # type: ignore[override]
         norm = (NOWHERE,) * 4 if self.batch_norm is None else self.batch_norm[:4]
         excite = self.excite.places if self.excite else ()
         return *self.convolution[:2], *norm, *excite
 
     @property
-    def choice(self):
+    def choice(self) -> Any:  # type: ignore[override]
         return self.state.choice
 
-    def step(self, before, residual):
+    def step(self, before: ConvProblem | None, residual: int | None) -> Step | None:
         """Its own call has seen the problem."""
         if self.state.call is None or self.batch_norm is not None and self.batch_norm.by_batch:
             return None
@@ -96,12 +109,19 @@ class _Calls:
         "choice",
     )
 
-    def __init__(self, geom, channels_last):
+    def __init__(self, geom: Geom, channels_last: bool):
         self.geom, self.channels_last = geom, channels_last
-        self.last = self.weight = self.y_shape = self.y_strides = self.call = self.counter = self.choice = None
-        self.pixel, self.dtypes = False, None
+        self.last: tuple[Any, ...] | None = None
+        self.weight: tuple[Any, ...] | None = None
+        self.y_shape: torch.Size | None = None
+        self.y_strides: tuple[int, ...] | None = None
+        self.dtypes: tuple[torch.dtype | None, ...] | None = None
+        self.call: Callable[..., torch.Tensor] | None = None
+        self.counter: Any = None
+        self.choice: Any = None
+        self.pixel = False
 
-    def prepare(self, x, w, activation):
+    def prepare(self, x: torch.Tensor, w: torch.Tensor, activation: str) -> None:
         """Chooses the kernel for calls like this one, which has just gone well. Under autocast x is in its dtype, and w
         may be as it was."""
         self.choice = choice = backends.select(Pass.FPROP, ConvProblem.of_fprop(x, w, self.geom, self.channels_last))
@@ -114,14 +134,15 @@ class _Calls:
         self.call = choice.prepared_fprop(activation, rounds_weights=w.dtype is not x.dtype)
 
 
-def _direct(op, fused, fallback, autocast):
+def _direct(op: Conv, fused: Call, fallback: Call, autocast: torch.dtype | None) -> Call:
     """`fused`, which a call like the one before passes by. `autocast`: what tensors on the CPU are cast to."""
     state, activation, eps = op.state, op.activation, op.eps
     (weights, weight), (biases, bias_), (means, mean_), (variances, var_), (gammas, gamma_), (betas, beta_) = op.places[
         :6
     ]
 
-    def direct(x, residual=None):
+    def direct(x: Any, residual: torch.Tensor | None = None) -> Any:
+        w: Any
         if x is None:  # a container's result: the layers raise
             return fallback(x, residual)
         if autocast is not None and x.dtype is not autocast:
@@ -165,15 +186,16 @@ def _direct(op, fused, fallback, autocast):
     return direct
 
 
-def _recorded_or_not(op, fallback):
+def _recorded_or_not(op: Conv, fallback: Call) -> Call:
     """function(x, residual=None): the operator, or what records a gradient of it."""
     state, norm, channels_last, activation = op.state, op.batch_norm, op.channels_last, op.activation
     geom, places = op.convolution.geom, op.places[:6]
-    settings = dict(zip(("stride", "padding", "dilation", "groups"), geom), activation=activation)
+    settings: dict[str, Any] = dict(zip(("stride", "padding", "dilation", "groups"), geom), activation=activation)
     by_batch = norm is not None and norm.by_batch
     ends_elementwise = activation != "identity"
 
-    def fused(x, residual=None):
+    def fused(x: Any, residual: torch.Tensor | None = None) -> Any:
+        w: Any
         w, bias, mean, var, gamma, beta = map(found, places)
         # A batch norm is elementwise where it is recorded.
         elementwise = ends_elementwise or norm is not None and (by_batch or _grad_enabled())
@@ -219,16 +241,18 @@ def _recorded_or_not(op, fallback):
     return fused
 
 
-def _requires_grad(*tensors):
+def _requires_grad(*tensors: torch.Tensor | None) -> bool:
     return any([t is not None and t.requires_grad for t in tensors])
 
 
-def dtypes(*tensors):
+def dtypes(*tensors: torch.Tensor | None) -> tuple[torch.dtype | None, ...]:
     """The dtype of each, None where there is none."""
     return tuple([None if t is None else t.dtype for t in tensors])
 
 
-def _is_usual(x, w, geom, residual, channels_last, elementwise):
+def _is_usual(
+    x: Any, w: Any, geom: Geom, residual: torch.Tensor | None, channels_last: bool, elementwise: bool
+) -> bool:
     """True where the fused call means what its modules one by one do, strides included. `elementwise`: an elementwise
     operation follows the convolution."""
     if (
@@ -248,7 +272,7 @@ def _is_usual(x, w, geom, residual, channels_last, elementwise):
     )
 
 
-def _is_for_the_layers(x, w, geom, by_batch):
+def _is_for_the_layers(x: torch.Tensor, w: torch.Tensor, geom: Geom, by_batch: bool) -> bool:
     """True where the layers may raise, each with what those before it have left behind."""
     return (
         x.is_inference()
@@ -259,7 +283,7 @@ def _is_for_the_layers(x, w, geom, by_batch):
     )
 
 
-def _fits(residual, x, w, geom):
+def _fits(residual: torch.Tensor, x: torch.Tensor, w: torch.Tensor, geom: Geom) -> bool:
     """True where a residual has the shape and the dtype of the convolution's result."""
     shape = residual.shape
     return (
@@ -271,14 +295,14 @@ def _fits(residual, x, w, geom):
     )
 
 
-def _in_another_format(residual, x, w):
+def _in_another_format(residual: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> bool:
     """True where a residual that fits has other strides than the convolution's result: then those of the sum depend on
     which of the two comes first."""
     result = dense_strides(residual.shape, suggests_channels_last(x) or suggests_channels_last(w))
     return residual.stride() != result
 
 
-def _one_pixel(x, w, geom):
+def _one_pixel(x: torch.Tensor, w: torch.Tensor, geom: Geom) -> bool:
     """True where the result is one pixel in channels-last strides. To torch's elementwise operations it is contiguous
     as well, and their result has a contiguous tensor's strides, which an interpolation after them goes by."""
     asks = suggests_channels_last(x) or suggests_channels_last(w)
@@ -288,11 +312,11 @@ def _one_pixel(x, w, geom):
 _AS_IS = contextlib.nullcontext()
 
 
-def _recorded(channels_last):
+def _recorded(channels_last: bool) -> contextlib.AbstractContextManager[Any]:
     return autograd.contiguous_weight_gradients() if channels_last else _AS_IS
 
 
-def _in_format(x, channels_last):
+def _in_format(x: torch.Tensor, channels_last: bool) -> Any:
     if not channels_last or x.is_contiguous(memory_format=torch.channels_last):
         return x
     if autograd.needs_function(x) and not ops._functorch_active() and not ops.batched_the_older_way(x):
@@ -301,7 +325,7 @@ def _in_format(x, channels_last):
         return x.contiguous(memory_format=torch.channels_last)
 
 
-def _summand(residual, channels_last):
+def _summand(residual: Any, channels_last: bool) -> Any:
     """A residual for a channels-last result, whose gradient comes back in its own format."""
     recorded = residual is not None and autograd.needs_function(residual)
     return _in_format(residual, channels_last) if recorded else residual

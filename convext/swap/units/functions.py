@@ -4,6 +4,8 @@ A layer of torch's is one, and so is a call of `F.conv2d` or `F.batch_norm` in a
 besides its input are places, which a call looks up anew, and settings, which are facts of the plan that it stands in.
 """
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +37,7 @@ class Convolution(NamedTuple):
     layer: nn.Module | None
 
     @classmethod
-    def of_layer(cls, conv: nn.Conv2d) -> "Convolution | None":
+    def of_layer(cls, conv: nn.Conv2d) -> Convolution | None:
         """That of a layer, exactly of torch's class or convext's; None where it takes more than a Geom to say:
         padding="same", another padding than zeros."""
         settings = [conv.__dict__.get(name) for name in ("stride", "padding", "dilation", "groups")]
@@ -58,8 +60,8 @@ class Convolution(NamedTuple):
 
 def geom_of(stride: Any, padding: Any, dilation: Any, groups: Any) -> Geom | None:
     """The Geom of settings that are ints, or tuples and lists of two; None of others, and of what PyTorch refuses."""
-    settings = [tuple(value) if isinstance(value, list) else value for value in (stride, padding, dilation)]
-    geom = functional.plain_geom(*settings, groups)
+    stride, padding, dilation = [tuple(v) if isinstance(v, list) else v for v in (stride, padding, dilation)]
+    geom = functional.plain_geom(stride, padding, dilation, groups)
     if geom is None or min(*geom.stride, *geom.dilation, geom.groups) < 1 or min(geom.padding) < 0:
         return None
     return geom
@@ -78,13 +80,13 @@ class BatchNorm(NamedTuple):
     var: Place
     weight: Place
     bias: Place
-    count: Place
+    count: Place  # type: ignore[assignment]  # a tuple has a method of that name
     by_batch: bool
     momentum: float | None
     eps: float
 
     @classmethod
-    def of_layer(cls, layer: nn.BatchNorm2d) -> "BatchNorm | None":
+    def of_layer(cls, layer: nn.BatchNorm2d) -> BatchNorm | None:
         """That of a layer, as BatchNorm2d.forward goes by its settings, or None as of `as_usual`."""
         settings, statistics, affine = layer.__dict__, layer._buffers, layer._parameters
         names = "training", "track_running_stats", "momentum", "eps"
@@ -107,7 +109,7 @@ class BatchNorm(NamedTuple):
             eps,
         ).as_usual()
 
-    def as_usual(self) -> "BatchNorm | None":
+    def as_usual(self) -> BatchNorm | None:
         """Itself, or None where PyTorch raises, or takes what the fused call does not."""
         if type(self.eps) not in (float, int) or self.eps <= 0:
             return None
