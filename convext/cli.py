@@ -284,6 +284,34 @@ def bench_layers(
     results.write(output, record, [m.as_json() for m in measured])
 
 
+@bench.command("shapes")
+def bench_shapes(
+    count: Annotated[int, typer.Argument(min=1)] = 200,
+    seed: Annotated[int, typer.Option(help="The same shapes for each.")] = 0,
+    threads: Threads = None,
+    dtype: DTypeOption = DType.float32,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    seconds: Annotated[float, typer.Option(min=0.0, help="For each shape.")] = 0.15,
+    output: Json = None,
+) -> None:
+    """Time convolutions of shapes drawn at random: the cost model's choice, the best, ATen. Nothing of it is kept."""
+    import convext
+
+    from .bench import machine, results, shapes
+    from .tune import measure
+
+    options.output("--json", output)
+    measured = []
+    with convext.tuning("off"), _threads(threads), _progress() as progress:
+        record = machine.record() | {"threads": torch.get_num_threads(), "seed": seed, "dtype": dtype.value}
+        for pass_, problem in progress.track(shapes.draw(count, seed, dtype.torch), total=count):
+            measured.append(measure(pass_, problem, seconds=seconds))
+    _print_table(shapes.table(measured), markdown)
+    print(shapes.summary(measured))
+    _print_machine(record)
+    results.write(output, record, [shapes.as_json(one) for one in measured])
+
+
 @bench.command("results")
 def bench_results(
     folder: Annotated[Path, typer.Argument(metavar="[FOLDER]")] = Path("benchmarks/results"),

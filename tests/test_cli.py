@@ -9,7 +9,7 @@ import pytest
 import convext
 from convext import cli, doctor, dry_run, options
 from convext.backends import tuned
-from convext.bench import problems
+from convext.bench import problems, shapes
 from convext.problem import ConvProblem, DType, Pass
 
 
@@ -167,6 +167,18 @@ def test_results_say_whether_the_output_pool_was_on(option, tmp_path, capsys):
 def test_json_that_cannot_be_written_is_named_before_anything_is_timed(tmp_path, capsys):
     assert cli.main(f"bench model resnet18 --json {tmp_path}/nowhere/figures.json".split()) == 2
     assert "--json" in capsys.readouterr().err
+
+
+def test_bench_shapes_says_how_good_the_choice_is(tmp_path, capsys):
+    path = tmp_path / "shapes.json"
+    assert cli.main(["bench", "shapes", "6", "--seconds", "0", "--threads", "1", "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "6 problems; the cost model's choice is within 10 % of the best in" in printed
+    assert "tuned: " in printed and "times as fast as ATen in geometric mean" in printed
+    found = json.loads(path.read_text())
+    assert len(found["results"]) == 6 and found["machine"]["seed"] == 0 and found["machine"]["threads"] == 1
+    assert list(shapes.draw(6)) == list(shapes.draw(6)) != list(shapes.draw(6, seed=1))
+    assert all(one["by the cost model"] in one["seconds"] for one in found["results"])
 
 
 def test_tune_and_explain(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,93 @@
+"""Convolutions of shapes drawn at random: how good the choice of who computes them is."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ..problem import DTYPES, ConvProblem, Layout, Pass
+from ..tune import Measured
+from .problems import title
+from .tables import Grid
+
+MOST_FLOPS = 1.5e9
+NOISE = 0.05  # what two measurements of one kernel may be apart
+
+
+def draw(count: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Iterator[tuple[Pass, ConvProblem]]:
+    """As many problems on the CPU, of 1 to 512 channels, 4² to 56² pixels, 1 to 8 groups, 1 to 8 images, filters of 1²
+    to 7², strides, dilations and both memory formats, each with one of the passes; the same for each seed."""
+    rng, drawn = random.Random(seed), 0
+    widths = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
+    while drawn < count:
+        groups = rng.choice((1, 1, 1, 1, 2, 4, 8))
+        c, k = groups * rng.choice(widths), groups * rng.choice(widths)
+        n, side, taps = (
+            rng.choice((1, 4, 8)),
+            rng.choice((4, 7, 8, 14, 16, 28, 32, 56)),
+            rng.choice((1, 1, 3, 3, 3, 5, 7)),
+        )
+        stride, dilation = rng.choice((1, 1, 1, 2)), rng.choice((1, 1, 1, 2)) if taps > 1 else 1
+        layout, pass_, padding = rng.choice((Layout.NCHW, Layout.NHWC)), rng.choice(list(Pass)), taps // 2 * dilation
+        problem = ConvProblem(
+            n, c, side, side, k, taps, taps, stride, stride, padding, padding, dilation, dilation, groups,
+            DTYPES[dtype], layout, layout, "cpu",
+        )  # fmt: skip
+        if max(c, k) <= 512 and problem.flops <= MOST_FLOPS:
+            drawn += 1
+            yield pass_, problem
+
+
+def _shares(measured: Sequence[Measured]) -> list[tuple[float, float, float]]:
+    """Of each problem that who serves without tuning computes rightly: the best's time over that one's, ATen's over that
+    one's, ATen's over the tuned choice's."""
+    found = []
+    for one in measured:
+        seconds = one.choice.seconds
+        if one.before not in seconds:
+            continue
+        now = seconds[f"{one.choice.backend} {one.choice.variant}"]
+        aten = next(value for name, value in seconds.items() if name.startswith("aten "))
+        found.append((min(seconds.values()) / seconds[one.before], aten / seconds[one.before], aten / now))
+    return found
+
+
+def summary(measured: Sequence[Measured]) -> str:
+    shares = _shares(measured)
+    within = sum(best >= 0.9 for best, _, _ in shares) / len(shares)
+    lines = [f"{len(shares)} problems; the cost model's choice is within 10 % of the best in {within:.0%}"]
+    for name, place in (("by the cost model", 1), ("tuned", 2)):
+        ratios = [share[place] for share in shares]
+        lines.append(
+            f"{name}: {statistics.geometric_mean(ratios):.2f} times as fast as ATen in geometric mean, slower beyond "
+            f"noise in {sum(ratio < 1 - NOISE for ratio in ratios)}, least {min(ratios):.2f}"
+        )
+    return "\n".join(lines)
+
+
+def table(measured: Sequence[Measured]) -> Grid:
+    """Those where another than who served before is faster by 10 %."""
+    grid = Grid(["problem", "pass", "n", "by the cost model", "ms", "best", "ms"])
+    for one in measured:
+        seconds = one.choice.seconds
+        fastest = min(seconds, key=seconds.__getitem__)
+        if one.before in seconds and seconds[fastest] < 0.9 * seconds[one.before]:
+            grid.rows.append(
+                [title(one.problem), one.pass_.name.lower(), str(one.problem.n), one.before.split(" ", 1)[1]]
+                + [f"{seconds[one.before] * 1e3:.3f}", fastest.split(" ", 1)[1], f"{seconds[fastest] * 1e3:.3f}"]
+            )
+    return grid
+
+
+def as_json(one: Measured) -> dict[str, object]:
+    return {
+        "problem": str(one.problem),
+        "layout": one.problem.x_layout.name,
+        "pass": one.pass_.name.lower(),
+        "by the cost model": one.before,
+        "tuned": f"{one.choice.backend} {one.choice.variant}",
+        "seconds": one.choice.seconds,
+    }
