@@ -42,8 +42,8 @@ def draw(count: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Itera
 
 
 def _shares(measured: Sequence[Measured]) -> list[tuple[float, float, float]]:
-    """Of each problem that who serves without tuning computes rightly: the best's time over that one's, ATen's over that
-    one's, ATen's over the tuned choice's."""
+    """Of each problem: the best's time over that of who serves without tuning, ATen's over that, ATen's over the tuned
+    choice's."""
     found = []
     for one in measured:
         seconds = one.choice.seconds
