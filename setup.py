@@ -230,13 +230,14 @@ def cuda_plan() -> tuple[Path | None, str]:
     return toolkit, f"CUDA library built with nvcc {release[1]}.{release[2]} for {', '.join('sm_' + a for a in archs)}"
 
 
-# Seconds of a core that a file takes, where it is not half a one: they tell how long a build will last.
+# Seconds of a core that a file takes, where it is not half a one, or half a minute for CUDA's: they tell how long a
+# build will last.
 SECONDS = {
     **{"batch_norm": 14.0, "depthwise_taps": 9.0, "bindings": 7.5, "gemm": 4.5, "winograd": 4.5, "storage": 4.0},
     **{"stem_fprop": 2.3, "ops_sequence": 2.3, "ops_conv": 2.2, "depthwise_wgrad": 2.0, "staging": 2.0},
     **{"ops_batch_norm": 1.5, "pointwise_fprop": 1.5, "gemm_wgrad": 1.2, "stem_wgrad": 1.2},
 }
-OTHER_SECONDS = 0.5
+OTHER_SECONDS = {".cpp": 0.5, ".cu": 30.0}
 
 
 def in_words(seconds: float) -> str:
@@ -324,12 +325,14 @@ class Ninja:
         if header is not None:
             inputs += f" | {header}.gch"
             flags += f" -include {header}"
-        self.edge(output, f"{rule} {inputs}", SECONDS.get(source.stem, OTHER_SECONDS), f"flags = {flags}")
+        self.edge(
+            output, f"{rule} {inputs}", SECONDS.get(source.stem, OTHER_SECONDS[source.suffix]), f"flags = {flags}"
+        )
         self.objects.setdefault(library, []).append(output)
 
     def precompile(self, rule: str, include: str, tag: str, flags: str) -> Path:
         """A header that includes one of csrc/, and GCC's digest of it, for files with the same rule and flags."""
-        header = self.folder / "headers" / f"{tag}.h"
+        header = Path("headers", f"{tag}.h")  # from the folder that ninja runs in
         if header not in self.headers:
             self.headers[header] = f'#include "{include}"\n'
             self.edge(f"{header}.gch", f"{rule} {header}", 0.7, f"flags = {flags} -x c++-header")
@@ -341,9 +344,10 @@ class Ninja:
     def run(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for header, text in self.headers.items():
-            header.parent.mkdir(exist_ok=True)
-            if not header.exists() or header.read_text() != text:
-                header.write_text(text)
+            file = self.folder / header
+            file.parent.mkdir(exist_ok=True)
+            if not file.exists() or file.read_text() != text:
+                file.write_text(text)
         self.edges.sort(key=lambda edge: -edge[0])  # no long one is left for the end
         lines = [*self.text, *(line for _, edge in self.edges for line in edge)]
         (self.folder / "build.ninja").write_text("\n".join(lines) + "\n")
