@@ -251,6 +251,7 @@ class Progress:
     On a terminal in one line that changes, elsewhere in a line every few seconds."""
 
     INTERVAL = 3.0
+    TELLING = 0.1  # the share from which on the time so far tells of the time left
 
     def __init__(self, library: str, seconds: dict[str, float]):
         self.library, self.seconds = library, seconds
@@ -263,10 +264,15 @@ class Progress:
         if count < total and now - self.told < self.INTERVAL:
             return
         self.told = now
-        left = (now - self.began) * (sum(self.seconds.values()) / self.done - 1) if self.done else 0.0
-        rest = f"about {in_words(left)} left" if count < total else f"done in {now - self.began:.0f} s"
+        share = self.done / sum(self.seconds.values()) if self.done else 0.0
+        if count == total:
+            rest = f", done in {now - self.began:.0f} s"
+        elif share >= self.TELLING:
+            rest = f", about {in_words((now - self.began) * (1 / share - 1))} left"
+        else:
+            rest = ""
         name = re.sub(r"^cpu\.kernels\.\w+\.|\.o$", "", Path(output).name)
-        line = f"convext: {self.library}: {count} of {total}, {name}, {rest}"
+        line = f"convext: {self.library}: {count} of {total}, {name}{rest}"
         ending = "\n" if count == total or not self.terminal else ""
         print(("\r\033[K" if self.terminal else "") + line, end=ending, file=sys.stderr, flush=True)
 

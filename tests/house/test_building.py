@@ -214,19 +214,23 @@ def test_a_build_says_how_far_it_is(setup, build, capsys, monkeypatch):
 def test_the_time_left_goes_by_what_files_take(setup, monkeypatch, capsys):
     monkeypatch.setattr(setup.time, "monotonic", lambda: clock[0])
     clock = [100.0]
-    progress = setup.Progress("CPU library", {"a.o": 10.0, "b.o": 60.0, "_C/cpu.kernels.direct.direct.avx2.o": 30.0})
-    clock[0] += 20
-    progress.finished(1, "a.o")
+    seconds = {"h.gch": 1.0, "a.o": 9.0, "b.o": 60.0, "_C/cpu.kernels.direct.direct.avx2.o": 30.0}
+    progress = setup.Progress("CPU library", seconds)
+    clock[0] += 5
+    progress.finished(1, "h.gch")  # too little to tell
+    clock[0] += 15
+    progress.finished(2, "a.o")
     clock[0] += 1
-    progress.finished(2, "_C/cpu.kernels.direct.direct.avx2.o")  # too soon to say
+    progress.finished(3, "_C/cpu.kernels.direct.direct.avx2.o")  # too soon to say
     clock[0] += 100
-    progress.finished(3, "b.o")
+    progress.finished(4, "b.o")
     assert capsys.readouterr().err.splitlines() == [
-        "convext: CPU library: 1 of 3, a, about 3 min 0 s left",
-        "convext: CPU library: 3 of 3, b, done in 121 s",
+        "convext: CPU library: 1 of 4, h.gch",
+        "convext: CPU library: 2 of 4, a, about 3 min 0 s left",
+        "convext: CPU library: 4 of 4, b, done in 121 s",
     ]
     progress.INTERVAL = 0.0
-    progress.finished(2, "_C/cpu.kernels.direct.direct.avx2.o")
+    progress.finished(3, "_C/cpu.kernels.direct.direct.avx2.o")
     assert ", direct.avx2, about" in capsys.readouterr().err
 
 

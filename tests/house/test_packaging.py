@@ -135,6 +135,7 @@ def test_dev_shows_how_far_the_build_is(installing):
         "  convext: CUDA library will be built, which takes minutes, with nvcc 13.0 for sm_90",
         "  convext: CPU library: 43 of 121, batch_norm.avx2, about 1 min 10 s left",
         "  [43/126] something of another package",
+        "  Created wheel for convext: filename=convext-0.1.0.whl",
         "  convext: CPU library: 121 of 121, _C.so, done in 90 s",
         "Successfully installed convext-0.1.0",
     ]
