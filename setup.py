@@ -14,13 +14,17 @@ The first uses torch's stable ABI (target 2.10), the third no torch at all: a bu
 second takes torch's C++ headers, and is left unloaded where torch is of another release than it was built with.
 
 Environment:
-    CONVEXT_BUILD_CUDA  auto (default): build the CUDA library where it can be built; 1: fail with the reason where it
-                        cannot; 0: skip it.
-    CONVEXT_CUDA_ARCHS  semicolon-separated, default "80;90" (plus PTX of the newest for what comes).
-    CXX                 the C++ compiler, default c++ or g++.
-    MAX_JOBS            parallel compile jobs, default limited by cores and memory.
+    CONVEXT_BUILD_CUDA    auto (default): build the CUDA library where it can be built, GPU or not; 1: fail with the
+                          reason where it cannot; gpu: build it where there is a GPU, and for that alone; 0: skip it.
+    CONVEXT_CUDA_ARCHS    semicolon-separated, default "80;90" (plus PTX of the newest for what comes).
+    TORCH_CUDA_ARCH_LIST  as torch's own extensions take it ("8.0;9.0+PTX"), where the one before is not set.
+    CXX                   the C++ compiler, default c++ or g++.
+    MAX_JOBS              parallel compile jobs, default limited by cores and memory.
+
+What is said begins with "convext: ", for ./dev picks it out of pip's output.
 """
 
+import errno
 import os
 import platform
 import re
@@ -28,6 +32,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +43,12 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 TORCH_TARGET_VERSION = "0x020a000000000000"  # the stable ABI of torch 2.10
 GIB_PER_JOB = 1.0  # the largest translation unit's peak, with room to spare
+USUAL_CUDA_HOME = "/usr/local/cuda"
+OLDEST_CUDA_ARCH = 80  # the kernels copy asynchronously and multiply bfloat16
+CUDA_FAMILIES = {  # the names that TORCH_CUDA_ARCH_LIST knows besides numbers
+    **{"volta": "7.0", "turing": "7.5", "ampere": "8.0;8.6", "ada": "8.9", "hopper": "9.0"},
+    "blackwell": "10.0;12.0",
+}
 
 CXX_FLAGS = [
     *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", f"-I{CSRC}"),
@@ -66,13 +77,28 @@ def cpu_kernels() -> Iterator[tuple[Path, str, str]]:
                 yield source, isa, " ".join([f"-DCONVEXT_ISA={isa}", *flags])
 
 
+def compile_kernels(build: "Ninja", library: str, cxx: str) -> None:
+    """Adds the files in csrc/cpu/kernels to the objects of `library`. All of them include the vectors and with them the
+    compiler's intrinsics, which take GCC longer to read than most kernels to compile: it reads them once for each
+    instruction set. Other compilers read them each time."""
+    macros = subprocess.run([*cxx.split(), "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True).stdout
+    gcc = "__GNUC__" in macros and "__clang__" not in macros
+    for source, isa, flags in cpu_kernels():
+        header = build.precompile("cxx", "cpu/simd/half.h", isa, flags) if gcc else None
+        build.compile(library, "cxx", source, f".{isa}", flags, header)
+
+
 def cpu_host() -> list[Path]:
     """The files of the CPU library that are compiled once and see neither torch nor Python."""
     return sorted([*(CSRC / "core").glob("*.cpp"), *(CSRC / "cpu" / "runtime").glob("*.cpp")])
 
 
 class BuildError(RuntimeError):
-    """A build problem told in one line."""
+    """A build problem told in one line: the cause and the remedy."""
+
+
+def say(text: str) -> None:
+    print(f"convext: {text}", file=sys.stderr, flush=True)
 
 
 def compiler() -> str:
@@ -80,6 +106,33 @@ def compiler() -> str:
         if shutil.which(name.split()[0]):
             return name
     raise BuildError("no C++ compiler: tried $CXX, c++, g++ and clang++; on Debian, apt-get install g++")
+
+
+def check_compiler(cxx: str) -> None:
+    """Whether it takes what the kernels are compiled with, before minutes are spent on the files that come first."""
+    for isa, flags in ISA_FLAGS.items():
+        command = [*cxx.split(), *flags, "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
+        tried = subprocess.run(command, input="#include <cstdint>\n", capture_output=True, text=True)
+        if tried.returncode != 0:
+            said = next(iter(tried.stderr.strip().splitlines()), f"exit status {tried.returncode}")
+            raise BuildError(
+                f"{cxx} does not compile C++20 for {isa} ({said}): set CXX to GCC 10, Clang 11 or a later one; "
+                "on Debian, apt-get install g++"
+            )
+
+
+def check_python() -> None:
+    """Whether Python's headers and the packages that the build needs are there."""
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.exists():
+        raise BuildError(f"{header} is missing: on Debian, apt-get install python3-dev")
+    for package in ("torch", "pybind11"):
+        try:
+            __import__(package)
+        except ImportError as error:
+            raise BuildError(
+                f"{package} cannot be imported ({error}): pip install {package}, or leave --no-build-isolation out"
+            ) from None
 
 
 def jobs() -> int:
@@ -93,13 +146,45 @@ def jobs() -> int:
     return max(1, min(cores, int(memory / GIB_PER_JOB)))
 
 
+def gpu_archs() -> list[str]:
+    """The architectures of the GPUs that torch sees: ["90"]."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
+    return [f"{major}{minor}" for major, minor in sorted(found)]
+
+
+def cuda_archs() -> list[str]:
+    """The architectures to compile for, the oldest first: ["80", "90"]."""
+    ours, torchs = (os.environ.get(name, "").strip() for name in ("CONVEXT_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"))
+    if ours:
+        name, archs = "CONVEXT_CUDA_ARCHS", [part.strip() for part in ours.split(";") if part.strip()]
+    elif torchs:
+        name, archs = "TORCH_CUDA_ARCH_LIST", []
+        for part in re.split(r"[;, ]+", torchs):
+            family = CUDA_FAMILIES.get(part.lower().removesuffix("+ptx"), part)
+            archs += [one.replace(".", "").removesuffix("+PTX") for one in family.split(";") if one]
+    elif os.environ.get("CONVEXT_BUILD_CUDA", "").strip().lower() == "gpu":
+        name, archs = "the GPUs", gpu_archs()
+    else:
+        return ["80", "90"]
+    wrong = [arch for arch in archs if not re.fullmatch(r"\d{2,3}[af]?", arch)]
+    if wrong or not archs:
+        given = f"names {wrong[0]!r}" if wrong else "names no architecture"
+        raise BuildError(f"{name} {given}: give for example {'80;90' if name != 'TORCH_CUDA_ARCH_LIST' else '8.0;9.0'}")
+    number = {arch: int(arch.rstrip("af")) for arch in archs}
+    return sorted({arch for arch in archs if number[arch] >= OLDEST_CUDA_ARCH}, key=lambda arch: (number[arch], arch))
+
+
 def cuda_plan() -> tuple[Path | None, str]:
     """The CUDA toolkit to build with, or None, and one line that says what was decided and why."""
     import torch
 
     wish = os.environ.get("CONVEXT_BUILD_CUDA", "auto").strip().lower()
-    if wish not in ("auto", "0", "1"):
-        raise BuildError(f"CONVEXT_BUILD_CUDA must be auto, 0 or 1, got {wish!r}")
+    if wish not in ("auto", "gpu", "0", "1"):
+        raise BuildError(f"CONVEXT_BUILD_CUDA must be auto, gpu, 0 or 1, got {wish!r}")
 
     def off(reason: str) -> tuple[None, str]:
         if wish == "1":
@@ -110,48 +195,168 @@ def cuda_plan() -> tuple[Path | None, str]:
         return off("CONVEXT_BUILD_CUDA=0")
     if not any((CSRC / "cuda").rglob("*.cu")):
         return off("this source tree holds no CUDA kernels")
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), shutil.which("nvcc"), "/usr/local/cuda"]
+    if torch.version.cuda is None:
+        return off(f"torch {torch.__version__} is built without CUDA (pip install a CUDA build of torch)")
+    if wish == "gpu" and not gpu_archs():
+        return off("torch sees no GPU here (CONVEXT_BUILD_CUDA=1 builds it all the same)")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), shutil.which("nvcc"), USUAL_CUDA_HOME]
     toolkits = [Path(h).resolve().parents[1] if h.endswith("nvcc") else Path(h) for h in homes if h]
     # A launcher on PATH, such as a wrapper in /usr/local/bin, is no toolkit: that has its compiler's parts beside it.
     parts = ("bin/nvcc", "nvvm")
     toolkit = next((t for t in toolkits if all((t / part).exists() for part in parts)), None)
     if toolkit is None:
         return off("nvcc was not found (set CUDA_HOME, or put nvcc on PATH)")
-    text = subprocess.run([toolkit / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+    nvcc = toolkit / "bin" / "nvcc"
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release (\d+)\.(\d+)", text)
     if release is None:
-        return off(f"{toolkit / 'bin' / 'nvcc'} --version printed no release")
-    if torch.version.cuda is None:
-        return off(f"torch {torch.__version__} is built without CUDA")
-    if release[1] != torch.version.cuda.split(".")[0]:
-        return off(f"nvcc is {release[1]}.{release[2]} and torch's CUDA is {torch.version.cuda}: the majors differ")
-    return toolkit, f"CUDA library built with nvcc {release[1]}.{release[2]}"
+        return off(f"{nvcc} --version printed no release (set CUDA_HOME to another toolkit)")
+    major = torch.version.cuda.split(".")[0]
+    if release[1] != major:
+        return off(
+            f"nvcc is {release[1]}.{release[2]} and torch's CUDA is {torch.version.cuda}: the majors differ "
+            f"(set CUDA_HOME to a toolkit of CUDA {major})"
+        )
+    archs = cuda_archs()
+    if not archs:
+        return off(f"all architectures asked for are older than sm_{OLDEST_CUDA_ARCH}, which the kernels need")
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    unknown = [arch for arch in archs if f"sm_{arch.rstrip('af')}" not in known]
+    if known and unknown:
+        return off(
+            f"nvcc {release[1]}.{release[2]} does not compile for sm_{unknown[0]} "
+            "(set CUDA_HOME to a newer toolkit, or CONVEXT_CUDA_ARCHS)"
+        )
+    return toolkit, f"CUDA library built with nvcc {release[1]}.{release[2]} for {', '.join('sm_' + a for a in archs)}"
+
+
+# Seconds of a core that a file takes, where it is not half a one, or half a minute for CUDA's: they tell how long a
+# build will last.
+SECONDS = {
+    **{"batch_norm": 14.0, "depthwise_taps": 9.0, "bindings": 7.5, "gemm": 4.5, "winograd": 4.5, "storage": 4.0},
+    **{"stem_fprop": 2.3, "ops_sequence": 2.3, "ops_conv": 2.2, "depthwise_wgrad": 2.0, "staging": 2.0},
+    **{"ops_batch_norm": 1.5, "pointwise_fprop": 1.5, "gemm_wgrad": 1.2, "stem_wgrad": 1.2},
+}
+OTHER_SECONDS = {".cpp": 0.5, ".cu": 30.0}
+
+
+def in_words(seconds: float) -> str:
+    """About how long, as one would say it: "1 min 10 s"."""
+    tens = max(1, round(seconds / 10)) * 10
+    return f"{tens} s" if tens < 60 else f"{tens // 60} min {tens % 60} s"
+
+
+class Progress:
+    """Says how far a build is: how many of its files are compiled, which was the last, and how long the rest will take.
+    On a terminal in one line that changes, elsewhere in a line every few seconds."""
+
+    INTERVAL = 3.0
+    TELLING = 0.1  # the share from which on the time so far tells of the time left
+
+    def __init__(self, library: str, seconds: dict[str, float]):
+        self.library, self.seconds = library, seconds
+        self.began, self.told, self.done = time.monotonic(), 0.0, 0.0
+        self.terminal = sys.stderr.isatty()
+
+    def finished(self, count: int, output: str) -> None:
+        total, now = len(self.seconds), time.monotonic()
+        self.done += self.seconds.get(output, 0.0)
+        if count < total and now - self.told < self.INTERVAL:
+            return
+        self.told = now
+        share = self.done / sum(self.seconds.values()) if self.done else 0.0
+        if count == total:
+            rest = f", done in {now - self.began:.0f} s"
+        elif share >= self.TELLING:
+            rest = f", about {in_words((now - self.began) * (1 / share - 1))} left"
+        else:
+            rest = ""
+        name = re.sub(r"^cpu\.kernels\.\w+\.|\.o$", "", Path(output).name)
+        line = f"convext: {self.library}: {count} of {total}, {name}{rest}"
+        ending = "\n" if count == total or not self.terminal else ""
+        print(("\r\033[K" if self.terminal else "") + line, end=ending, file=sys.stderr, flush=True)
+
+
+def why_it_failed(output: str, folder: Path) -> str:
+    """The cause and the remedy of a compilation that failed, out of what it printed."""
+    if re.search(r"No space left on device|Disk quota exceeded", output):
+        return no_space(folder)
+    # What the compiler says, what its driver says of it, what the shell says of the driver.
+    if re.search(r"memory exhausted|out of memory|annot allocate memory|bad_alloc|\bKilled\b|code=137", output):
+        count = jobs()
+        cure = "set MAX_JOBS=1 to run one at a time" if count > 1 else "free some, or add swap"
+        return (
+            f"too little memory for {count} compiler{'s at once' * (count > 1)} of up to {GIB_PER_JOB:.0f} GiB: "
+            f"{cure}, and run it again, what is compiled is kept"
+        )
+    first = re.search(r"^.*\b(?:error|fatal): .*$", output, re.M)
+    return f"a file does not compile: {first[0].strip()}" if first else "ninja failed, with the output above"
+
+
+def no_space(folder: Path) -> str:
+    free = shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
+    return (
+        f"no space is left on the disk ({free >> 20} MiB are free at {folder}; the compiler's own files go to TMPDIR): "
+        "free some and run it again, what is compiled is kept"
+    )
 
 
 class Ninja:
-    """Collects rules and edges, writes build.ninja, runs it."""
+    """Collects rules and edges, writes build.ninja, runs it. What is compiled already is not compiled again, also where
+    the last run was ended half-way."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, name: str = "build"):
+        self.folder, self.name = folder, name
         self.text = ["ninja_required_version = 1.5"]
+        self.edges: list[tuple[float, list[str]]] = []
         self.objects: dict[str, list[str]] = {}
+        self.seconds: dict[str, float] = {}
+        self.headers: dict[Path, str] = {}
 
     def rule(self, name: str, command: str, depfile: bool = True) -> None:
         self.text += [f"rule {name}", f"  command = {command}", f"  description = {name} $out"]
         if depfile:
             self.text += ["  depfile = $out.d", "  deps = gcc"]
 
-    def compile(self, library: str, rule: str, source: Path, tag: str = "", flags: str = "") -> None:
+    def edge(self, output: str, what: str, seconds: float, *bindings: str) -> None:
+        self.seconds[output] = seconds
+        self.edges.append((seconds, [f"build {output}: {what}", *(f"  {binding}" for binding in bindings)]))
+
+    def compile(
+        self, library: str, rule: str, source: Path, tag: str = "", flags: str = "", header: Path | None = None
+    ) -> None:
+        """Adds one object. `header` is one that precompile has given."""
         output = f"{library}/{source.relative_to(CSRC).with_suffix('').as_posix().replace('/', '.')}{tag}.o"
-        self.text += [f"build {output}: {rule} {source.as_posix()}", f"  flags = {flags}"]
+        inputs = source.as_posix()
+        if header is not None:
+            inputs += f" | {header}.gch"
+            flags += f" -include {header}"
+        self.edge(
+            output, f"{rule} {inputs}", SECONDS.get(source.stem, OTHER_SECONDS[source.suffix]), f"flags = {flags}"
+        )
         self.objects.setdefault(library, []).append(output)
 
+    def precompile(self, rule: str, include: str, tag: str, flags: str) -> Path:
+        """A header that includes one of csrc/, and GCC's digest of it, for files with the same rule and flags."""
+        header = Path("headers", f"{tag}.h")  # from the folder that ninja runs in
+        if header not in self.headers:
+            self.headers[header] = f'#include "{include}"\n'
+            self.edge(f"{header}.gch", f"{rule} {header}", 0.7, f"flags = {flags} -x c++-header")
+        return header
+
     def link(self, library: str, output: Path) -> None:
-        self.text.append(f"build {output.as_posix()}: link_{library} {' '.join(self.objects[library])}")
+        self.edge(output.as_posix(), f"link_{library} {' '.join(self.objects[library])}", 0.5)
 
     def run(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "build.ninja").write_text("\n".join(self.text) + "\n")
+        for header, text in self.headers.items():
+            file = self.folder / header
+            file.parent.mkdir(exist_ok=True)
+            if not file.exists() or file.read_text() != text:
+                file.write_text(text)
+        self.edges.sort(key=lambda edge: -edge[0])  # no long one is left for the end
+        lines = [*self.text, *(line for _, edge in self.edges for line in edge)]
+        (self.folder / "build.ninja").write_text("\n".join(lines) + "\n")
         try:
             import ninja
 
@@ -160,18 +365,35 @@ class Ninja:
             program = Path(shutil.which("ninja") or "")
         if not program.name:
             raise BuildError("ninja was not found: pip install ninja")
-        subprocess.run([program, "-C", self.folder, "-j", str(jobs())], check=True)
+        command = [program, "-C", self.folder, "-j", str(jobs())]
+        environment = {**os.environ, "NINJA_STATUS": "[%f/%t] "}
+        status = re.compile(r"\[(\d+)/\d+\] \w+ (\S+)$")
+        planned = subprocess.run([*command, "-n"], env=environment, capture_output=True, text=True).stdout
+        outputs = [found[2] for found in map(status.match, planned.splitlines()) if found]
+        progress = Progress(self.name, {output: self.seconds.get(output, 0.0) for output in outputs})
+        said = []
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        ) as running:
+            for line in running.stdout:
+                found = status.match(line.rstrip())
+                if found:
+                    progress.finished(int(found[1]), found[2])
+                elif not line.startswith("ninja: "):
+                    said.append(line)
+                    print(line, end="", file=sys.stderr, flush=True)
+        if running.returncode != 0:
+            raise BuildError(why_it_failed("".join(said), self.folder))
 
 
 def compile_cuda(build: Ninja, product: str, toolkit: Path, cxx: str) -> str:
     """Adds the CUDA kernels and their selection, for CONVEXT_CUDA_ARCHS, to the objects of `product`; the flags to link
     them with. They need no torch, and cudart is linked statically, so that what comes out loads on a machine without a
     GPU or a toolkit."""
-    archs = [a.strip() for a in os.environ.get("CONVEXT_CUDA_ARCHS", "80;90").split(";") if a.strip()]
-    if not archs:
-        raise BuildError("CONVEXT_CUDA_ARCHS names no architecture: give for example 80;90")
+    archs = cuda_archs()
     targets = [f"-gencode arch=compute_{a},code=sm_{a}" for a in archs]
-    targets.append(f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}")  # PTX for what comes
+    newest = archs[-1].rstrip("af")
+    targets.append(f"-gencode arch=compute_{newest},code=compute_{newest}")  # PTX for what comes
     library = next((d for d in (toolkit / "lib64", toolkit / "lib") if (d / "libcudart_static.a").exists()), None)
     if library is None:
         raise BuildError(f"libcudart_static.a is in neither lib64 nor lib of {toolkit}")
@@ -187,7 +409,7 @@ def compile_cuda(build: Ninja, product: str, toolkit: Path, cxx: str) -> str:
 
 def build_cuda_library(folder: Path, cpu_library: Path, toolkit: Path, cxx: str, python: str) -> Path:
     """Compiles and links convext/_CUDA beside the CPU library; the path of it."""
-    build = Ninja(folder)
+    build = Ninja(folder, "CUDA library")
     libraries = compile_cuda(build, "_CUDA", toolkit, cxx)
     build.rule("link__CUDA", f"{cxx} -shared -o $out $in {libraries}", depfile=False)
     build.compile("_CUDA", "cxx", CSRC / "python" / "bindings_cuda.cpp", flags=python)
@@ -207,16 +429,23 @@ class BuildWithNinja(build_ext):
             self.copy_file(str(library), str(ROOT / "convext"))
 
     def build_extension(self, ext: Extension) -> None:
+        check_python()
+        cxx = compiler()
+        check_compiler(cxx)
         import pybind11
         import torch
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
         toolkit, cuda_line = cuda_plan()
+        if toolkit is not None:
+            will = cuda_line.replace("built", "will be built, which takes minutes,")
+            say(f"{will} (CONVEXT_CUDA_ARCHS says for which); CONVEXT_BUILD_CUDA=0 leaves it out")
         torch_root = Path(torch.__file__).parent
-        cxx = compiler()
         version = subprocess.run([*cxx.split(), "-dumpfullversion"], capture_output=True, text=True).stdout.strip()
-        stable_abi = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} -isystem {torch_root / 'include'}"
+        # Ninja looks at no header of the system's: the release is among the flags, so that another one compiles anew.
+        torch_headers = f"'-DCONVEXT_TORCH=\"{torch.__version__}\"' -isystem {torch_root / 'include'}"
+        stable_abi = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} {torch_headers}"
         python = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
         info = {
             "CONVEXT_BUILT_WITH_TORCH": torch.__version__,
@@ -225,11 +454,10 @@ class BuildWithNinja(build_ext):
         }
         defines = " ".join(f"""'-D{key}="{value}"'""" for key, value in info.items())
 
-        build = Ninja(Path(self.build_temp).resolve())
+        build = Ninja(Path(self.build_temp).resolve(), "CPU library")
         build.rule("cxx", f"{cxx} -MMD -MF $out.d {' '.join(CXX_FLAGS)} $flags -c $in -o $out")
         build.rule("link__C", f"{cxx} -shared -o $out $in -L{torch_root / 'lib'} -ltorch_cpu", depfile=False)
-        for source, isa, flags in cpu_kernels():
-            build.compile("_C", "cxx", source, f".{isa}", flags)
+        compile_kernels(build, "_C", cxx)
         for host in cpu_host():
             build.compile("_C", "cxx", host)
         for source in sorted((CSRC / "torch").glob("*.cpp")):
@@ -242,7 +470,7 @@ class BuildWithNinja(build_ext):
             "_storage",
             "cxx",
             CSRC / "storage" / "storage.cpp",
-            flags=f"-O1 -std=c++20 {python} -isystem {torch_root / 'include'}",
+            flags=f"-O1 -std=c++20 {python} {torch_headers}",
         )
         storage = output.with_name(output.name.replace("_C", "_storage", 1))
         build.link("_storage", storage)
@@ -252,7 +480,7 @@ class BuildWithNinja(build_ext):
             folder = Path(self.build_temp).resolve() / "cuda"
             self.beside += (build_cuda_library(folder, output, toolkit, cxx, python),)
         isas = ", ".join(reversed(ISA_FLAGS))
-        print(f"convext: CPU library built ({isas}) with torch {torch.__version__}; {cuda_line}", file=sys.stderr)
+        say(f"CPU library built ({isas}) with torch {torch.__version__}; {cuda_line}")
 
 
 if __name__ == "__main__":  # csrc/tests/run.py imports the flags
@@ -260,3 +488,7 @@ if __name__ == "__main__":  # csrc/tests/run.py imports the flags
         setup(ext_modules=[Extension("convext._C", sources=[])], cmdclass={"build_ext": BuildWithNinja})
     except (BuildError, subprocess.CalledProcessError) as error:
         sys.exit(f"convext: the build failed: {error}")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit(f"convext: the build failed: {no_space(ROOT)}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import platform
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -17,7 +19,7 @@ PACKAGES = ("torchvision", "triton", "numpy", "onnxruntime", "openvino")
 
 def report() -> str:
     """The whole report, one `section: value` or indented line each."""
-    sections = [_versions(), _build(), _cpu(), _gpus(), _backends(), _choices()]
+    sections = [_versions(), _build(), _cpu(), _gpus(), _backends(), _choices(), _caches()]
     return "\n".join(line for section in sections for line in section)
 
 
@@ -96,6 +98,17 @@ def _choices() -> list[str]:
         where = f"in {path}" if path.exists() else f"none, {path.parent} is where they would be"
     aside = [f"  put aside: {name}, {reason}" for name, reason in kept.aside.items()]
     return [f"choices measured by convext.tune: {len(kept.choices)}, kept {where}", *aside]
+
+
+def _caches() -> list[str]:
+    """What running convext leaves outside the package."""
+    home = Path(os.environ.get("TRITON_HOME") or Path.home())
+    places = {
+        "Triton's compiled kernels": Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache"),
+        "weights for the demo and the benchmarks": Path(torch.hub.get_dir()) / "checkpoints",
+    }
+    lines = [f"  {what}: {place}" + ("" if place.exists() else " (not there)") for what, place in places.items()]
+    return ["caches, which pip uninstall leaves, as the choices; other programs share them:", *lines]
 
 
 def _serving(device: str, names: list[str]) -> str:

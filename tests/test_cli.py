@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import convext
 from convext import cli, doctor, dry_run, options
@@ -106,6 +107,19 @@ def test_doctor_says_why_the_library_is_missing_and_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "convext._C", None)
     report = doctor.report()
     assert "does not load" in report and "pip install ." in report
+
+
+def test_doctor_names_what_an_uninstallation_leaves(monkeypatch, tmp_path):
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setenv("TRITON_HOME", str(tmp_path))
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    lines = doctor.report().splitlines()
+    assert f"  Triton's compiled kernels: {tmp_path}/.triton/cache (not there)" in lines
+    assert f"  weights for the demo and the benchmarks: {tmp_path}/hub/checkpoints" in lines
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "other"))
+    assert f"  Triton's compiled kernels: {tmp_path}/other (not there)" in doctor.report().splitlines()
 
 
 def test_dry_run_asks_for_every_layer_pass_and_dtype(capsys):

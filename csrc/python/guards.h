@@ -2,18 +2,23 @@
 // about Python objects (which tensors its layers hold, their settings, hooks, training flags, what globals and classes
 // say), and asking for each from Python, with caches cold after every layer, took longer than some of the layers.
 //
-// Most facts are about dictionaries. CPython before 3.12 gives a dictionary another version with every change (PEP
-// 509): where no version is new, what was in them is in them still, and a dictionary costs one line of memory instead
-// of those of its keys and entries, which a network's weights have driven out of the caches since the last call.
-// Classes have such a version in every release: it is new after each change of the class or of one of its bases.
+// Most facts are about dictionaries. What was in one is in it still where CPython tells of no change since: before
+// 3.12 a dictionary has another version after each change (PEP 509), from 3.12 on it calls those that watch it
+// (dict_watcher.h). So most calls read a line of memory for each dictionary, or nothing at all, instead of its keys and
+// entries, which a network's weights have driven out of the caches since the last call. Where one has changed, the
+// facts about that one are looked at. Classes have a version in every release: it is new after each change of the class
+// or of one of its bases.
 #pragma once
 #include <pybind11/pybind11.h>
 
 #include <cstring>
 #include <set>
 #include <tuple>
+#include <unordered_map>
 #include <utility>
 #include <vector>
+
+#include "dict_watcher.h"
 
 namespace convext {
 
@@ -21,8 +26,13 @@ namespace convext {
 // therefore not be another object at the same address. One object is not kept: the owner, which holds the plan that
 // holds the guards. It is given to `holds`, and facts about it are added with None in its place, or in that of its
 // dictionary.
-class Guards {
+class Guards : DictListener {
  public:
+  Guards() = default;
+  Guards(const Guards&) = delete;
+  Guards& operator=(const Guards&) = delete;
+  ~Guards() { forget(); }
+
   // dict[key] is value, or both are equal numbers, strings or tuples of such
   void item(pybind11::object dict, pybind11::object key, pybind11::object value) {
     add({Kind::kItem, dictionary(std::move(dict)), std::move(key), std::move(value)});
@@ -93,13 +103,17 @@ class Guards {
       if (!owned) PyErr_Clear();
     }
     const Subject subject{owner.ptr(), owned.ptr()};
-    if (remembered_ && nothing_new(subject)) {
-      for (const size_t i : elsewhere_) {
-        if (!stands(facts_[i], subject)) return false;
+    if (remembered_) {
+      const News news = changes(subject);
+      if (news == News::kBroken) return false;
+      if (news == News::kNone) {
+        for (size_t k = 0; k < elsewhere_.size(); ++k) {  // they may run code that comes here again
+          if (!stands(facts_[elsewhere_[k]], subject)) return false;
+        }
+        return true;
       }
-      return true;
     }
-    remembered_ = false;
+    forget();
     for (const Fact& fact : facts_) {
       if (!stands(fact, subject)) return false;
     }
@@ -135,9 +149,7 @@ class Guards {
     return 0;
   }
   void clear() {
-    seen_.clear();
-    elsewhere_.clear();
-    remembered_ = false;
+    forget();
     std::vector<Fact> dropped;  // their ends may run Python code, which must find these guards in order
     dropped.swap(facts_);
   }
@@ -167,13 +179,18 @@ class Guards {
     PyObject *owner, *dict;
   };
 
-  // What had a version when all facts last stood: a dictionary that facts are about, one that is an item of such a one
-  // (it stands behind that in the list, and is there as long as that is as it was), the owner's dictionary, or a class.
+  // A dictionary or class that facts are about, as it was when all of them last stood. Dictionaries are in the order of
+  // the facts: one that is an item of another stands behind that, and is there as long as that is as it was.
   struct Seen {
-    enum { kDict, kOwned, kClass } of;
-    PyObject* object;
+    PyObject* object;  // null: a dictionary that is gone
     uint64_t version;
+    bool nests;                 // whether another dictionary that facts are about is an item of this one
+    bool changed;               // and is listed in changed_
+    std::vector<size_t> facts;  // those about it
   };
+  // Since all facts last stood, there is nothing new among dictionaries and classes; one of the facts about them does
+  // not stand; or all must be looked at.
+  enum class News { kNone, kBroken, kMuch };
 
   static pybind11::object dictionary(pybind11::object dict) {
     if (!dict.is_none() && !PyDict_Check(dict.ptr())) {
@@ -183,7 +200,7 @@ class Guards {
   }
 
   void add(Fact fact) {
-    remembered_ = false;
+    forget();
     facts_.push_back(std::move(fact));
   }
 
@@ -191,57 +208,117 @@ class Guards {
 
   static uint64_t class_version(PyObject* type) {
     auto* const kind = reinterpret_cast<PyTypeObject*>(type);
-    return PyType_HasFeature(kind, Py_TPFLAGS_VALID_VERSION_TAG) ? kind->tp_version_tag : 0;
+#if PY_VERSION_HEX < 0x030D0000  // later a class without a version has the version 0
+    if (!PyType_HasFeature(kind, Py_TPFLAGS_VALID_VERSION_TAG)) return 0;
+#endif
+    return kind->tp_version_tag;
   }
 
 #if PY_VERSION_HEX < 0x030C0000
-  static constexpr bool kDictVersions = true;
   static uint64_t dict_version(PyObject* dict) { return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag; }
 #else
-  static constexpr bool kDictVersions = false;
   static uint64_t dict_version(PyObject*) { return 0; }
 #endif
 
-  bool nothing_new(const Subject& subject) const {
-    for (const Seen& seen : seen_) {
-      if (seen.of == Seen::kClass) {
-        if (class_version(seen.object) != seen.version) return false;
-      } else {
-        PyObject* const dict = seen.of == Seen::kOwned ? subject.dict : seen.object;  // no two have had one version
-        if (dict == nullptr || dict_version(dict) != seen.version) return false;
+  News changes(const Subject& subject) {
+    if (owned_ != kNone && dicts_[owned_].object != subject.dict) return News::kMuch;
+    for (Seen& seen : classes_) {
+      if (class_version(seen.object) == seen.version) continue;
+      if (!all_stand(seen.facts, subject)) return News::kBroken;
+      seen.version = class_version(seen.object);  // the look at it has given it one
+      if (seen.version == 0) return News::kMuch;
+    }
+    if constexpr (!DictWatcher::kNeeded) {
+      for (Seen& seen : dicts_) {
+        const uint64_t version = dict_version(seen.object);
+        if (version == seen.version) continue;
+        if (seen.nests) return News::kMuch;
+        if (!all_stand(seen.facts, subject)) return News::kBroken;
+        seen.version = version;
       }
+    }
+    while (!changed_.empty()) {
+      // Taken from the list first: what is looked at may run code that changes it again.
+      const size_t i = changed_.back();
+      changed_.pop_back();
+      dicts_[i].changed = false;
+      if (dicts_[i].object == nullptr || dicts_[i].nests) return News::kMuch;
+      if (all_stand(dicts_[i].facts, subject)) continue;
+      dict_changed(i, false);
+      return News::kBroken;
+    }
+    return News::kNone;
+  }
+
+  bool all_stand(const std::vector<size_t>& facts, const Subject& subject) const {
+    for (const size_t i : facts) {
+      if (!stands(facts_[i], subject)) return false;
     }
     return true;
   }
 
-  // Called where every fact stands. Facts without a version are checked in every call.
+  // From the watcher, before the change. It must not throw: there is room for all in changed_.
+  void dict_changed(size_t index, bool gone) noexcept override {
+    Seen& seen = dicts_[index];
+    if (gone) seen.object = nullptr;
+    if (seen.changed) return;
+    seen.changed = true;
+    changed_.push_back(index);
+  }
+
+  // Called where every fact stands. Facts about what has no version and cannot be watched are checked in every call.
   void remember(const Subject& subject) {
-    seen_.clear();
-    elsewhere_.clear();
+    const auto tells = [](PyObject* dict) {
+      return !DictWatcher::kNeeded || (DictWatcher::instance().works() && DictWatcher::tells(dict));
+    };
+    std::unordered_map<PyObject*, size_t> dicts, classes;
     std::set<std::tuple<Kind, PyObject*, PyObject*>> listed;
+    const auto note = [](std::vector<Seen>& all, std::unordered_map<PyObject*, size_t>& places, PyObject* object,
+                         uint64_t version, size_t fact) {
+      const auto [place, is_new] = places.emplace(object, all.size());
+      if (is_new) all.push_back({object, version, false, false, {}});
+      all[place->second].facts.push_back(fact);
+      return place->second;
+    };
     for (size_t i = 0; i < facts_.size(); ++i) {
       const Fact& fact = facts_[i];
       PyObject* const owner = fact.owner.ptr();
-      if (about_dict(fact.kind) && kDictVersions) {
-        PyObject* const dict = dict_of_fact(fact, subject);
-        if (listed.emplace(Kind::kItem, dict, nullptr).second) {
-          seen_.push_back({owner == Py_None ? Seen::kOwned : Seen::kDict, dict, dict_version(dict)});
-        }
-        if (fact.kind == Kind::kEmpty || fact.kind == Kind::kFilled) {
-          PyObject* const inner = item_of(dict, fact.key.ptr());
-          if (listed.emplace(Kind::kItem, inner, nullptr).second) {
-            seen_.push_back({Seen::kDict, inner, dict_version(inner)});
-          }
+      PyObject* const dict = about_dict(fact.kind) ? dict_of_fact(fact, subject) : nullptr;
+      const bool nests = fact.kind == Kind::kEmpty || fact.kind == Kind::kFilled;
+      PyObject* const inner = nests ? item_of(dict, fact.key.ptr()) : nullptr;
+      if (dict != nullptr && tells(dict) && (!nests || tells(inner))) {
+        const size_t place = note(dicts_, dicts, dict, dict_version(dict), i);
+        if (owner == Py_None) owned_ = place;
+        if (nests) {
+          note(dicts_, dicts, inner, dict_version(inner), i);
+          dicts_[place].nests = true;
         }
       } else if (fact.kind == Kind::kClassItem && class_version(owner) != 0) {
-        if (listed.emplace(fact.kind, owner, nullptr).second) {
-          seen_.push_back({Seen::kClass, owner, class_version(owner)});
-        }
+        note(classes_, classes, owner, class_version(owner), i);
       } else if (about_dict(fact.kind) || listed.emplace(fact.kind, owner, fact.key.ptr()).second) {
         elsewhere_.push_back(i);
       }
     }
+    if constexpr (DictWatcher::kNeeded) {
+      changed_.reserve(dicts_.size());
+      for (size_t i = 0; i < dicts_.size(); ++i) DictWatcher::instance().listen(dicts_[i].object, *this, i);
+    }
     remembered_ = true;
+  }
+
+  // The opposite.
+  void forget() {
+    if constexpr (DictWatcher::kNeeded) {
+      for (const Seen& seen : dicts_) {
+        if (seen.object != nullptr) DictWatcher::instance().leave(seen.object, *this);
+      }
+    }
+    dicts_.clear();
+    classes_.clear();
+    changed_.clear();
+    elsewhere_.clear();
+    owned_ = kNone;
+    remembered_ = false;
   }
 
   static PyObject* dict_of_fact(const Fact& fact, const Subject& subject) {
@@ -322,8 +399,10 @@ class Guards {
         return equal == 1;
       }
       case Kind::kType: return reinterpret_cast<PyObject*>(Py_TYPE(owner)) == fact.value.ptr();
-      case Kind::kDictOf:
-        return is(pybind11::reinterpret_steal<pybind11::object>(PyObject_GenericGetDict(owner, nullptr)), fact);
+      case Kind::kDictOf: {
+        PyObject** const place = _PyObject_GetDictPtr(owner);  // PyObject_GenericGetDict without its reference
+        return place != nullptr && *place == fact.value.ptr();
+      }
       case Kind::kClassItem:
         return _PyType_Lookup(reinterpret_cast<PyTypeObject*>(owner), fact.key.ptr()) == fact.value.ptr();
       case Kind::kFunction: {
@@ -339,10 +418,14 @@ class Guards {
     return false;
   }
 
+  static constexpr size_t kNone = ~size_t{0};
+
   std::vector<Fact> facts_;
-  std::vector<Seen> seen_;
-  std::vector<size_t> elsewhere_;  // facts without a version
-  bool remembered_ = false;
+  std::vector<Seen> dicts_, classes_;
+  std::vector<size_t> changed_;    // dictionaries that have changed since, where they are watched
+  std::vector<size_t> elsewhere_;  // facts about neither
+  size_t owned_ = kNone;           // the owner's dictionary among dicts_
+  bool remembered_ = false;        // whether the former say how it was when all facts stood
 };
 
 }  // namespace convext

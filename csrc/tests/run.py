@@ -19,18 +19,27 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from setup import CSRC, CXX_FLAGS, Ninja, compile_cuda, compiler, cpu_host, cpu_kernels, cuda_plan  # noqa: E402
+from setup import (  # noqa: E402
+    CSRC,
+    CXX_FLAGS,
+    BuildError,
+    Ninja,
+    compile_cuda,
+    compile_kernels,
+    compiler,
+    cpu_host,
+    cuda_plan,
+)
 
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1"]
 
 
 def build(folder: Path, extra: list[str]) -> list[Path]:
     """Compiles everything into `folder` and returns the test programs."""
-    ninja = Ninja(folder)
+    ninja = Ninja(folder, "C++ tests")
     flags = " ".join([*CXX_FLAGS, *extra, "-pthread"])
     ninja.rule("cxx", f"{compiler()} -MMD -MF $out.d {flags} $flags -c $in -o $out")
-    for source, isa, isa_flags in cpu_kernels():
-        ninja.compile("library", "cxx", source, f".{isa}", isa_flags)
+    compile_kernels(ninja, "library", compiler())
     for host in cpu_host():
         ninja.compile("library", "cxx", host)
     programs = []
@@ -50,7 +59,7 @@ def build_for_gpu(folder: Path) -> list[Path]:
     library (setup.py --build-temp, its subfolder cuda) the kernels are not compiled again."""
     os.environ.setdefault("CONVEXT_BUILD_CUDA", "1")  # fails, with the reason, where it cannot be built
     toolkit, _ = cuda_plan()
-    ninja = Ninja(folder)
+    ninja = Ninja(folder, "C++ tests on the GPU")
     libraries = compile_cuda(ninja, "_CUDA", toolkit, compiler())
     kernels = list(ninja.objects["_CUDA"])
     programs = []
@@ -90,4 +99,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except BuildError as error:
+        sys.exit(f"convext: the build failed: {error}")

@@ -28,7 +28,7 @@ def bare_machine(tmp_path):
     """A copy of ./dev on a PATH that holds the usual tools, but neither a compiler nor Python."""
     tools = tmp_path / "bin"
     tools.mkdir()
-    for tool in ("sh", "dirname", "cat", "find", "cksum", "sort", "rm", "grep", "ls", "tail"):
+    for tool in ("sh", "dirname", "cat", "find", "cksum", "sort", "rm", "grep", "ls", "tail", "head", "sed", "tee"):
         (tools / tool).symlink_to(shutil.which(tool))
     for name in ("dev", "setup.py", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path / name)
@@ -106,6 +106,94 @@ def test_dev_says_that_there_is_no_compiler_before_it_downloads_anything(bare_ma
     refused = bare_machine("test", PYTHON=python_that(tmp_path, "0", "0", "0"))
     assert refused.returncode == 1
     assert "no C++ compiler" in refused.stderr and refused.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def installing(bare_machine, tmp_path):
+    """installing(text, status): ./dev setup on a machine where all is there and pip prints that text and ends so."""
+
+    def run(text: str, status: int, ready: bool = True, **environment) -> subprocess.CompletedProcess:
+        compiler = shutil.copy(shutil.which("true"), tmp_path / "bin" / "c++")
+        python = tmp_path / ".venv" / "bin" / "python"
+        python.parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "says").write_text(text)
+        python.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/asked\ncat {tmp_path}/says\nexit {status}\n')
+        python.chmod(0o755)
+        named = dict(re.findall(r'^(TORCH\w*)="([^"]*)"', (ROOT / "dev").read_text(), re.M))
+        requirements = f"{named['TORCH']} {named['TORCHVISION']}"
+        stand_in = python_that(tmp_path, *"0" * 20)
+        (tmp_path / ".venv" / (".ready" if ready else ".begun")).write_text(
+            requirements if ready else f"{stand_in} {requirements}"
+        )
+        return bare_machine("setup", PYTHON=stand_in, CXX=str(compiler), **environment)
+
+    return run
+
+
+def test_dev_shows_how_far_the_build_is(installing):
+    told = [
+        "  convext: CUDA library will be built, which takes minutes, with nvcc 13.0 for sm_90",
+        "  convext: CPU library: 43 of 121, batch_norm.avx2, about 1 min 10 s left",
+        "  [43/126] something of another package",
+        "  Created wheel for convext: filename=convext-0.1.0.whl",
+        "  convext: CPU library: 121 of 121, _C.so, done in 90 s",
+        "Successfully installed convext-0.1.0",
+    ]
+    done = installing("\n".join(told) + "\n", 0)
+    assert done.returncode == 0, done.stderr
+    lines = [line.removeprefix("  convext: ") for line in told if line.startswith("  convext")]
+    assert done.stdout.splitlines() == ["==> building and installing convext[demo]", *(f"    {line}" for line in lines)]
+
+
+@pytest.mark.parametrize(
+    ("pip", "said"),
+    [
+        ("  convext: the build failed: no C++ compiler: tried $CXX", "the build failed: no C++ compiler: tried $CXX"),
+        ("OSError: [Errno 28] No space left on device", "failed: no space is left on the disk"),
+        ("WARNING: Retrying after ProxyError('Cannot connect to proxy.', NewConnectionError)", "the proxy refused"),
+        ("Tunnel connection failed: 403 Forbidden\nERROR: No matching distribution found for x", "the proxy refused"),
+        ("SSLError(SSLCertVerificationError(1, '[SSL: CERTIFICATE_VERIFY_FAILED]", "set PIP_CERT"),
+        ("NewConnectionError('[Errno -2] Name or service not known')", "the package index cannot be reached"),
+        ("MemoryError", "too little memory"),
+        ("ERROR: No matching distribution found for torch==2.11.0", "nothing that fits torch==2.11.0 and Python 3.9.2"),
+    ],
+)
+@pytest.mark.parametrize("ready", [True, False], ids=["building", "downloading"])
+def test_dev_says_in_one_line_why_an_installation_failed(installing, pip, said, ready):
+    refused = installing(f"Collecting torch\n{pip}\n", 2, ready)
+    assert refused.returncode == 1
+    assert said in refused.stderr and refused.stderr.startswith("dev: ") and refused.stderr.count("\n") == 1
+
+
+def test_dev_shows_the_end_of_a_log_that_it_cannot_explain(installing):
+    refused = installing("one\ntwo\n", 2)
+    assert refused.stderr == "one\ntwo\ndev: the installation failed; the whole output is in .venv/install.log\n"
+
+
+def test_dev_goes_on_with_an_environment_whose_installation_broke_off(installing, tmp_path):
+    kept = tmp_path / ".venv" / "lib"
+    kept.mkdir(parents=True)
+    done = installing("", 0, ready=False)
+    assert done.returncode == 0, done.stderr
+    assert "going on with .venv" in done.stdout and kept.exists() and (tmp_path / ".venv" / ".ready").exists()
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert len(asked) == 2 and "torch==" in asked[0] and ".[demo]" in asked[1]
+
+
+def test_dev_builds_the_cuda_library_where_there_is_a_gpu_unless_told_otherwise(installing, tmp_path):
+    program = (ROOT / "dev").read_text()
+    assert 'export CONVEXT_BUILD_CUDA="${CONVEXT_BUILD_CUDA:-gpu}"' in program
+    installing("", 0)
+    installing("", 0)  # nothing changed
+    assert len((tmp_path / "asked").read_text().splitlines()) == 1
+    installing("", 0, CONVEXT_BUILD_CUDA="auto")
+    installing("", 0, CONVEXT_BUILD_CUDA="auto", CONVEXT_CUDA_ARCHS="90")
+    assert len((tmp_path / "asked").read_text().splitlines()) == 3
+
+
+def test_ci_tests_with_the_cuda_library():
+    text = (ROOT / ".ci" / "run").read_text()
+    assert text.index("export CONVEXT_BUILD_CUDA=auto") < text.index("./dev test")
 
 
 def test_the_readme_gives_the_two_commands():

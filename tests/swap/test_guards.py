@@ -1,7 +1,10 @@
 """csrc/python/guards.h: every kind of fact notices its change, and the end of it."""
 
 import gc
+import subprocess
+import sys
 import weakref
+from collections import OrderedDict, defaultdict
 
 import pytest
 
@@ -138,6 +141,186 @@ def test_changes_of_a_class_that_nobody_asked_for_do_not_matter():
         assert guards.holds()
     finally:
         del Thing.unrelated
+
+
+class Plain:
+    pass
+
+
+def _store_global(space, value):
+    exec(compile("def store(v):\n    global key\n    key = v", "here", "exec"), space)
+    return lambda: space["store"](value)
+
+
+def writers(space, thing):
+    """Every way to write space["key"], the dictionary of `thing`, that CPython has: each tells of it by itself."""
+
+    def attribute():
+        thing.key = 2
+
+    def delete_attribute():
+        del thing.key
+
+    def delete_item():
+        del space["key"]
+
+    def union():
+        nonlocal space
+        space |= {"key": 2}
+
+    return {
+        "attribute": attribute,
+        "setattr": lambda: object.__setattr__(thing, "key", 2),
+        "delattr": delete_attribute,
+        "item": lambda: space.__setitem__("key", 2),
+        "subscript": lambda: exec("space['key'] = 2", {"space": space}),
+        "del": delete_item,
+        "update": lambda: space.update(key=2),
+        "union": union,
+        "pop": lambda: space.pop("key"),
+        "popitem": lambda: [space.popitem() for _ in list(space)],
+        "clear": space.clear,
+        "init": lambda: space.__init__(key=2),
+        "globals": _store_global(space, 2),
+    }
+
+
+@pytest.mark.parametrize("writer", writers({}, Plain()))
+@pytest.mark.parametrize("times", [1, 200], ids=["cold", "specialised"])
+def test_every_way_to_write_a_dictionary_is_noticed(writer, times):
+    """The interpreter has its own code for ways that were often gone. Before each look the value is the old one."""
+    thing = Plain()
+    thing.key = 1
+    space = thing.__dict__
+    write = writers(space, thing)[writer]
+    guards = _C.Guards()
+    guards.item(space, "key", 1)
+    for _ in range(times):
+        assert guards.holds() and guards.holds()
+        write()
+        assert not guards.holds() and not guards.holds()
+        space["key"] = 1
+    assert guards.holds()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda d: d.update(h=1),
+        lambda d: d.setdefault("h", 1),
+        lambda d: d.__setitem__("h", 1),
+        lambda d: d.__ior__({"h": 1}),
+    ],
+)
+@pytest.mark.parametrize("kind", [dict, OrderedDict, defaultdict])
+def test_a_dictionary_within_a_dictionary_is_noticed_when_it_is_filled_or_another(write, kind):
+    hooks = kind()
+    outer = {"hooks": hooks}
+    guards = _C.Guards()
+    guards.filled(outer, "hooks", False)
+    for _ in range(3):
+        assert guards.holds() and guards.holds()
+        write(hooks)
+        assert not guards.holds()
+        hooks.popitem()
+        assert guards.holds()
+    for _ in range(10):  # the one before ends, and the next may lie at its address
+        outer["hooks"] = hooks = kind()
+        assert guards.holds() and guards.holds()
+        write(hooks)
+        assert not guards.holds()
+        outer["hooks"] = hooks = kind()
+        assert guards.holds()
+
+
+def test_what_nobody_asked_for_changes_and_what_was_asked_for_is_still_noticed():
+    """A loop at the top of a program writes into the dictionary in which a forward's globals are."""
+    space, other, value = {"name": 1, "more": 2}, {"a": 1}, object()
+    space["value"] = value
+    guards = _C.Guards()
+    guards.item(space, "name", 1)
+    guards.item(other, "a", 1)
+    guards.item(space, "value", value)
+    guards.absent(space, "nowhere")
+    assert guards.holds()
+    for i in range(20):
+        space["i"] = i
+        space[f"new{i}"] = i
+        assert guards.holds()
+    space["i"], other["a"] = -1, 2
+    assert not guards.holds() and not guards.holds()
+    other["a"] = 1
+    assert guards.holds()
+    space["nowhere"] = None
+    assert not guards.holds()
+    del space["nowhere"]
+    assert guards.holds()
+
+
+def test_guards_of_one_dictionary_notice_each_for_itself_and_may_end():
+    space = {"a": 1, "b": 1}
+    first, second = _C.Guards(), _C.Guards()
+    first.item(space, "a", 1)
+    second.item(space, "b", 1)
+    assert first.holds() and second.holds()
+    space["a"] = 2
+    assert second.holds() and not first.holds()
+    space["b"] = 2
+    assert not second.holds() and not first.holds()
+    space.update(a=1, b=1)
+    assert second.holds() and first.holds()
+    del first
+    space["b"] = 3
+    assert not second.holds()
+    second.item(space, "a", 1)
+    space["b"] = 1
+    assert second.holds()
+    del second
+    space["a"] = 5  # nobody listens
+
+
+def test_the_owners_dictionary_may_be_another_one():
+    owner = Plain()
+    owner.key = 1
+    guards = _C.Guards()
+    guards.item(None, "key", 1)
+    for _ in range(10):
+        assert guards.holds(owner) and guards.holds(owner)
+        owner.__dict__ = {"key": 2}
+        assert not guards.holds(owner) and not guards.holds(owner)
+        owner.__dict__ = {"key": 1}
+        assert guards.holds(owner)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="dictionaries are watched from Python 3.12 on")
+def test_guards_hold_and_break_where_python_has_no_watcher_left():
+    program = """
+import ctypes
+import torch  # takes one
+nothing = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, *[ctypes.c_void_p] * 3)(lambda *_: 0)
+add = ctypes.pythonapi.PyDict_AddWatcher
+taken = 0
+try:
+    while add(nothing) >= 0:
+        taken += 1
+except RuntimeError:
+    pass
+assert taken > 0
+from convext import _C
+space, guards = {"a": 1, "hooks": {}}, _C.Guards()
+guards.item(space, "a", 1)
+guards.filled(space, "hooks", False)
+for _ in range(3):
+    assert guards.holds() and guards.holds()
+    space["a"] = 2
+    assert not guards.holds()
+    space["a"] = 1
+    space["hooks"]["h"] = 1
+    assert not guards.holds()
+    space["hooks"].clear()
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_facts_about_the_owner_are_about_whom_holds_is_given():

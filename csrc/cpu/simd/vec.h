@@ -8,8 +8,10 @@
 // Everything here is in the instruction set's own namespace and always inlined, so that no copy of it can be shared
 // with code compiled for another instruction set.
 #pragma once
-#if defined(__x86_64__) || defined(__i386__)
+#if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>  // all that is there without AVX; the whole takes GCC longer than most kernels
 #endif
 #include <cstdint>
 
