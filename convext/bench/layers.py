@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from .. import backends
 from ..memory_format import memory_format
 from ..problem import ConvProblem, Epilogue, Layout, Pass, accumulate_dtype, tf32_is_allowed
+from ..tune.measure import operands_of
 from .machine import Ceilings
 from .problems import title
 from .tables import Grid
@@ -98,7 +99,7 @@ def contenders(problem: ConvProblem, pass_: Pass) -> tuple[list[str], dict[str, 
 
 def measure(problem: ConvProblem, count: int, pass_: Pass, seconds: float, fused: bool = False) -> Measurement:
     """Times one pass with every backend that serves it, in turns, on seeded operands."""
-    operands = _operands(problem, pass_)
+    operands = operands_of(pass_, problem)
     names, off = contenders(problem, pass_)
     choice = backends.select(pass_, problem)
     if choice.backend.name not in names:
@@ -128,7 +129,7 @@ def compile_ahead(problems: dict[ConvProblem, int], passes: list[Pass], processe
 def _run_triton(job: tuple[ConvProblem, int, Pass, bool]) -> None:
     problem, _, pass_, fused = job
     with torch.no_grad():
-        _call("triton", pass_, problem, _operands(problem, pass_), fused)()
+        _call("triton", pass_, problem, operands_of(pass_, problem), fused)()
     torch.get_device_module(problem.device).synchronize()
 
 
@@ -138,19 +139,6 @@ def _with_flag(call: Callable[[], object], flags: Callable, **values) -> Callabl
             return call()
 
     return run
-
-
-def _operands(problem: ConvProblem, pass_: Pass) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator(problem.device).manual_seed(0)
-
-    def operand(shape: tuple[int, ...], layout: Layout) -> torch.Tensor:
-        values = torch.randn(shape, generator=generator, device=problem.device).to(problem.dtype.torch)
-        return values.contiguous(memory_format=memory_format(layout == Layout.NHWC))
-
-    x, dy = operand(problem.x_shape, problem.x_layout), operand(problem.y_shape, problem.y_layout)
-    # As `model.to(memory_format=torch.channels_last)` leaves them; on the CPU no kernel cares.
-    w = operand(problem.w_shape, Layout.NCHW if problem.device == "cpu" else problem.x_layout)
-    return {Pass.FPROP: (x, w), Pass.DGRAD: (dy, w), Pass.WGRAD: (dy, x)}[pass_]
 
 
 def _call(name: str, pass_: Pass, problem: ConvProblem, operands: tuple, fused: bool = False) -> Callable[[], object]:

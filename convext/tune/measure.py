@@ -84,7 +84,7 @@ def measure(
     timer = timer or _timer(problem, seconds)
     choice = backends.select(pass_, problem)
     before = f"{choice.backend.name} {choice.variant}"
-    operands = _operands(pass_, problem)
+    operands = operands_of(pass_, problem)
     with torch.no_grad():
         reference, bound = _reference(pass_, problem, operands), _bound(pass_, problem)
         right, wrong = [], {}
@@ -137,8 +137,8 @@ def _timer(problem: ConvProblem, seconds: float) -> Callable[[dict[str, Callable
     return lambda calls: interleave_on_gpu(calls, torch.device(problem.device), seconds=seconds)
 
 
-def _operands(pass_: Pass, problem: ConvProblem) -> tuple[torch.Tensor, torch.Tensor]:
-    """x and w of fprop, dy and w of dgrad, dy and x of wgrad."""
+def operands_of(pass_: Pass, problem: ConvProblem) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and w of fprop, dy and w of dgrad, dy and x of wgrad, drawn at random from a fixed seed."""
     generator = torch.Generator(problem.device).manual_seed(0)
 
     def drawn(shape: tuple[int, ...], layout: Layout) -> torch.Tensor:
@@ -146,7 +146,8 @@ def _operands(pass_: Pass, problem: ConvProblem) -> tuple[torch.Tensor, torch.Te
         return values.contiguous(memory_format=memory_format(layout == Layout.NHWC))
 
     x, dy = drawn(problem.x_shape, problem.x_layout), drawn(problem.y_shape, problem.y_layout)
-    w = drawn(problem.w_shape, Layout.NCHW)
+    # As `model.to(memory_format=torch.channels_last)` leaves them; on the CPU no kernel cares.
+    w = drawn(problem.w_shape, Layout.NCHW if problem.device == "cpu" else problem.x_layout)
     return {Pass.FPROP: (x, w), Pass.DGRAD: (dy, w), Pass.WGRAD: (dy, x)}[pass_]
 
 
