@@ -24,12 +24,13 @@ from . import (
 )
 from .accuracy import accuracy
 from .backends import backend
-from .functional import conv2d, conv_act, conv_bn_act, conv_bn_relu, depthwise_conv2d, dilated_conv2d
+from .functional import conv1d, conv2d, conv_act, conv_bn_act, conv_bn_relu, depthwise_conv2d, dilated_conv2d
 from .output_pool import output_pool
 from .refresh import refresh
 
 # From here on `convext.swap` is the function, not the package.
 from .swap import layer_by_layer, report, revert, swap, verify
+from .transposed import conv_transpose1d, conv_transpose2d
 
 __version__ = "0.1.0"
 
@@ -38,10 +39,13 @@ __all__ = [
     "autograd",
     "backend",
     "backends",
+    "conv1d",
     "conv2d",
     "conv_act",
     "conv_bn_act",
     "conv_bn_relu",
+    "conv_transpose1d",
+    "conv_transpose2d",
     "depthwise_conv2d",
     "dilated_conv2d",
     "functional",

@@ -146,8 +146,16 @@ def _storage_gone(
 
 def _packed_weight(w: torch.Tensor, plan: _Plan) -> _PackedWeight:
     """Where the packings of w are kept. To be held until the call that uses its number has begun."""
-    if plan.pack_format is None or w._is_view():  # a view is made for one call: its packing goes into scratch memory
+    if plan.pack_format is None:
         return _NOT_KEPT
+    if w._is_view():
+        # A view is made for one call: its packing goes into scratch memory. A view of all of a tensor, such as filters
+        # of height one are of a 1-D convolution's, stands for that tensor: whether a packing is of weights that lie so,
+        # of these extents, strides, dtype and version, is asked at every call (packed_weight.h).
+        base = w._base
+        if base is None or base.numel() != w.numel():
+            return _NOT_KEPT
+        w = base
     try:
         storage = w.untyped_storage()
     except NotImplementedError:  # a tensor of torch.func whose transform has ended

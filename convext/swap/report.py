@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from .. import backends, functional
-from ..problem import DTYPES, ConvProblem, Pass
+from .. import autograd, backends, functional
+from ..problem import DTYPES, ConvProblem, Geom, Pass
 from ..tables import render
 from . import calls
 from .eligible import left_alone, why_unplanned
@@ -153,7 +153,9 @@ def _row(model, name, module, place):
     exchanged = calls.is_swapped(module) or place is not None and place.op is not None
     row = Row(name, describe(module), "convext" if exchanged else _class_name(module))
     if exchanged:
-        if place is None:
+        if place is None and not calls.is_conv(module):
+            row.reason = "only what follows a 2-D convolution is fused with it"
+        elif place is None:
             row.reason = _why_no_plan(model, name)
         else:
             row.fused, row.reason = place.fused, place.reason
@@ -212,15 +214,33 @@ def _serving(module, last, op):
     shape, strides, dtype, device = last
     if dtype not in DTYPES:
         return "aten", "", f"{dtype} has no kernels"
-    if op is None and module.padding_mode != "zeros" or len(shape) != 4:
+    if op is None and module.padding_mode != "zeros" or len(shape) != module.weight.dim():
         return "", "", ""
-    like, w = torch.empty_strided(shape, strides, dtype=dtype, device="meta"), module.weight
-    own = module.stride, module.padding, module.dilation, module.groups
-    like, geom = functional.normalised(like, w.to("meta"), *(own if op is None else op.convolution.geom))
-    problem = ConvProblem.of_fprop(like, w, geom, op is not None and op.channels_last)
+    like = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    pass_, problem = _problem(module, like, module.weight.to("meta"), op)
     try:
-        choice = backends.select(Pass.FPROP, dataclasses.replace(problem, device=device.type))
+        choice = backends.select(pass_, dataclasses.replace(problem, device=device.type))
     except RuntimeError as error:
         return "", "", str(error)
     passed = "; ".join(f"{name}: {reason}" for name, reason in choice.passed_over.items())
     return choice.backend.name, choice.variant, passed
+
+
+def _problem(module, x, w, op):
+    """The pass over the problem that a call of a layer with x was, by itself or in that of an op."""
+    settings = module.stride, module.padding, module.dilation, module.groups
+    if isinstance(module, nn.Conv2d):
+        x, geom = functional.normalised(x, w, *(settings if op is None else op.convolution.geom))
+        return Pass.FPROP, ConvProblem.of_fprop(x, w, geom, op is not None and op.channels_last)
+    if isinstance(module, nn.Conv1d):
+        x, geom = functional.normalised_row(x, w, *settings)
+        return Pass.FPROP, ConvProblem.of_fprop(x.unsqueeze(2), w.unsqueeze(2), geom)
+    channels_last = autograd.result_is_channels_last(x, w)
+    longer = module.output_padding
+    if isinstance(module, nn.ConvTranspose2d):
+        geom = Geom(*settings)
+    else:
+        (_, geom), longer = functional.normalised_row(x, w, *settings), (0, *longer)
+        x, w = x.unsqueeze(2), w.unsqueeze(2)
+    size = geom.input_size(x.shape[2:], w.shape[2:], longer)
+    return Pass.DGRAD, ConvProblem.of_dgrad(x, w, size, geom, channels_last)
