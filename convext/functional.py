@@ -159,11 +159,13 @@ def _conv2d(
         return as_pytorch(torch.conv2d, error, x, w, bias, stride, padding, dilation, groups)
 
 
-def as_pytorch(function: Callable[..., torch.Tensor], error: checks.InvalidArgument, *arguments: Any) -> torch.Tensor:
+def as_pytorch(
+    function: Callable[..., torch.Tensor], error: checks.InvalidArgument, *arguments: Any, **settings: Any
+) -> torch.Tensor:
     """What PyTorch makes of arguments that a check refused: its own error, with the check's words behind it, or its
     result where it takes what convext does not: tensors on the meta device beside others."""
     try:
-        return function(*arguments)
+        return function(*arguments, **settings)
     except (RuntimeError, TypeError, ValueError) as theirs:
         if type(theirs) not in (RuntimeError, TypeError, ValueError, NotImplementedError):
             raise
@@ -474,9 +476,10 @@ def normalised_row(
     elif padding == "same":
         if step != 1:
             raise checks.InvalidArgument(f"padding='same' is not supported for strided convolutions: stride is {step}")
-        pad, odd = divmod(distance * (w.shape[2] - 1), 2)
-        if odd:
+        total = distance * (w.shape[2] - 1)
+        if total % 2:
             x = F.pad(x, (0, 1))  # on its far side, as in ATen
+        pad = total // 2
     else:
         raise checks.InvalidArgument(f"padding: invalid padding string {padding!r}, expected 'same' or 'valid'")
     return x, Geom((1, step), (0, pad), (1, distance), groups)

@@ -17,7 +17,7 @@ PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 LAST_INPUTS: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Any, ...]] = weakref.WeakKeyDictionary()
 
 
-def note_input(layer: torch.nn.Module, input: torch.Tensor) -> None:
+def _note_input(layer: torch.nn.Module, input: torch.Tensor) -> None:
     if type(input) is torch.Tensor and not torch.compiler.is_compiling():
         LAST_INPUTS[layer] = input.shape, input.stride(), input.dtype, input.device
 
@@ -39,7 +39,7 @@ class Conv1d(torch.nn.Conv1d):
     """
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        note_input(self, input)
+        _note_input(self, input)
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             return functional.conv1d(input, weight, bias, self.stride, 0, self.dilation, self.groups)
@@ -65,7 +65,7 @@ class Conv2d(torch.nn.Conv2d):
     """
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        note_input(self, input)
+        _note_input(self, input)
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             return functional.conv2d(input, weight, bias, self.stride, (0, 0), self.dilation, self.groups)
@@ -170,7 +170,7 @@ class ConvTranspose1d(torch.nn.ConvTranspose1d):
     """
 
     def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
-        return transposed_forward(self, transposed.conv_transpose1d, input, output_size)
+        return _transposed_forward(self, transposed.conv_transpose1d, input, output_size)
 
 
 class ConvTranspose2d(torch.nn.ConvTranspose2d):
@@ -193,10 +193,10 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
     """
 
     def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
-        return transposed_forward(self, transposed.conv_transpose2d, input, output_size)
+        return _transposed_forward(self, transposed.conv_transpose2d, input, output_size)
 
 
-def transposed_forward(
+def _transposed_forward(
     layer: Any, function: Callable[..., torch.Tensor], input: torch.Tensor, output_size: list[int] | None
 ) -> torch.Tensor:
     """The forward of a torch.nn.ConvTranspose1d or 2d, by `function`."""
@@ -206,7 +206,7 @@ def transposed_forward(
     output_padding = layer._output_padding(
         input, output_size, layer.stride, layer.padding, layer.kernel_size, axes, layer.dilation
     )
-    note_input(layer, input)
+    _note_input(layer, input)
     return function(
         input, layer.weight, layer.bias, layer.stride, layer.padding, output_padding, layer.groups, layer.dilation
     )

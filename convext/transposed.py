@@ -13,6 +13,7 @@ from .functional import Size
 from .problem import DTYPES, Geom
 
 _TORCHS: dict[int, Callable[..., torch.Tensor]] = {1: torch.conv_transpose1d, 2: torch.conv_transpose2d}
+_SETTINGS = "stride", "padding", "output_padding", "groups", "dilation"
 _Operand = torch.Tensor | None
 
 
@@ -88,8 +89,7 @@ def conv_transpose2d(
 
 def _conv_transpose(function: Callable[..., torch.Tensor], axes: int, x: Any, w: Any, bias: Any, *settings: Any) -> Any:
     if has_torch_function((x, w, bias)):
-        names = "stride", "padding", "output_padding", "groups", "dilation"
-        return handle_torch_function(function, (x, w, bias), x, w, bias, **dict(zip(names, settings)))
+        return handle_torch_function(function, (x, w, bias), x, w, bias, **dict(zip(_SETTINGS, settings)))
     if torch.compiler.is_compiling():
         if x.dtype not in DTYPES or w.dtype not in DTYPES:
             return _TORCHS[axes](x, w, bias, *settings)
@@ -99,7 +99,7 @@ def _conv_transpose(function: Callable[..., torch.Tensor], axes: int, x: Any, w:
             return _TORCHS[axes](x, w, bias, *settings)
         return _checked(axes, x, w, bias, *settings)
     except checks.InvalidArgument as error:
-        return functional.as_pytorch(_TORCHS[axes], error, x, w, bias, *settings)
+        return functional.as_pytorch(_TORCHS[axes], error, x, w, bias, **dict(zip(_SETTINGS, settings)))
 
 
 def _pair(axes: int, name: str, value: Any, of_height_one: int) -> tuple[int, int]:

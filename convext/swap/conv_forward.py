@@ -6,6 +6,7 @@ from torch import nn
 
 from .. import functional
 from .. import nn as convext_nn
+from ..nn import LAST_INPUTS
 from .method import InstanceMethod
 from .modes import function_mode_watches
 
@@ -35,7 +36,8 @@ class ConvForward(InstanceMethod):
             conv = self.called()
             if _is_tracing() is not None or function_mode_watches():
                 return type(conv)._conv_forward(conv, input, weight, bias)
-            convext_nn.note_input(conv, input)
+            if type(input) is torch.Tensor:
+                LAST_INPUTS[conv] = input.shape, input.stride(), input.dtype, input.device
         elif torch.compiler._is_exporting_flag:  # is_exporting() is True under every torch.compile
             return type(conv)._conv_forward(conv, input, weight, bias)
         if conv.padding_mode != "zeros":
