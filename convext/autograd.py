@@ -324,15 +324,12 @@ def conv_transpose(
 ) -> torch.Tensor:
     """dgrad(x, w) + bias, of height and width `size`: x (N, K, P, Q) or rows (N, K, Q). Not differentiable:
     ConvTransposeFunction is."""
-    y = _as_it_was(ops.dgrad(_image(x), _image(w), size, geom, result_is_channels_last(x, w)), x.dim())
-    if bias is None:
-        return y
-    bias = _per_channel(bias, x.dim())
-    return y.add_(bias) if ops.idle_but_for_autocast() else y + bias
+    y = ops.conv_transpose(_image(x), _image(w), bias, size, geom, result_is_channels_last(x, w))
+    return _as_it_was(y, x.dim())
 
 
 def _per_channel(bias, dims: int):
-    return bias[(slice(None), *(None,) * (dims - 2))]
+    return bias.view(-1, *(1,) * (dims - 2))
 
 
 class ConvTransposeFunction(_Function):

@@ -87,9 +87,14 @@ def conv_transpose2d(
     return _conv_transpose(conv_transpose2d, 2, input, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
-def _conv_transpose(function: Callable[..., torch.Tensor], axes: int, x: Any, w: Any, bias: Any, *settings: Any) -> Any:
+def _conv_transpose(
+    function: Callable[..., torch.Tensor], axes: int, x: Any, w: Any, bias: Any, *settings: Any
+) -> torch.Tensor:
     if has_torch_function((x, w, bias)):
-        return handle_torch_function(function, (x, w, bias), x, w, bias, **dict(zip(_SETTINGS, settings)))
+        heard: torch.Tensor = handle_torch_function(
+            function, (x, w, bias), x, w, bias, **dict(zip(_SETTINGS, settings))
+        )
+        return heard
     if torch.compiler.is_compiling():
         if x.dtype not in DTYPES or w.dtype not in DTYPES:
             return _TORCHS[axes](x, w, bias, *settings)

@@ -20,8 +20,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jvp, vmap
 
 import convext
-
-CL = torch.channels_last
+from convext import backends
 
 
 def rand(*shape, dtype=torch.float64, seed=0):
@@ -429,6 +428,24 @@ def test_autocast_follows_the_context(name, dtype):
         assert function(*tensors).dtype == torch.float64
     y.sum().backward()
     assert {t.grad.dtype for t in leaves} == {torch.float32}
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_few_products_an_output_are_atens(recorded):
+    """Where the bias, a pass of its own, would cost more than the products do; not where a backend is asked for."""
+    if backends.unavailable("native", "cpu"):
+        pytest.skip("the compiled library is not there")
+    w, b = rand(16, 8, 3, 3).float().requires_grad_(recorded), rand(8).float()
+    settings = dict(stride=2, padding=1, output_padding=(1, 0))
+    for form, name, expected in (("nhwc", None, "aten"), ("nhwc", "native", "native"), ("nchw", None, "native")):
+        x = _dense((2, 16, 9, 8), form, torch.float32)
+        backends.reset_counts()
+        with convext.backend(name):
+            y = convext.conv_transpose2d(x, w, b, **settings)
+        ((backend, _, _),) = backends.counts()
+        assert backend == expected
+        torch.testing.assert_close(y, F.conv_transpose2d(x, w, b, **settings), rtol=1e-5, atol=1e-4)
+        assert strides(y) == strides(F.conv_transpose2d(x, w, b, **settings))
 
 
 # ---- derivatives and compilers ---------------------------------------------------------------------------------------

@@ -62,6 +62,7 @@ _BF16_PIXELS = 64  # of the output: with more, products in float32 lose to those
 _EMPTY_LANES = {Pass.FPROP: (8, 4), Pass.DGRAD: (8, 4), Pass.WGRAD: (16, 16)}  # columns a group; at stride 1, above
 _FEW_CHANNELS = 4
 _FEW_FLOPS = 1.2e5
+_FEW_PRODUCTS = 256  # behind an output of a transposed convolution: with more, a pass for the bias alone is not seen
 
 
 @functools.cache
@@ -269,6 +270,14 @@ class NativeCpu(Backend):
             return f"{p.c} input channels leave most lanes of a vector empty"
         if p.flops <= _FEW_FLOPS and pass_ is not Pass.DGRAD:
             return "so few multiplications cost less than the call"
+        return None
+
+    def slower_transposed(self, problem: ConvProblem) -> str | None:
+        p = problem
+        products = p.k * p.r * p.s / (p.stride_h * p.stride_w)
+        measured = p.dtype is DType.FLOAT32 and p.groups == 1 and p.y_layout == p.x_layout == _NHWC
+        if measured and p.h > 1 and products <= _FEW_PRODUCTS:
+            return f"{products:g} products an output take less time than a pass that adds the bias"
         return None
 
     def variant(self, pass_: Pass, problem: ConvProblem) -> str:

@@ -222,6 +222,9 @@ def _serving(module, last, op):
         choice = backends.select(pass_, dataclasses.replace(problem, device=device.type))
     except RuntimeError as error:
         return "", "", str(error)
+    slower = choice.backend.slower_transposed(choice.problem) if pass_ is Pass.DGRAD else None
+    if slower and backends.forced() is None:
+        return "aten", "aten_conv_transpose", f"{choice.backend.name}: {slower}"
     passed = "; ".join(f"{name}: {reason}" for name, reason in choice.passed_over.items())
     return choice.backend.name, choice.variant, passed
 
