@@ -1,6 +1,6 @@
 """convext: convolutions for PyTorch.
 
-convext.conv2d(x, w, ...)            functions, with the meaning of torch.nn.functional
+convext.conv2d(x, w, ...)            functions, with the meaning of torch.nn.functional: conv1d, conv_transpose2d, ...
 convext.nn.Conv2d(...)               layers, drop-in for torch.nn
 convext.swap(model)                  a whole model, in place
 convext.backend("native"), backends  who computes, and why

@@ -237,12 +237,18 @@ def _image(t):
     return t.unsqueeze(2) if t is not None and t.dim() == 3 else t
 
 
-def _as_it_was(t, like_dims: int):
-    """A fresh image of height one as rows, where `like_dims` is 3. Where nobody follows it is no view, as ATen's is
-    none: autograd refuses to write into views of what a Function returns, and `detach_` into any."""
-    if like_dims == 4:
-        return t
-    return t.squeeze(2) if torch.is_grad_enabled() or not ops.idle_but_for_autocast() else t.squeeze_(2)
+def _as_it_was(y, dims: int):
+    """A fresh image of height one as rows, where `dims` is 3. Nobody has recorded it, and it becomes no view, as ATen's
+    is none: autograd refuses to write into views that a Function returns, and `detach_` into any. Where a transform
+    holds it, `functional` copies it."""
+    if dims == 4:
+        return y
+    return y.squeeze(2) if ops._functorch_active() or ops.batches_the_older_way() else y.squeeze_(2)
+
+
+def _gradient_as_it_was(t, dims: int):
+    """The same of a gradient, which may be recorded."""
+    return _as_it_was(t, dims) if dims == 4 or not torch.is_grad_enabled() else t.squeeze(2)
 
 
 def result_is_channels_last(x: torch.Tensor, w: torch.Tensor) -> bool:
@@ -300,8 +306,8 @@ class Conv1dFunction(_Function):
         dy = _image(dy)
         dx, dw = _dgrad_and_wgrad(ctx, dy, x, w, x_needed, w_needed)
         return (
-            _as_it_was(dx, 3) if x_needed else None,
-            _as_it_was(dw, 3) if w_needed else None,
+            _gradient_as_it_was(dx, 3) if x_needed else None,
+            _gradient_as_it_was(dw, 3) if w_needed else None,
             _channel_sum(dy) if bias_needed else None,
             None,
         )
@@ -364,9 +370,9 @@ class ConvTransposeFunction(_Function):
         dx = dw = None
         if x_needed:
             dx = _in_format(_fprop(dy, w, None, ctx.geom, ctx.channels_last), ctx.channels_last)
-            dx = _as_it_was(dx, ctx.dims)
+            dx = _gradient_as_it_was(dx, ctx.dims)
         if w_needed:
-            dw = _as_it_was(_wgrad(x, dy, ctx.kernel_size, ctx.geom, ctx.dw_channels_last), ctx.dims)
+            dw = _gradient_as_it_was(_wgrad(x, dy, ctx.kernel_size, ctx.geom, ctx.dw_channels_last), ctx.dims)
         return dx, dw, _channel_sum(dy) if bias_needed else None, None, None
 
     @staticmethod

@@ -5,6 +5,7 @@ import itertools
 import os
 import pickle
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from passes import DTYPES, EVEN_SAME, run
 from places import BACKENDS
 from reference import Nest
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jvp, vmap
+from torch.utils.flop_counter import FlopCounterMode
 
 import convext
 from convext import backends
@@ -175,6 +178,21 @@ def test_a_result_is_no_view_and_can_be_written(recorded):
     y.backward(torch.ones_like(y))
     assert w.grad is None if not recorded else not w.grad._is_view()
     y.detach_()
+
+
+@pytest.mark.parametrize("mode", [FlopCounterMode, FakeTensorMode, None], ids=str)
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_result_under_a_mode_is_no_view(recorded, mode):
+    """With grad mode on, whether a gradient is wanted or not."""
+    given, ours = [rand(*s).requires_grad_(recorded) for s in ((2, 4, 9), (6, 4, 3), (6,))], convext.conv1d
+    with nullcontext() if mode is None else mode(**{"display": False} if mode is FlopCounterMode else {}) as inside:
+        if mode is FakeTensorMode:
+            given = [inside.from_tensor(t) for t in given]
+        y = ours(*given)
+        assert not y._is_view()
+        y.relu_()
+        if recorded:
+            assert not any(t._is_view() for t in torch.autograd.grad(y.sum(), given))
 
 
 X, W, B = rand(2, 4, 6), rand(6, 2, 3), rand(6)

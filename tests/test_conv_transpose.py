@@ -7,6 +7,7 @@ import itertools
 import os
 import pickle
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from passes import DTYPES
 from places import BACKENDS
 from reference import Expected, Nest, unit_roundoff
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jvp, vmap
+from torch.utils.flop_counter import FlopCounterMode
 
 import convext
 from convext import backends
@@ -261,6 +264,24 @@ def test_a_result_is_no_view_and_can_be_written(name, recorded):
     y.backward(torch.ones_like(y))
     assert w.grad is None if not recorded else not w.grad._is_view()
     y.detach_()
+
+
+@pytest.mark.parametrize("mode", [FlopCounterMode, FakeTensorMode, None], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_result_under_a_mode_is_no_view(name, recorded, mode):
+    """With grad mode on, whether a gradient is wanted or not."""
+    axes, ours = int(name[-2]), both(name)[1]
+    shapes = (2, 4, *(5,) * axes), (4, 6, *(3,) * axes), (6,)
+    given = [rand(*shape).requires_grad_(recorded) for shape in shapes]
+    with nullcontext() if mode is None else mode(**{"display": False} if mode is FlopCounterMode else {}) as inside:
+        if mode is FakeTensorMode:
+            given = [inside.from_tensor(t) for t in given]
+        y = ours(*given)
+        assert not y._is_view()
+        y.relu_()
+        if recorded:
+            assert not any(t._is_view() for t in torch.autograd.grad(y.sum(), given))
 
 
 BAD = {

@@ -72,7 +72,7 @@ def test_error_input(index):
         convext.conv2d(sample.input, *sample.args, **sample.kwargs)
 
 
-# ---- rows and transposed convolutions, beside PyTorch's own results ---------------------------------------------------
+# ---- rows and transposed convolutions, beside PyTorch's own results --------------------------------------------------
 
 OTHERS = {name: next(op for op in op_db if op.name == f"nn.functional.{name}") for name in (
     "conv1d", "conv_transpose1d", "conv_transpose2d",
