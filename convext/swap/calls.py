@@ -9,10 +9,10 @@ from torch import fx, nn
 
 from .. import nn as convext_nn
 from ..activation import TABLE as ACTIVATIONS
-from .conv_forward import KINDS, ConvForward
+from .conv_forward import LAYERS, ConvForward
 
 _CONV_TYPE = nn.Conv2d
-_OURS = frozenset((*KINDS.values(), convext_nn.ConvTranspose1d, convext_nn.ConvTranspose2d))
+_OURS = frozenset(LAYERS.values())
 
 # what computes an activation -> its name in the epilogue, and the attributes for which a module is it
 _ACTIVATION_MODULES = {

@@ -10,7 +10,13 @@ from ..nn import LAST_INPUTS
 from .method import InstanceMethod
 from .modes import function_mode_watches
 
-KINDS = {nn.Conv1d: convext_nn.Conv1d, nn.Conv2d: convext_nn.Conv2d}  # torch's layers -> convext's
+# torch's layers -> convext's: those that a swap exchanges, and all
+KINDS = {nn.Conv1d: convext_nn.Conv1d, nn.Conv2d: convext_nn.Conv2d}
+LAYERS = {
+    **KINDS,
+    nn.ConvTranspose1d: convext_nn.ConvTranspose1d,
+    nn.ConvTranspose2d: convext_nn.ConvTranspose2d,
+}
 # torch's method, the name of the function that it calls, that function, and convext's
 _CONV1D = nn.Conv1d._conv_forward, "conv1d", F.conv1d, functional.conv1d
 _CONV2D = nn.Conv2d._conv_forward, "conv2d", F.conv2d, functional.conv2d

@@ -4,7 +4,7 @@ from torch import nn
 
 from .calls import is_swapped
 from .capture import signature as signatures
-from .conv_forward import KINDS, ConvForward
+from .conv_forward import KINDS, LAYERS, ConvForward
 from .eligible import left_alone, why_unplanned
 from .planned import PlannedForward
 
@@ -62,11 +62,11 @@ def swap(model: nn.Module) -> nn.Module:
 def revert(model: nn.Module) -> nn.Module:
     """Undoes `swap`, in place: torch's convolutions and the classes' own forwards.
 
-    Every convext.nn.Conv1d and Conv2d becomes torch.nn's, whoever made it; a forward that the user put into an instance
-    stays.
+    Every convext.nn.Conv1d, Conv2d, ConvTranspose1d and ConvTranspose2d becomes torch.nn's, whoever made it; a forward
+    that the user put into an instance stays.
 
     Args:
-        model: swapped or not; one that is not is left as it is, its layers of convext.nn.Conv1d and Conv2d apart.
+        model: swapped or not; one that is not is left as it is, its layers of those classes apart.
 
     Returns: the model.
 
@@ -83,7 +83,7 @@ def revert(model: nn.Module) -> nn.Module:
             del module.__dict__["forward"]
         if isinstance(module.__dict__.get("_conv_forward"), ConvForward):
             del module.__dict__["_conv_forward"]
-        for theirs, ours in KINDS.items():
+        for theirs, ours in LAYERS.items():
             if type(module) is ours:
                 module.__class__ = theirs
     return model

@@ -214,16 +214,18 @@ def test_the_report_names_the_kernel():
     assert "2-D" in report["stem"].reason
 
 
-def test_the_report_names_the_kernel_of_a_transposed_layer():
+def test_the_report_names_the_kernel_of_a_transposed_layer_and_revert_makes_it_torchs():
     up, wide = convext.nn.ConvTranspose1d(16, 8, 4, 2, 1), convext.nn.ConvTranspose2d(16, 8, 2, 2)
     model = nn.ModuleList([up, wide])
     with torch.no_grad(), convext.backend("native"):
         up(torch.randn(2, 16, 50)), wide(torch.randn(2, 16, 7, 7))
         variants = [row.variant for row in convext.report(model)]
         assert all(variant.startswith("dgrad_") for variant in variants)
+    assert all(is_swapped(layer) for layer in model)
     wide(torch.randn(2, 16, 7, 7).contiguous(memory_format=torch.channels_last))
     row = convext.report(model)["1"]
     assert row.backend == "aten" and "adds the bias" in row.reason
+    assert [*map(type, convext.revert(model))] == [nn.ConvTranspose1d, nn.ConvTranspose2d]
 
 
 @pytest.mark.parametrize("name", MODELS)
