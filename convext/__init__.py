@@ -1,6 +1,6 @@
 """convext: convolutions for PyTorch.
 
-convext.conv2d(x, w, ...)            functions, with the meaning of torch.nn.functional
+convext.conv2d(x, w, ...)            functions, with the meaning of torch.nn.functional: conv1d, conv_transpose2d, ...
 convext.nn.Conv2d(...)               layers, drop-in for torch.nn
 convext.swap(model)                  a whole model, in place
 convext.backend("native"), backends  who computes, and why
@@ -25,12 +25,13 @@ from . import (
 )
 from .accuracy import accuracy
 from .backends import backend
-from .functional import conv2d, conv_act, conv_bn_act, conv_bn_relu, depthwise_conv2d, dilated_conv2d
+from .functional import conv1d, conv2d, conv_act, conv_bn_act, conv_bn_relu, depthwise_conv2d, dilated_conv2d
 from .output_pool import output_pool
 from .refresh import refresh
 
 # From here on `convext.swap` and `convext.tune` are the functions, not the packages.
 from .swap import layer_by_layer, report, revert, swap, verify
+from .transposed import conv_transpose1d, conv_transpose2d
 from .tune import explain, tune
 from .tuning import tuning
 
@@ -41,10 +42,13 @@ __all__ = [
     "autograd",
     "backend",
     "backends",
+    "conv1d",
     "conv2d",
     "conv_act",
     "conv_bn_act",
     "conv_bn_relu",
+    "conv_transpose1d",
+    "conv_transpose2d",
     "depthwise_conv2d",
     "dilated_conv2d",
     "explain",

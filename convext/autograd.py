@@ -229,9 +229,169 @@ class DilatedConv2dFunction(Conv2dFunction):
     """Conv2dFunction with dilation: the name under which dilated convolutions stand in a graph."""
 
 
+# ---- rows, which are images of height one, and transposed convolutions -----------------------------------------------
+
+
+def _image(t):
+    """(N, C, W) as (N, C, 1, W), a filter likewise; and an image, or None, as it is."""
+    return t.unsqueeze(2) if t is not None and t.dim() == 3 else t
+
+
+def _as_it_was(y, dims: int):
+    """A fresh image of height one as rows, where `dims` is 3. Nobody has recorded it, and it becomes no view, as ATen's
+    is none: autograd refuses to write into views that a Function returns, and `detach_` into any. Where a transform
+    holds it, `functional` copies it."""
+    if dims == 4:
+        return y
+    return y.squeeze(2) if ops._functorch_active() or ops.batches_the_older_way() else y.squeeze_(2)
+
+
+def _gradient_as_it_was(t, dims: int):
+    """The same of a gradient, which may be recorded."""
+    return _as_it_was(t, dims) if dims == 4 or not torch.is_grad_enabled() else t.squeeze(2)
+
+
+def result_is_channels_last(x: torch.Tensor, w: torch.Tensor) -> bool:
+    """The format of the result of a convolution of x, rows or images, and of its gradients: as in ATen, which first
+    makes rows contiguous."""
+    rows = x.dim() == 3
+    return (not rows or x.is_contiguous()) and suggests_channels_last(_image(x)) or suggests_channels_last(_image(w))
+
+
+def _keep_result_format(ctx, x, w) -> None:
+    ctx.channels_last = result_is_channels_last(x, w)
+    ctx.dw_channels_last = not _level.nchw_weights and weight_gradient_is_channels_last(_image(w), ctx.channels_last)
+
+
+def _in_format(y, channels_last):
+    """What fprop returned in the format that it was asked for: it takes channels-last tensors as asking for that."""
+    return y if channels_last or not suggests_channels_last(y) else y.contiguous()
+
+
+def conv1d(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, geom: Geom) -> torch.Tensor:
+    """Rows x (N, C, W) * w (K, C/groups, S) + bias. Not differentiable: Conv1dFunction is.
+
+    Rows whose channels lie together are read as they lie, and the result is copied instead: ATen copies x."""
+    y = ops.fprop(_image(x), _image(w), bias, geom)
+    return _as_it_was(y if x.is_contiguous() else _in_format(y, suggests_channels_last(_image(w))), 3)
+
+
+class Conv1dFunction(_Function):
+    """y = x * w + bias of rows. `apply(x, w, bias, geom)` with x (N, C, W), w (K, C/groups, S), bias (K) or None, geom
+    that of images of height one."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, w, bias, geom):
+        return conv1d(x, w, bias, geom)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, w, _, geom = inputs
+        x_needed, w_needed = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(_needed(w_needed, x), _needed(x_needed, w))
+        _save_for_jvp(ctx, x, w)
+        ctx.geom = geom
+        ctx.input_size, ctx.kernel_size = (1, x.shape[2]), (1, w.shape[2])
+        _keep_result_format(ctx, x, w)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dy):
+        if dy is None:
+            return None, None, None, None
+        x, w = map(_image, ctx.saved_tensors)
+        x_needed, w_needed, bias_needed = ctx.needs_input_grad[:3]
+        dy = _image(dy)
+        dx, dw = _dgrad_and_wgrad(ctx, dy, x, w, x_needed, w_needed)
+        return (
+            _gradient_as_it_was(dx, 3) if x_needed else None,
+            _gradient_as_it_was(dw, 3) if w_needed else None,
+            _channel_sum(dy) if bias_needed else None,
+            None,
+        )
+
+    @staticmethod
+    @_lower_levels_record
+    def jvp(ctx, x_t, w_t, bias_t, _):
+        x, w = map(_image, ctx.saved_tensors)
+        y_t = None if x_t is None else _fprop(_image(x_t), w, bias_t, ctx.geom)
+        if w_t is not None:
+            y_t = _add(y_t, _fprop(x, _image(w_t), bias_t if y_t is None else None, ctx.geom))
+        if y_t is None and bias_t is not None:
+            q = ctx.geom.output_size(ctx.input_size, ctx.kernel_size)[1]
+            return bias_t[:, None].expand(x.shape[0], w.shape[0], q).clone()
+        return None if y_t is None else y_t.squeeze(2)
+
+
+def conv_transpose(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, size: tuple[int, int], geom: Geom
+) -> torch.Tensor:
+    """dgrad(x, w) + bias, of height and width `size`: x (N, K, P, Q) or rows (N, K, Q). Not differentiable:
+    ConvTransposeFunction is."""
+    y = ops.conv_transpose(_image(x), _image(w), bias, size, geom, result_is_channels_last(x, w))
+    return _as_it_was(y, x.dim())
+
+
+def _per_channel(bias, dims: int):
+    return bias.view(-1, *(1,) * (dims - 2))
+
+
+class ConvTransposeFunction(_Function):
+    """y = dgrad(x, w) + bias, the transposed convolution, of images or of rows: its gradients are fprop and wgrad.
+    `apply(x, w, bias, size, geom)` with x (N, K, P, Q), w (K, C/groups, R, S), bias (C) or None, size that of y; rows
+    lack the height of x and w."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, w, bias, size, geom):
+        return conv_transpose(x, w, bias, size, geom)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, w, _, size, geom = inputs
+        x_needed, w_needed = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(_needed(w_needed, x), _needed(x_needed, w))
+        _save_for_jvp(ctx, x, w)
+        ctx.geom, ctx.size, ctx.dims = geom, size, x.dim()
+        ctx.shape, ctx.kernel_size = output.shape, _image(w).shape[2:]
+        _keep_result_format(ctx, x, w)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dy):
+        if dy is None:
+            return None, None, None, None, None
+        x, w = map(_image, ctx.saved_tensors)
+        x_needed, w_needed, bias_needed = ctx.needs_input_grad[:3]
+        dy = _image(dy)
+        dx = dw = None
+        if x_needed:
+            dx = _in_format(_fprop(dy, w, None, ctx.geom, ctx.channels_last), ctx.channels_last)
+            dx = _gradient_as_it_was(dx, ctx.dims)
+        if w_needed:
+            dw = _gradient_as_it_was(_wgrad(x, dy, ctx.kernel_size, ctx.geom, ctx.dw_channels_last), ctx.dims)
+        return dx, dw, _channel_sum(dy) if bias_needed else None, None, None
+
+    @staticmethod
+    @_lower_levels_record
+    def jvp(ctx, x_t, w_t, bias_t, *_):
+        x, w = map(_image, ctx.saved_tensors)
+        y_t = _add(
+            None if x_t is None else _dgrad(_image(x_t), w, ctx.size, ctx.geom, ctx.channels_last),
+            None if w_t is None else _dgrad(x, _image(w_t), ctx.size, ctx.geom, ctx.channels_last),
+        )
+        y_t = y_t.squeeze(2) if y_t is not None and ctx.dims == 3 else y_t
+        if bias_t is None:
+            return y_t
+        bias_t = _per_channel(bias_t, ctx.dims)
+        return bias_t.expand(ctx.shape).clone() if y_t is None else y_t + bias_t
+
+
 class DgradFunction(_Function):
-    """dx from dy and w: `apply(dy, w, input_size, geom, channels_last=None)`. Also the forward of a transposed
-    convolution."""
+    """dx from dy and w: `apply(dy, w, input_size, geom, channels_last=None)`."""
 
     generate_vmap_rule = True
 

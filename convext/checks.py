@@ -30,9 +30,13 @@ def check_tensor(name: str, value: object, optional: bool = False) -> None:
 _BOUND = {0: "zero or greater", 1: "greater than zero"}
 
 
-def check_geom(geom: Geom) -> None:
-    bounds = ("stride", geom.stride, 1), ("padding", geom.padding, 0), ("dilation", geom.dilation, 1)
-    for name, values, least in bounds:
+def check_geom(geom: Geom, axes: int = 2) -> None:
+    """`axes`: 2 for an image, 1 for a row, whose geom has its own values behind those of a height of one."""
+    for name, values, least in (
+        ("stride", geom.stride[-axes:], 1),
+        ("padding", geom.padding[-axes:], 0),
+        ("dilation", geom.dilation[-axes:], 1),
+    ):
         for value in values:
             if abs(value) >= 2**63:
                 raise InvalidArgument(f"{name}: expected ints of 64 bits, got {tuple(values)}")
@@ -47,15 +51,19 @@ def check_geom(geom: Geom) -> None:
         )
 
 
-def check_conv(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, geom: Geom) -> None:
-    """RuntimeError unless fprop(x, w, bias) is a convolution of a batched x."""
-    check_geom(geom)
-    if w.dim() != 4:
-        raise InvalidArgument(f"weight: expected 4 dimensions (K, C/groups, R, S), got a weight of size {_shape(w)}")
-    if x.dim() != 4:
-        raise InvalidArgument(f"input: expected 3D (unbatched) or 4D (batched) input to conv2d, but got {_shape(x)}")
-    groups = geom.groups
-    k, c_per_group, r, s = w.shape
+_SIZES = {2: ("(K, C/groups, R, S)", "3D (unbatched) or 4D"), 1: ("(K, C/groups, S)", "2D (unbatched) or 3D")}
+
+
+def _check_dims(name: str, x: torch.Tensor, w: torch.Tensor, axes: int) -> None:
+    w_size, x_dims = _SIZES[axes]
+    if w.dim() != axes + 2:
+        raise InvalidArgument(f"weight: expected {axes + 2} dimensions {w_size}, got a weight of size {_shape(w)}")
+    if x.dim() != axes + 2:
+        raise InvalidArgument(f"input: expected {x_dims} (batched) input to {name}, but got {_shape(x)}")
+
+
+def _check_filters(w: torch.Tensor, groups: int) -> None:
+    k = w.shape[0]
     if k < groups:
         raise InvalidArgument(
             f"weight: given groups={groups}, expected weight to be at least {groups} at dimension 0, "
@@ -65,28 +73,27 @@ def check_conv(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, geom
         raise InvalidArgument(
             f"weight: expected dimension 0 to be divisible by groups={groups}, but got weight of size {_shape(w)}"
         )
-    if x.shape[1] != c_per_group * groups:
+
+
+def _check_operands(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, channels: int, biases: int, groups: int
+) -> None:
+    if x.shape[1] != channels:
         raise InvalidArgument(
             f"input: given groups={groups} and weight of size {_shape(w)}, expected input "
-            f"{_shape(x)} to have {c_per_group * groups} channels, but got {x.shape[1]} channels "
+            f"{_shape(x)} to have {channels} channels, but got {x.shape[1]} channels "
             "instead"
         )
-    if r < 1 or s < 1:
+    if min(w.shape[2:]) < 1:
         raise InvalidArgument(f"weight: expected a kernel of at least 1 x 1, got weight of size {_shape(w)}")
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != k):
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != biases):
         raise InvalidArgument(
-            f"bias: given weight of size {_shape(w)}, expected bias to be 1-dimensional with {k} "
+            f"bias: given weight of size {_shape(w)}, expected bias to be 1-dimensional with {biases} "
             f"elements, but got bias of size {_shape(bias)}"
         )
-    for axis, size, kernel in ((0, x.shape[2], r), (1, x.shape[3], s)):
-        if size + 2 * geom.padding[axis] < geom.dilation[axis] * (kernel - 1) + 1:
-            padded = tuple(n + 2 * p for n, p in zip(x.shape[2:], geom.padding))
-            extent = tuple(d * (n - 1) + 1 for n, d in zip((r, s), geom.dilation))
-            raise InvalidArgument(
-                f"input: calculated padded input size per channel: {padded[0]} x {padded[1]}. "
-                f"Kernel size with dilation: {extent[0]} x {extent[1]}. The kernel can't be greater "
-                "than the padded input"
-            )
+
+
+def _check_types(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> None:
     for name, t in (("weight", w), ("bias", bias)):
         if t is None:
             continue
@@ -94,6 +101,57 @@ def check_conv(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, geom
             raise InvalidArgument(f"{name}: input type ({x.dtype}) and {name} type ({t.dtype}) should be the same")
         if t.device != x.device:
             raise InvalidArgument(f"{name}: expected to be on the device of input, {x.device}, got {t.device}")
+
+
+def _extents(values: Sequence[int]) -> str:
+    return " x ".join(map(str, values))
+
+
+def check_conv(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, geom: Geom, axes: int = 2) -> None:
+    """RuntimeError unless fprop(x, w, bias) is a convolution of a batched x; of rows with `axes` = 1."""
+    check_geom(geom, axes)
+    _check_dims(f"conv{axes}d", x, w, axes)
+    groups = geom.groups
+    _check_filters(w, groups)
+    _check_operands(x, w, bias, w.shape[1] * groups, w.shape[0], groups)
+    padding, dilation = geom.padding[-axes:], geom.dilation[-axes:]
+    padded = [n + 2 * p for n, p in zip(x.shape[2:], padding)]
+    extent = [d * (n - 1) + 1 for n, d in zip(w.shape[2:], dilation)]
+    for size, kernel in zip(padded, extent):
+        if size < kernel:
+            raise InvalidArgument(
+                f"input: calculated padded input size per channel: {_extents(padded)}. "
+                f"Kernel size with dilation: {_extents(extent)}. The kernel can't be greater "
+                "than the padded input"
+            )
+    _check_types(x, w, bias)
+
+
+def check_conv_transpose(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, geom: Geom, output_padding: Sequence[int], axes: int
+) -> None:
+    """RuntimeError unless dgrad(x, w) + bias is a transposed convolution of a batched x, of rows or of images."""
+    check_geom(geom, axes)
+    if min(output_padding[-axes:]) < 0:
+        raise InvalidArgument(
+            "negative output_padding is not supported, output_padding should be zero or greater: output_padding is "
+            f"{tuple(output_padding[-axes:])}"
+        )
+    _check_dims(f"conv_transpose{axes}d", x, w, axes)
+    groups = geom.groups
+    _check_filters(w, groups)
+    _check_operands(x, w, bias, w.shape[0], w.shape[1] * groups, groups)
+    size = geom.input_size(_with_height(x.shape[2:]), _with_height(w.shape[2:]), output_padding)
+    if min(size) < 1:
+        raise InvalidArgument(
+            f"input: given input size per channel {_extents(x.shape[2:])}, the calculated output size per channel is "
+            f"{_extents(size[-axes:])}, which is too small"
+        )
+    _check_types(x, w, bias)
+
+
+def _with_height(size: Sequence[int]) -> Sequence[int]:
+    return size if len(size) == 2 else (1, *size)
 
 
 def check_batch_norm(

@@ -3,7 +3,7 @@ on. Nothing is computed here."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,22 @@ def _unusual_pair(name: str, value: Any) -> tuple[int, int]:
     return pair if len(pair) == 2 else pair * 2
 
 
+def as_width(name: str, value: Any) -> int:
+    """An int or a sequence of one."""
+    if type(value) is int:
+        return value
+    if type(value) is tuple and len(value) == 1 and type(value[0]) is int:
+        return value[0]
+    if not isinstance(value, (tuple, list)):
+        value = [value]
+    if not all(_is_int(v) for v in value):
+        raise checks.InvalidType(f"{name}: expected an int or a tuple of one, got {value!r}")
+    if len(value) != 1:
+        raise checks.InvalidArgument(f"{name}: expected one int, got {list(value)}")
+    width: int = _as_int(value[0])
+    return width
+
+
 def _same_padding(
     x: torch.Tensor, w: torch.Tensor, stride: tuple[int, int], dilation: tuple[int, int]
 ) -> tuple[torch.Tensor, tuple[int, int]]:
@@ -69,15 +85,21 @@ def _same_padding(
     return x, (total[0] // 2, total[1] // 2)
 
 
+def as_groups(groups: Any) -> int:
+    if type(groups) is not int:
+        if not _is_int(groups):
+            raise checks.InvalidType(f"groups: expected an int, got {groups!r} ({type(groups).__name__})")
+        groups = _as_int(groups)
+    number: int = groups
+    return number
+
+
 def normalised(
     x: torch.Tensor, w: torch.Tensor, stride: Size, padding: Size | str, dilation: Size, groups: int
 ) -> tuple[torch.Tensor, Geom]:
     """x (padded where "same" asks for it) and geom."""
     stride, dilation = as_pair("stride", stride), as_pair("dilation", dilation)
-    if type(groups) is not int:
-        if not _is_int(groups):
-            raise checks.InvalidType(f"groups: expected an int, got {groups!r} ({type(groups).__name__})")
-        groups = _as_int(groups)
+    groups = as_groups(groups)
     if isinstance(padding, str):
         if padding == "same":
             if min(dilation) > 0 and w.dim() == 4:
@@ -99,7 +121,7 @@ def _check_tensors(x: object, w: object, bias: object) -> None:
     checks.check_tensor("bias", bias, optional=True)
 
 
-def _autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[Any, ...]:
+def autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[Any, ...]:
     """The operands in the dtype that autocast asks for, if it is on for x's device."""
     device_type = x.device.type
     if not torch.is_autocast_enabled(device_type):
@@ -134,14 +156,16 @@ def _conv2d(
     try:
         return _checked_conv2d(function, x, w, bias, stride, padding, dilation, groups)
     except checks.InvalidArgument as error:
-        return _as_pytorch(error, x, w, bias, stride, padding, dilation, groups)
+        return as_pytorch(torch.conv2d, error, x, w, bias, stride, padding, dilation, groups)
 
 
-def _as_pytorch(error: checks.InvalidArgument, *arguments: Any) -> torch.Tensor:
+def as_pytorch(
+    function: Callable[..., torch.Tensor], error: checks.InvalidArgument, *arguments: Any, **settings: Any
+) -> torch.Tensor:
     """What PyTorch makes of arguments that a check refused: its own error, with the check's words behind it, or its
     result where it takes what convext does not: tensors on the meta device beside others."""
     try:
-        return torch.conv2d(*arguments)
+        return function(*arguments, **settings)
     except (RuntimeError, TypeError, ValueError) as theirs:
         if type(theirs) not in (RuntimeError, TypeError, ValueError, NotImplementedError):
             raise
@@ -158,17 +182,25 @@ def _checked_conv2d(
     dilation: Size,
     groups: int,
 ) -> torch.Tensor:
-    if not (type(x) in _PLAIN and type(w) in _PLAIN and type(bias) in _PLAIN) or x is None or w is None:
-        _check_tensors(x, w, bias)
-    known = x.dtype in DTYPES or w.dtype in DTYPES  # one alone is an error, which the checks explain
-    if not known or x.layout is not _strided or w.layout is not _strided or _is_foreign(x, w, bias) or _jit_tracing():
+    if is_for_aten(x, w, bias):
         return torch.conv2d(x, w, bias, stride, padding, dilation, groups)
     x, geom = normalised(x, w, stride, padding, dilation, groups)
     if ops._autocast_active():
-        x, w, bias = _autocast(x, w, bias)
+        x, w, bias = autocast(x, w, bias)
     if x.dim() == 3:
         return _record(function, x.unsqueeze(0), w, bias, geom).squeeze(0)
     return _record(function, x, w, bias, geom)
+
+
+def is_for_aten(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """True of tensors of which ATen's operators know more: other dtypes and layouts, subclasses; and in a TorchScript
+    trace. Raises InvalidType where they are no tensors."""
+    if not (type(x) in _PLAIN and type(w) in _PLAIN and type(bias) in _PLAIN) or x is None or w is None:
+        _check_tensors(x, w, bias)
+    known = x.dtype in DTYPES or w.dtype in DTYPES  # one alone is an error, which the checks explain
+    if not known or x.layout is not _strided or w.layout is not _strided:
+        return True
+    return _is_foreign(x, w, bias) or _jit_tracing() is not None
 
 
 def _record(
@@ -179,7 +211,7 @@ def _record(
         # say how many filters there are.
         checks.check_conv(x, w, bias, geom)
         return torch.convolution(x, w, bias, *geom[:3], False, (0, 0), geom.groups)
-    if _needs_function(x, w, bias):
+    if needs_function(x, w, bias):
         if ops.batched_the_older_way(x, w, bias):  # the operator, which each slice gets, records for itself
             return torch.ops.convext.fprop(x, w, bias, *geom)
         y = function.apply(x, w, bias, geom)
@@ -188,7 +220,7 @@ def _record(
     return ops.fprop(x, w, bias, geom)
 
 
-def _needs_function(*tensors: torch.Tensor | None) -> bool:
+def needs_function(*tensors: torch.Tensor | None) -> bool:
     return autograd.needs_function(*tensors) or ops._functorch_active()
 
 
@@ -336,6 +368,151 @@ def dilated_conv2d(
     return _conv2d(autograd.DilatedConv2dFunction, input, weight, bias, stride, padding, dilation, 1)
 
 
+def conv1d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    causal: bool = False,
+) -> torch.Tensor:
+    """1-D convolution: torch.nn.functional.conv1d, argument for argument. The kernels see an image of height one, which
+    is a view.
+
+    Args:
+        input: (N, C, W), or (C, W) for one row.
+        weight: (K, C/groups, S), of input's dtype and on its device.
+        bias: (K), or None, the default.
+        stride: step of the filter, an int or a sequence of one; default 1.
+        padding: zeros on each side, an int or a sequence of one; or "same" (an output of the input's size, at stride 1)
+            or "valid" (none). Default 0.
+        dilation: distance between the taps of the filter, an int or a sequence of one; default 1.
+        groups: into how many independent convolutions the channels fall; default 1.
+        causal: pad with dilation * (S - 1) zeros on the left alone, so that no output sees what comes behind it, and an
+            output at stride 1 is of the input's size; `padding` must be 0. No padded copy is made: dilation * (S - 1) /
+            stride outputs too many are computed, at the end, and the result is a view of those before them. Default
+            False.
+
+    Returns: (N, K, Q), or (K, Q) for one row, with Q as in `convext.problem.Geom.output_size`, of input's dtype.
+
+    Raises what F.conv1d raises: an error of its type, that begins with its text and ends in a line from convext, which
+        names the argument. ValueError for a padding beside `causal`.
+
+    Example:
+        >>> x, w = torch.randn(2, 16, 100), torch.randn(8, 16, 3)
+        >>> convext.conv1d(x, w, stride=2, padding=1).shape, convext.conv1d(x, w, dilation=8, causal=True).shape
+        (torch.Size([2, 8, 50]), torch.Size([2, 8, 100]))
+    """
+    if has_torch_function((input, weight, bias)):
+        return handle_torch_function(
+            conv1d,
+            (input, weight, bias),
+            input,
+            weight,
+            bias,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            causal=causal,
+        )
+    if causal:
+        return _causal_conv1d(input, weight, bias, stride, padding, dilation, groups)
+    return _conv1d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _causal_conv1d(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+) -> torch.Tensor:
+    if padding not in (0, (0,), [0]):
+        raise ValueError(f"padding: expected 0 beside causal=True, which pads on the left, got {padding!r}")
+    try:
+        step, distance = as_width("stride", stride), as_width("dilation", dilation)
+        _check_tensors(x, w, bias)
+    except checks.InvalidArgument:
+        step = 0
+    if step < 1 or w.dim() != 3 or x.dim() not in (2, 3) or w.shape[2] < 1 or distance < 1:
+        return _conv1d(x, w, bias, stride, 0, dilation, groups)  # which raises
+    left = distance * (w.shape[2] - 1)
+    y = _conv1d(x, w, bias, stride, left, dilation, groups)
+    return y.narrow(-1, 0, (x.shape[-1] - 1) // step + 1) if left else y
+
+
+def _conv1d(*arguments: Any) -> torch.Tensor:
+    if torch.compiler.is_compiling():
+        return _conv1d_traced(*arguments)
+    try:
+        return _checked_conv1d(*arguments)
+    except checks.InvalidArgument as error:
+        return as_pytorch(torch.conv1d, error, *arguments)
+
+
+def _checked_conv1d(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+) -> torch.Tensor:
+    if is_for_aten(x, w, bias):
+        return torch.conv1d(x, w, bias, stride, padding, dilation, groups)
+    x, geom = normalised_row(x, w, stride, padding, dilation, groups)
+    if ops._autocast_active():
+        x, w, bias = autocast(x, w, bias)
+    if x.dim() == 2:
+        return _record_row(x.unsqueeze(0), w, bias, geom).squeeze(0)
+    return _record_row(x, w, bias, geom)
+
+
+def normalised_row(
+    x: torch.Tensor, w: torch.Tensor, stride: Any, padding: Any, dilation: Any, groups: int
+) -> tuple[torch.Tensor, Geom]:
+    """x (padded where "same" asks for it) and the geom of images of height one."""
+    step, distance = as_width("stride", stride), as_width("dilation", dilation)
+    groups = as_groups(groups)
+    if not isinstance(padding, str):
+        pad = as_width("padding", padding)
+    elif padding == "valid" or padding == "same" and (distance < 1 or w.dim() != 3):  # which the checks report
+        pad = 0
+    elif padding == "same":
+        if step != 1:
+            raise checks.InvalidArgument(f"padding='same' is not supported for strided convolutions: stride is {step}")
+        total = distance * (w.shape[2] - 1)
+        if total % 2:
+            x = F.pad(x, (0, 1))  # on its far side, as in ATen
+        pad = total // 2
+    else:
+        raise checks.InvalidArgument(f"padding: invalid padding string {padding!r}, expected 'same' or 'valid'")
+    return x, Geom((1, step), (0, pad), (1, distance), groups)
+
+
+def _record_row(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, geom: Geom) -> torch.Tensor:
+    if x.dim() != 3 or w.dim() != 3 or x.shape[0] == 0 or x.shape[1] == 0:
+        checks.check_conv(x, w, bias, geom, axes=1)
+        (_, step), (_, pad), (_, distance), groups = geom
+        return torch.convolution(x, w, bias, (step,), (pad,), (distance,), False, (0,), groups)  # as in `_record`
+    try:
+        if not needs_function(x, w, bias):
+            return autograd.conv1d(x, w, bias, geom)
+        if ops.batched_the_older_way(x, w, bias):
+            return torch.ops.convext.fprop(x.unsqueeze(2), w.unsqueeze(2), bias, *geom).squeeze(2)
+        y = autograd.Conv1dFunction.apply(x, w, bias, geom)
+    except checks.InvalidArgument:
+        checks.check_conv(x, w, bias, geom, axes=1)  # the same of the rows
+        raise
+    return y.clone() if ops._functorch_active() else y
+
+
+def _conv1d_traced(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+) -> torch.Tensor:
+    if x.dtype not in DTYPES or w.dtype not in DTYPES or x.dim() not in (2, 3) or w.dim() != 3:
+        return torch.conv1d(x, w, bias, stride, padding, dilation, groups)
+    x, geom = normalised_row(x, w, stride, padding, dilation, groups)
+    if x.dim() == 2:
+        return torch.ops.convext.fprop(x[None, :, None], w.unsqueeze(2), bias, *geom).squeeze(2).squeeze(0)
+    return torch.ops.convext.fprop(x.contiguous().unsqueeze(2), w.unsqueeze(2), bias, *geom).squeeze(2)
+
+
 def conv_act(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -393,7 +570,7 @@ def conv_act(
         y = conv2d(input, weight, bias, stride, padding, dilation, groups)
         return FORWARD[activation](y if residual is None else y + residual)
     x, w, epilogue, geom = fused
-    if torch.compiler.is_compiling() or not _needs_function(x, w, epilogue.bias, epilogue.residual):
+    if torch.compiler.is_compiling() or not needs_function(x, w, epilogue.bias, epilogue.residual):
         out = ops.conv_bn_act(x, w, epilogue, geom)
     else:
         out = autograd.conv_act(x, w, epilogue, geom)
@@ -489,11 +666,11 @@ def conv_bn_act(
         )
     x, w, epilogue, geom = fused
     _check_batch_norm(x, w, epilogue, geom, training)
-    needs_function = not torch.compiler.is_compiling() and _needs_function(
+    recorded = not torch.compiler.is_compiling() and needs_function(
         x, w, epilogue.bias, bn_weight, bn_bias, epilogue.residual
     )
     if not training:
-        if needs_function:
+        if recorded:
             out = autograd.conv_bn_act(x, w, epilogue, geom)[0]
         else:
             out = ops.conv_bn_act(x, w, epilogue, geom)
@@ -507,7 +684,7 @@ def conv_bn_act(
                 _update_running(running_mean, running_var, mean, var, momentum, count)  # type: ignore[arg-type]
 
         epilogue = Epilogue(epilogue.bias, None, None, bn_weight, bn_bias, epilogue.residual, eps, activation)
-        if needs_function:
+        if recorded:
             out, *_ = autograd.conv_bn_act(x, w, epilogue, geom, update=update)
         else:
             out, *statistics = ops.conv_bn_act_train(x, w, epilogue, geom)
@@ -566,7 +743,7 @@ def _prepare_fused(
     if x.dtype not in DTYPES or w.dtype not in DTYPES or x.layout is not _strided or w.layout is not _strided:
         return None
     if ops._autocast_active():
-        x, w, b = _autocast(x, w, b)
+        x, w, b = autocast(x, w, b)
     x, geom = normalised(x, w, stride, padding, dilation, groups)
     if x.dim() == 3:
         x = x.unsqueeze(0)

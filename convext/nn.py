@@ -3,17 +3,47 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
-from . import checks, functional
+from . import checks, functional, transposed
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
-# What each Conv2d was last called with by itself: shape, strides, dtype and device of its input. For convext.report.
+# What each layer was last called with by itself: shape, strides, dtype and device of its input. For convext.report.
 LAST_INPUTS: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Any, ...]] = weakref.WeakKeyDictionary()
+
+
+def _note_input(layer: torch.nn.Module, input: torch.Tensor) -> None:
+    if type(input) is torch.Tensor and not torch.compiler.is_compiling():
+        LAST_INPUTS[layer] = input.shape, input.stride(), input.dtype, input.device
+
+
+class Conv1d(torch.nn.Conv1d):
+    """torch.nn.Conv1d, computed by convext: same arguments, parameters, state dict and repr, every `padding_mode`.
+
+    Args:
+        in_channels, out_channels: C and K.
+        kernel_size: S, or a tuple of it alone.
+        stride, padding, dilation, groups, bias, padding_mode, device, dtype: as in torch.nn.Conv1d.
+
+    `forward(input)`: (N, C, W) -> (N, K, Q), or (C, W) -> (K, Q). Raises ValueError, RuntimeError and TypeError where
+    torch.nn.Conv1d does.
+
+    Example:
+        >>> convext.nn.Conv1d(3, 8, 3, dilation=4, padding="same")(torch.randn(2, 3, 100)).shape
+        torch.Size([2, 8, 100])
+    """
+
+    def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        _note_input(self, input)
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            return functional.conv1d(input, weight, bias, self.stride, 0, self.dilation, self.groups)
+        return functional.conv1d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class Conv2d(torch.nn.Conv2d):
@@ -35,8 +65,7 @@ class Conv2d(torch.nn.Conv2d):
     """
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if type(input) is torch.Tensor and not torch.compiler.is_compiling():
-            LAST_INPUTS[self] = input.shape, input.stride(), input.dtype, input.device
+        _note_input(self, input)
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             return functional.conv2d(input, weight, bias, self.stride, (0, 0), self.dilation, self.groups)
@@ -119,6 +148,68 @@ class DilatedConv2d(Conv2d):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, 1, bias, padding_mode, device, dtype
         )
+
+
+class ConvTranspose1d(torch.nn.ConvTranspose1d):
+    """torch.nn.ConvTranspose1d, computed by convext: same arguments, parameters, state dict and repr.
+
+    Args:
+        in_channels, out_channels: K and C: the layer is the gradient of a convolution of C channels by its input.
+        kernel_size: S, or a tuple of it alone.
+        stride, padding, output_padding, groups, bias, dilation, padding_mode, device, dtype: as in
+            torch.nn.ConvTranspose1d, which knows no `padding_mode` but "zeros".
+
+    `forward(input, output_size=None)`: (N, K, Q) -> (N, C, W), or (K, Q) -> (C, W); of the sizes W that the stride
+    allows, `output_size`, W or (W) or (N, C, W), names one. Raises ValueError, RuntimeError and TypeError where
+    torch.nn.ConvTranspose1d does.
+
+    Example:
+        >>> layer, x = convext.nn.ConvTranspose1d(8, 4, 4, stride=2, padding=1), torch.randn(2, 8, 50)
+        >>> layer(x).shape, layer(x, output_size=[101]).shape
+        (torch.Size([2, 4, 100]), torch.Size([2, 4, 101]))
+    """
+
+    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+        return _transposed_forward(self, transposed.conv_transpose1d, input, output_size)
+
+
+class ConvTranspose2d(torch.nn.ConvTranspose2d):
+    """torch.nn.ConvTranspose2d, computed by convext: same arguments, parameters, state dict and repr.
+
+    Args:
+        in_channels, out_channels: K and C: the layer is the gradient of a convolution of C channels by its input.
+        kernel_size: (R, S), or one int for both.
+        stride, padding, output_padding, groups, bias, dilation, padding_mode, device, dtype: as in
+            torch.nn.ConvTranspose2d, which knows no `padding_mode` but "zeros".
+
+    `forward(input, output_size=None)`: (N, K, P, Q) -> (N, C, H, W), or (K, P, Q) -> (C, H, W); of the sizes that the
+    stride allows, `output_size`, (H, W) or (N, C, H, W), names one. Raises ValueError, RuntimeError and TypeError where
+    torch.nn.ConvTranspose2d does.
+
+    Example:
+        >>> layer, x = convext.nn.ConvTranspose2d(8, 4, 3, stride=2, padding=1), torch.randn(2, 8, 7, 7)
+        >>> layer(x).shape, layer(x, output_size=[14, 14]).shape
+        (torch.Size([2, 4, 13, 13]), torch.Size([2, 4, 14, 14]))
+    """
+
+    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+        return _transposed_forward(self, transposed.conv_transpose2d, input, output_size)
+
+
+def _transposed_forward(
+    layer: Any, function: Callable[..., torch.Tensor], input: torch.Tensor, output_size: list[int] | None
+) -> torch.Tensor:
+    """The forward of a torch.nn.ConvTranspose1d or 2d, by `function`."""
+    if layer.padding_mode != "zeros":
+        raise ValueError(f"Only `zeros` padding mode is supported for {type(layer).__name__}")
+    axes = len(layer.kernel_size)
+    output_padding = layer._output_padding(
+        input, output_size, layer.stride, layer.padding, layer.kernel_size, axes, layer.dilation
+    )
+    _note_input(layer, input)
+    return function(
+        input, layer.weight, layer.bias, layer.stride, layer.padding, output_padding, layer.groups, layer.dilation
+    )
 
 
 class ConvBNReLU(torch.nn.Module):
@@ -239,4 +330,6 @@ def conv_bn_act(
 
 # Whole modules load with torch.load(weights_only=True) where the user allows torch's own classes: these hold nothing
 # that runs code when it is unpickled.
-torch.serialization.add_safe_globals([Conv2d, DepthwiseConv2d, DilatedConv2d, ConvBNReLU])
+torch.serialization.add_safe_globals(
+    [Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d, DepthwiseConv2d, DilatedConv2d, ConvBNReLU]
+)

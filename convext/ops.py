@@ -221,7 +221,7 @@ def _check_residual(residual, y_shape, dtype) -> None:
         )
 
 
-def _run_dgrad(dy, w, input_size, geom, channels_last):
+def _dgrad_choice(dy, w, input_size, geom, channels_last) -> backends.Choice:
     key = (1, dy.shape, dy.stride(), dy.dtype, dy.device, w.shape, w.stride(), w.dtype, input_size, geom, channels_last)
     choice = _calls.get(key)
     if choice is None:
@@ -229,6 +229,11 @@ def _run_dgrad(dy, w, input_size, geom, channels_last):
         problem = ConvProblem.of_dgrad(dy, w, input_size, geom, channels_last)
         _check_y_shape("dgrad", dy, problem)
         choice = _remember(key, backends.select(Pass.DGRAD, problem))
+    return choice
+
+
+def _run_dgrad(dy, w, input_size, geom, channels_last):
+    choice = _dgrad_choice(dy, w, input_size, geom, channels_last)
     choice.counter[0] += 1
     return choice.run(choice.problem, dy, w)
 
@@ -337,6 +342,29 @@ def dgrad(
     if type(dy) in _PLAIN and type(w) in _PLAIN and dispatcher_is_idle():
         return _run_dgrad(dy, w, input_size, geom, channels_last)
     return _dgrad(dy, w, input_size, *geom, channels_last)
+
+
+def conv_transpose(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    size: tuple[int, int],
+    geom: Geom,
+    channels_last: bool,
+) -> torch.Tensor:
+    """dgrad(x, w) + bias, of height and width `size`, of images. Not differentiable."""
+    if all_plain(x, w, bias):
+        choice = _dgrad_choice(x, w, size, geom, channels_last)
+        if backends.forced() is None and choice.backend.slower_transposed(choice.problem) is not None:
+            backends.counter("aten", "conv_transpose", "aten_conv_transpose")[0] += 1
+            least = geom.input_size(x.shape[2:], w.shape[2:], (0, 0))
+            output_padding = size[0] - least[0], size[1] - least[1]
+            return torch.convolution(x, w, bias, *geom[:3], True, output_padding, geom.groups)
+        choice.counter[0] += 1
+        y: torch.Tensor = choice.run(choice.problem, x, w)
+        return y if bias is None else y.add_(bias[:, None, None])
+    y = _dgrad(x, w, size, *geom, channels_last)
+    return y if bias is None else y + bias[:, None, None]
 
 
 def wgrad(

@@ -112,6 +112,18 @@ class Geom(tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]):
             (w + 2 * pad_w - dil_w * (s - 1) - 1) // stride_w + 1,
         )
 
+    def input_size(
+        self, output_size: Sequence[int], kernel_size: Sequence[int], output_padding: Sequence[int]
+    ) -> tuple[int, int]:
+        """(H, W) for an output (P, Q) and a filter (R, S): the result of a transposed convolution, as PyTorch has it.
+        Of the `stride` sizes with that output, `output_padding` chooses one."""
+        (stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w), _ = self
+        (p, q), (r, s) = output_size, kernel_size
+        return (
+            (p - 1) * stride_h - 2 * pad_h + dil_h * (r - 1) + output_padding[0] + 1,
+            (q - 1) * stride_w - 2 * pad_w + dil_w * (s - 1) + output_padding[1] + 1,
+        )
+
 
 class GemmShape(NamedTuple):
     """The matrix product that a pass amounts to, per group."""

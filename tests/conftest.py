@@ -68,7 +68,15 @@ def settings_restored():
 
 # Suites whose bounds are those of a plain sum. Winograd's own bound is in test_accuracy.py, and the other suites run
 # with the default setting.
-PLAIN_SUMS = {"test_cases", "test_isa", "test_conformance_fuzz", "test_conformance_opinfo", "test_conformance_onnx"}
+PLAIN_SUMS = {
+    "test_cases",
+    "test_isa",
+    "test_conv1d",
+    "test_conv_transpose",
+    "test_conformance_fuzz",
+    "test_conformance_opinfo",
+    "test_conformance_onnx",
+}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -48,6 +48,11 @@ class Backend:
         reads it."""
         return None
 
+    def slower_transposed(self, problem: ConvProblem) -> str | None:
+        """Why ATen's transposed convolution was measured to be faster than dgrad and the bias behind it, in words, or
+        None. Only an automatic choice reads it."""
+        return None
+
     def variant(self, pass_: Pass, problem: ConvProblem) -> str:
         """Name of the kernel that would run."""
         return f"{self.name}_{pass_.name.lower()}"

@@ -63,6 +63,7 @@ _BF16_PIXELS = 64  # of the output: with more, products in float32 lose to those
 _FEW_COLUMNS = {Pass.FPROP: (8, 0), Pass.DGRAD: (8, 0), Pass.WGRAD: (16, 4)}
 _FEW_POINTWISE_COLUMNS = 2  # of NCHW images, whose pixels of a group lie side by side
 _FEW_FLOPS = 1.2e5
+_FEW_PRODUCTS = 256  # behind an output of a transposed convolution: with more, a pass for the bias alone is not seen
 # Kernels that are worth measuring beside the one that the cost model takes.
 _MOST_CANDIDATES, _WITHIN_REACH = 4, 2.5
 
@@ -162,8 +163,16 @@ def _storage_gone(
 
 def _packed_weight(w: torch.Tensor, plan: _Plan) -> _PackedWeight:
     """Where the packings of w are kept. To be held until the call that uses its number has begun."""
-    if plan.pack_format is None or w._is_view():  # a view is made for one call: its packing goes into scratch memory
+    if plan.pack_format is None:
         return _NOT_KEPT
+    if w._is_view():
+        # A view is made for one call: its packing goes into scratch memory. A view of all of a tensor, such as filters
+        # of height one are of a 1-D convolution's, stands for that tensor: whether a packing is of weights that lie so,
+        # of these extents, strides, dtype and version, is asked at every call (packed_weight.h).
+        base = w._base
+        if base is None or base.numel() != w.numel():
+            return _NOT_KEPT
+        w = base
     try:
         storage = w.untyped_storage()
     except NotImplementedError:  # a tensor of torch.func whose transform has ended
@@ -314,6 +323,14 @@ class NativeCpu(Backend):
                 return f"{columns} channels a group leave most lanes of a vector empty"
         if p.is_pointwise and p.flops <= _FEW_FLOPS and pass_ is Pass.FPROP:
             return "so few multiplications cost less than the call"
+        return None
+
+    def slower_transposed(self, problem: ConvProblem) -> str | None:
+        p = problem
+        products = p.k * p.r * p.s / (p.stride_h * p.stride_w)
+        measured = p.dtype is DType.FLOAT32 and p.groups == 1 and p.y_layout == p.x_layout == _NHWC
+        if measured and p.h > 1 and products <= _FEW_PRODUCTS:
+            return f"{products:g} products an output take less time than a pass that adds the bias"
         return None
 
     def variant(self, pass_: Pass, problem: ConvProblem) -> str:

@@ -49,14 +49,15 @@ def interleave(
     synchronize: Callable[[], object] = lambda: None,
     on_round: Callable[[int], object] = lambda rounds: None,
     visit: float = VISIT_SECONDS,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, Timing]:
     """Times `calls` in turns for about `seconds` in all, at least `min_rounds` rounds, each of visits of `visit`
-    seconds to every call. `clock`: what each call's time is told by.
+    seconds to every call. `clock`: what each call's time is told by; the default is the host's.
 
     Every call is warmed up first. A visit begins with one call that is not timed, which brings the candidate's weights
     back into the caches. The order rotates from round to round. `synchronize` waits for the device.
     """
+    clock = clock or time.perf_counter
     repeats = {}
     for name, call in calls.items():
         call()

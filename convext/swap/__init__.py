@@ -5,9 +5,9 @@
     report(model)          what became of each layer, and why
     verify(model, sample)  runs it both ways and says how far apart they are
 
-A swap changes two things only. A layer whose type is exactly torch.nn.Conv2d gets a `_conv_forward` in its instance
-dictionary that calls convext's kernels: class, parameters, hooks and keys stay. A container gets a `forward` there that
-runs the same calls as its class's with each convolution, batch norm, add and activation as one.
+A swap changes two things only. A layer whose type is exactly torch.nn.Conv1d or Conv2d gets a `_conv_forward` in its
+instance dictionary that calls convext's kernels: class, parameters, hooks and keys stay. A container gets a `forward`
+there that runs the same calls as its class's with each 2-D convolution, batch norm, add and activation as one.
 """
 
 from __future__ import annotations

@@ -13,10 +13,11 @@ from torch import fx, nn
 
 from .. import nn as convext_nn
 from ..activation import TABLE as ACTIVATIONS
-from .conv_forward import ConvForward
+from .conv_forward import LAYERS, ConvForward
 
 Modules = Mapping[Any, Any]  # those that a graph's nodes call, by their targets; None is the owner of the graph
 _CONV_TYPE = nn.Conv2d
+_OURS = frozenset(LAYERS.values())
 
 # what computes an activation -> its name in the epilogue, and the attributes for which a module is it
 _ACTIVATION_MODULES = {
@@ -158,24 +159,24 @@ def module_returns_tensor(module: nn.Module) -> bool:
     if is_layer_norm_2d(module) or permutation_of(module) is not None or is_known_dropout(module):
         return True
     return (
-        (is_torch_module(module) or type(module) is convext_nn.Conv2d)
+        (is_torch_module(module) or type(module) in _OURS)
         and not isinstance(module, _NOT_ONE_TENSOR)
         and not getattr(module, "return_indices", False)
     )
 
 
 def last_input(module: nn.Module) -> tuple[Any, ...] | None:
-    """Shape, strides, dtype and device of the last input of a convext.nn.Conv2d called by itself, or None."""
+    """Shape, strides, dtype and device of the last input of a convolution called by itself, or None."""
     return convext_nn.LAST_INPUTS.get(module)
 
 
 def is_swapped(module: nn.Module) -> bool:
     """True of a convolution that convext computes when it is called by itself."""
-    return isinstance(module.__dict__.get("_conv_forward"), ConvForward) or type(module) is convext_nn.Conv2d
+    return isinstance(module.__dict__.get("_conv_forward"), ConvForward) or type(module) in _OURS
 
 
 def is_conv(module: nn.Module) -> bool:
-    """A convolution that the swap stands for: exactly torch's class, or already ours."""
+    """A 2-D convolution that a plan computes: exactly torch's class, or already ours."""
     return type(module) is _CONV_TYPE or type(module) is convext_nn.Conv2d
 
 
@@ -332,7 +333,7 @@ def writes_first_argument(node: fx.Node, modules: Modules) -> bool:
         )
     if node.op == "call_module":
         module = modules[node.target]
-        if not is_torch_module(module) and not is_conv(module):
+        if not is_torch_module(module) and type(module) not in _OURS:
             return True
         return bool(getattr(module, "inplace", False))
     return False

@@ -7,8 +7,7 @@ import inspect
 import torch
 from torch import nn
 
-from .. import nn as convext_nn
-from .conv_forward import ConvForward
+from .conv_forward import KINDS, ConvForward
 from .method import ForwardMethod
 
 
@@ -17,17 +16,20 @@ def left_alone(module: nn.Module) -> str | None:
     kind, own = type(module), module.__dict__.get("_conv_forward")
     if own is not None and not isinstance(own, ConvForward):
         return "it has a _conv_forward of its own in the instance"
-    if kind in (nn.Conv2d, convext_nn.Conv2d):
+    if kind in KINDS or kind in KINDS.values():
         if isinstance(getattr(module, "weight", None), nn.parameter.UninitializedTensorMixin):  # type: ignore[attr-defined]
             return "its weight is not initialised yet"
         return None
-    if not isinstance(module, nn.Conv2d):
-        return f"{kind.__name__} is no 2-D convolution"
+    known = next((known for known in KINDS if isinstance(module, known)), None)
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return f"{kind.__name__} is a transposed convolution: convext.nn has those of one and two dimensions"
+    if known is None:
+        return f"{kind.__name__} is no 1-D or 2-D convolution"
     if nn.utils.parametrize.is_parametrized(module):
         return "its weight is parametrized"
-    if isinstance(module, nn.LazyConv2d):
+    if isinstance(module, (nn.LazyConv1d, nn.LazyConv2d)):
         return "it is lazy: swap again after the first call"
-    return f"{kind.__module__}.{kind.__name__} is a subclass of torch.nn.Conv2d"
+    return f"{kind.__module__}.{kind.__name__} is a subclass of torch.nn.{known.__name__}"
 
 
 def why_unplanned(module: nn.Module) -> str | None:
@@ -51,5 +53,5 @@ def why_unplanned(module: nn.Module) -> str | None:
     if getattr(kind.forward, "__name__", "") == "_forward_unimplemented":
         return "its class has no forward"
     if not any(isinstance(m, nn.Conv2d) for m in module.modules()):
-        return "it has no convolution"
+        return "it has no 2-D convolution"
     return None

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from .. import backends, functional
-from ..problem import DTYPES, ConvProblem, Pass
+from .. import autograd, backends, functional
+from ..problem import DTYPES, ConvProblem, Geom, Pass
 from ..tables import render
 from . import calls
 from .eligible import left_alone, why_unplanned
@@ -157,7 +157,9 @@ def _row(model: nn.Module, name: str, module: _ConvNd, place: _Place | None) -> 
     exchanged = calls.is_swapped(module) or place is not None and place.op is not None
     row = Row(name, describe(module), "convext" if exchanged else _class_name(module))
     if exchanged:
-        if place is None:
+        if place is None and not calls.is_conv(module):
+            row.reason = "only what follows a 2-D convolution is fused with it"
+        elif place is None:
             row.reason = _why_no_plan(model, name)
         else:
             row.fused, row.reason = place.fused, place.reason
@@ -212,36 +214,58 @@ def _why_no_plan(model: nn.Module, name: str) -> str:
 
 def last_problem(model: nn.Module, name: str) -> ConvProblem | None:
     """The problem of the last call of a swapped model's convolution, by its name; None where convext has not run it.
-    Raises KeyError where there is no such convolution."""
+    Of a transposed one, it is the problem whose dgrad it is. Raises KeyError where there is no such convolution."""
     module = dict(model.named_modules()).get(name)
     if not isinstance(module, _ConvNd):
         known = [n for n, m in model.named_modules() if isinstance(m, _ConvNd)]
         raise KeyError(f"no convolution {name!r}; there are {', '.join(known[:8])}{', ...' if len(known) > 8 else ''}")
     place = _places(model).get(module)
     last = place and place.last or calls.last_input(module)
-    return None if last is None else _problem(module, last, place and place.op)
+    call = None if last is None else _call(module, last, place and place.op)
+    return None if call is None else call[1]
 
 
-def _problem(module: _ConvNd, last: tuple[Any, ...], op: Any) -> ConvProblem | None:
-    """The problem of the last input, in a call of an op or by itself; None where there are no kernels for such."""
+def _call(module: _ConvNd, last: tuple[Any, ...], op: Any) -> tuple[Pass, ConvProblem] | None:
+    """The pass over the problem of the last input, in a call of an op or by itself; None where there are no kernels."""
     shape, strides, dtype, device = last
-    if dtype not in DTYPES or op is None and module.padding_mode != "zeros" or len(shape) != 4:
+    if dtype not in DTYPES or op is None and module.padding_mode != "zeros" or len(shape) != module.weight.dim():
         return None
-    like, w = torch.empty_strided(shape, strides, dtype=dtype, device="meta"), module.weight
-    own = module.stride, module.padding, module.dilation, module.groups
-    like, geom = functional.normalised(like, w.to("meta"), *(own if op is None else op.convolution.geom))
-    problem = ConvProblem.of_fprop(like, w, geom, op is not None and op.channels_last)
-    return dataclasses.replace(problem, device=device.type)
+    like = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    pass_, problem = _problem(module, like, module.weight.to("meta"), op)
+    return pass_, dataclasses.replace(problem, device=device.type)
 
 
 def _serving(module: _ConvNd, last: tuple[Any, ...], op: Any) -> tuple[str, str, str]:
     """(backend, variant, why a backend before it was passed over) for the problem of the last input."""
-    problem = _problem(module, last, op)
-    if problem is None:
+    call = _call(module, last, op)
+    if call is None:
         return ("aten", "", f"{last[2]} has no kernels") if last[2] not in DTYPES else ("", "", "")
     try:
-        choice = backends.select(Pass.FPROP, problem)
+        choice = backends.select(*call)
     except RuntimeError as error:
         return "", "", str(error)
+    slower = choice.backend.slower_transposed(choice.problem) if call[0] is Pass.DGRAD else None
+    if slower and backends.forced() is None:
+        return "aten", "aten_conv_transpose", f"{choice.backend.name}: {slower}"
     passed = "; ".join(f"{name}: {reason}" for name, reason in choice.passed_over.items())
     return choice.backend.name, choice.variant, passed
+
+
+def _problem(module: _ConvNd, x: torch.Tensor, w: torch.Tensor, op: Any) -> tuple[Pass, ConvProblem]:
+    """The pass over the problem that a call of a layer with x was, by itself or in that of an op."""
+    settings: Any = module.stride, module.padding, module.dilation, module.groups
+    if isinstance(module, nn.Conv2d):
+        x, geom = functional.normalised(x, w, *(settings if op is None else op.convolution.geom))
+        return Pass.FPROP, ConvProblem.of_fprop(x, w, geom, op is not None and op.channels_last)
+    if isinstance(module, nn.Conv1d):
+        x, geom = functional.normalised_row(x, w, *settings)
+        return Pass.FPROP, ConvProblem.of_fprop(x.unsqueeze(2), w.unsqueeze(2), geom)
+    channels_last = autograd.result_is_channels_last(x, w)
+    longer = module.output_padding
+    if isinstance(module, nn.ConvTranspose2d):
+        geom = Geom(*settings)
+    else:
+        (_, geom), longer = functional.normalised_row(x, w, *settings), (0, *longer)
+        x, w = x.unsqueeze(2), w.unsqueeze(2)
+    size = geom.input_size(x.shape[2:], w.shape[2:], longer)
+    return Pass.DGRAD, ConvProblem.of_dgrad(x, w, size, geom, channels_last)

@@ -6,10 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from .. import nn as convext_nn
 from .calls import is_swapped
 from .capture import signature as signatures
-from .conv_forward import ConvForward
+from .conv_forward import KINDS, LAYERS, ConvForward
 from .eligible import left_alone, why_unplanned
 from .planned import PlannedForward
 
@@ -23,11 +22,11 @@ def swap(model: nn.Module) -> nn.Module:
     Returns: the model.
 
     The model keeps its class and those of its layers, module names, state-dict keys and Parameter objects, so
-    checkpoints load both ways and optimizers built before keep working. Layers that are no plain torch.nn.Conv2d
-    (subclasses, parametrized, lazy, quantized ones) stay as they are; `report` says why. Chains of convolution, batch
-    norm, residual add and activation run as one call wherever a container's forward calls them so; where one of them
-    has hooks, is called twice or was replaced, that place runs its modules one by one, decided at every call. A swap of
-    a swapped model changes nothing but what was added since.
+    checkpoints load both ways and optimizers built before keep working. Layers that are no plain torch.nn.Conv1d or
+    Conv2d (subclasses, parametrized, lazy, quantized, transposed ones) stay as they are; `report` says why. Chains of
+    2-D convolution, batch norm, residual add and activation run as one call wherever a container's forward calls them
+    so; where one of them has hooks, is called twice or was replaced, that place runs its modules one by one, decided at
+    every call. A swap of a swapped model changes nothing but what was added since.
 
     `copy.copy` and torch.nn.DataParallel share a module's dictionary between objects and must not be used on a swapped
     model; use copy.deepcopy and DistributedDataParallel. torch.jit.script wants a reverted model.
@@ -41,7 +40,7 @@ def swap(model: nn.Module) -> nn.Module:
         (True, True, True)
     """
     _check(model)
-    convs = [m for m in model.modules() if type(m) is nn.Conv2d and left_alone(m) is None and not is_swapped(m)]
+    convs = [m for m in model.modules() if type(m) in KINDS and left_alone(m) is None and not is_swapped(m)]
     before: dict[nn.Module, dict[str, Any]] = {}
     try:
         for module in model.modules():
@@ -67,11 +66,11 @@ def swap(model: nn.Module) -> nn.Module:
 def revert(model: nn.Module) -> nn.Module:
     """Undoes `swap`, in place: torch's convolutions and the classes' own forwards.
 
-    Every convext.nn.Conv2d becomes a torch.nn.Conv2d, whoever made it; a forward that the user put into an instance
-    stays.
+    Every convext.nn.Conv1d, Conv2d, ConvTranspose1d and ConvTranspose2d becomes torch.nn's, whoever made it; a forward
+    that the user put into an instance stays.
 
     Args:
-        model: swapped or not; one that is not is left as it is, its layers of convext.nn.Conv2d apart.
+        model: swapped or not; one that is not is left as it is, its layers of those classes apart.
 
     Returns: the model.
 
@@ -88,8 +87,9 @@ def revert(model: nn.Module) -> nn.Module:
             del module.__dict__["forward"]
         if isinstance(module.__dict__.get("_conv_forward"), ConvForward):
             del module.__dict__["_conv_forward"]
-        if type(module) is convext_nn.Conv2d:
-            module.__class__ = nn.Conv2d  # type: ignore[assignment]
+        for theirs, ours in LAYERS.items():
+            if type(module) is ours:
+                module.__class__ = theirs
     return model
 
 

@@ -18,6 +18,7 @@ from convext.bench.machine import Ceilings
 from convext.bench.tables import Grid
 from convext.bench.timing import Timing
 from convext.problem import ConvProblem, Pass
+from convext.tune.measure import operands_of
 
 
 def small_network() -> nn.Module:
@@ -277,7 +278,7 @@ def test_what_stands_for_aten_on_a_gpu_computes_the_pass(pass_, fused, depthwise
     if fused and pass_ != Pass.FPROP:
         return
     problem = ConvProblem(2, 8, 7, 6, 8, 3, 3, 2, 1, 1, 1, 1, 1, 8 if depthwise else 1)
-    operands = layers._operands(problem, pass_)
+    operands = operands_of(pass_, problem)
     theirs = layers._aten_call(pass_, problem, operands, fused)()
     if isinstance(theirs, tuple):
         theirs = next(t for t in theirs if t is not None)

@@ -1,4 +1,4 @@
-"""PyTorch's own samples and error inputs for conv2d (OpInfo), through `convext.conv2d`."""
+"""PyTorch's own samples and error inputs (OpInfo) for conv2d through `convext.conv2d`, and for its like."""
 
 import importlib.util
 import sys
@@ -70,3 +70,38 @@ def test_error_input(index):
         aten_conv2d(sample.input, *sample.args, **sample.kwargs)
     with pytest.raises(error.error_type, match="input|weight|bias|stride|padding|dilation|groups"):
         convext.conv2d(sample.input, *sample.args, **sample.kwargs)
+
+
+# ---- rows and transposed convolutions, beside PyTorch's own results --------------------------------------------------
+
+OTHERS = {name: next(op for op in op_db if op.name == f"nn.functional.{name}") for name in (
+    "conv1d", "conv_transpose1d", "conv_transpose2d",
+)}  # fmt: skip
+
+
+@BACKENDS
+@pytest.mark.parametrize("name", OTHERS)
+def test_samples_of_its_like(name, backend):
+    """In float64: the values are standard normal, and no sum is longer than a thousand products."""
+    found = 0
+    for sample in OTHERS[name].sample_inputs(default_device(), torch.float64, requires_grad=True):
+        inputs = [t for t in (sample.input, *sample.args) if isinstance(t, torch.Tensor)]
+        results = []
+        for function in (getattr(torch.nn.functional, name), getattr(convext, name)):
+            with convext.backend(backend):
+                y = function(sample.input, *sample.args, **sample.kwargs)
+            results.append((y, *torch.autograd.grad(y, inputs, torch.ones_like(y))))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
+        found += 1
+    assert found > 5
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_error_inputs_of_its_like(name):
+    for error in OTHERS[name].error_inputs("cpu") if OTHERS[name].error_inputs_func else ():
+        sample = error.sample_input
+        with pytest.raises(error.error_type) as theirs:
+            getattr(torch.nn.functional, name)(sample.input, *sample.args, **sample.kwargs)
+        with pytest.raises(error.error_type) as ours:
+            getattr(convext, name)(sample.input, *sample.args, **sample.kwargs)
+        assert type(ours.value) is type(theirs.value)
