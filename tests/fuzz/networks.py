@@ -340,6 +340,22 @@ class Shuffle(nn.Module):
         return torch.cat((left, right), 1)
 
 
+class Rows(nn.Module):
+    """An image as one row: one-dimensional convolutions."""
+
+    def __init__(self, rng, c):
+        super().__init__()
+        size, dilation = rng.choice((1, 3, 3, 4)), rng.choice((1, 1, 2))
+        self.groups = rng.choice((1, 2, c))
+        self.conv1 = nn.Conv1d(c, c, size, padding="same", dilation=dilation, groups=self.groups, bias=flag(rng))
+        self.bn, self.act = nn.BatchNorm1d(c), activation(rng)
+        self.conv2 = nn.Conv1d(c, c, 3, padding=1, padding_mode=rng.choice(("zeros", "zeros", "replicate")))
+
+    def forward(self, x):
+        y = self.act(self.bn(self.conv1(x.flatten(2))))
+        return self.conv2(y).reshape(x.shape) + x
+
+
 # ---- loops, dictionaries, empty containers ---------------------------------------------------------------------------
 
 
@@ -768,6 +784,7 @@ BLOCKS = {
     "pyramid": Pyramid,
     "unet": UNet,
     "shuffle": Shuffle,
+    "rows": Rows,
     "loops": Loops,
     "reads": Reads,
     "derived": Derived,
