@@ -232,7 +232,7 @@ def contents(path: Path, device_type: str) -> tuple[dict[str, KeptChoice], dict[
     cannot be read."""
     try:
         found = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"it is no JSON: {error}") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ValueError(f"its format is not {FORMAT}")

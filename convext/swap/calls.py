@@ -366,11 +366,36 @@ def written(node: fx.Node, modules: Modules) -> list[fx.Node]:
     if node.op == "call_function" and node.target is F.batch_norm and argument(node, 5, "training", False) is not False:
         statistics = argument(node, 1, "running_mean"), argument(node, 2, "running_var")
         return [value for value in statistics if isinstance(value, fx.Node)]
+    if node.op == "call_function" and _mutates(node.target):
+        return node.all_input_nodes
     if not writes_first_argument(node, modules):
         return []
     if node.op == "call_module" and not is_torch_module(modules[node.target]) or "out" in node.kwargs:
         return node.all_input_nodes
     return node.all_input_nodes[:1]
+
+
+def _mutates(function: Any) -> bool:
+    """True of an operator whose schema says that it writes an argument: of torch.ops, or of torch.library.custom_op."""
+    if isinstance(function, torch._ops.OpOverloadPacket):
+        names: list[str] = function.overloads()  # type: ignore[no-untyped-call]
+        overloads = [getattr(function, name) for name in names]
+    else:
+        overloads = [
+            function if isinstance(function, torch._ops.OpOverload) else getattr(function, "_opoverload", None)
+        ]
+    return any(overload is not None and overload._schema.is_mutable for overload in overloads)
+
+
+def is_known(node: fx.Node) -> bool:
+    """True of the call of a function that is known to write nothing but what `written` says."""
+    function: Any = node.target
+    return (
+        function in _TENSOR_FUNCTIONS
+        or getattr(function, "__module__", "") in ("_operator", "builtins", "collections")
+        or type(function) is BatchNormOf
+        or function in (torch.matmul, torch.einsum, F.layer_norm, F.group_norm, F.prelu)
+    )
 
 
 def shared_arguments(node: fx.Node, modules: Modules) -> list[Any]:
@@ -436,17 +461,35 @@ def is_known_dropout(module: nn.Module) -> bool:
 
 
 def passes_through(node: fx.Node, modules: Modules) -> bool:
-    """True where a node returns its first argument as it is; dropout's training flag is part of what a plan is for."""
-    if not node.args:
-        return False
+    """True where a node returns its first argument as it is; dropout's training flag is part of what a plan is for.
+    Dropout1d does not: it minds the number of dimensions."""
     if node.op == "call_module":
         module = modules[node.target]
-        return type(module) is nn.Identity or is_known_dropout(module) and not module.training
+        if len(node.args) != 1 or node.kwargs:
+            return False
+        passes = is_known_dropout(module) and type(module) is not nn.Dropout1d and not module.training
+        return type(module) is nn.Identity or passes and _is_share(_probability(module))
     return (
         node.op == "call_function"
         and node.target in (F.dropout, F.dropout2d)
+        and len(node.args) > 0
         and argument(node, 2, "training", True) is False
+        and _is_share(argument(node, 1, "p", 0.5))
     )
+
+
+def _probability(module: nn.Module) -> Any:
+    """That by which a dropout drops; None where it raises for another reason."""
+    if type(module).__name__ == "DropPath":
+        return 0.0  # which in evaluation looks at nothing
+    if type(module).__name__ == "StochasticDepth" and module.mode not in ("batch", "row"):
+        return None
+    return next((getattr(module, name) for name in ("p", "drop_prob") if hasattr(module, name)), None)
+
+
+def _is_share(value: Any) -> bool:
+    """True of what dropout takes: a number from 0 to 1."""
+    return type(value) in (int, float) and 0 <= value <= 1
 
 
 def reads_any_strides(node: fx.Node, modules: Modules) -> bool:

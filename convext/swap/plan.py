@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from .. import backends
 from ..backends import native
 from . import calls
@@ -14,6 +16,7 @@ from .match.graph import Graph
 from .refusal import Untraceable
 from .schedule.layout import Layout, weights_to_ask
 from .schedule.sequence import schedule
+from .units.functions import found
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,16 +56,27 @@ class Plan(_Guarded):
         functions = [graph.convolution(node) for node in graph.nodes if node.op == "call_function"]
         places += [function.weight for function in functions if function is not None]
         self.weights = weights_to_ask(places) + self.trace.nested_weights
-        self.by_mode: dict[Mode, Compiled] = {}
+        self.by_mode: dict[tuple[Mode, bool], Compiled] = {}
         self._epoch = backends.epoch
 
     def compiled(self, mode: Mode) -> Compiled:
         if self._epoch is not backends.epoch:  # prepared calls hold the backends' choices
             self.by_mode.clear()
             self._epoch = backends.epoch
-        compiled = self.by_mode.get(mode)
-        if compiled is None:
-            graph = match(self.trace, mode)
-            layout = Layout(graph, mode)
-            compiled = self.by_mode[mode] = lower(graph, schedule(graph, layout, mode), layout, mode)
+        compiled = self._compiled(mode)
+        if compiled.distinct and any(_share(found(a), found(b)) for a, b in compiled.distinct):
+            compiled = self._compiled(mode, strict=True)
         return compiled
+
+    def _compiled(self, mode: Mode, strict: bool = False) -> Compiled:
+        compiled = self.by_mode.get((mode, strict))
+        if compiled is None:
+            graph = match(self.trace, mode, strict)
+            layout = Layout(graph, mode)
+            compiled = self.by_mode[mode, strict] = lower(graph, schedule(graph, layout, mode), layout, mode)
+        return compiled
+
+
+def _share(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    """True of tensors over one storage."""
+    return a is not None and b is not None and (a is b or torch._C._is_alias_of(a, b))  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 
@@ -11,7 +12,7 @@ from torch import nn
 from ..backends import tuned
 from ..bench import problems
 from ..bench.tables import Grid
-from ..problem import ConvProblem, Layout, Pass
+from ..problem import DTYPES, ConvProblem, Layout, Pass
 from .measure import SECONDS, Measured, keep, measure
 
 
@@ -80,7 +81,7 @@ def tune(
     """Measures who computes each convolution of a network fastest on this machine, and keeps it for every process.
 
     Args:
-        model: swapped or not; its forward runs once. What it computes does not change, but by rounding.
+        model: swapped or not; its forward runs once, in evaluation. What it computes does not change, but by rounding.
         x: a sample input, (N, C, H, W): the extents, type, memory format and device count, and so does the number of
             threads that torch uses now. In the seam of a swapped network values are channels-last, so problems are
             measured in that format besides.
@@ -92,7 +93,7 @@ def tune(
     Returns a `Tuned`; print it. What is measured is kept as soon as it is known, so that an interrupted run goes on
     where it stopped. `convext.tuning("off")` switches it off.
 
-    Raises TypeError where `model` is no nn.Module or `x` no tensor.
+    Raises TypeError where `model` is no nn.Module or `x` no tensor of a type that there are kernels for.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU())
@@ -104,7 +105,11 @@ def tune(
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-    counts = _in_both_formats(problems.collect(model, x))
+    if x.dtype not in DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"x: expected a tensor of {known}, got {x.dtype}")
+    with _evaluating(model):
+        counts = _in_both_formats(problems.collect(model, x))
     jobs = [(pass_, problem) for problem in counts for pass_ in (Pass if train else (Pass.FPROP,))]
     new = [job for job in jobs if again or tuned.lookup(*job) is None]
     measured = []
@@ -121,6 +126,19 @@ def tune(
 
 
 _KEEP_EVERY = 8  # measurements, so that little is lost where a run is interrupted
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Leaves statistics, training flags and random numbers as they were."""
+    training = [module for module in model.modules() if module.training]
+    with torch.random.fork_rng(devices=[]):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
 
 def _in_both_formats(counts: dict[ConvProblem, int]) -> dict[ConvProblem, int]:

@@ -317,6 +317,18 @@ def test_bad_arguments_of_tune():
         convext.tune("resnet50", torch.randn(1))
     with pytest.raises(TypeError, match="x: expected a tensor, got tuple"):
         convext.tune(_network(), (1, 8, 10, 10))
+    with pytest.raises(TypeError, match="x: expected a tensor of float32, .*, got torch.int64"):
+        convext.tune(_network(), torch.ones(1, 8, 10, 10, dtype=torch.int64))
+
+
+def test_tune_leaves_the_model_and_random_numbers_as_they_were():
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout()), torch.randn(2, 3, 8, 8)
+    model[1].eval()
+    state, random = {name: t.clone() for name, t in model.state_dict().items()}, torch.get_rng_state()
+    convext.tune(model, x, seconds=0.0)
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    assert torch.equal(random, torch.get_rng_state())
+    assert [m.training for m in model] == [True, False, True]
 
 
 # ---- files
@@ -338,6 +350,7 @@ def _changed(**changes):
     ("change", "said"),
     [
         (None, "it is no JSON"),
+        ("[" * 100_000, "it is no JSON"),
         (lambda found: [found], "its format is not 1"),
         (_changed(format=2), "its format is not 1"),
         (_changed(machine={"device": "cpu"}), "it was measured elsewhere: name, isa, build, torch differ"),
@@ -351,7 +364,9 @@ def _changed(**changes):
 )
 def test_a_file_that_does_not_hold_is_put_aside_with_one_warning(folder, change, said):
     path = _written(folder)
-    text = "{" if change is None else json.dumps(change(json.loads(path.read_text())))
+    text = change or "{"
+    if callable(change):
+        text = json.dumps(change(json.loads(path.read_text())))
     path.write_text(text)
     with pytest.warns(UserWarning, match=f"holds no choices .{said}") as warned:
         assert backends.select(Pass.FPROP, PROBLEM).backend.name == "native"

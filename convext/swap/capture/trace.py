@@ -298,6 +298,12 @@ class _Tracer(fx.proxy.TracerBase):
         )
         with paused(), _pop_mode_temporarily():
             returns_tensor, effect = self.trace.leaf(module, node, self.kinds(args, kwargs))
+        is_opaque = self.trace.key(module) in self.trace.opaque
+        if type(module) is nn.Identity and not is_opaque and len(args) == 1 and not kwargs:
+            self.graph.erase_node(node)
+            return args[0]  # whatever that is
+        if returns_tensor and calls.is_dropout(module):
+            returns_tensor = len(args) == 1 and self.is_tensor(args[0])  # which may be the result
         if returns_tensor:
             self.types[node] = torch.Tensor
         elif self.guessed is None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..modes import Mode
     from ..schedule.sequence import Row
     from ..units import Unit
+    from ..units.functions import Place
     from .calls import Member
 
 
@@ -31,6 +32,7 @@ class Compiled(NamedTuple):
     units        those that run; reasons: {convolution: why nothing is fused with it}
     layout       schedule/layout.py
     contiguous   function(tensor) -> the same, contiguous
+    distinct     places of tensors, in pairs, that must not share memory
     whole        what runs all of the forward as a member of a sequence, where one call does, else None
     """
 
@@ -39,6 +41,7 @@ class Compiled(NamedTuple):
     reasons: dict[nn.Module | None, str]
     layout: Layout
     contiguous: Callable[[torch.Tensor], torch.Tensor]
+    distinct: list[tuple[Place, Place]]
     whole: Any
 
     def result(self, owner: nn.Module, tensors: Sequence[torch.Tensor], in_seam: bool) -> Any:
@@ -67,7 +70,8 @@ def lower(graph: Graph, rows: list[Row], layout: Layout, mode: Mode) -> Compiled
         made_contiguous,
     )
     whole = made[0] if mode.direct and len(made) == 1 and _is_all(made[0], inside, graph) else None
-    return Compiled(function, units, graph.reasons, layout, made_contiguous, whole)
+    distinct = [pair for unit in units for pair in unit.distinct]
+    return Compiled(function, units, graph.reasons, layout, made_contiguous, distinct, whole)
 
 
 def _row_call(members: list[Member], mode: Mode) -> Member:

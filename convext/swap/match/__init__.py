@@ -33,11 +33,12 @@ PATTERNS = [
 ]
 
 
-def match(trace: Trace, mode: Mode) -> Graph:
-    """The graph of a trace with the units that run in calls of a mode."""
-    graph = Graph(trace)
+def match(trace: Trace, mode: Mode, strict: bool = False) -> Graph:
+    """The graph of a trace with the units that run in calls of a mode. `strict`: batch norms whose statistics others
+    may share run at their own places."""
+    graph = Graph(trace, strict)
     for pattern in PATTERNS:
         for unit in pattern.match(graph, mode):
-            if not graph.crosses_a_write(unit.nodes, unit.inputs):
+            if not graph.crosses_a_write(unit.nodes, unit.inputs, unit.parameters):
                 graph.take(unit)
     return graph

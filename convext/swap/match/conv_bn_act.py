@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import fx
 
     from ..modes import Mode
-    from ..units.functions import Convolution
+    from ..units.functions import Convolution, Place
     from .graph import Graph, Node
 
 
@@ -48,22 +48,33 @@ def _why_by_itself(graph: Graph, node: fx.Node) -> str:
 
 
 def _unit(graph: Graph, node: Node, convolution: Convolution) -> Unit:
-    """The longest unit from a convolution on that crosses no write."""
+    """The longest unit from a convolution on that crosses no write, and no other use of its batch norm's statistics."""
     nodes, source = [node], node.args[0]
     residual: fx.Node | None = None
     parts: dict[str, Any] = {}
+    norm_at: fx.Node | None = None
+    distinct: list[tuple[Place, Place]] = []
+
+    def tensors() -> list[fx.Node]:
+        read = dict.fromkeys(value for node in nodes for value in node.all_input_nodes if value.op == "get_attr")
+        return [value for value in read if value not in (source, residual)]
 
     def unit() -> Unit:
         op = Conv(convolution, parts.get("batch_norm"), parts.get("activation", "identity"))
-        read = dict.fromkeys(value for node in nodes for value in node.all_input_nodes if value.op == "get_attr")
-        return Unit(source, [op], nodes, residual, parameters=[v for v in read if v not in (source, residual)])
+        return Unit(source, [op], nodes, residual, parameters=tensors(), distinct=distinct)
 
     longest = unit()
     for nodes, stage, found in _followers(graph, node):
         residual = found if stage == "residual" else residual
-        if graph.crosses_a_write(nodes, [source] if residual is None else [source, residual]):
+        if graph.crosses_a_write(nodes, [source] if residual is None else [source, residual], tensors()):
             break
+        if norm_at is not None:
+            pairs = graph.statistics_between(parts["batch_norm"], norm_at, nodes)
+            if pairs is None:
+                break
+            distinct = pairs
         parts[stage] = found
+        norm_at = nodes[-1] if stage == "batch_norm" else norm_at
         longest = unit()
     return longest
 

@@ -32,7 +32,8 @@ class Graph:
     result     what the forward returns
     """
 
-    def __init__(self, trace: Trace):
+    def __init__(self, trace: Trace, strict: bool = False):
+        self.strict = strict  # whether statistics that units may share are taken for shared
         self.graph, self.modules = trace.graph, trace.modules
         self.nodes, self.order = list(trace.graph.nodes), {node: i for i, node in enumerate(trace.graph.nodes)}
         self.units: list[Unit] = []
@@ -171,16 +172,71 @@ class Graph:
                     aliases[node] |= aliases[source]
         return aliases
 
-    def crosses_a_write(self, nodes: Sequence[fx.Node], inputs: Iterable[fx.Node]) -> bool:
+    def crosses_a_write(
+        self, nodes: Sequence[fx.Node], inputs: Iterable[fx.Node], parameters: Iterable[fx.Node] = ()
+    ) -> bool:
         """True where a node between the ends of `nodes`, which run at the last one's place, may write what they read:
-        an input, or through an argument or a tensor of a module, which may share memory with any other of these."""
+        an input, or through an argument or a tensor of a module, which may share memory with any other of these; or
+        where it may do anything, such as to put another in the place of one of `parameters`, which are read there."""
         reads = set().union(*(self.aliases[node] for node in inputs))
-        members = set(nodes)
+        members, first, last = set(nodes), self.order[nodes[0]], self.order[nodes[-1]]
+        for node in self.nodes[min([first, *(self.order[p] for p in parameters)]) + 1 : last]:
+            if node in members:
+                continue
+            if self._may_write_held(node):
+                return True
+            targets = calls.written(node, self.modules) if self.order[node] > first else []
+            if any(self.aliases[target] & reads or self._is_held(target, node) for target in targets):
+                return True
+        return False
+
+    def statistics_between(
+        self, norm: BatchNorm, at: fx.Node, nodes: Sequence[fx.Node]
+    ) -> list[tuple[Place, Place]] | None:
+        """What must not share memory, so that a batch norm at a node may run at the place of the last of `nodes`: its
+        statistics, and what others in between may write of such, or may read where it writes them. None where that
+        cannot be told, or where all are to be taken for shared."""
+        members: set[fx.Node] = set(nodes)
+        others: list[Place] = []
+        for node in self.nodes[self.order[at] + 1 : self.order[nodes[-1]]]:
+            if node in members or node.op in ("get_attr", "placeholder"):
+                continue
+            module = self.modules[node.target] if node.op == "call_module" else getattr(node.target, "layer", None)
+            for part in module.modules() if isinstance(module, nn.Module) else ():
+                if norm.by_batch or part.training:
+                    others += [(part._buffers, name) for name in part._buffers]
+            if norm.by_batch:
+                held = {alias for value in node.all_input_nodes for alias in self.aliases[value]}
+                for place in [self.place(alias) for alias in held if alias.op == "get_attr"]:
+                    if place is None:
+                        return None
+                    others.append(place)
+        own = [place for place in (norm.mean, norm.var, norm.count) if place is not NOWHERE]
+        pairs = [(mine, other) for mine in own for other in others]
+        return None if pairs and self.strict else pairs
+
+    def _may_write_held(self, node: Node) -> bool:
+        """True where a node may write a tensor that is found by name, other than as one of `calls.written`."""
+        if node.op == "call_module":
+            if self.is_opaque(node):
+                return True
+            if node not in self._trace.planned:
+                return False
+            forward = self.container(node)
+            plan = forward and forward.plan(forward.owner, ((signatures.TENSOR,) * len(node.args), ()))
+            return plan is None or Graph(plan.trace).writes_held
+        if node.op != "call_function" or calls.is_known(node):
+            return False
+        return any(alias.op == "get_attr" for value in node.all_input_nodes for alias in self.aliases[value])
+
+    @functools.cached_property
+    def writes_held(self) -> bool:
         return any(
-            self.aliases[target] & reads or self._is_held(target, node)
-            for node in self.nodes[self.order[nodes[0]] + 1 : self.order[nodes[-1]]]
-            if node not in members
-            for target in calls.written(node, self.modules)
+            self._may_write_held(node)
+            or any(
+                alias.op == "get_attr" for target in calls.written(node, self.modules) for alias in self.aliases[target]
+            )
+            for node in self.nodes
         )
 
     def _is_held(self, target: fx.Node, writer: fx.Node) -> bool:

@@ -100,6 +100,7 @@ class Unit:
     comes_second   the sum is `residual + y`, and so in the memory format of the residual
     parameters     nodes besides, which read tensors that are found by name
     format         of its result
+    distinct       places of tensors, in pairs, that must not share memory where it runs
     runs           False where it is known for its format alone, and its modules run
     """
 
@@ -111,6 +112,7 @@ class Unit:
     parameters: list[fx.Node] = field(default_factory=list)
     format: Format = Format.AS_INPUTS
     runs: bool = True
+    distinct: list[tuple[Place, Place]] = field(default_factory=list)
 
     @property
     def first(self) -> Op:

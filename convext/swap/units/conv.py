@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..modes import Mode
     from .containers import SqueezeExcite
 
-_grad_enabled = torch.is_grad_enabled
+_grad_enabled, _strided = torch.is_grad_enabled, torch.strided
 
 
 class Conv(Op):
@@ -92,7 +92,7 @@ class _Calls:
     weight   shape, strides and dtype of the weight then; y_shape: the result's shape, y_strides: its strides where a
              residual must have them too, else None; pixel: whether it is one pixel in channels-last strides, which an
              elementwise operation does not keep (`_one_pixel`)
-    dtypes   of bias and batch norm then
+    kinds    dtypes and shapes of bias and batch norm then
     call     the prepared call of the choice made then, and counter its count; None until one is"""
 
     __slots__ = (
@@ -103,7 +103,7 @@ class _Calls:
         "y_shape",
         "y_strides",
         "pixel",
-        "dtypes",
+        "kinds",
         "call",
         "counter",
         "choice",
@@ -115,7 +115,7 @@ class _Calls:
         self.weight: tuple[Any, ...] | None = None
         self.y_shape: torch.Size | None = None
         self.y_strides: tuple[int, ...] | None = None
-        self.dtypes: tuple[torch.dtype | None, ...] | None = None
+        self.kinds: tuple[Any, ...] | None = None
         self.call: Callable[..., torch.Tensor] | None = None
         self.counter: Any = None
         self.choice: Any = None
@@ -149,13 +149,14 @@ def _direct(op: Conv, fused: Call, fallback: Call, autocast: torch.dtype | None)
             x = ops.autocast_cast(x, "cpu", autocast)
         w, bias = weights.get(weight), biases.get(bias_)
         mean, var, gamma, beta = means.get(mean_), variances.get(var_), gammas.get(gamma_), betas.get(beta_)
-        given = dtypes(bias, mean, var, gamma, beta)
+        given = kinds(bias, mean, var, gamma, beta)
         if (
             state.call is not None
             and type(w) in PLAIN
+            and w.layout is _strided
             and (x.shape, x.stride(), x.dtype, x.device) == state.last
             and (w.shape, w.stride(), w.dtype) == state.weight
-            and given == state.dtypes
+            and given == state.kinds
             and (
                 residual is None
                 or residual.shape == state.y_shape
@@ -180,7 +181,7 @@ def _direct(op: Conv, fused: Call, fallback: Call, autocast: torch.dtype | None)
             and x.dtype is ops.autocast_dtype(w)
         ):
             state.prepare(x, w, activation)
-            state.dtypes = given
+            state.kinds = given
         return y
 
     return direct
@@ -201,9 +202,10 @@ def _recorded_or_not(op: Conv, fallback: Call) -> Call:
         elementwise = ends_elementwise or norm is not None and (by_batch or _grad_enabled())
         if (
             not _is_usual(x, w, geom, residual, channels_last, elementwise)
+            or not _are_vectors(w.shape[0], bias, mean, var, gamma, beta)
             or norm is not None
             and (by_batch or _grad_enabled())
-            and _is_for_the_layers(x, w, geom, by_batch)
+            and (_is_for_the_layers(x, w, geom, by_batch) or _are_odd_statistics(mean, var, by_batch))
         ):
             return fallback(x, residual)
         state.last = x.shape, x.stride(), x.dtype, x.device
@@ -245,9 +247,26 @@ def _requires_grad(*tensors: torch.Tensor | None) -> bool:
     return any([t is not None and t.requires_grad for t in tensors])
 
 
-def dtypes(*tensors: torch.Tensor | None) -> tuple[torch.dtype | None, ...]:
-    """The dtype of each, None where there is none."""
-    return tuple([None if t is None else t.dtype for t in tensors])
+def kinds(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    """The dtype and the shape of each, None where there is none."""
+    return tuple([None if t is None else (t.dtype, t.shape) for t in tensors])
+
+
+def _are_vectors(length: int, *tensors: torch.Tensor | None) -> bool:
+    """True where each has one element for each output channel: what else PyTorch takes or says is for the layers."""
+    return all([t is None or t.dim() == 1 and t.shape[0] == length for t in tensors])
+
+
+def _are_odd_statistics(mean: torch.Tensor | None, var: torch.Tensor | None, by_batch: bool) -> bool:
+    """True of statistics for which PyTorch raises where a gradient is recorded, and of such as are to be updated and do
+    not lie in memory as they are read."""
+    return any(
+        [
+            t is not None
+            and (t.requires_grad and _grad_enabled() or by_batch and (not t.is_contiguous() or t.is_neg()))
+            for t in (mean, var)
+        ]
+    )
 
 
 def _is_usual(
@@ -260,6 +279,7 @@ def _is_usual(
         or x is None
         or x.dim() != 4
         or w.dim() != 4
+        or w.layout is not _strided
         or x.dtype not in DTYPES
         or x.device != w.device
         or x.shape[0] == 0
