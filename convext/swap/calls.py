@@ -181,7 +181,8 @@ def is_conv(module: nn.Module) -> bool:
 
 
 class BatchNormOf:
-    """function(x) of a layer that is a batch norm and more: what it does as an nn.BatchNorm2d. `key`: of the layer."""
+    """function(x) of a layer that is a batch norm and more: the batch norm, by the layer's own code and not that of
+    nn.BatchNorm2d, which somebody may replace. `key`: of the layer."""
 
     __name__ = "batch_norm_of"
 
@@ -190,8 +191,26 @@ class BatchNormOf:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         # As the layer says it.
-        torch._assert(x.dim() == 4, f"expected 4D input (got {x.dim()}D input)")  # type: ignore[no-untyped-call]
-        return nn.BatchNorm2d.forward(self.layer, x)
+        if x.dim() != 4:  # as the layer says it
+            raise AssertionError(f"expected 4D input (got {x.dim()}D input)")
+        layer = self.layer
+        momentum = 0.0 if layer.momentum is None else layer.momentum
+        if layer.training and layer.track_running_stats and layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.add_(1)
+            if layer.momentum is None:
+                momentum = 1.0 / float(layer.num_batches_tracked)
+        by_batch = layer.training or layer.running_mean is None and layer.running_var is None
+        updates = not layer.training or layer.track_running_stats
+        return F.batch_norm(
+            x,
+            layer.running_mean if updates else None,
+            layer.running_var if updates else None,
+            layer.weight,
+            layer.bias,
+            by_batch,
+            momentum,
+            layer.eps,
+        )
 
 
 def is_batch_norm_act(module: nn.Module) -> bool:

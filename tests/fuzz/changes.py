@@ -976,7 +976,7 @@ def none_to_tensor(s):
     sizes = {
         nn.Conv2d: lambda m: (m.out_channels,),
         nn.BatchNorm2d: lambda m: (m.num_features,),
-        networks.Reads: lambda m: (1, m._modules["conv"].out_channels, 1, 1),
+        networks.Reads: lambda m: isinstance(c := m._modules["conv"], nn.Conv2d) and (1, c.out_channels, 1, 1) or None,
         networks.PixelBlock: lambda m: m.norm.normalized_shape,
         networks.Functional: lambda m: (m.weight.shape[0],),
     }

@@ -368,6 +368,22 @@ def test_timms_batch_norm_with_an_activation():
     check(_timm_block, steps, raises=AssertionError)
 
 
+def test_timms_batch_norm_has_code_of_its_own(monkeypatch):
+    """Whoever replaces that of torch's layers does not reach it."""
+    torchs = nn.modules.batchnorm._BatchNorm.forward
+
+    def steps(model):
+        for training in (False, True):
+            yield model.train(training)(X)
+            with monkeypatch.context() as patch:
+                patch.setattr(nn.modules.batchnorm._BatchNorm, "forward", lambda self, x: 2 * torchs(self, x))
+                yield from (model(X), model(X[:1]), model.bn3.running_mean)
+            model.bn3.momentum = None
+        yield model(X[:1, :, :1, :1].expand(1, 3, 2, 2))
+
+    check(_timm_block, steps)
+
+
 @pytest.mark.parametrize("name", ["mobilenetv2_100", "efficientnet_b0", "mobilenetv4_conv_small", "repvgg_a0"])
 def test_timms_networks_fuse(name):
     import timm
