@@ -369,19 +369,30 @@ def test_timms_batch_norm_with_an_activation():
 
 
 def test_timms_batch_norm_has_code_of_its_own(monkeypatch):
-    """Whoever replaces that of torch's layers does not reach it."""
+    """Where nothing is fused with it, too: whoever replaces that of torch's layers does not reach it."""
+    from timm.layers import BatchNormAct2d
+
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn, self.conv = BatchNormAct2d(3), nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.conv(self.bn(x))
+
     torchs = nn.modules.batchnorm._BatchNorm.forward
 
     def steps(model):
-        for training in (False, True):
+        for training in (False, True, True):
             yield model.train(training)(X)
             with monkeypatch.context() as patch:
                 patch.setattr(nn.modules.batchnorm._BatchNorm, "forward", lambda self, x: 2 * torchs(self, x))
-                yield from (model(X), model(X[:1]), model.bn3.running_mean)
-            model.bn3.momentum = None
-        yield model(X[:1, :, :1, :1].expand(1, 3, 2, 2))
+                yield from (model(X), model(X[:1]), model.bn.running_mean, model.bn.num_batches_tracked)
+            model.bn.momentum = None
+        model.bn.track_running_stats = False
+        yield from (model(X), model.eval()(X))
 
-    check(_timm_block, steps)
+    check(First, steps)
 
 
 @pytest.mark.parametrize("name", ["mobilenetv2_100", "efficientnet_b0", "mobilenetv4_conv_small", "repvgg_a0"])
