@@ -12,7 +12,8 @@ import torch
 
 from . import __version__, backends
 from .backends import native, tuned
-from .bench.machine import commit, cpu_name, version
+from .backends.tuned import cpu_name
+from .bench.machine import commit, version
 
 PACKAGES = ("torchvision", "triton", "numpy", "onnxruntime", "openvino")
 

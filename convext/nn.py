@@ -273,6 +273,21 @@ class ConvBNReLU(torch.nn.Module):
         return f"activation={self.activation!r}"
 
 
+def _batch_norm_arguments(
+    bn: torch.nn.BatchNorm2d,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, bool, float, torch.Tensor | None]:
+    """(running mean, running variance, whether it normalises by the batch, momentum, the count that a call counts up),
+    as BatchNorm2d.forward goes by a layer's settings; None for what a call neither reads nor updates."""
+    momentum = 0.0 if bn.momentum is None else bn.momentum
+    count = bn.num_batches_tracked if bn.training and bn.track_running_stats else None
+    if count is not None and bn.momentum is None:
+        momentum = 1.0 / (float(count) + 1.0)
+    by_batch = bn.training or bn.running_mean is None and bn.running_var is None
+    update = not bn.training or bn.track_running_stats
+    mean, var = (bn.running_mean, bn.running_var) if update else (None, None)
+    return mean, var, by_batch, momentum, count
+
+
 def conv_bn_act(
     conv: torch.nn.Conv2d,
     bn: torch.nn.BatchNorm2d,
@@ -297,13 +312,7 @@ def conv_bn_act(
         >>> convext.nn.conv_bn_act(conv, bn, torch.randn(2, 3, 14, 14), "relu").shape, int(bn.num_batches_tracked)
         (torch.Size([2, 8, 12, 12]), 1)
     """
-    momentum = 0.0 if bn.momentum is None else bn.momentum
-    tracked = bn.running_mean is not None and bn.running_var is not None
-    training = bn.training or not tracked
-    count = bn.num_batches_tracked if bn.training and bn.track_running_stats else None
-    if count is not None and bn.momentum is None:
-        momentum = 1.0 / (float(count) + 1.0)
-    update = not bn.training or bn.track_running_stats
+    mean, var, by_batch, momentum, count = _batch_norm_arguments(bn)
     padding = conv.padding
     if conv.padding_mode != "zeros":
         x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), (0, 0)
@@ -311,15 +320,15 @@ def conv_bn_act(
         x,
         conv.weight,
         conv.bias,
-        bn.running_mean if update else None,
-        bn.running_var if update else None,
+        mean,
+        var,
         bn.weight,
         bn.bias,
         stride=conv.stride,
         padding=padding,
         dilation=conv.dilation,
         groups=conv.groups,
-        training=training,
+        training=by_batch,
         momentum=momentum,
         eps=bn.eps,
         activation=activation,

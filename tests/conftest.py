@@ -11,7 +11,8 @@ import torch
 from places import GPU
 
 # What a developer has tuned is no business of the tests, nor theirs of his.
-os.environ["CONVEXT_CACHE"] = tempfile.mkdtemp(prefix="convext-tests-")
+CACHE = tempfile.TemporaryDirectory(prefix="convext-tests-")
+os.environ["CONVEXT_CACHE"] = CACHE.name
 
 ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
 

@@ -19,6 +19,7 @@ import importlib
 import json
 import math
 import os
+import platform
 import tempfile
 import threading
 import warnings
@@ -42,6 +43,11 @@ class KeptChoice(NamedTuple):
     backend: str
     variant: str
     seconds: dict[str, float]
+
+    @property
+    def name(self) -> str:
+        """As `seconds` names it."""
+        return f"{self.backend} {self.variant}"
 
 
 class Kept:
@@ -176,19 +182,20 @@ def machine(device_type: str) -> dict[str, str]:
     if device_type == "cpu":
         from . import native
 
-        name, isa = _cpu_name(), native.isa()
+        name, isa = cpu_name(), native.isa()
     else:
         properties = torch.get_device_module(device_type).get_device_properties(0)
         name, isa = str(properties.name), f"{torch.version.cuda} {torch.version.hip}"
     return {"device": device_type, "name": name, "isa": isa, "build": _build(), "torch": torch.__version__}
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The CPU's model name, or the architecture where the system does not tell."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    return os.uname().machine
+    return platform.processor() or platform.machine()
 
 
 _builds: dict[str, str] = {}

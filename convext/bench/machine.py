@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from ..backends.tuned import cpu_name
 from ..output_pool import output_pool
 from ..problem import DType
 
@@ -40,16 +41,6 @@ def kernels(device_type: str, root: Path = ROOT) -> str | None:
         hashed.update(f"{file.relative_to(root).as_posix()}\0".encode())
         hashed.update(file.read_bytes())
     return hashed.hexdigest()[:16]
-
-
-def cpu_name() -> str:
-    """The CPU's model name, or the architecture where the system does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def version(distribution: str) -> str | None:

@@ -49,7 +49,7 @@ def _shares(measured: Sequence[Measured]) -> list[tuple[float, float, float]]:
         seconds = one.choice.seconds
         if one.before not in seconds:
             continue
-        now = seconds[f"{one.choice.backend} {one.choice.variant}"]
+        now = seconds[one.choice.name]
         aten = next(value for name, value in seconds.items() if name.startswith("aten "))
         found.append((min(seconds.values()) / seconds[one.before], aten / seconds[one.before], aten / now))
     return found
@@ -88,6 +88,6 @@ def as_json(one: Measured) -> dict[str, object]:
         "layout": one.problem.x_layout.name,
         "pass": one.pass_.name.lower(),
         "by the cost model": one.before,
-        "tuned": f"{one.choice.backend} {one.choice.variant}",
+        "tuned": one.choice.name,
         "seconds": one.choice.seconds,
     }

@@ -193,24 +193,10 @@ class BatchNormOf:
         # As the layer says it.
         if x.dim() != 4:  # as the layer says it
             raise AssertionError(f"expected 4D input (got {x.dim()}D input)")
-        layer = self.layer
-        momentum = 0.0 if layer.momentum is None else layer.momentum
-        if layer.training and layer.track_running_stats and layer.num_batches_tracked is not None:
-            layer.num_batches_tracked.add_(1)
-            if layer.momentum is None:
-                momentum = 1.0 / float(layer.num_batches_tracked)
-        by_batch = layer.training or layer.running_mean is None and layer.running_var is None
-        updates = not layer.training or layer.track_running_stats
-        return F.batch_norm(
-            x,
-            layer.running_mean if updates else None,
-            layer.running_var if updates else None,
-            layer.weight,
-            layer.bias,
-            by_batch,
-            momentum,
-            layer.eps,
-        )
+        mean, var, by_batch, momentum, count = convext_nn._batch_norm_arguments(self.layer)
+        if count is not None:
+            count.add_(1)
+        return F.batch_norm(x, mean, var, self.layer.weight, self.layer.bias, by_batch, momentum, self.layer.eps)
 
 
 def is_batch_norm_act(module: nn.Module) -> bool:
@@ -480,14 +466,14 @@ def is_known_dropout(module: nn.Module) -> bool:
 
 
 def passes_through(node: fx.Node, modules: Modules) -> bool:
-    """True where a node returns its first argument as it is; dropout's training flag is part of what a plan is for.
-    Dropout1d does not: it minds the number of dimensions."""
+    """True of a dropout that returns its first argument as it is; its training flag is part of what a plan is for.
+    Dropout1d does not: it minds the number of dimensions. Identities are no nodes (capture/trace.py)."""
     if node.op == "call_module":
         module = modules[node.target]
         if len(node.args) != 1 or node.kwargs:
             return False
         passes = is_known_dropout(module) and type(module) is not nn.Dropout1d and not module.training
-        return type(module) is nn.Identity or passes and _is_share(_probability(module))
+        return passes and _is_share(_probability(module))
     return (
         node.op == "call_function"
         and node.target in (F.dropout, F.dropout2d)

@@ -33,14 +33,14 @@ class Tuned:
     @property
     def changed(self) -> list[Measured]:
         """Those for which another than before serves now."""
-        return [found for found in self.measured if found.before != f"{found.choice.backend} {found.choice.variant}"]
+        return [found for found in self.measured if found.before != found.choice.name]
 
     def seconds(self) -> tuple[float, float]:
         """(before, after): what all calls of what was measured take together, of each as often as a pass runs it."""
         before = after = 0.0
         for found in self.measured:
             times = self.counts.get(found.problem, 1)
-            now = found.timings[f"{found.choice.backend} {found.choice.variant}"].median
+            now = found.timings[found.choice.name].median
             after += times * now
             before += times * now * found.gain
         return before, after
@@ -48,7 +48,7 @@ class Tuned:
     def table(self) -> Grid:
         grid = Grid(["layer", "pass", "before", "now", "ms", "×"])
         for found in sorted(self.changed, key=lambda found: -found.gain):
-            now = found.timings[f"{found.choice.backend} {found.choice.variant}"].median
+            now = found.timings[found.choice.name].median
             name, choice = problems.title(found.problem), found.choice
             grid.rows.append(
                 [name, found.pass_.name.lower(), found.before.split(" ", 1)[1], choice.variant]

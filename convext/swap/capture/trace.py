@@ -522,11 +522,11 @@ class Trace:
             raise Untraceable("its forward returns a list that outlives the call, or one twice")
         self.graph, self.tensors = tracer.graph, set(tracer.types)
         output = self.graph.output(tracer.create_arg(result))
-        self._drop_identities()
+        self._drop_dropouts()
         self.result = output.args[0]
 
-    def _drop_identities(self) -> None:
-        """Takes out the nodes that return their argument as it is."""
+    def _drop_dropouts(self) -> None:
+        """Takes out those that return their argument as it is."""
         for node in list(self.graph.nodes):
             is_opaque = node.op == "call_module" and node.target in self.opaque
             if not is_opaque and calls.passes_through(node, self.modules) and isinstance(node.args[0], fx.Node):

@@ -30,10 +30,11 @@ class Graph:
     nodes      in order; modules: those that they call, by their keys
     units      what is found; reasons: {convolution: why nothing is fused with it}, for the report
     result     what the forward returns
+    strict     whether statistics that units may share are taken for shared
     """
 
     def __init__(self, trace: Trace, strict: bool = False):
-        self.strict = strict  # whether statistics that units may share are taken for shared
+        self.strict = strict
         self.graph, self.modules = trace.graph, trace.modules
         self.nodes, self.order = list(trace.graph.nodes), {node: i for i, node in enumerate(trace.graph.nodes)}
         self.units: list[Unit] = []
