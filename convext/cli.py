@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -310,6 +311,67 @@ def bench_shapes(
     print(shapes.summary(measured))
     _print_machine(record)
     results.write(output, record, [shapes.as_json(one) for one in measured])
+
+
+@bench.command("kernelbench")
+def bench_kernelbench(
+    folder: Annotated[Path, typer.Argument(metavar="PATH", help="A checkout of KernelBench.")],
+    level: Annotated[str, typer.Option(help="Of 1, 2, 3, with commas.")] = "1,2,3",
+    number: Annotated[Optional[list[int]], typer.Option(help="One problem's; may be given more than once.")] = None,
+    scale: Annotated[
+        Optional[float],
+        typer.Option(
+            min=0.0,
+            help="10^9 operations that a forward may take; larger problems shrink. 0: as far as memory goes. "
+            "Default: 4 on the CPU, 0 on a GPU.",
+        ),
+    ] = None,
+    threads: Threads = None,
+    device: Device = "cpu",
+    dtype: DTypeOption = DType.float32,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Beside torch.compile, too.")] = True,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    seconds: Annotated[float, typer.Option(min=0.0, help="For each problem.")] = 1.0,
+    output: Json = None,
+) -> None:
+    """Run KernelBench's problems with a convolution: check the swapped model by its rule, time it beside eager's.
+
+    Status 1 where a result is wrong, or a problem does not run.
+    """
+    from .bench import kernelbench, machine, results
+
+    options.output("--json", output)
+    levels = options.integers("--level", level)
+    if not set(levels) <= set(kernelbench.LEVELS):
+        raise OptionError("--level", level, "some of 1, 2, 3, with commas")
+    place = options.device(device)
+    most = scale if scale is not None else 4.0 if place.type == "cpu" else 0.0
+    found = kernelbench.problems(folder, levels, number or ())
+    outcomes = []
+    with _threads(threads), _progress() as progress:
+        record = machine.record(place) | {"threads": torch.get_num_threads(), "dtype": dtype.value, "scale": most}
+        task = progress.add_task("", total=len(found))
+        for problem in found:
+            progress.update(task, description=str(problem))
+            outcomes.append(
+                kernelbench.run(
+                    problem,
+                    device=place,
+                    dtype=dtype.torch,
+                    most_flops=most * 1e9 or math.inf,
+                    most_bytes=kernelbench.memory(place) / 4,
+                    compiled=compiled,
+                    seconds=seconds,
+                )
+            )
+            progress.advance(task)
+    _print_table(kernelbench.table(outcomes), markdown)
+    print(kernelbench.summary(outcomes))
+    for line in kernelbench.skipped(outcomes):
+        print(line)
+    _print_machine(record)
+    results.write(output, record, [outcome.as_json() for outcome in outcomes])
+    raise typer.Exit(0 if all(outcome.ok for outcome in outcomes) else 1)
 
 
 @bench.command("results")
