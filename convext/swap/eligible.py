@@ -52,6 +52,6 @@ def why_unplanned(module: nn.Module) -> str | None:
         return "its forward is a coroutine"
     if getattr(kind.forward, "__name__", "") == "_forward_unimplemented":
         return "its class has no forward"
-    if not any(isinstance(m, nn.Conv2d) for m in module.modules()):
-        return "it has no 2-D convolution"
+    if not any(isinstance(m, nn.modules.conv._ConvNd) for m in module.modules()):
+        return "it has no convolution"
     return None

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "bindings_problem.h"
+#include "core/chain.h"
 #include "cpu/kernels/roofline/roofline.h"
 #include "cpu/runtime/block.h"
 #include "cpu/runtime/output_pool.h"
@@ -24,6 +25,10 @@ namespace py = pybind11;
 
 namespace convext {
 namespace {
+
+#define CONVEXT_X(name) #name,
+std::vector<std::string> chain_operation_names() { return {CONVEXT_CHAIN_OPERATIONS(CONVEXT_X)}; }
+#undef CONVEXT_X
 
 const Roofline& roofline() {
 #if defined(CONVEXT_HAVE_X86_ISAS)
@@ -231,6 +236,8 @@ PYBIND11_MODULE(_C, m) {
   }, py::arg("accuracy"));
   m.def("activations", &activation_names,
         "Names of the fused activations; the position is the number that the ops take.");
+  m.def("chain_operations", &chain_operation_names,
+        "Names of the operations of a chain (core/chain.h); the position is the number that the op takes.");
   m.def("build_info", [] {
     return std::map<std::string, std::string>{
         {"torch", CONVEXT_BUILT_WITH_TORCH}, {"compiler", CONVEXT_BUILT_WITH_COMPILER}, {"cuda", CONVEXT_CUDA_PLAN}};

@@ -29,6 +29,7 @@ PATTERNS = [
         "channel_layers",
         "linear",
         "containers",
+        "chain",
     )
 ]
 

@@ -95,7 +95,8 @@ def _fused(graph: Graph, node: fx.Node, follower: fx.Node, first: bool) -> tuple
     if first and (batch_norm := graph.batch_norm(follower)) is not None:
         return "batch_norm", batch_norm
     if (pair := calls.summands(follower)) and (first or not calls.writes_first_argument(follower, graph.modules)):
-        return "residual", pair[1] if pair[0] is node else pair[0]
+        other = pair[1] if pair[0] is node else pair[0]
+        return (None, None) if other.op == "get_attr" else ("residual", other)  # a parameter is broadcast (chain.py)
     if first and (name := graph.activation(follower)):
         return "activation", name
     return None, None

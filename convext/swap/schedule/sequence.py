@@ -99,7 +99,9 @@ def rows(graph: Graph, found: list[Block], layout: Layout) -> list[Row]:
     inside = {node for block in found for unit in block for node in unit.all_nodes}
     adjacent: list[Row] = [[]]
     for node in graph.nodes:
-        if node in by_last:
+        if node in by_last and by_last[node][0].first.by_itself:
+            adjacent += [[by_last[node]], []]
+        elif node in by_last:
             adjacent[-1].append(by_last[node])
         elif node not in inside and node.op not in ("placeholder", "get_attr"):
             adjacent.append([])  # something else runs here

@@ -34,6 +34,7 @@ class Op:
     in_strips   it may be computed a strip of rows at a time, together with its neighbours
     has_call    it is worth a call by itself; else, alone, it is left to its module
     excitation  of a call that is squeeze and excitation, what the convolution behind it may do for it, else None
+    by_itself   it is no member of a row
     takes_excitation  as such a convolution can: the other steps scale no input
     choice      the backend's choice of a kernel, where there is a choice, once it is prepared
     """
@@ -42,7 +43,7 @@ class Op:
     module: nn.Module | None = None
     excitation: Any = None
     choice: Choice | None = None
-    in_strips, has_call, takes_excitation = True, True, False
+    in_strips, has_call, takes_excitation, by_itself = True, True, False, False
     activation, eps = "identity", 0.0
 
     def words(self, adds: bool) -> list[str]:
