@@ -8,11 +8,14 @@
 namespace convext {
 
 // X(name): the order is the numbering, which Python reads from the library. The first ones take an operand, which
-// leaky_relu's slope and elu's alpha are, too.
-#define CONVEXT_CHAIN_OPERATIONS(X)                                                                            \
-  X(add)                                                                                                       \
-  X(sub) X(rsub) X(mul) X(div) X(minimum) X(maximum) X(leaky_relu) X(elu) X(relu) X(silu) X(hardswish) X(gelu) \
-      X(gelu_tanh) X(mish) X(sigmoid) X(hardsigmoid) X(tanh) X(softplus)
+// leaky_relu's slope and elu's alpha are, too; `keep` leaves z as it is (chain.h of the CPU's kernels says what it does).
+// clang-format off
+#define CONVEXT_CHAIN_OPERATIONS(X)                                                         \
+  X(add) X(sub) X(rsub) X(mul) X(div) X(minimum) X(maximum) X(leaky_relu) X(elu)            \
+  X(keep)                                                                                   \
+  X(relu) X(silu) X(hardswish) X(gelu) X(gelu_tanh) X(mish) X(sigmoid) X(hardsigmoid)       \
+  X(tanh) X(softplus)
+// clang-format on
 
 enum class ChainOperation : int32_t {
 #define CONVEXT_X(name) name,
@@ -100,6 +103,7 @@ CONVEXT_HD T apply(T z, T b) {
   if constexpr (which == Op::maximum) return where(z >= b, z, where(b >= z, b, z + b));
   if constexpr (which == Op::leaky_relu) return where(z > T(0), z, z * b);
   if constexpr (which == Op::elu) return where(z > T(0), z, b * expm1_of_negative(where(z > T(0), T(0), z)));
+  if constexpr (which == Op::keep) return z;
   if constexpr (which == Op::relu) return activation::relu<T>::forward(z);
   if constexpr (which == Op::silu) return activation::silu<T>::forward(z);
   if constexpr (which == Op::hardswish) return activation::hardswish<T>::forward(z);

@@ -7,8 +7,10 @@
 namespace convext {
 namespace {
 
-// Step i is operation codes[i], with operand places[i] of `operands`, or values[i] where that is -1. x is dense, with
-// its channels in dimension 1 or, where they are `last`, innermost in memory.
+constexpr int64_t kKept = -2;
+
+// Step i is operation codes[i], with operand places[i] of `operands`, what was kept where that is -2, or values[i] where
+// it is -1. x is dense, with its channels in dimension 1 or, where they are `last`, innermost in memory.
 void chain_(Tensor x, const std::vector<Tensor>& operands, const std::vector<int64_t>& codes,
             const std::vector<int64_t>& places, const std::vector<double>& values, bool last) {
   STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float && x.dim() >= 2,
@@ -21,7 +23,7 @@ void chain_(Tensor x, const std::vector<Tensor>& operands, const std::vector<int
   const int64_t outer = last ? rest : x.size(0);
   std::vector<ChainStep> steps;
   for (size_t i = 0; i < codes.size(); ++i) {
-    ChainStep step{static_cast<ChainOperation>(codes[i]), nullptr, static_cast<float>(values[i])};
+    ChainStep step{static_cast<ChainOperation>(codes[i]), nullptr, static_cast<float>(values[i]), places[i] == kKept};
     if (places[i] >= 0) {
       STD_TORCH_CHECK(places[i] < static_cast<int64_t>(operands.size()), "convext_cpu: there is no operand ",
                       places[i]);

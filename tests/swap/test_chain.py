@@ -174,6 +174,33 @@ def test_several_steps_go_in_one_pass(shape, order):
     torch.testing.assert_close(found, expected, rtol=4 * EPS, atol=(3 + 1 + 5) * EPS)
 
 
+REJOINED = {
+    "swish": (lambda z: z * torch.sigmoid(z), ["sigmoid", "mul"], 5),
+    "swish_exchanged": (lambda z: torch.sigmoid(z) * z, ["sigmoid", "mul"], 5),
+    "mish": (lambda z: z * torch.tanh(F.softplus(z)), ["softplus", "tanh", "mul"], 14),
+    "hardswish": (lambda z: z * torch.clamp((z + 3) / 6, 0, 1), ["add", "div", "maximum", "minimum", "mul"], 4),
+    "difference": (lambda z: torch.relu(z) - z, ["relu", "sub"], 1),
+    "minuend": (lambda z: z - torch.relu(z), ["relu", "rsub"], 1),
+    "behind": (lambda z: F.relu(z * 2) * torch.sigmoid(F.relu(z * 2)), None, 6),
+}
+
+
+@pytest.mark.parametrize("name", REJOINED)
+@pytest.mark.parametrize("order", FORMATS)
+def test_a_value_may_be_taken_again(name, order, isa):
+    function, words, roundings = REJOINED[name]
+    swapped = compared(Behind(function), X.contiguous(memory_format=FORMATS[order]), roundings)
+    assert chains(swapped) == ([words] if words else [])
+
+
+def test_a_value_taken_again_falls_back():
+    """What the kernel does not take runs as the forward has it: other types, a tensor of another shape."""
+    model = Behind(lambda z, t: (z * t) * torch.sigmoid(z * 1.0), tensor=torch.randn(5, 16, 15))
+    agrees(model, X)
+    model = Behind(lambda z: z * torch.sigmoid(z)).double()
+    agrees(model, X.double())
+
+
 def test_long_chains_are_parted():
     model = Behind(*[lambda z: z + 0.5] * (MOST + 3))
     assert [len(words) for words in chains(compared(model, X.abs(), MOST + 3))] == [MOST, 3]

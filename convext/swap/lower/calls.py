@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import fx
@@ -156,7 +156,7 @@ def fallback(unit: Unit, graph: Graph) -> Call:
     """function(x, residual) that runs the nodes of a unit one by one, each as the forward wrote it."""
     tensors: dict[Any, Any] = {node: graph.place(node) for node in unit.parameters if node.op == "get_attr"}
 
-    def step(node: fx.Node, previous: fx.Node | None) -> Call:
+    def step(node: fx.Node) -> Callable[[dict[Any, Any]], Any]:
         target: Any = node.target
         function = target
         if node.op == "call_module":
@@ -166,26 +166,32 @@ def fallback(unit: Unit, graph: Graph) -> Call:
             def function(value: Any, *others: Any, **named: Any) -> Any:
                 return operator.methodcaller(target, *others, **named)(value)
 
-        def run(value: Any, residual: Any) -> Any:
+        def run(values: dict[Any, Any]) -> Any:
             def given(argument):  # type: ignore[no-untyped-def]  # made anew by each call
-                if argument is previous:
-                    return value
-                if argument is unit.residual:
-                    return residual
+                if argument in values:
+                    return values[argument]
                 if argument in tensors:
                     return found(tensors[argument])
-                return reshaped[argument](None, None)
+                return reshaped[argument]({})
 
             return function(*fx.map_arg(node.args, given), **fx.map_arg(node.kwargs, given))
 
         return run
 
-    reshaped = {node: step(node, None) for node in unit.parameters if node not in tensors}
-    steps = [step(node, before) for node, before in zip(unit.nodes, [unit.source, *unit.nodes])]
+    reshaped = {node: step(node) for node in unit.parameters if node not in tensors}
+    steps = []
+    for position, node in enumerate(unit.nodes):
+        later = {value for reader in unit.nodes[position + 1 :] for value in reader.all_input_nodes}
+        steps.append((node, step(node), [value for value in node.all_input_nodes if value not in later]))
 
     def run_all(x: Any, residual: Any = None) -> Any:
-        for run in steps:
-            x = run(x, residual)
+        values = {unit.residual: residual, unit.source: x}
+        x = residual = None  # what no node reads any more is to be free
+        for node, run, done in steps:
+            x = run(values)
+            values[node] = x
+            for value in done:
+                values.pop(value, None)
         return x
 
     return run_all

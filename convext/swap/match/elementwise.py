@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .. import calls
-from ..units.chain import ChainStep
+from ..units.chain import KEPT, ChainStep
 
 if TYPE_CHECKING:
     from .graph import Graph
@@ -69,13 +69,22 @@ def _number(value: Any) -> bool:
     return type(value) is float or type(value) is int and abs(value) <= 1 << 24
 
 
+def step_with(graph: Graph, node: fx.Node, value: fx.Node, kept: fx.Node) -> Steps:
+    """The step of a node that reads `value` and what was kept, each once; None where it does anything else."""
+    if node.op not in ("call_function", "call_method") or node.target not in _BINARY or node.kwargs:
+        return None
+    if len(node.args) != 2 or set(node.args) != {value, kept} or calls.writes_first_argument(node, graph.modules):
+        return None
+    operation = _BINARY[node.target][node.args[0] is not value]
+    return [ChainStep(operation, KEPT)] if operation else None
+
+
 def _of_two(graph: Graph, node: fx.Node, value: fx.Node) -> Steps:
     if node.kwargs or len(node.args) != 2:
         return None
-    forward, exchanged = _BINARY[node.target]
     first = node.args[0] is value
     other: Any = node.args[1] if first else node.args[0]
-    operation = forward if first else exchanged
+    operation = _BINARY[node.target][not first]
     operand = other if _number(other) else graph.place(other)
     writes = calls.writes_first_argument(node, graph.modules)
     if not operation or operand is None or writes and not first or node.target in _OF_TENSORS and _number(other):

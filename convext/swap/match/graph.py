@@ -76,9 +76,11 @@ class Graph:
         """The only reader of a node, where it may belong to a unit, else None."""
         users = node.users
         reader = next(iter(users)) if len(users) == 1 else None
-        if reader is None or reader in self._taken or reader.op == "output" or self.is_opaque(reader):
-            return None
-        return reader
+        return reader if reader is not None and self.may_join(reader) else None
+
+    def may_join(self, node: fx.Node) -> bool:
+        """True of a node that a unit may take."""
+        return node not in self._taken and node.op != "output" and not self.is_opaque(node)
 
     def container(self, node: fx.Node) -> ForwardMethod | None:
         """The planned forward of the container that a node calls with tensors alone, or None."""

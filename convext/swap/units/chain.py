@@ -25,17 +25,24 @@ if TYPE_CHECKING:
 
 # In the order of CONVEXT_CHAIN_OPERATIONS in csrc/core/chain.h, which is the numbering: a test compares them.
 OPERATIONS = (
-    "add", "sub", "rsub", "mul", "div", "minimum", "maximum", "leaky_relu", "elu", "relu", "silu", "hardswish", "gelu",
-    "gelu_tanh", "mish", "sigmoid", "hardsigmoid", "tanh", "softplus",
+    "add", "sub", "rsub", "mul", "div", "minimum", "maximum", "leaky_relu", "elu", "keep", "relu", "silu", "hardswish",
+    "gelu", "gelu_tanh", "mish", "sigmoid", "hardsigmoid", "tanh", "softplus",
 )  # fmt: skip
 MOST = 8  # steps: kChainSteps of chain.h
 
 
+class _Kept:
+    """What a step "keep" has kept, as an operand."""
+
+
+KEPT = _Kept()
+
+
 class ChainStep(NamedTuple):
-    """One operation of OPERATIONS, and its operand: a number, a tensor that is found by name, or none (0)."""
+    """One operation of OPERATIONS, and its operand: a number, a tensor that is found by name, KEPT, or none (0)."""
 
     operation: str
-    operand: float | Place = 0.0
+    operand: float | Place | _Kept = 0.0
 
 
 class Chain(Op):
@@ -47,7 +54,7 @@ class Chain(Op):
         self.steps = steps
 
     def words(self, adds: bool) -> list[str]:
-        return [step.operation for step in self.steps]
+        return [step.operation for step in self.steps if step.operation != "keep"]
 
     def settle(self, last: fx.Node, layout: AnyLayout, mode: Mode) -> bool:
         return backends.unavailable("native", "cpu") is None
@@ -58,9 +65,10 @@ class Chain(Op):
 
     def bind(self, fallback: Call, mode: Mode) -> Call:
         codes = [OPERATIONS.index(step.operation) for step in self.steps]
-        values = [0.0 if isinstance(step.operand, tuple) else float(step.operand) for step in self.steps]
+        operands = [step.operand for step in self.steps]
+        values = [0.0 if isinstance(operand, (tuple, _Kept)) else float(operand) for operand in operands]
         tensors = iter(range(len(self.places)))
-        numbers = [next(tensors) if isinstance(step.operand, tuple) else -1 for step in self.steps]
+        numbers = [next(tensors) if isinstance(o, tuple) else -2 if o is KEPT else -1 for o in operands]
         places = self.places
         slopes = {n for n, step in zip(numbers, self.steps) if step.operation == "leaky_relu" and n >= 0}
 
@@ -68,10 +76,10 @@ class Chain(Op):
             order = _order(x)
             if order is None or backends.forced() not in (None, "native"):
                 return fallback(x)
-            operands = [found(place) for place in places]
-            if not all(_fits(t, x, number in slopes) for number, t in enumerate(operands)):
+            given = [found(place) for place in places]
+            if not all(_fits(t, x, number in slopes) for number, t in enumerate(given)):
                 return fallback(x)
-            torch.ops.convext_cpu.chain_.default(x, operands, codes, numbers, values, order)
+            torch.ops.convext_cpu.chain_.default(x, given, codes, numbers, values, order)
             return x
 
         return chained

@@ -37,6 +37,20 @@ void visit(ChainOperation which, float* z, int64_t count, const float* b, float 
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// All steps over `count` neighbours, kPart at most; operand(step) is a pointer to as many values, or nullptr, and
+// value(step) the one for all.
+template <class Operand, class Value>
+void run_part(float* z, int64_t count, const ChainStep* steps, int size, Operand&& operand, Value&& value) {
+  alignas(kVectorBytes) float kept[kPart];
+  for (int s = 0; s < size; ++s) {
+    if (steps[s].operation == ChainOperation::keep) {
+      __builtin_memcpy(kept, z, count * sizeof *z);
+    } else {
+      visit(steps[s].operation, z, count, steps[s].takes_kept ? kept : operand(s), value(s));
+    }
+  }
+}
+
 // Planes of one channel each: every operand is one value.
 void run_planes(const Parallel& parallel, float* z, int64_t planes, int64_t channels, int64_t inner,
                 const ChainStep* steps, int count) {
@@ -46,10 +60,8 @@ void run_planes(const Parallel& parallel, float* z, int64_t planes, int64_t chan
     for (int64_t at = chunk * kChunk; at < end;) {
       const int64_t plane = at / inner, channel = plane % channels;
       const int64_t size = least(least(kPart, end - at), (plane + 1) * inner - at);
-      for (int s = 0; s < count; ++s) {
-        const float value = steps[s].operand == nullptr ? steps[s].value : steps[s].operand[channel];
-        visit(steps[s].operation, z + at, size, nullptr, value);
-      }
+      run_part(z + at, size, steps, count, [](int) -> const float* { return nullptr; },
+               [&](int s) { return steps[s].operand == nullptr ? steps[s].value : steps[s].operand[channel]; });
       at += size;
     }
   });
@@ -72,12 +84,12 @@ void run_pixels(const Parallel& parallel, float* z, int64_t pixels, int64_t chan
     for (int64_t group = chunk * each; group < end; ++group) {
       const int64_t first = group * rows, size = least(rows, pixels - first) * channels;
       for (int64_t at = 0; at < size; at += kPart) {
-        for (int s = 0; s < count; ++s) {
-          const float* const b = steps[s].operand == nullptr ? nullptr
-                                 : channels < kPart          ? repeated[s] + at
-                                                             : steps[s].operand + at;
-          visit(steps[s].operation, z + first * channels + at, least(kPart, size - at), b, steps[s].value);
-        }
+        const auto operand = [&](int s) -> const float* {
+          if (steps[s].operand == nullptr) return nullptr;
+          return channels < kPart ? repeated[s] + at : steps[s].operand + at;
+        };
+        run_part(z + first * channels + at, least(kPart, size - at), steps, count, operand,
+                 [&](int s) { return steps[s].value; });
       }
     }
   });

@@ -1,8 +1,9 @@
 // A chain of elementwise operations (core/chain.h) over a float32 tensor, in place and in one pass: a part of the first
 // cache's size at a time goes through all of them.
 //
-//   for every step:   z[o, c, i] = apply(z[o, c, i], operand[c] or the step's value)
+//   for every step:   z[o, c, i] = apply(z[o, c, i], operand[c], or what was kept, or the step's value)
 //
+// `keep` keeps z as it is then, for one later step or more to take as their operand: z * sigmoid(z).
 // The tensor is seen as (outer, channels, inner): an NCHW one with the pixels as inner, an NHWC one with the pixels as
 // outer and inner 1. Bytes a call moves: 8 an element, however many steps.
 #pragma once
@@ -17,6 +18,7 @@ struct ChainStep {
   ChainOperation operation;
   const float* operand;  // a value for each channel, or nullptr
   float value;           // for all channels
+  bool takes_kept;       // the operand is what was kept
 };
 
 struct Chain {
