@@ -61,6 +61,11 @@ def activation(rng):
             lambda: nn.GELU(),
             lambda: nn.GELU(approximate="tanh"),
             lambda: nn.LeakyReLU(0.2),
+            lambda: nn.LeakyReLU(0.1, inplace=True),
+            lambda: nn.Mish(),
+            lambda: nn.ELU(0.5),
+            lambda: nn.Tanh(),
+            lambda: nn.PReLU(),
             lambda: nn.Hardtanh(0.0, 6.0),
             lambda: nn.Hardtanh(-1.0, 2.0),
             lambda: nn.Identity(),
@@ -98,6 +103,65 @@ def conv(rng, c, k=None, size=None):
     mode = rng.choice(("zeros",) * 6 + ("reflect", "circular")) if size == 3 and dilation == 1 else "zeros"
     padding = rng.choice((size // 2 * dilation, "same")) if mode == "zeros" else size // 2
     return nn.Conv2d(c, k, size, padding=padding, dilation=dilation, groups=groups, bias=flag(rng), padding_mode=mode)
+
+
+class Tail(nn.Module):
+    """Elementwise operations behind a layer, some of which take a value again, or that somebody else reads."""
+
+    def __init__(self, rng, c):
+        super().__init__()
+        self.layer = rng.choice(
+            (lambda: conv(rng, c), lambda: nn.ConvTranspose2d(c, c, 3, padding=1), lambda: norm(rng, c))
+        )()
+        self.scale, self.shift = nn.Parameter(torch.full((c, 1, 1), 0.75)), nn.Parameter(torch.full((1, c, 1, 1), 0.25))
+        self.slope, self.bound, self.one = 0.2, 1.5, nn.Parameter(torch.tensor(1.25))
+        self.kept = rng.randrange(4) == 0
+        self.operations = rng.choices(
+            ("scale", "shift", "one", "less", "square", "slope", "bound", "tanh", "gate", "sum", "half", "inplace"),
+            k=rng.randint(1, 5),
+        )
+
+    def forward(self, x):
+        y = first = self.layer(x)
+        for name in self.operations:
+            y = getattr(self, f"do_{name}")(y)
+        return y + 0.1 * first if self.kept else y
+
+    def do_scale(self, y):
+        return y * self.scale
+
+    def do_shift(self, y):
+        return self.shift + y
+
+    def do_one(self, y):
+        return y / self.one
+
+    def do_less(self, y):
+        return 1 - y
+
+    def do_square(self, y):
+        return y * y.clamp(-self.bound, self.bound)
+
+    def do_slope(self, y):
+        return F.leaky_relu(y, self.slope)
+
+    def do_bound(self, y):
+        return torch.clamp(y, max=self.bound)
+
+    def do_tanh(self, y):
+        return torch.tanh(y)
+
+    def do_gate(self, y):
+        return y * torch.sigmoid(y)
+
+    def do_sum(self, y):
+        return y + torch.maximum(y, self.shift)
+
+    def do_half(self, y):
+        return y.sub(0.5)
+
+    def do_inplace(self, y):
+        return y.mul_(0.5) if not self.kept else y * 0.5
 
 
 # ---- chains ----------------------------------------------------------------------------------------------------------
@@ -785,6 +849,8 @@ BLOCKS = {
     "unet": UNet,
     "shuffle": Shuffle,
     "rows": Rows,
+    "tail": Tail,
+    "more tail": Tail,
     "loops": Loops,
     "reads": Reads,
     "derived": Derived,
