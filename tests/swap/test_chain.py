@@ -11,6 +11,7 @@ from torch import nn
 
 import convext
 from convext.backends import native
+from convext.swap.match import elementwise
 from convext.swap.units.chain import MOST, OPERATIONS
 
 EPS = torch.finfo(torch.float32).eps
@@ -351,3 +352,32 @@ def test_backends_that_are_asked_for_compute_it():
     model = convext.swap(nn.Sequential(nn.Conv2d(5, 5, 3), nn.Tanh()))
     with torch.no_grad(), convext.backend("aten"):
         assert torch.equal(model(X), torch.tanh(model[0](X)))
+
+
+METHODS = [name for table in (elementwise._BINARY, elementwise._UNARY, elementwise._SETTINGS) for name in table]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if isinstance(name, str)])
+def test_a_method_of_tensors_that_is_replaced_is_called(name, monkeypatch):
+    arguments = {"clamp": (-0.1, 0.1), "clamp_": (-0.1, 0.1), "clip": (-0.1, 0.1)}.get(name, ())
+    if name in elementwise._BINARY:
+        arguments = (torch.tensor([0.75]),) if name in ("minimum", "maximum") else (0.75,)
+
+    class Calls(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(5, 5, 3)
+            self.tensor = nn.Parameter(torch.tensor([0.75]))
+
+        def forward(self, x):
+            y = self.conv(x)
+            return getattr(y, name)(*(self.tensor if isinstance(a, torch.Tensor) else a for a in arguments))
+
+    plain = Calls()
+    swapped = convext.swap(copy.deepcopy(plain))
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(swapped(X), plain(X), rtol=1e-5, atol=1e-6)
+        own = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda *given: torch.neg(own(*given)))
+        torch.testing.assert_close(swapped(X), plain(X), rtol=1e-5, atol=1e-6)

@@ -48,8 +48,8 @@ _OTHER_NAMES: dict[tuple[type, str], str] = {
 # What torch's layers go through, and plans pass by.
 _FUNCTIONS = {
     F: "conv2d linear batch_norm layer_norm relu relu_ relu6 silu hardswish hardtanh hardsigmoid gelu sigmoid tanh "
-    "leaky_relu elu mish softplus dropout dropout2d max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d "
-    "interpolate pad",
+    "leaky_relu elu mish softplus prelu dropout dropout2d max_pool2d avg_pool2d adaptive_avg_pool2d "
+    "adaptive_max_pool2d interpolate pad",
     torch: "conv2d convolution batch_norm layer_norm relu relu_ sigmoid tanh add mul sub div mean flatten cat permute "
     "reshape",
 }
@@ -67,8 +67,8 @@ def _is_torchs(found: object) -> bool:
 
 # Methods of a tensor that a graph's functions stand for, by other names as well.
 _METHODS = """__add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ __rtruediv__
-__itruediv__ __neg__ __torch_function__ add add_ sub mul div relu relu_ sigmoid tanh mean flatten reshape view permute
-contiguous""".split()
+__itruediv__ __neg__ __torch_function__ add add_ sub sub_ mul mul_ div div_ minimum maximum clamp clamp_ clip relu relu_
+sigmoid sigmoid_ tanh tanh_ mean flatten reshape view permute contiguous""".split()
 
 _AS_SHIPPED = {
     (place, name): getattr(place, name)
