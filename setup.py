@@ -135,15 +135,19 @@ def check_python() -> None:
             ) from None
 
 
-def jobs() -> int:
-    if os.environ.get("MAX_JOBS"):
-        return max(1, int(os.environ["MAX_JOBS"]))
+MEMINFO = Path("/proc/meminfo")
+
+
+def at_once(gib: float) -> int:
+    """How many processes of that size the machine has cores and memory for. Memory that holds copies of files is free,
+    too, though SC_AVPHYS_PAGES does not count it: after a build or a test it may hold nothing else."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / 2**30
-    except (ValueError, OSError, AttributeError):
-        memory = cores * GIB_PER_JOB
-    return max(1, min(cores, int(memory / GIB_PER_JOB)))
+    found = re.search(r"^MemAvailable: +(\d+) kB$", MEMINFO.read_text(), re.M) if MEMINFO.exists() else None
+    return max(1, min(cores, int(int(found[1]) / 2**20 / gib) if found else cores))
+
+
+def jobs() -> int:
+    return max(1, int(os.environ["MAX_JOBS"])) if os.environ.get("MAX_JOBS") else at_once(GIB_PER_JOB)
 
 
 def gpu_archs() -> list[str]:

@@ -269,6 +269,18 @@ def test_what_stops_a_build_is_told_with_the_remedy(setup, build, monkeypatch, c
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(("gib", "count"), [(64.0, 6), (4.5, 4), (0.3, 1)])
+def test_no_more_compilers_run_than_there_is_memory_for(setup, monkeypatch, tmp_path, gib, count):
+    """What holds copies of files is free, too."""
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text(f"MemTotal: 99999999 kB\nMemFree:  1024 kB\nMemAvailable:   {int(gib * 2**20)} kB\n")
+    monkeypatch.setattr(setup, "MEMINFO", meminfo)
+    monkeypatch.setattr(setup.os, "sched_getaffinity", lambda process: range(6), raising=False)
+    assert setup.jobs() == count
+    monkeypatch.setenv("MAX_JOBS", "3")  # who asks for it knows better
+    assert setup.jobs() == 3
+
+
 def test_the_last_line_of_a_failed_build_is_the_cause(tmp_path):
     code = "import os, setup; os.environ['CXX'] = 'none'; os.environ['PATH'] = ''\nsetup.compiler()"
     text = (ROOT / "setup.py").read_text().partition('if __name__ == "__main__":')[2]
