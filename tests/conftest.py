@@ -1,6 +1,8 @@
 """Fixtures that the suites share. The edge cases are in cases.py, the reference in reference.py."""
 
 import copy
+import fcntl
+import gc
 import os
 import tempfile
 import zlib
@@ -9,6 +11,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from places import GPU
+from project import load_setup
 
 # What a developer has tuned is no business of the tests, nor theirs of his.
 CACHE = tempfile.TemporaryDirectory(prefix="convext-tests-")
@@ -17,8 +20,42 @@ os.environ["CONVEXT_CACHE"] = CACHE.name
 ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
 
 
+GIB_PER_PROCESS = 2.5  # what one process of the tests takes at most, with what it starts
+
+
 def pytest_addoption(parser):
     parser.addoption("--part", default="1/1", metavar="I/N", help="the I-th of N parts of the tests, for N processes")
+    parser.addoption(
+        "--side-by-side",
+        action="store_true",
+        help="tests of several files in as many processes as there are cores and memory for, where pytest-xdist is",
+    )
+
+
+def processes_for(options, arguments) -> int:
+    """How many processes are worth starting: each has torch to import and the tests to collect."""
+    if getattr(options, "usepdb", False) or options.capture == "no" or options.collectonly:
+        return 1  # someone sits before it
+    files = {os.path.abspath(argument.partition("::")[0]) for argument in arguments}
+    if len(files) == 1 and all(os.path.isfile(file) for file in files):
+        return 1
+    return load_setup().at_once(GIB_PER_PROCESS)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Before xdist reads its own options, which count where they are given."""
+    options = config.option
+    if not options.side_by_side or hasattr(config, "workerinput") or not config.pluginmanager.hasplugin("xdist"):
+        return
+    if options.numprocesses is None and options.dist == "no" and not options.tx:
+        count = processes_for(options, config.args)
+        if count > 1:
+            # Neighbours stay together, for what their files prepare; who is done takes of what others have left.
+            options.numprocesses, options.dist = count, "worksteal"
+    if options.numprocesses or options.tx:
+        # One thread each, which the processes that tests start get, too. Tests about threads set their number.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -26,6 +63,21 @@ def pytest_collection_modifyitems(config, items):
     mine = [zlib.crc32(item.nodeid.encode()) % count == index - 1 for item in items]  # any order could have a period
     config.hook.pytest_deselected(items=[item for item, kept in zip(items, mine) if not kept])
     items[:] = [item for item, kept in zip(items, mine) if kept]
+
+
+def pytest_collection_finish():
+    """What is there before the first test stays to the end, so no collection of garbage need look through it: torch and
+    eleven thousand tests would take long each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What tests tell by record_property("told", text), from whichever process: those side by side print nothing."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, text in report.user_properties:
+            if name == "told":
+                terminalreporter.write_line(text)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,6 +88,24 @@ def elsewhere(tmp_path_factory):
     os.chdir(tmp_path_factory.mktemp("elsewhere"))
     yield
     os.chdir(former)
+
+
+@pytest.fixture(scope="session")
+def shared(request, tmp_path_factory):
+    """shared(name): a context in which the folder of that name is this process's alone. What one puts there, the others
+    of a run side by side find: so nothing is compiled twice."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if hasattr(request.config, "workerinput") else base
+
+    @contextmanager
+    def shared(name):
+        folder = base / f"shared-{name}"
+        folder.mkdir(exist_ok=True)
+        with open(folder / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield folder
+
+    return shared
 
 
 @pytest.fixture(autouse=True)

@@ -28,11 +28,10 @@ pytestmark = [
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
+def emulated(shared):
     """The module convext._CUDA with its kernels on the CPU."""
     import pybind11
 
-    folder = tmp_path_factory.mktemp("cuda_module")
     python = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
     flags = [f for f in harness.flags(harness.CSRC, "plain") if f != "-O2"]
     flags += ["-O1", "-fPIC", "-fvisibility=hidden", "-DCONVEXT_CUDA_LIBRARY"]
@@ -43,9 +42,11 @@ def emulated(tmp_path_factory):
         "python/bindings_cuda.cpp",
         *(f"{harness.EMULATOR}/{name}.cpp" for name in ("fiber", "emulator", "runtime")),
     ]
-    objects = harness.compile_all(folder, harness.CSRC, [(s, [*flags, *python]) for s in sources])
-    library = folder / "_CUDA.so"
-    subprocess.run(["g++", "-shared", *objects, "-o", library], check=True)
+    with shared("cuda_module") as folder:
+        objects = harness.compile_all(folder, harness.CSRC, [(s, [*flags, *python]) for s in sources])
+        library = folder / "_CUDA.so"
+        if not library.exists():
+            subprocess.run(["g++", "-shared", *objects, "-o", library], check=True)
     spec = importlib.util.spec_from_file_location("_CUDA", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -17,15 +17,14 @@ VARIANTS, TRAFFIC = "tests/cuda_variants.cpp", "tests/cuda_on_cpu/traffic.cpp"
 
 
 @pytest.fixture(scope="session")
-def program(tmp_path_factory):
-    """program(form, main=VARIANTS): a program with every kernel, built once in each form."""
-    folders, built = {}, {}
+def program(shared):
+    """program(form, main=VARIANTS): a program with every kernel, or with those given, built once in each form."""
+    built = {}
 
-    def get(form: str, main: str = VARIANTS):
-        if form not in folders:
-            folders[form] = tmp_path_factory.mktemp(f"cuda_{form}")
+    def get(form: str, main: str = VARIANTS, kernels: list[str] | None = None):
         if (form, main) not in built:
-            built[form, main] = harness.build(folders[form], form, harness.kernel_sources(), main)
+            with shared(f"cuda_{form}") as folder:
+                built[form, main] = harness.build(folder, form, kernels or harness.kernel_sources(), main)
         return built[form, main]
 
     return get
@@ -51,10 +50,9 @@ def test_no_variant_races(program):
     assert_clean(harness.run(program("race"), "--one-policy", "bf16", "f32", "f64"))
 
 
-def test_global_traffic_of_known_networks(program, capsys):
+def test_global_traffic_of_known_networks(program, record_property):
     done = harness.run(program("race", TRAFFIC))
-    with capsys.disabled():
-        print("\n" + done.stdout)
+    record_property("told", done.stdout)
     assert_clean(done)
     rows = [row for row in done.stdout.splitlines() if " NHWC " in row]
     for network, layer in layers_of_known_networks():
@@ -75,9 +73,8 @@ def layers_of_known_networks():
 
 
 @pytest.mark.parametrize("form", ["plain", "asan", "race"])
-def test_batch_norm(tmp_path, form):
-    built = harness.build(tmp_path, form, ["cuda/batch_norm/batch_norm_sm80.cu"], "tests/cuda_batch_norm.cpp")
-    assert_clean(harness.run(built))
+def test_batch_norm(program, form):
+    assert_clean(harness.run(program(form, "tests/cuda_batch_norm.cpp", ["cuda/batch_norm/batch_norm_sm80.cu"])))
 
 
 # ---- planted bugs: a harness that misses them proves nothing
@@ -273,8 +270,8 @@ ONLY = {
 }
 
 
-def build_alone(folder, form: str, variant: str, mutant: Mutant | None = None):
-    """cuda_variants with one variant, its sources edited by the mutant."""
+def build_alone(folder, form: str, variant: str, known, mutant: Mutant | None = None):
+    """cuda_variants with one variant, its sources edited by the mutant. What the edit does not reach is in `known`."""
     csrc = folder / "csrc"
     shutil.copytree(harness.CSRC, csrc)
     if mutant is not None:
@@ -289,20 +286,22 @@ def build_alone(folder, form: str, variant: str, mutant: Mutant | None = None):
     (csrc / "core" / "variants.inc").write_text(
         f"CONVEXT_CUDA_VARIANT({variant})\n#undef CONVEXT_CPU_VARIANT\n#undef CONVEXT_CUDA_VARIANT\n"
     )
-    return harness.build(folder / form, form, [source], VARIANTS, csrc)
+    return harness.build(folder / form, form, [source], VARIANTS, csrc, known)
 
 
 @pytest.fixture(scope="session")
-def sound(tmp_path_factory):
-    """sound(variant, form): the same single-variant program without a bug, which must pass, once."""
-    passed = set()
+def sound(shared, tmp_path_factory):
+    """sound(variant, form): the same single-variant program without a bug, which must pass, once. Returns the folder of
+    the objects that it consists of."""
 
     def check(variant: str, form: str):
-        if (variant, form) not in passed:
-            program = build_alone(tmp_path_factory.mktemp("sound"), form, variant)
-            arguments = [] if form == "plain" else ["--one-policy"]
-            assert_clean(harness.run(program, variant, *arguments))
-            passed.add((variant, form))
+        with shared(f"sound_{variant}_{form}") as known:
+            if not (known / "passed").exists():
+                program = build_alone(tmp_path_factory.mktemp("sound"), form, variant, known)
+                arguments = [] if form == "plain" else ["--one-policy"]
+                assert_clean(harness.run(program, variant, *arguments))
+                (known / "passed").touch()
+        return known
 
     return check
 
@@ -310,8 +309,8 @@ def sound(tmp_path_factory):
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_bug_is_caught(tmp_path, sound, name):
     mutant = MUTANTS[name]
-    sound(mutant.variant, mutant.form)
-    program = build_alone(tmp_path, mutant.form, mutant.variant, mutant)
+    known = sound(mutant.variant, mutant.form)
+    program = build_alone(tmp_path, mutant.form, mutant.variant, known, mutant)
     arguments = [] if mutant.form == "plain" else ["--one-policy"]
     done = harness.run(program, mutant.variant, *arguments)
     assert done.returncode != 0, f"nobody noticed: {done.stdout}"

@@ -9,6 +9,7 @@ race    every load and store checked for races in shared memory, and counted in 
 from __future__ import annotations
 
 import concurrent.futures
+import hashlib
 import os
 import platform
 import shutil
@@ -70,9 +71,10 @@ def flags(csrc: Path, form: str) -> list[str]:
     return found + SANITIZERS[form]
 
 
-def build(folder: Path, form: str, kernels: list[str], main: str, csrc: Path = CSRC) -> Path:
+def build(folder: Path, form: str, kernels: list[str], main: str, csrc: Path = CSRC, known: Path | None = None) -> Path:
     """The program `main` with `kernels` (sources, relative to csrc) in one form; the path of the executable.
-    A second program in the same folder uses the objects of the first.
+    A second program in the same folder uses the objects of the first. `known` is a folder of objects for builds from
+    other csrc: what the preprocessor makes the same text of is compiled once.
 
     Raises RuntimeError with the compiler's words where it does not compile.
     """
@@ -83,20 +85,29 @@ def build(folder: Path, form: str, kernels: list[str], main: str, csrc: Path = C
         hosts.append(f"{EMULATOR}/race.cpp")  # stands in for the thread sanitizer's library
     sanitized = ["-fsanitize=thread"] if form == "race" else []
     jobs = [(source, [*common, *sanitized]) for source in kernels] + [(source, common) for source in hosts]
-    objects = compile_all(folder, csrc, jobs)
+    objects = compile_all(folder, csrc, jobs, known)
     program = folder / Path(main).stem
+    if program.exists():
+        return program
     _run(["g++", *SANITIZERS[form], *objects, "-o", str(program)])
     return program
 
 
-def compile_all(folder: Path, csrc: Path, jobs: list[tuple[str, list[str]]]) -> list[str]:
+def compile_all(folder: Path, csrc: Path, jobs: list[tuple[str, list[str]]], known: Path | None = None) -> list[str]:
     """Compiles (source relative to csrc, flags) pairs, as many at a time as there are cores; the object files."""
 
     def compile_one(job: tuple[str, list[str]]) -> str:
         source, arguments = job
+        command = ["g++", *arguments, "-x", "c++", str(csrc / source)]
         output = folder / (source.replace("/", ".") + ".o")
+        if known is not None:
+            elsewhere = [a for a in arguments if a != f"-I{csrc}"]  # where it lies does not change what it says
+            text = "\0".join([*elsewhere, _run([*command, "-E", "-P"])])
+            output = known / f"{hashlib.sha256(text.encode()).hexdigest()}.o"
         if not output.exists():
-            _run(["g++", *arguments, "-x", "c++", "-c", str(csrc / source), "-o", str(output)])
+            written = folder / f"{output.name}.part"  # of two that compile the same at once, the last counts
+            _run([*command, "-c", "-o", str(written)])
+            written.rename(output)
         return str(output)
 
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -104,10 +115,11 @@ def compile_all(folder: Path, csrc: Path, jobs: list[tuple[str, list[str]]]) -> 
         return list(pool.map(compile_one, jobs))
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    return done.stdout
 
 
 def kernel_sources() -> list[str]:
