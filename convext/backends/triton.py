@@ -26,18 +26,25 @@ OLDEST = (3, 6)  # what PyTorch 2.10, the oldest supported, ships
 _INSTEAD = "ATen serves {device} instead"
 
 
-def _installed_version() -> tuple[int, int] | None:
-    """Of the triton package, by whichever of its names it was installed; None where there is none."""
-    if importlib.util.find_spec("triton") is None:
-        return None
+def release() -> str | None:
+    """Of the triton package, by whichever of its names it was installed: "3.6.0"; None where that does not tell."""
     for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu", "triton-windows"):
         try:
-            version = importlib.metadata.version(name)
+            return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-        major, minor = map(int, re.findall(r"\d+", version)[:2])
-        return major, minor
-    return OLDEST  # built from source: taken at its word
+    return None
+
+
+def _installed_version() -> tuple[int, int] | None:
+    """None where there is no triton package."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    version = release()
+    if version is None:
+        return OLDEST  # built from source: taken at its word
+    major, minor = map(int, re.findall(r"\d+", version)[:2])
+    return major, minor
 
 
 class TritonBackend(Backend):

@@ -179,6 +179,7 @@ def cache_folder() -> Path | None:
 
 def machine(device_type: str) -> dict[str, str]:
     """What choices are measured on: processor or GPU, instruction set, build, torch."""
+    build = _build()
     if device_type == "cpu":
         from . import native
 
@@ -186,7 +187,8 @@ def machine(device_type: str) -> dict[str, str]:
     else:
         properties = torch.get_device_module(device_type).get_device_properties(0)
         name, isa = str(properties.name), f"{torch.version.cuda} {torch.version.hip}"
-    return {"device": device_type, "name": name, "isa": isa, "build": _build(), "torch": torch.__version__}
+        build += f" {_triton_kernels()}"
+    return {"device": device_type, "name": name, "isa": isa, "build": build, "torch": torch.__version__}
 
 
 def cpu_name() -> str:
@@ -212,6 +214,16 @@ def _build() -> str:
             hashed.update(file.read_bytes())
         _builds[about] = hashed.hexdigest()[:16]
     return _builds[about]
+
+
+def _triton_kernels() -> str:
+    """A hash of what Triton compiles, and with which release."""
+    from . import triton
+
+    hashed = hashlib.sha256(str(triton.release()).encode())
+    for file in sorted((Path(__file__).resolve().parents[1] / "triton").glob("*.py")):
+        hashed.update(file.read_bytes())
+    return hashed.hexdigest()[:16]
 
 
 def _any_files(device_type: str) -> bool:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import filelock
 import pytest
@@ -16,6 +18,7 @@ from torch import nn
 import convext
 from convext import backends
 from convext.backends import native, tuned
+from convext.backends import triton as triton_backend
 from convext.backends.base import Candidate
 from convext.bench.timing import Timing
 from convext.problem import DTYPES, ConvProblem, Geom, Layout, Pass
@@ -378,6 +381,52 @@ def test_a_file_that_does_not_hold_is_put_aside_with_one_warning(folder, change,
         assert backends.select(Pass.FPROP, PROBLEM).backend.name == "native"
     _written(folder)
     assert backends.select(Pass.FPROP, PROBLEM).backend.name == "aten"
+
+
+def test_what_an_older_build_measured_is_ignored(folder, monkeypatch):
+    """Its file stays, for that build may run again; the new one's stands beside it."""
+    old = _written(folder)
+    assert backends.select(Pass.FPROP, PROBLEM).backend.name == "aten"
+    text = old.read_text()
+    monkeypatch.setattr(tuned, "_build", lambda: "a newer one")
+    _forget()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.select(Pass.FPROP, PROBLEM).backend.name == "native"
+    new = _written(folder)
+    assert backends.select(Pass.FPROP, PROBLEM).backend.name == "aten"
+    assert new != old and old.read_text() == text and "a newer one" in new.read_text()
+    old.replace(new)  # under the name that the new build looks for, too
+    _forget()
+    with pytest.warns(UserWarning, match="holds no choices .it was measured elsewhere: build differ"):
+        assert backends.select(Pass.FPROP, PROBLEM).backend.name == "native"
+
+
+def test_a_build_is_known_by_its_libraries_and_on_gpus_by_tritons_kernels(monkeypatch, tmp_path):
+    package = tmp_path / "convext"
+    libraries = [package / file.name for file in Path(convext.__file__).parent.glob("*.so")]
+    kernels = package / "triton" / "direct.py"
+    kernels.parent.mkdir(parents=True)
+    for file in (*libraries, kernels):
+        file.write_text("as it was")
+    monkeypatch.setattr(tuned, "__file__", str(package / "backends" / "tuned.py"))
+    gpu = SimpleNamespace(get_device_properties=lambda index: SimpleNamespace(name="a GPU"))
+    monkeypatch.setattr(torch, "get_device_module", lambda device_type: gpu)
+
+    def builds():
+        return tuple(tuned.machine(device_type)["build"] for device_type in ("cpu", "cuda"))
+
+    known = [builds()]
+    for file in libraries:
+        file.write_text("as it is now")
+    known.append(builds())
+    kernels.write_text("as it is now")
+    known.append(builds())
+    monkeypatch.setattr(triton_backend, "release", lambda: "9.9.9")
+    known.append(builds())
+    cpu, cuda = zip(*known)
+    assert cpu[0] != cpu[1] == cpu[2] == cpu[3]  # what Triton compiles is none of the CPU's
+    assert len(set(cuda)) == 4
 
 
 def test_files_of_other_builds_are_left_alone(folder):
