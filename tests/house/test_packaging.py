@@ -1,15 +1,22 @@
 """The package's files agree with one another, and ./dev refuses in one line on a machine that lacks something."""
 
+import csv
+import http.server
 import importlib.metadata
+import io
 import os
 import re
 import shutil
 import stat
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import threading
+import zipfile
 from email.parser import Parser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -119,8 +126,8 @@ def installing(bare_machine, tmp_path):
         (tmp_path / "says").write_text(text)
         python.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/asked\ncat {tmp_path}/says\nexit {status}\n')
         python.chmod(0o755)
-        named = dict(re.findall(r'^(TORCH\w*)="([^"]*)"', (ROOT / "dev").read_text(), re.M))
-        requirements = f"{named['TORCH']} {named['TORCHVISION']}"
+        named = dict(re.findall(r"^OWN_(TORCH\w*)=(\S+)", (ROOT / "dev").read_text(), re.M))
+        requirements = f"torch=={named['TORCH']} torchvision=={named['TORCHVISION']}"
         stand_in = python_that(tmp_path, *"0" * 20)
         (tmp_path / ".venv" / (".ready" if ready else ".begun")).write_text(
             requirements if ready else f"{stand_in} {requirements}"
@@ -165,6 +172,31 @@ def test_dev_says_in_one_line_why_an_installation_failed(installing, pip, said, 
     assert said in refused.stderr and refused.stderr.startswith("dev: ") and refused.stderr.count("\n") == 1
 
 
+def test_dev_knows_how_pip_says_that_a_proxy_refuses(installing):
+    """The words are this pip's own."""
+
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_CONNECT(self):
+            self.send_error(403, "Forbidden")
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Refusing) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+        asked = subprocess.run(
+            [sys.executable, "-m", "pip", "--isolated", "download", "--retries", "1", "--no-cache-dir", "--proxy",
+             f"http://127.0.0.1:{proxy.server_port}", "--index-url", "https://index.invalid/simple", "convext"],
+            env={**environment, "PIP_CONFIG_FILE": os.devnull}, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        proxy.shutdown()
+    assert asked.returncode == 1
+    refused = installing(asked.stdout + asked.stderr, 1)
+    assert refused.stderr.startswith("dev: the installation failed: the proxy refused; set https_proxy to one that ")
+    assert refused.stderr.count("\n") == 1
+
+
 def test_dev_shows_the_end_of_a_log_that_it_cannot_explain(installing):
     refused = installing("one\ntwo\n", 2)
     assert refused.stderr == "one\ntwo\ndev: the installation failed; the whole output is in .venv/install.log\n"
@@ -178,6 +210,109 @@ def test_dev_goes_on_with_an_environment_whose_installation_broke_off(installing
     assert "going on with .venv" in done.stdout and kept.exists() and (tmp_path / ".venv" / ".ready").exists()
     asked = (tmp_path / "asked").read_text().splitlines()
     assert len(asked) == 2 and "torch==" in asked[0] and ".[demo]" in asked[1]
+
+
+# ---- another torch ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other_torch(bare_machine, tmp_path):
+    """other_torch(**environment): ./dev setup with these wishes, on a machine where all is there; returns that, and
+    what pip was asked for. The environments' Python is a stand-in that writes it down; torchvision loads in it where
+    the file `fits` is there, which pip lays there once it is asked for torch===."""
+    asked = tmp_path / "asked"
+
+    def run(**environment):
+        python = tmp_path / "python-stand-in"
+        python.write_text(
+            rf"""#!/bin/sh
+case "$*" in
+*venv\ .venv*)
+  mkdir -p "$3/bin" "$3/lib/python3/site-packages/torch-2.13.0+cpu.dist-info"
+  cp {python} "$3/bin/python" ;;
+*import\ torchvision*) [ -e {tmp_path}/fits ] ;;
+*"pip install"*)
+  shift 4
+  echo "$0 $*" >> {asked}
+  case "$*" in *===*) : > {tmp_path}/fits ;; esac ;;
+esac
+"""
+        )
+        python.chmod(0o755)
+        asked.write_text("")
+        tools = tmp_path / "bin"
+        for tool in ("mkdir", "cp"):
+            if not (tools / tool).exists():
+                (tools / tool).symlink_to(shutil.which(tool))
+        compiler = shutil.copy(shutil.which("true"), tools / "c++")
+        done = bare_machine("setup", PYTHON=str(python), CXX=str(compiler), **environment)
+        return done, asked.read_text().splitlines()
+
+    return run
+
+
+def test_each_torch_has_an_environment_of_its_own(other_torch, tmp_path):
+    (tmp_path / "fits").touch()
+    done, asked = other_torch(TORCH="2.13.0")
+    assert done.returncode == 0, done.stderr
+    made, installed = asked
+    assert made.startswith(".venv-torch-2.13.0/bin/python torch==2.13.0 torchvision>=0.25 ")
+    assert installed.startswith(".venv-torch-2.13.0/bin/python ") and installed.endswith(
+        ".[demo] torch==2.13.0 torchvision>=0.25"
+    )
+    assert other_torch(TORCH="2.13.0")[1] == []  # nothing changed
+    _, asked = other_torch(TORCH="2.10.0", TORCHVISION="0.25.0")
+    assert asked[0].startswith(".venv-torch-2.10.0-torchvision-0.25.0/bin/python torch==2.10.0 torchvision==0.25.0 ")
+    assert other_torch(TORCH="2.13.0")[1] == []  # the other has left it as it was
+    assert sorted(file.name for file in tmp_path.glob(".venv*")) == [
+        ".venv-torch-2.10.0-torchvision-0.25.0",
+        ".venv-torch-2.13.0",
+    ]
+
+
+def test_another_triton_comes_last_for_torch_names_its_own(other_torch, tmp_path):
+    (tmp_path / "fits").touch()
+    own = re.search(r"^OWN_TORCH=(\S+)", (ROOT / "dev").read_text(), re.M)[1]
+    _, asked = other_torch(TRITON="3.9.0")
+    assert asked[0].startswith(f".venv-torch-{own}-triton-3.9.0/bin/python torch=={own} ")
+    assert asked[-1] == f".venv-torch-{own}-triton-3.9.0/bin/python --no-deps --upgrade triton==3.9.0"
+    assert other_torch(TRITON="newest")[1][-1].endswith(" --no-deps --upgrade triton")
+
+
+def test_the_newest_torch_is_asked_for_again(other_torch, tmp_path):
+    (tmp_path / "fits").touch()
+    _, asked = other_torch(TORCH="newest")
+    assert asked[0].startswith(".venv-torch-newest/bin/python torch torchvision>=0.25 ") and len(asked) == 2
+    _, asked = other_torch(TORCH="newest")
+    assert asked == [".venv-torch-newest/bin/python --upgrade torch torchvision>=0.25"]
+    packages = tmp_path / ".venv-torch-newest" / "lib" / "python3" / "site-packages"
+    (packages / "torch-2.13.0+cpu.dist-info").rename(packages / "torch-2.15.0.dist-info")  # the index had another one
+    _, asked = other_torch(TORCH="newest")
+    assert len(asked) == 2 and ".[demo]" in asked[1]  # what was built beside the former is built anew
+
+
+def test_a_build_of_torch_that_torchvisions_does_not_fit_is_replaced(other_torch):
+    done, asked = other_torch(TORCH="2.13.0")
+    assert done.returncode == 0, done.stderr
+    assert asked[1] == ".venv-torch-2.13.0/bin/python torch===2.13.0 torchvision>=0.25"
+
+
+@pytest.mark.parametrize("torch", ["2.9.1", "==2.13.0", "latest", "2"])
+def test_dev_says_which_torch_it_can_do_with(other_torch, torch):
+    refused, asked = other_torch(TORCH=torch)
+    assert refused.returncode == 1 and not asked
+    assert refused.stderr == (
+        f"dev: TORCH: got '{torch}', expected a release from 2.10.0 on, such as 2.13.0, or newest\n"
+    )
+
+
+def test_ci_takes_the_newest_torch_that_pip_finds():
+    program = (ROOT / "dev").read_text()
+    assert (
+        'beside "${WISH_TORCH:-newest}"'
+        in re.search(r"^verb_test_other_torch\(\) \{\n(.*?)^\}", program, re.M | re.S)[1]
+    )
+    assert "TORCH=" not in (ROOT / ".ci" / "run").read_text()
 
 
 def test_dev_builds_the_cuda_library_where_there_is_a_gpu_unless_told_otherwise(installing, tmp_path):
@@ -311,3 +446,78 @@ def test_the_citation_and_the_changelog_speak_of_this_version():
     headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert headings[0] == "[Unreleased]"
     assert headings[1].partition(" ")[0].strip("[]") == convext.__version__
+
+
+# ---- what is installed, and what is left of it ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def installed(tmp_path):
+    """An environment with this package in it, and torch from the one that runs the tests."""
+    if not any(importlib.metadata.distributions(name="pip")):  # looking for the module would upset setuptools
+        pytest.skip("pip is not installed here")
+    folder, python, home = tmp_path / "environment", tmp_path / "environment" / "bin" / "python", tmp_path / "home"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "torchs.pth").write_text(sysconfig.get_path("purelib"))
+
+    wheel = tmp_path / "convext-0.0.1-py3-none-any.whl"
+    package = Path(convext.__file__).parent
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for file in sorted(package.rglob("*")):
+            if file.suffix in (".py", ".so", ".typed"):
+                archive.write(file, file.relative_to(package.parent))
+        about = "convext-0.0.1.dist-info"
+        archive.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: convext\nVersion: 0.0.1\n")
+        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{about}/entry_points.txt", "[console_scripts]\nconvext = convext.__main__:main\n")
+        with io.StringIO() as record:
+            csv.writer(record).writerows([name, "", ""] for name in [*archive.namelist(), f"{about}/RECORD"])
+            archive.writestr(f"{about}/RECORD", record.getvalue())
+
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("CONVEXT_", "PYTHON", "XDG"))
+    }
+    environment |= {"OMP_NUM_THREADS": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+
+    def run(home, *command):
+        home.mkdir(exist_ok=True)
+        ran = subprocess.run(
+            command, cwd=home, env={**environment, "HOME": str(home)}, capture_output=True, text=True, timeout=200
+        )
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        return ran.stdout
+
+    def pip(*arguments):  # what it starts keeps files of its own
+        command = [sys.executable, "-m", "pip", "--python", python, "--isolated", "--no-cache-dir", *arguments]
+        return run(tmp_path / "home_of_pip", *command)
+
+    before = {file for file in folder.rglob("*")}
+    pip("install", "--no-deps", "--no-index", wheel)
+    return SimpleNamespace(folder=folder, before=before, home=home, pip=pip, python=lambda *a: run(home, python, *a))
+
+
+USE = """
+import torch, convext
+from convext import doctor
+
+model, x = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU()), torch.randn(1, 3, 12, 12)
+convext.swap(model)(x).sum().backward()
+convext.verify(model, x)
+convext.tune(model, x, seconds=0.0)
+print(convext.__file__)
+print(doctor.report())
+"""
+
+
+def test_an_uninstallation_leaves_the_caches_that_the_doctor_names(installed):
+    pytest.importorskip("platformdirs")  # without it nothing is kept
+    file, *report = installed.python("-c", USE).splitlines()
+    assert Path(file).is_relative_to(installed.folder)
+    installed.pip("uninstall", "--yes", "convext")
+    assert {path for path in installed.folder.rglob("*")} == installed.before
+    named = [Path(path) for line in report for path in re.findall(rf"{re.escape(str(installed.home))}[^ ,]*", line)]
+    kept = [path for path in installed.home.rglob("*") if path.is_file()]
+    assert any(path.name.startswith("cpu-") for path in kept)  # what tune has measured
+    for path in kept:
+        assert any(path.is_relative_to(place) or path.is_relative_to(place.parent) for place in named), path
