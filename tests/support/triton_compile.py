@@ -28,6 +28,7 @@ class Compiled:
     assembly: str  # PTX or amdgcn
     shared: int  # bytes
     spills: bool  # registers to memory
+    spills_in_loop: bool  # and in an innermost loop, where it costs
 
     def instructions(self, pattern):
         return set(re.findall(pattern, self.assembly))
@@ -63,18 +64,33 @@ def compiled(launch, config, target):
     result = triton.compile(source, target=TARGETS[target], options=options)
     if target == "gfx942":
         assembly = result.asm["amdgcn"]
-        spills = any(int(count) for count in re.findall(r"gpr_spill_count:\s+(\d+)", assembly))
+        spills = spills_in_loop = any(int(count) for count in re.findall(r"gpr_spill_count:\s+(\d+)", assembly))
     else:
         assembly = result.asm["ptx"]
-        spills = has_stack(result.asm["cubin"])
-    return Compiled(assembly, result.metadata.shared, spills)
+        spills, spills_in_loop = spilled(result.asm["cubin"])
+    return Compiled(assembly, result.metadata.shared, spills, spills_in_loop)
 
 
-def has_stack(cubin):
-    """Whether a kernel uses local memory, which is where spilled registers go."""
+def spilled(cubin):
+    """Whether a kernel uses local memory, which is where spilled registers go, and whether in an innermost loop."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return any(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+
+        def dump(what):
+            command = [triton.knobs.nvidia.cuobjdump.path, what, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        if not any(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", dump("-res-usage"))):
+            return False, False
+        return True, spills_in_innermost_loop(dump("-sass"))
+
+
+def spills_in_innermost_loop(sass):
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)]
+    jumps = [(at, re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)) for at, text in code]
+    loops = [(int(jump[1], 16), at) for at, jump in jumps if jump and int(jump[1], 16) < at]
+    innermost = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
+    spills = [at for at, text in code if re.search(r"\b(LDL|STL)\b", text)]
+    assert spills, "there is a stack, and nothing is kept on it"
+    return any(a <= at <= b for at in spills for a, b in innermost)

@@ -12,7 +12,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from triton_compile import SHARED_MEMORY, TARGETS, aiming_at, compiled
+import triton
+from triton_compile import SHARED_MEMORY, TARGETS, aiming_at, compiled, spills_in_innermost_loop
 
 from convext.problem import ACTIVATIONS, ConvProblem, Epilogue, Geom, accumulate_dtype
 from convext.triton import batch_norm, depthwise, direct, wgrad
@@ -70,14 +71,39 @@ def configurations(launches, only_first=False):
             yield launch, config
 
 
+# The configurations were chosen with this release. Another one may want a register more than there are, and keep a
+# value in memory from before a loop to behind it.
+SPARES_REGISTERS = triton.__version__.startswith("3.6.")
+
+
 def check(target, launches, only_first=False, may_spill=False):
     """Compiles; yields the code of the GEMM kernels."""
     for launch, config in configurations(launches, only_first):
         code = compiled(launch, config, target)
         assert code.shared <= SHARED_MEMORY[target], f"{config} needs {code.shared} B of shared memory on {target}"
-        assert may_spill or not code.spills, f"{config} spills registers on {target}"
+        assert not code.spills_in_loop or (may_spill and target == "gfx942"), f"{config} spills in a loop on {target}"
+        assert may_spill or not SPARES_REGISTERS or not code.spills, f"{config} spills registers on {target}"
         if "BLOCK_N" in config.kwargs:
             yield code
+
+
+SASS = """
+        /*0010*/                   STL [R1], R23 ;                    /* 0x0000000000000000 */
+        /*0020*/                   MOV R2, R3 ;                       /* 0x0000000000000000 */
+        /*0030*/                   HMMA.16816.F32 R4, R8, R2, R4 ;    /* 0x0000000000000000 */
+        /*0040*/              @!P0 BRA 0x30 ;                         /* 0x0000000000000000 */
+        /*0050*/               @P1 BRA 0x20 ;                         /* 0x0000000000000000 */
+        /*0060*/                   LDL.LU R43, [R1] ;                 /* 0x0000000000000000 */
+        /*0070*/                   BRA 0x70 ;                         /* 0x0000000000000000 */
+"""
+
+
+@pytest.mark.parametrize(
+    "line, costs", [("MOV R2, R3", False), ("HMMA.16816.F32 R4, R8, R2, R4", True)], ids=["outer loop", "inner loop"]
+)
+def test_a_spill_in_an_innermost_loop_is_found(line, costs):
+    assert not spills_in_innermost_loop(SASS)
+    assert spills_in_innermost_loop(SASS.replace(line, "LDL R2, [R1]")) == costs
 
 
 @pytest.mark.parametrize("target", TARGETS)
