@@ -27,15 +27,16 @@ template <class T>
 struct Tile {
   TileEpilogue<T> epilogue;
   const T* in;                 // image n, channel 0
-  const compute_t<T>* packed;  // tap (h.tap_first, w.tap_first) of block 0
+  const compute_t<T>* packed;  // tap (d.tap_first, h.tap_first, w.tap_first) of block 0
   T* out;                      // first output of the tile, channel 0
   const T* residual;           // as out, or nullptr
-  int64_t in_row, in_column, out_row, out_column;
-  int64_t w_row, w_column, w_block;
-  int32_t row, column, rows, columns;  // first input row and column (may be negative), and the input's extents
-  int32_t row_step, column_step;       // between outputs
-  int32_t tap_row_step, tap_column_step;
-  int32_t taps_h, taps_w;
+  int64_t in_plane, in_row, in_column, out_row, out_column;
+  int64_t w_plane, w_row, w_column, w_block;
+  int32_t plane, row, column;     // first input plane, row and column, which may be negative
+  int32_t planes, rows, columns;  // the input's extents
+  int32_t row_step, column_step;  // between outputs
+  int32_t tap_plane_step, tap_row_step, tap_column_step;
+  int32_t taps_d, taps_h, taps_w;
   int32_t valid;  // columns of the tile that exist
   int32_t tiles;  // that many side by side
   bool streams;   // input and output come from memory, not from a cache
@@ -48,6 +49,7 @@ struct Tile {
     out += count * out_column;
     if (residual) residual += count * out_column;
   }
+  bool plane_inside(int32_t d) const { return static_cast<uint32_t>(d) < static_cast<uint32_t>(planes); }
   bool row_inside(int32_t h) const { return static_cast<uint32_t>(h) < static_cast<uint32_t>(rows); }
   bool column_inside(int32_t w) const { return static_cast<uint32_t>(w) < static_cast<uint32_t>(columns); }
 };
