@@ -363,7 +363,7 @@ def conv_transpose(
             output_padding = tuple(n - m for n, m in zip(size, least))
             return torch.convolution(x, w, bias, *geom[:3], True, output_padding, geom.groups)
         choice.counter[0] += 1
-        return choice.backend.conv_transpose(choice.problem, x, w, _NO_EPILOGUE if bias is None else Epilogue(bias))
+        return choice.backend.conv_transpose(choice.problem, x, w, bias)
     y: torch.Tensor = _dgrad(x, w, size, *geom, channels_last)
     return y if bias is None else y + bias.view(-1, *(1,) * geom.axes)
 

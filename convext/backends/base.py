@@ -73,11 +73,10 @@ class Backend:
         raise NotImplementedError
 
     def conv_transpose(
-        self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue
+        self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """dgrad(x, w), which is the transposed convolution of x, and the epilogue's bias."""
+        """dgrad(x, w), which is the transposed convolution of x, and the bias, of C channels."""
         y = self.dgrad(problem, x, w)
-        bias = epilogue.bias
         return y if bias is None else y.add_(bias.view(-1, *(1,) * problem.axes))
 
     def wgrad(

@@ -56,6 +56,8 @@ class _Plan(NamedTuple):
     name: str
     geom: list[int]
     pack_format: str | None
+    input_size: list[int]
+    kernel_size: list[int]
 
 
 # What `slower` goes by, measured over shapes drawn at random on one thread of a CPU with AVX-512 (`tune/measure.py`).
@@ -115,7 +117,7 @@ def _plan_of(pass_: Pass, problem: ConvProblem, index: int) -> _Plan:
         geom += [p.stride_d, p.pad_d, p.dil_d]
     packs = pass_ is not Pass.WGRAD
     pack_format = _C.pack_format(index, fields) if packs else None
-    return _Plan(index, kernels()[index]["name"], geom, pack_format)
+    return _Plan(index, kernels()[index]["name"], geom, pack_format, [*p.x_shape[2:]], [*p.w_shape[2:]])
 
 
 def _rejects_block(block: native_sequence.Block) -> bool:
@@ -285,22 +287,26 @@ def _fprop(
     )  # fmt: skip
 
 
-_NO_EPILOGUE = Epilogue()
-
-
-def _dgrad(
-    plan: _Plan | None, problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor, epilogue: Epilogue = _NO_EPILOGUE
-) -> torch.Tensor:
+def _dgrad(plan: _Plan | None, problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     assert plan is not None
     if problem.axes == 3:
         dy, w = _one_axis(dy), _one_axis(w)
-        epilogue = epilogue._replace(residual=_one_axis(epilogue.residual))
     packed = _packed_weight(w, plan)
-    bias, mean, var, gamma, beta, residual, eps, activation = epilogue
     return torch.ops.convext_cpu.dgrad.default(
-        plan.variant, dy, w, packed.number, _version(w), bias, mean, var, gamma, beta, residual, problem.x_shape[2:],
-        plan.geom, eps, ACTIVATIONS[activation], problem.x_layout == _NHWC,
-    )  # fmt: skip
+        plan.variant, dy, w, packed.number, _version(w), plan.input_size, plan.geom, problem.x_layout == _NHWC
+    )
+
+
+def _conv_transpose(
+    plan: _Plan | None, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    assert plan is not None
+    if problem.axes == 3:
+        x, w = _one_axis(x), _one_axis(w)
+    packed = _packed_weight(w, plan)
+    return torch.ops.convext_cpu.conv_transpose.default(
+        plan.variant, x, w, packed.number, _version(w), bias, plan.input_size, plan.geom, problem.x_layout == _NHWC
+    )
 
 
 def _wgrad(
@@ -309,7 +315,7 @@ def _wgrad(
     assert plan is not None
     if problem.axes == 3:
         dy, x = _one_axis(dy), _one_axis(x)
-    return torch.ops.convext_cpu.wgrad.default(plan.variant, dy, x, problem.w_shape[2:], plan.geom, channels_last)
+    return torch.ops.convext_cpu.wgrad.default(plan.variant, dy, x, plan.kernel_size, plan.geom, channels_last)
 
 
 def _slower_volume(pass_: Pass, p: ConvProblem) -> str | None:
@@ -510,9 +516,9 @@ class NativeCpu(Backend):
         return _dgrad(_plan(Pass.DGRAD, problem), problem, dy, w)
 
     def conv_transpose(
-        self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue
+        self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        return _dgrad(_plan(Pass.DGRAD, problem), problem, x, w, epilogue)
+        return _conv_transpose(_plan(Pass.DGRAD, problem), problem, x, w, bias)
 
     def wgrad(
         self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, channels_last: bool = False

@@ -159,15 +159,12 @@ Tensor fprop(int64_t variant_index, const Tensor& x, const Tensor& w, int64_t pa
   return y;
 }
 
-// With what follows the sums it is a transposed convolution, whose channels are those of dx.
-Tensor dgrad(int64_t variant_index, const Tensor& dy, const Tensor& w, int64_t packed, int64_t version,
-             const OptionalTensor& bias, const OptionalTensor& mean, const OptionalTensor& var,
-             const OptionalTensor& gamma, const OptionalTensor& beta, const OptionalTensor& residual,
-             std::vector<int64_t> input_size, std::vector<int64_t> geom, double eps, int64_t activation,
-             bool channels_last) {
+// dx, with what follows its sums.
+Tensor dgrad_with(int64_t variant_index, const Tensor& dy, const Tensor& w, int64_t packed, int64_t version,
+                  const Tail& tail, const std::vector<int64_t>& input_size, const std::vector<int64_t>& geom,
+                  bool channels_last) {
   const View dyv = view_of_any(dy, "dy"), wv = view_of_any(w, "w");
-  STD_TORCH_CHECK(dyv.dtype == wv.dtype || (wv.dtype == DType::kFloat32 && dtype_size(dyv.dtype) == 2),
-                  "convext_cpu: dy and w must have one dtype, or w be float32 and dy in half precision");
+  STD_TORCH_CHECK(dyv.dtype == wv.dtype, "convext_cpu: dy and w must have one dtype");
   const Geom g = geom_of(geom);
   const auto [depth, height, width] = extents_of(input_size, "input_size");
   ConvProblem problem = make_problem(dyv.size[0], wv.size[1] * g.groups, height, width, wv.size[0], wv.rows(),
@@ -177,9 +174,24 @@ Tensor dgrad(int64_t variant_index, const Tensor& dy, const Tensor& w, int64_t p
   Tensor dx = empty_as(dy, problem.n, problem.c, depth, height, width, dyv.dtype, channels_last);
   if (problem.x_size() == 0) return dx;
   STD_TORCH_CHECK(problem.y_size() > 0, "convext_cpu: dy must not be empty");
-  convolve(variant, problem, dyv, wv, packed, version, {{bias, mean, var, gamma, beta, eps}, residual, activation},
-           view_of_any(dx, "dx"));
+  convolve(variant, problem, dyv, wv, packed, version, tail, view_of_any(dx, "dx"));
   return dx;
+}
+
+Tensor dgrad(int64_t variant_index, const Tensor& dy, const Tensor& w, int64_t packed, int64_t version,
+             std::vector<int64_t> input_size, std::vector<int64_t> geom, bool channels_last) {
+  const OptionalTensor none;
+  return dgrad_with(variant_index, dy, w, packed, version, {{none, none, none, none, none, 0.0}, none, 0}, input_size,
+                    geom, channels_last);
+}
+
+// dgrad(x, w) + bias, of C channels.
+Tensor conv_transpose(int64_t variant_index, const Tensor& x, const Tensor& w, int64_t packed, int64_t version,
+                      const OptionalTensor& bias, std::vector<int64_t> size, std::vector<int64_t> geom,
+                      bool channels_last) {
+  const OptionalTensor none;
+  return dgrad_with(variant_index, x, w, packed, version, {{bias, none, none, none, none, 0.0}, none, 0}, size, geom,
+                    channels_last);
 }
 
 Tensor wgrad(int64_t variant_index, const Tensor& dy, const Tensor& x, std::vector<int64_t> kernel_size,
@@ -242,8 +254,10 @@ STABLE_TORCH_LIBRARY(convext_cpu, m) {
       "Tensor? gamma, Tensor? beta, Tensor? residual, int[] geom, float eps, int activation, bool channels_last) "
       "-> Tensor");
   m.def(
-      "dgrad(int variant, Tensor dy, Tensor w, int packed, int version, Tensor? bias, Tensor? mean, Tensor? var, "
-      "Tensor? gamma, Tensor? beta, Tensor? residual, int[] input_size, int[] geom, float eps, int activation, "
+      "dgrad(int variant, Tensor dy, Tensor w, int packed, int version, int[] input_size, int[] geom, "
+      "bool channels_last) -> Tensor");
+  m.def(
+      "conv_transpose(int variant, Tensor x, Tensor w, int packed, int version, Tensor? bias, int[] size, int[] geom, "
       "bool channels_last) -> Tensor");
   m.def("wgrad(int variant, Tensor dy, Tensor x, int[] kernel_size, int[] geom, bool channels_last) -> Tensor");
   m.def("to_nchw(Tensor x) -> Tensor");
@@ -252,6 +266,7 @@ STABLE_TORCH_LIBRARY(convext_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(convext_cpu, CPU, m) {
   m.impl("fprop", TORCH_BOX(&convext::fprop));
   m.impl("dgrad", TORCH_BOX(&convext::dgrad));
+  m.impl("conv_transpose", TORCH_BOX(&convext::conv_transpose));
   m.impl("wgrad", TORCH_BOX(&convext::wgrad));
   m.impl("to_nchw", TORCH_BOX(&convext::to_nchw));
 }

@@ -142,6 +142,17 @@ struct RowTask {
             row / h_classes};
   }
 
+  // Which taps of an output's plane are inside the input: they ascend.
+  struct Planes {
+    int32_t first, count;
+  };
+  static Planes inside(const RowPlace& at) {
+    int32_t first = 0, end = at.d.taps;
+    while (first < end && at.d.input(at.l, first) < 0) ++first;
+    while (end > first && at.d.input(at.l, end - 1) >= at.d.in) --end;
+    return {first < end ? first : 0, end - first};
+  }
+
   // The part of a tile that the row decides. Strides are in elements; `out_channels` a pixel of the output.
   Tile<T> tile(const RowPlace& at, const Axis& w, int64_t in_channels, int64_t out_channels) const {
     constexpr int64_t width = VecOf<T>::width;
@@ -150,26 +161,25 @@ struct RowTask {
     const int64_t taps_w = sum.w.taps, taps_hw = sum.h.taps * taps_w;
     t.in_column = in_channels;
     t.in_row = t.in_column * sum.w.in;
-    t.in_plane = t.in_row * sum.h.in;
-    t.in = sum.in + at.n * sum.d.in * t.in_plane;
+    const Planes planes = inside(at);
+    t.in_plane = t.in_row * sum.h.in * d.in_tap_step;
+    const int32_t plane = planes.count > 0 ? d.input(at.l, planes.first) : 0;
+    t.in = sum.in + (at.n * sum.d.in + plane) * sum.h.in * t.in_row;
     t.w_block = sum.d.taps * taps_hw * width;
-    t.packed = sum.packed + (d.tap_first * taps_hw + h.tap_first * taps_w + w.tap_first) * width;
+    t.packed = sum.packed + (d.tap(planes.first) * taps_hw + h.tap_first * taps_w + w.tap_first) * width;
     t.w_plane = d.tap_step * taps_hw * width;
     t.w_row = int64_t{h.tap_step} * taps_w * width;
     t.w_column = int64_t{w.tap_step} * width;
     t.out_column = int64_t{w.out_step} * out_channels;
     t.out_row = int64_t{h.out_step} * sum.w.out * out_channels;
-    t.plane = d.in_first + at.l * d.in_step;
-    t.planes = d.in;
     t.row = h.in_first + at.i * h.in_step;
     t.rows = h.in;
     t.columns = w.in;
     t.row_step = h.in_step;
     t.column_step = w.in_step;
-    t.tap_plane_step = d.in_tap_step;
     t.tap_row_step = h.in_tap_step;
     t.tap_column_step = w.in_tap_step;
-    t.taps_d = d.taps;
+    t.taps_d = planes.count;
     t.taps_h = h.taps;
     t.taps_w = w.taps;
     t.k = sum.k;
@@ -196,9 +206,8 @@ struct RowTask {
   static void read_below(const Tile<T>& t, bool two_rows) {
     const int32_t rows = two_rows ? 2 * t.row_step : t.row_step;
     const int32_t next = t.row + (t.taps_h - 1) * t.tap_row_step + rows - t.row_step + 1;
-    const int32_t plane = t.plane + (t.taps_d - 1) * t.tap_plane_step;  // the others have been read before
-    if (!t.plane_inside(plane) || next < 0 || next + rows > t.rows) return;
-    const T* const from = t.in + plane * t.in_plane + next * t.in_row;
+    if (t.taps_d == 0 || next < 0 || next + rows > t.rows) return;
+    const T* const from = t.in + (t.taps_d - 1) * t.in_plane + next * t.in_row;  // other planes have been read before
     for (int64_t i = 0; i < rows * t.in_row; i += 64 / sizeof(T)) {
       asm volatile("" : : "r"(*reinterpret_cast<const char*>(from + i)));
     }

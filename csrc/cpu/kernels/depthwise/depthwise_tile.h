@@ -26,20 +26,19 @@ struct TileEpilogue {
 template <class T>
 struct Tile {
   TileEpilogue<T> epilogue;
-  const T* in;                 // image n, channel 0
-  const compute_t<T>* packed;  // tap (d.tap_first, h.tap_first, w.tap_first) of block 0
-  T* out;                      // first output of the tile, channel 0
-  const T* residual;           // as out, or nullptr
-  int64_t in_plane, in_row, in_column, out_row, out_column;
+  const T* in;                                               // image n, the first plane that a tap meets, channel 0
+  const compute_t<T>* packed;                                // of block 0, the first tap of that plane
+  T* out;                                                    // first output of the tile, channel 0
+  const T* residual;                                         // as out, or nullptr
+  int64_t in_plane, in_row, in_column, out_row, out_column;  // in_plane: between planes that taps meet
   int64_t w_plane, w_row, w_column, w_block;
-  int32_t plane, row, column;     // first input plane, row and column, which may be negative
-  int32_t planes, rows, columns;  // the input's extents
-  int32_t row_step, column_step;  // between outputs
-  int32_t tap_plane_step, tap_row_step, tap_column_step;
-  int32_t taps_d, taps_h, taps_w;
-  int32_t valid;  // columns of the tile that exist
-  int32_t tiles;  // that many side by side
-  bool streams;   // input and output come from memory, not from a cache
+  int32_t row, column, rows, columns;  // first input row and column (may be negative), and the input's extents
+  int32_t row_step, column_step;       // between outputs
+  int32_t tap_row_step, tap_column_step;
+  int32_t taps_d, taps_h, taps_w;  // taps_d: those inside the input alone
+  int32_t valid;                   // columns of the tile that exist
+  int32_t tiles;                   // that many side by side
+  bool streams;                    // input and output come from memory, not from a cache
   int32_t block_begin, block_end;
   int64_t k;
   int32_t multiplier;
@@ -49,7 +48,6 @@ struct Tile {
     out += count * out_column;
     if (residual) residual += count * out_column;
   }
-  bool plane_inside(int32_t d) const { return static_cast<uint32_t>(d) < static_cast<uint32_t>(planes); }
   bool row_inside(int32_t h) const { return static_cast<uint32_t>(h) < static_cast<uint32_t>(rows); }
   bool column_inside(int32_t w) const { return static_cast<uint32_t>(w) < static_cast<uint32_t>(columns); }
 };

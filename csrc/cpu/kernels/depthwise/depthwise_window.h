@@ -90,10 +90,9 @@ CONVEXT_INLINE void window_block(const Tile<T>& t, int64_t block) {
   if (t.streams) prefetch_outputs_below<TH, TW>(t, k, block);
   VecOf<T> sums[TH][TW];
   unrolled<TH, TW>([&](int i, int j) CONVEXT_LAMBDA_INLINE { sums[i][j] = VecOf<T>::zero(); });
-  const T* const in = t.in + k + t.row * t.in_row + t.column * t.in_column;
-  for (int32_t l = 0; l < t.taps_d; ++l, w += t.w_plane) {
-    const int32_t d = t.plane + l * t.tap_plane_step;
-    if (t.plane_inside(d)) add_plane<S, STEP, TH, TW, EDGE>(t, in + d * t.in_plane, w, sums);
+  const T* in = t.in + k + t.row * t.in_row + t.column * t.in_column;
+  for (int32_t l = 0; l < t.taps_d; ++l, in += t.in_plane, w += t.w_plane) {
+    add_plane<S, STEP, TH, TW, EDGE>(t, in, w, sums);
   }
   finish<TH, TW, EDGE>(t, k, sums);
 }
