@@ -25,13 +25,13 @@ from . import (
 )
 from .accuracy import accuracy
 from .backends import backend
-from .functional import conv1d, conv2d, conv_act, conv_bn_act, conv_bn_relu, depthwise_conv2d, dilated_conv2d
+from .functional import conv1d, conv2d, conv3d, conv_act, conv_bn_act, conv_bn_relu, depthwise_conv2d, dilated_conv2d
 from .output_pool import output_pool
 from .refresh import refresh
 
 # From here on `convext.swap` and `convext.tune` are the functions, not the packages.
 from .swap import layer_by_layer, report, revert, swap, verify
-from .transposed import conv_transpose1d, conv_transpose2d
+from .transposed import conv_transpose1d, conv_transpose2d, conv_transpose3d
 from .tune import explain, tune
 from .tuning import tuning
 
@@ -44,11 +44,13 @@ __all__ = [
     "backends",
     "conv1d",
     "conv2d",
+    "conv3d",
     "conv_act",
     "conv_bn_act",
     "conv_bn_relu",
     "conv_transpose1d",
     "conv_transpose2d",
+    "conv_transpose3d",
     "depthwise_conv2d",
     "dilated_conv2d",
     "explain",

@@ -25,7 +25,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 from . import ops, reference
 from .activation import BACKWARD, FORWARD, TABLE
-from .memory_format import suggests_channels_last, weight_gradient_is_channels_last
+from .memory_format import fits_both_formats, suggests_channels_last, weight_gradient_is_channels_last
 from .problem import Epilogue, Geom, accumulate_dtype
 
 
@@ -91,9 +91,14 @@ def _wgrad(dy, x, kernel_size, geom, channels_last=None):
 def _keep_formats(ctx, x, w, y) -> None:
     """The formats of dx and dw: that of y, which x and w decide, whatever that of dy."""
     ctx.channels_last = suggests_channels_last(y)
-    if not ctx.channels_last and (y.shape[1] == 1 or y.shape[2] == y.shape[3] == 1):  # it may look the same in both
+    if not ctx.channels_last and fits_both_formats(y.shape):  # it may look the same in both
         ctx.channels_last = suggests_channels_last(x) or suggests_channels_last(w)
     ctx.dw_channels_last = not _level.nchw_weights and weight_gradient_is_channels_last(w, ctx.channels_last)
+
+
+def _keep_given_format(ctx, w, channels_last) -> None:
+    ctx.channels_last = channels_last
+    ctx.dw_channels_last = not _level.nchw_weights and weight_gradient_is_channels_last(w, channels_last)
 
 
 def _dgrad_and_wgrad(ctx, dy, x, w, x_needed, w_needed):
@@ -107,7 +112,7 @@ def _dgrad_and_wgrad(ctx, dy, x, w, x_needed, w_needed):
 
 
 def _channel_sum(dy):
-    return dy.sum((0, 2, 3))
+    return dy.sum((0, *range(2, dy.dim())))
 
 
 class _Function(Function):
@@ -195,7 +200,10 @@ class Conv2dFunction(_Function):
         _save_for_jvp(ctx, x, w)
         ctx.geom = geom
         ctx.input_size, ctx.kernel_size = x.shape[2:], w.shape[2:]
-        _keep_formats(ctx, x, w, output)
+        if geom.axes == 2:
+            _keep_formats(ctx, x, w, output)
+        else:
+            _keep_given_format(ctx, w, inputs[4:] == (True,))
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -216,9 +224,14 @@ class Conv2dFunction(_Function):
         if w_t is not None:
             y_t = _add(y_t, _fprop(x, w_t, bias_t if y_t is None else None, ctx.geom))
         if y_t is None and bias_t is not None:
-            p, q = ctx.geom.output_size(ctx.input_size, ctx.kernel_size)
-            y_t = bias_t[:, None, None].expand(x.shape[0], w.shape[0], p, q).clone()
+            size = ctx.geom.output_size(ctx.input_size, ctx.kernel_size)
+            y_t = _per_channel(bias_t, x.dim()).expand(x.shape[0], w.shape[0], *size).clone()
         return y_t
+
+
+class Conv3dFunction(Conv2dFunction):
+    """Conv2dFunction of volumes: x (N, C, D, H, W), w (K, C/groups, T, R, S), a geom of three axes. `channels_last`
+    says the format of the result and of its gradients."""
 
 
 class DepthwiseConv2dFunction(Conv2dFunction):
@@ -241,26 +254,21 @@ def _as_it_was(y, dims: int):
     """A fresh image of height one as rows, where `dims` is 3. Nobody has recorded it, and it becomes no view, as ATen's
     is none: autograd refuses to write into views that a Function returns, and `detach_` into any. Where a transform
     holds it, `functional` copies it."""
-    if dims == 4:
+    if dims != 3:
         return y
     return y.squeeze(2) if ops._functorch_active() or ops.batches_the_older_way() else y.squeeze_(2)
 
 
 def _gradient_as_it_was(t, dims: int):
     """The same of a gradient, which may be recorded."""
-    return _as_it_was(t, dims) if dims == 4 or not torch.is_grad_enabled() else t.squeeze(2)
+    return _as_it_was(t, dims) if dims != 3 or not torch.is_grad_enabled() else t.squeeze(2)
 
 
 def result_is_channels_last(x: torch.Tensor, w: torch.Tensor) -> bool:
     """The format of the result of a convolution of x, rows or images, and of its gradients: as in ATen, which first
-    makes rows contiguous."""
+    makes rows contiguous. Volumes: `memory_format.volume_is_channels_last`."""
     rows = x.dim() == 3
     return (not rows or x.is_contiguous()) and suggests_channels_last(_image(x)) or suggests_channels_last(_image(w))
-
-
-def _keep_result_format(ctx, x, w) -> None:
-    ctx.channels_last = result_is_channels_last(x, w)
-    ctx.dw_channels_last = not _level.nchw_weights and weight_gradient_is_channels_last(_image(w), ctx.channels_last)
 
 
 def _in_format(y, channels_last):
@@ -294,7 +302,7 @@ class Conv1dFunction(_Function):
         _save_for_jvp(ctx, x, w)
         ctx.geom = geom
         ctx.input_size, ctx.kernel_size = (1, x.shape[2]), (1, w.shape[2])
-        _keep_result_format(ctx, x, w)
+        _keep_given_format(ctx, _image(w), result_is_channels_last(x, w))
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -326,11 +334,11 @@ class Conv1dFunction(_Function):
 
 
 def conv_transpose(
-    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, size: tuple[int, int], geom: Geom
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, size: tuple[int, ...], geom: Geom, channels_last: bool
 ) -> torch.Tensor:
-    """dgrad(x, w) + bias, of height and width `size`: x (N, K, P, Q) or rows (N, K, Q). Not differentiable:
-    ConvTransposeFunction is."""
-    y = ops.conv_transpose(_image(x), _image(w), bias, size, geom, result_is_channels_last(x, w))
+    """dgrad(x, w) + bias, of `size`, (H, W) or (D, H, W): x (N, K, P, Q), rows (N, K, Q) or volumes (N, K, Z, P, Q).
+    Not differentiable: ConvTransposeFunction is."""
+    y = ops.conv_transpose(_image(x), _image(w), bias, size, geom, channels_last)
     return _as_it_was(y, x.dim())
 
 
@@ -339,31 +347,31 @@ def _per_channel(bias, dims: int):
 
 
 class ConvTransposeFunction(_Function):
-    """y = dgrad(x, w) + bias, the transposed convolution, of images or of rows: its gradients are fprop and wgrad.
-    `apply(x, w, bias, size, geom)` with x (N, K, P, Q), w (K, C/groups, R, S), bias (C) or None, size that of y; rows
-    lack the height of x and w."""
+    """y = dgrad(x, w) + bias, the transposed convolution of images, rows or volumes: its gradients are fprop and wgrad.
+    `apply(x, w, bias, size, geom, channels_last)` with x (N, K, P, Q), w (K, C/groups, R, S), bias (C) or None, size
+    that of y, and the format of y and of the gradients; rows lack the height of x and w."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, w, bias, size, geom):
-        return conv_transpose(x, w, bias, size, geom)
+    def forward(x, w, bias, size, geom, channels_last):
+        return conv_transpose(x, w, bias, size, geom, channels_last)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, w, _, size, geom = inputs
+        x, w, _, size, geom, channels_last = inputs
         x_needed, w_needed = ctx.needs_input_grad[:2]
         ctx.save_for_backward(_needed(w_needed, x), _needed(x_needed, w))
         _save_for_jvp(ctx, x, w)
         ctx.geom, ctx.size, ctx.dims = geom, size, x.dim()
         ctx.shape, ctx.kernel_size = output.shape, _image(w).shape[2:]
-        _keep_result_format(ctx, x, w)
+        _keep_given_format(ctx, _image(w), channels_last)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, dy):
         if dy is None:
-            return None, None, None, None, None
+            return (None,) * 6
         x, w = map(_image, ctx.saved_tensors)
         x_needed, w_needed, bias_needed = ctx.needs_input_grad[:3]
         dy = _image(dy)
@@ -373,7 +381,7 @@ class ConvTransposeFunction(_Function):
             dx = _gradient_as_it_was(dx, ctx.dims)
         if w_needed:
             dw = _gradient_as_it_was(_wgrad(x, dy, ctx.kernel_size, ctx.geom, ctx.dw_channels_last), ctx.dims)
-        return dx, dw, _channel_sum(dy) if bias_needed else None, None, None
+        return dx, dw, _channel_sum(dy) if bias_needed else None, None, None, None
 
     @staticmethod
     @_lower_levels_record
@@ -675,9 +683,10 @@ def _geom(stride, padding, dilation, groups) -> Geom:
 
 
 def _differentiable_fprop(x, w, bias, stride, padding, dilation, groups, channels_last=False):
-    if x.dim() == 4 and x.shape[1] == 0:  # y has no channels then, and does not say how many filters there are
-        return torch.convolution(x, w, bias, stride, padding, dilation, False, (0, 0), groups)
-    return _apply_at_this_level(Conv2dFunction, x, w, bias, _geom(stride, padding, dilation, groups), channels_last)
+    if x.dim() in (4, 5) and x.shape[1] == 0:  # y has no channels then, and does not say how many filters there are
+        return torch.convolution(x, w, bias, stride, padding, dilation, False, (0,) * len(stride), groups)
+    function = Conv2dFunction if len(stride) == 2 else Conv3dFunction
+    return _apply_at_this_level(function, x, w, bias, _geom(stride, padding, dilation, groups), channels_last)
 
 
 def _differentiable_dgrad(dy, w, input_size, stride, padding, dilation, groups, channels_last=None):

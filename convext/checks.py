@@ -3,6 +3,7 @@ Runs once for each new combination of shapes, dtypes and devices."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -30,8 +31,9 @@ def check_tensor(name: str, value: object, optional: bool = False) -> None:
 _BOUND = {0: "zero or greater", 1: "greater than zero"}
 
 
-def check_geom(geom: Geom, axes: int = 2) -> None:
-    """`axes`: 2 for an image, 1 for a row, whose geom has its own values behind those of a height of one."""
+def check_geom(geom: Geom, axes: int) -> None:
+    """`axes`: 3 for a volume, 2 for an image, 1 for a row, whose geom has its own values behind those of a height of
+    one."""
     for name, values, least in (
         ("stride", geom.stride[-axes:], 1),
         ("padding", geom.padding[-axes:], 0),
@@ -51,7 +53,11 @@ def check_geom(geom: Geom, axes: int = 2) -> None:
         )
 
 
-_SIZES = {2: ("(K, C/groups, R, S)", "3D (unbatched) or 4D"), 1: ("(K, C/groups, S)", "2D (unbatched) or 3D")}
+_SIZES = {
+    3: ("(K, C/groups, T, R, S)", "4D (unbatched) or 5D"),
+    2: ("(K, C/groups, R, S)", "3D (unbatched) or 4D"),
+    1: ("(K, C/groups, S)", "2D (unbatched) or 3D"),
+}
 
 
 def _check_dims(name: str, x: torch.Tensor, w: torch.Tensor, axes: int) -> None:
@@ -107,8 +113,10 @@ def _extents(values: Sequence[int]) -> str:
     return " x ".join(map(str, values))
 
 
-def check_conv(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, geom: Geom, axes: int = 2) -> None:
-    """RuntimeError unless fprop(x, w, bias) is a convolution of a batched x; of rows with `axes` = 1."""
+def check_conv(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, geom: Geom, axes: int = 0) -> None:
+    """RuntimeError unless fprop(x, w, bias) is a convolution of a batched x, of as many axes as geom has; of rows with
+    `axes` = 1."""
+    axes = axes or geom.axes
     check_geom(geom, axes)
     _check_dims(f"conv{axes}d", x, w, axes)
     groups = geom.groups
@@ -130,7 +138,7 @@ def check_conv(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, geom
 def check_conv_transpose(
     x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, geom: Geom, output_padding: Sequence[int], axes: int
 ) -> None:
-    """RuntimeError unless dgrad(x, w) + bias is a transposed convolution of a batched x, of rows or of images."""
+    """RuntimeError unless dgrad(x, w) + bias is a transposed convolution of a batched x, of rows, images or volumes."""
     check_geom(geom, axes)
     if min(output_padding[-axes:]) < 0:
         raise InvalidArgument(
@@ -151,7 +159,7 @@ def check_conv_transpose(
 
 
 def _with_height(size: Sequence[int]) -> Sequence[int]:
-    return size if len(size) == 2 else (1, *size)
+    return (1, *size) if len(size) == 1 else size
 
 
 def check_batch_norm(
@@ -185,7 +193,7 @@ def check_batch_norm(
 
 def check_more_than_one_value(y_shape: Sequence[int]) -> None:
     """ValueError when a training batch norm would see one value per channel: its variance would be 0 of 0."""
-    if y_shape[0] * y_shape[2] * y_shape[3] == 1:
+    if y_shape[0] * math.prod(y_shape[2:]) == 1:
         raise ValueError(
             "Expected more than 1 value per channel when training, got an output of the convolution of "
             f"size {list(y_shape)}"

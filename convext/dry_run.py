@@ -23,7 +23,8 @@ def kernel(problem: ConvProblem, pass_: Pass) -> tuple[str | None, str]:
         from . import _C  # type: ignore[attr-defined]
     except ImportError as error:
         return None, f"the compiled library does not load ({error})"
-    fields = [*problem.extents(), problem.dtype, problem.x_layout, problem.y_layout]
+    image, depth = problem.image_extents(), problem.depth_extents()
+    fields = [*image, problem.dtype, problem.x_layout, problem.y_layout, *depth]
     index = _C.select(DEVICES[problem.device], pass_, fields)
     if index >= 0:
         return _C.variants()[index]["name"], ""

@@ -12,9 +12,10 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from . import autograd, checks, ops
 from .activation import FORWARD
+from .memory_format import volume_is_channels_last
 from .problem import DTYPES, Epilogue, Geom
 
-Size = int | Sequence[int]  # one for both, or (height, width)
+Size = int | Sequence[int]  # one for all axes, or (height, width), of volumes (depth, height, width)
 _Fused = tuple[torch.Tensor, torch.Tensor, Epilogue, Geom]
 
 _PLAIN = ops._PLAIN
@@ -28,7 +29,18 @@ def as_pair(name: str, value: Any) -> tuple[int, int]:
         return value, value
     if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
         return value
-    return _unusual_pair(name, value)
+    height, width = _unusual(name, value, 2)
+    return height, width
+
+
+def as_triple(name: str, value: Any) -> tuple[int, int, int]:
+    """An int or a sequence of one or three ints as (depth, height, width)."""
+    if type(value) is int:
+        return value, value, value
+    if type(value) is tuple and len(value) == 3 and all(type(v) is int for v in value):
+        return value
+    depth, height, width = _unusual(name, value, 3)
+    return depth, height, width
 
 
 def _is_int(value: object) -> bool:
@@ -41,19 +53,21 @@ def _as_int(value: Any) -> Any:
     return value if isinstance(value, (int, torch.SymInt)) else value.__index__()
 
 
-def _unusual_pair(name: str, value: Any) -> tuple[int, int]:
+_WORDS = {2: ("two", "one for height and one for width"), 3: ("three", "for depth, height and width")}
+
+
+def _unusual(name: str, value: Any, axes: int) -> tuple[int, ...]:
     if _is_int(value):
-        return (_as_int(value),) * 2
+        return (_as_int(value),) * axes
+    many, what = _WORDS[axes]
     if not isinstance(value, (tuple, list)) or not all(_is_int(v) for v in value):
         raise checks.InvalidType(
-            f"{name}: expected an int or a tuple of two ints, got {value!r} ({type(value).__name__})"
+            f"{name}: expected an int or a tuple of {many} ints, got {value!r} ({type(value).__name__})"
         )
-    if len(value) not in (1, 2):
-        raise checks.InvalidArgument(
-            f"{name}: expected one int or two, one for height and one for width, got {list(value)}"
-        )
-    pair = tuple(_as_int(v) for v in value)
-    return pair if len(pair) == 2 else pair * 2
+    if len(value) not in (1, axes):
+        raise checks.InvalidArgument(f"{name}: expected one int or {many}, {what}, got {list(value)}")
+    values = tuple(_as_int(v) for v in value)
+    return values if len(values) == axes else values * axes
 
 
 def as_width(name: str, value: Any) -> int:
@@ -73,16 +87,15 @@ def as_width(name: str, value: Any) -> int:
 
 
 def _same_padding(
-    x: torch.Tensor, w: torch.Tensor, stride: tuple[int, int], dilation: tuple[int, int]
-) -> tuple[torch.Tensor, tuple[int, int]]:
+    x: torch.Tensor, w: torch.Tensor, stride: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[torch.Tensor, tuple[int, ...]]:
     """x and the padding of padding="same". Where the sides differ, x is padded on its far side first, as in ATen."""
-    if stride != (1, 1):
+    if any(step != 1 for step in stride):
         raise checks.InvalidArgument(f"padding='same' is not supported for strided convolutions: stride is {stride}")
-    total = [d * (n - 1) for d, n in zip(dilation, w.shape[-2:])]
-    odd_h, odd_w = total[0] % 2, total[1] % 2
-    if odd_h or odd_w:
-        x = F.pad(x, (0, odd_w, 0, odd_h))
-    return x, (total[0] // 2, total[1] // 2)
+    total = [d * (n - 1) for d, n in zip(dilation, w.shape[2:])]
+    if any(n % 2 for n in total):
+        x = F.pad(x, [side for n in reversed(total) for side in (0, n % 2)])
+    return x, tuple(n // 2 for n in total)
 
 
 def as_groups(groups: Any) -> int:
@@ -95,23 +108,24 @@ def as_groups(groups: Any) -> int:
 
 
 def normalised(
-    x: torch.Tensor, w: torch.Tensor, stride: Size, padding: Size | str, dilation: Size, groups: int
+    x: torch.Tensor, w: torch.Tensor, stride: Size, padding: Size | str, dilation: Size, groups: int, axes: int = 2
 ) -> tuple[torch.Tensor, Geom]:
-    """x (padded where "same" asks for it) and geom."""
-    stride, dilation = as_pair("stride", stride), as_pair("dilation", dilation)
+    """x (padded where "same" asks for it) and geom, of images, or with `axes` = 3 of volumes."""
+    as_axes: Callable[[str, Any], tuple[int, ...]] = as_pair if axes == 2 else as_triple
+    stride, dilation = as_axes("stride", stride), as_axes("dilation", dilation)
     groups = as_groups(groups)
     if isinstance(padding, str):
         if padding == "same":
-            if min(dilation) > 0 and w.dim() == 4:
+            if min(dilation) > 0 and w.dim() == axes + 2:
                 x, padding = _same_padding(x, w, stride, dilation)
             else:
-                padding = 0, 0  # which the checks report
+                padding = (0,) * axes  # which the checks report
         elif padding == "valid":
-            padding = 0, 0
+            padding = (0,) * axes
         else:
             raise checks.InvalidArgument(f"padding: invalid padding string {padding!r}, expected 'same' or 'valid'")
     else:
-        padding = as_pair("padding", padding)
+        padding = as_axes("padding", padding)
     return x, Geom(stride, padding, dilation, groups)
 
 
@@ -140,7 +154,11 @@ def _is_foreign(*tensors: object) -> bool:
     return False
 
 
-def _conv2d(
+_TORCHS: dict[int, Callable[..., torch.Tensor]] = {2: torch.conv2d, 3: torch.conv3d}
+
+
+def _conv(
+    axes: int,
     function: type[autograd.Conv2dFunction],
     x: torch.Tensor,
     w: torch.Tensor,
@@ -150,13 +168,13 @@ def _conv2d(
     dilation: Size,
     groups: int,
 ) -> torch.Tensor:
-    """The one path of the three convolutions; `function` records the gradient."""
+    """The one path of the convolutions of images and volumes; `function` records the gradient."""
     if torch.compiler.is_compiling():
-        return _conv2d_traced(x, w, bias, stride, padding, dilation, groups)
+        return _conv_traced(axes, x, w, bias, stride, padding, dilation, groups)
     try:
-        return _checked_conv2d(function, x, w, bias, stride, padding, dilation, groups)
+        return _checked_conv(axes, function, x, w, bias, stride, padding, dilation, groups)
     except checks.InvalidArgument as error:
-        return as_pytorch(torch.conv2d, error, x, w, bias, stride, padding, dilation, groups)
+        return as_pytorch(_TORCHS[axes], error, x, w, bias, stride, padding, dilation, groups)
 
 
 def as_pytorch(
@@ -172,7 +190,8 @@ def as_pytorch(
         raise type(theirs)(f"{theirs}\nconvext: {error}") from None
 
 
-def _checked_conv2d(
+def _checked_conv(
+    axes: int,
     function: type[autograd.Conv2dFunction],
     x: torch.Tensor,
     w: torch.Tensor,
@@ -183,13 +202,13 @@ def _checked_conv2d(
     groups: int,
 ) -> torch.Tensor:
     if is_for_aten(x, w, bias):
-        return torch.conv2d(x, w, bias, stride, padding, dilation, groups)
-    x, geom = normalised(x, w, stride, padding, dilation, groups)
+        return _TORCHS[axes](x, w, bias, stride, padding, dilation, groups)
+    x, geom = normalised(x, w, stride, padding, dilation, groups, axes)
     if ops._autocast_active():
         x, w, bias = autocast(x, w, bias)
-    if x.dim() == 3:
-        return _record(function, x.unsqueeze(0), w, bias, geom).squeeze(0)
-    return _record(function, x, w, bias, geom)
+    if x.dim() == axes + 1:
+        return _record(axes, function, x.unsqueeze(0), w, bias, geom).squeeze(0)
+    return _record(axes, function, x, w, bias, geom)
 
 
 def is_for_aten(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> bool:
@@ -204,27 +223,34 @@ def is_for_aten(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> 
 
 
 def _record(
-    function: type[autograd.Conv2dFunction], x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, geom: Geom
+    axes: int,
+    function: type[autograd.Conv2dFunction],
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    geom: Geom,
 ) -> torch.Tensor:
-    if x.dim() == 4 and (x.shape[0] == 0 or x.shape[1] == 0):
+    if x.dim() == axes + 2 and (x.shape[0] == 0 or x.shape[1] == 0):
         # Nothing to compute. Strides of an empty batch follow rules of ATen's own, and without channels y does not
         # say how many filters there are.
         checks.check_conv(x, w, bias, geom)
-        return torch.convolution(x, w, bias, *geom[:3], False, (0, 0), geom.groups)
+        return torch.convolution(x, w, bias, *geom[:3], False, (0,) * axes, geom.groups)
+    channels_last = axes == 3 and volume_is_channels_last(x, w, geom)
     if needs_function(x, w, bias):
         if ops.batched_the_older_way(x, w, bias):  # the operator, which each slice gets, records for itself
-            return torch.ops.convext.fprop(x, w, bias, *geom)
-        y = function.apply(x, w, bias, geom)
+            return torch.ops.convext.fprop(x, w, bias, *geom, channels_last)
+        y = function.apply(x, w, bias, geom, channels_last)
         # Under vmap it is a view of what the operator returned, which autograd would not let anybody write into.
         return y.clone() if ops._functorch_active() else y
-    return ops.fprop(x, w, bias, geom)
+    return ops.fprop(x, w, bias, geom, channels_last)
 
 
 def needs_function(*tensors: torch.Tensor | None) -> bool:
     return autograd.needs_function(*tensors) or ops._functorch_active()
 
 
-def _conv2d_traced(
+def _conv_traced(
+    axes: int,
     x: torch.Tensor,
     w: torch.Tensor,
     bias: torch.Tensor | None,
@@ -235,11 +261,17 @@ def _conv2d_traced(
 ) -> torch.Tensor:
     """What a compiler sees: one operator, which knows its own gradient."""
     if x.dtype not in DTYPES or w.dtype not in DTYPES:
-        return torch.conv2d(x, w, bias, stride, padding, dilation, groups)
-    x, geom = normalised(x, w, stride, padding, dilation, groups)
-    if x.dim() == 3:
-        return torch.ops.convext.fprop(x.unsqueeze(0), w, bias, *geom).squeeze(0)
-    return torch.ops.convext.fprop(x, w, bias, *geom)
+        return _TORCHS[axes](x, w, bias, stride, padding, dilation, groups)
+    x, geom = normalised(x, w, stride, padding, dilation, groups, axes)
+    if x.dim() == axes + 1:
+        return _fprop_traced(x.unsqueeze(0), w, bias, geom).squeeze(0)
+    return _fprop_traced(x, w, bias, geom)
+
+
+def _fprop_traced(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, geom: Geom) -> torch.Tensor:
+    channels_last = geom.axes == 3 and volume_is_channels_last(x, w, geom)
+    y: torch.Tensor = torch.ops.convext.fprop(x, w, bias, *geom, channels_last)
+    return y
 
 
 def conv2d(
@@ -286,7 +318,7 @@ def conv2d(
             dilation=dilation,
             groups=groups,
         )
-    return _conv2d(autograd.Conv2dFunction, input, weight, bias, stride, padding, dilation, groups)
+    return _conv(2, autograd.Conv2dFunction, input, weight, bias, stride, padding, dilation, groups)
 
 
 def depthwise_conv2d(
@@ -331,7 +363,7 @@ def depthwise_conv2d(
             f"weight: expected size (C*m, 1, R, S) with C={channels} for input {list(input.shape)}, "
             f"got {list(weight.shape)}"
         )
-    return _conv2d(autograd.DepthwiseConv2dFunction, input, weight, bias, stride, padding, dilation, channels)
+    return _conv(2, autograd.DepthwiseConv2dFunction, input, weight, bias, stride, padding, dilation, channels)
 
 
 def dilated_conv2d(
@@ -365,7 +397,90 @@ def dilated_conv2d(
             padding=padding,
             dilation=dilation,
         )
-    return _conv2d(autograd.DilatedConv2dFunction, input, weight, bias, stride, padding, dilation, 1)
+    return _conv(2, autograd.DilatedConv2dFunction, input, weight, bias, stride, padding, dilation, 1)
+
+
+def conv3d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    *,
+    causal: bool = False,
+) -> torch.Tensor:
+    """3-D convolution: torch.nn.functional.conv3d, argument for argument.
+
+    Args:
+        input: (N, C, D, H, W), or (C, D, H, W) for one volume.
+        weight: (K, C/groups, T, R, S), of input's dtype and on its device.
+        bias: (K), or None, the default.
+        stride: step of the filter, an int or (depth, height, width); default 1.
+        padding: zeros on each side, an int or (depth, height, width); or "same" (an output of the input's size, at
+            stride 1) or "valid" (none). Default 0.
+        dilation: distance between the taps of the filter, an int or (depth, height, width); default 1.
+        groups: into how many independent convolutions the channels fall; default 1.
+        causal: pad the depth with dilation * (T - 1) zeros in front alone, so that no output sees a plane behind its
+            own, and at stride 1 there are as many as input's; the depth's `padding` must be 0: 0 or (0, height, width).
+            No padded copy is made: dilation * (T - 1) / stride planes too many are computed, at the end, and the result
+            is a view of those before them. Default False.
+
+    Returns: (N, K, Z, P, Q), or (K, Z, P, Q) for one volume, with the sizes of `convext.problem.Geom.output_size`, of
+        input's dtype, and channels-last (torch.channels_last_3d) where ATen's would be.
+
+    Raises what F.conv3d raises: an error of its type, that begins with its text and ends in a line from convext, which
+        names the argument. ValueError for a padding of the depth, or a string, beside `causal`.
+
+    Example:
+        >>> x, w = torch.randn(2, 3, 8, 32, 32), torch.randn(8, 3, 3, 3, 3)
+        >>> convext.conv3d(x, w, stride=(1, 2, 2), padding=1).shape
+        torch.Size([2, 8, 8, 16, 16])
+        >>> convext.conv3d(x, w, padding=(0, 1, 1), causal=True).shape
+        torch.Size([2, 8, 8, 32, 32])
+    """
+    if has_torch_function((input, weight, bias)):
+        return handle_torch_function(
+            conv3d,
+            (input, weight, bias),
+            input,
+            weight,
+            bias,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            causal=causal,
+        )
+    if causal:
+        return _causal_conv3d(input, weight, bias, stride, padding, dilation, groups)
+    return _conv(3, autograd.Conv3dFunction, input, weight, bias, stride, padding, dilation, groups)
+
+
+def _causal_conv3d(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+) -> torch.Tensor:
+    if isinstance(padding, str):
+        raise ValueError(f"padding: expected ints beside causal=True, which pads the depth in front, got {padding!r}")
+    try:
+        _check_tensors(x, w, bias)
+        step, distance, pad = (
+            as_triple("stride", stride),
+            as_triple("dilation", dilation),
+            as_triple("padding", padding),
+        )
+    except checks.InvalidArgument:
+        return _conv(3, autograd.Conv3dFunction, x, w, bias, stride, padding, dilation, groups)  # which raises
+    if pad[0] != 0:
+        raise ValueError(
+            f"padding: expected 0 for the depth beside causal=True, which pads it in front, got {padding!r}"
+        )
+    if w.dim() != 5 or x.dim() not in (4, 5) or step[0] < 1 or distance[0] < 1 or w.shape[2] < 1:
+        return _conv(3, autograd.Conv3dFunction, x, w, bias, step, pad, distance, groups)  # which raises
+    front = distance[0] * (w.shape[2] - 1)
+    y = _conv(3, autograd.Conv3dFunction, x, w, bias, step, (front, *pad[1:]), distance, groups)
+    return y.narrow(-3, 0, (x.shape[-3] - 1) // step[0] + 1) if front else y
 
 
 def conv1d(

@@ -72,6 +72,30 @@ class Conv2d(torch.nn.Conv2d):
         return functional.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
+class Conv3d(torch.nn.Conv3d):
+    """torch.nn.Conv3d, computed by convext: same arguments, parameters, state dict and repr, every `padding_mode`.
+
+    Args:
+        in_channels, out_channels: C and K.
+        kernel_size: (T, R, S), or one int for all.
+        stride, padding, dilation, groups, bias, padding_mode, device, dtype: as in torch.nn.Conv3d.
+
+    `forward(input)`: (N, C, D, H, W) -> (N, K, Z, P, Q), or (C, D, H, W) -> (K, Z, P, Q). Raises ValueError,
+    RuntimeError and TypeError where torch.nn.Conv3d does.
+
+    Example:
+        >>> convext.nn.Conv3d(3, 8, 3, padding="same")(torch.randn(2, 3, 4, 16, 16)).shape
+        torch.Size([2, 8, 4, 16, 16])
+    """
+
+    def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        _note_input(self, input)
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            return functional.conv3d(input, weight, bias, self.stride, (0, 0, 0), self.dilation, self.groups)
+        return functional.conv3d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
 class DepthwiseConv2d(Conv2d):
     """A filter for each channel: Conv2d with groups = in_channels.
 
@@ -194,6 +218,29 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
 
     def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
         return _transposed_forward(self, transposed.conv_transpose2d, input, output_size)
+
+
+class ConvTranspose3d(torch.nn.ConvTranspose3d):
+    """torch.nn.ConvTranspose3d, computed by convext: same arguments, parameters, state dict and repr.
+
+    Args:
+        in_channels, out_channels: K and C: the layer is the gradient of a convolution of C channels by its input.
+        kernel_size: (T, R, S), or one int for all.
+        stride, padding, output_padding, groups, bias, dilation, padding_mode, device, dtype: as in
+            torch.nn.ConvTranspose3d, which knows no `padding_mode` but "zeros".
+
+    `forward(input, output_size=None)`: (N, K, Z, P, Q) -> (N, C, D, H, W), or (K, Z, P, Q) -> (C, D, H, W); of the
+    sizes that the stride allows, `output_size`, (D, H, W) or (N, C, D, H, W), names one. Raises ValueError,
+    RuntimeError and TypeError where torch.nn.ConvTranspose3d does.
+
+    Example:
+        >>> layer, x = convext.nn.ConvTranspose3d(8, 4, 3, stride=2, padding=1), torch.randn(2, 8, 3, 7, 7)
+        >>> layer(x).shape, layer(x, output_size=[6, 14, 14]).shape
+        (torch.Size([2, 4, 5, 13, 13]), torch.Size([2, 4, 6, 14, 14]))
+    """
+
+    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+        return _transposed_forward(self, transposed.conv_transpose3d, input, output_size)
 
 
 def _transposed_forward(
@@ -340,5 +387,15 @@ def conv_bn_act(
 # Whole modules load with torch.load(weights_only=True) where the user allows torch's own classes: these hold nothing
 # that runs code when it is unpickled.
 torch.serialization.add_safe_globals(
-    [Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d, DepthwiseConv2d, DilatedConv2d, ConvBNReLU]
+    [
+        Conv1d,
+        Conv2d,
+        Conv3d,
+        ConvTranspose1d,
+        ConvTranspose2d,
+        ConvTranspose3d,
+        DepthwiseConv2d,
+        DilatedConv2d,
+        ConvBNReLU,
+    ]
 )

@@ -10,8 +10,10 @@ vmap rules and FLOP formulas. Gradients are in autograd.py, which registers them
 with geom = stride, padding, dilation, groups, epilogue the fields of a `problem.Epilogue` and norm those behind its
 bias. In training an epilogue has no mean and var: they are those of the batch.
 
-Activations are (N, C, H, W) of any strides. `channels_last=True` forces that format of a forward pass's output; False
-leaves it to the rule of ATen, which looks at x and w. ATen's gradients have the format of the output, whatever that of
+Activations are (N, C, H, W) of any strides, and in the first three operators (N, C, D, H, W), with three numbers where
+images have two. `channels_last=True` forces that format of a forward pass's output; False leaves it to the rule of
+ATen, which looks at x and w; that for volumes is another, and False stands for contiguous
+(`memory_format.volume_is_channels_last`). ATen's gradients have the format of the output, whatever that of
 dy: dgrad and wgrad take it as an argument, and with None guess it from what they see.
 
 The functions of the same names in this module are what convext itself calls: they go straight to the backend where the
@@ -29,7 +31,7 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from . import backends, checks, reference
 from .activation import BACKWARD
-from .memory_format import memory_format, suggests_channels_last
+from .memory_format import fits_both_formats, memory_format, suggests_channels_last
 from .problem import ConvProblem, Epilogue, Geom, Pass, accumulate_dtype
 
 LIBRARY = torch.library.Library("convext", "DEF")
@@ -254,8 +256,7 @@ def _run_wgrad(dy, x, kernel_size, geom, channels_last):
 
 def guess_dw_format(x, w_shape) -> bool:
     """Whether dw is channels-last for a w that is not, or whose strides fit both formats."""
-    either = w_shape[1] == 1 or w_shape[2] == w_shape[3] == 1
-    return not either and suggests_channels_last(x)
+    return not fits_both_formats(w_shape) and suggests_channels_last(x)
 
 
 def _run_dgrad_and_wgrad(dy, x, w, geom, dx_channels_last, dw_channels_last):
@@ -276,9 +277,10 @@ def _run_dgrad_and_wgrad(dy, x, w, geom, dx_channels_last, dw_channels_last):
 
 
 def _check_gradient(name, dy, other, other_name) -> None:
-    if dy.dim() != 4 or other.dim() != 4:
+    if dy.dim() not in (4, 5) or other.dim() != dy.dim():
         raise RuntimeError(
-            f"{name}: expected dy and {other_name} of 4 dimensions, got {list(dy.shape)} and {list(other.shape)}"
+            f"{name}: expected dy and {other_name} both of 4 dimensions or both of 5, got {list(dy.shape)} and "
+            f"{list(other.shape)}"
         )
     if dy.dtype is not other.dtype or dy.device != other.device:
         raise RuntimeError(
@@ -288,7 +290,7 @@ def _check_gradient(name, dy, other, other_name) -> None:
 
 
 def _check_y_shape(name, dy, problem) -> None:
-    checks.check_geom(problem.geom)
+    checks.check_geom(problem.geom, problem.axes)
     if tuple(dy.shape) != problem.y_shape:
         raise RuntimeError(f"{name}: expected dy of size {list(problem.y_shape)} for {problem}, got {list(dy.shape)}")
 
@@ -338,7 +340,7 @@ def fprop(
 def dgrad(
     dy: torch.Tensor, w: torch.Tensor, input_size: Sequence[int], geom: Geom, channels_last: bool | None = None
 ) -> torch.Tensor:
-    """dx, of height and width `input_size`, from dy and w."""
+    """dx, of height and width, or depth, height and width `input_size`, from dy and w."""
     if type(dy) in _PLAIN and type(w) in _PLAIN and dispatcher_is_idle():
         return _run_dgrad(dy, w, input_size, geom, channels_last)
     return _dgrad(dy, w, input_size, *geom, channels_last)
@@ -348,29 +350,28 @@ def conv_transpose(
     x: torch.Tensor,
     w: torch.Tensor,
     bias: torch.Tensor | None,
-    size: tuple[int, int],
+    size: tuple[int, ...],
     geom: Geom,
     channels_last: bool,
 ) -> torch.Tensor:
-    """dgrad(x, w) + bias, of height and width `size`, of images. Not differentiable."""
+    """dgrad(x, w) + bias, of height and width, or depth, height and width `size`. Not differentiable."""
     if all_plain(x, w, bias):
         choice = _dgrad_choice(x, w, size, geom, channels_last)
         if backends.forced() is None and choice.backend.slower_transposed(choice.problem) is not None:
             backends.counter("aten", "conv_transpose", "aten_conv_transpose")[0] += 1
             least = geom.input_size(x.shape[2:], w.shape[2:], (0, 0))
-            output_padding = size[0] - least[0], size[1] - least[1]
+            output_padding = tuple(n - m for n, m in zip(size, least))
             return torch.convolution(x, w, bias, *geom[:3], True, output_padding, geom.groups)
         choice.counter[0] += 1
-        y: torch.Tensor = choice.run(choice.problem, x, w)
-        return y if bias is None else y.add_(bias[:, None, None])
-    y = _dgrad(x, w, size, *geom, channels_last)
-    return y if bias is None else y + bias[:, None, None]
+        return choice.backend.conv_transpose(choice.problem, x, w, bias)
+    y: torch.Tensor = _dgrad(x, w, size, *geom, channels_last)
+    return y if bias is None else y + bias.view(-1, *(1,) * geom.axes)
 
 
 def wgrad(
     dy: torch.Tensor, x: torch.Tensor, kernel_size: Sequence[int], geom: Geom, channels_last: bool | None = None
 ) -> torch.Tensor:
-    """dw, of filter height and width `kernel_size`, from dy and x."""
+    """dw, of a filter of `kernel_size`, from dy and x."""
     if type(dy) in _PLAIN and type(x) in _PLAIN and dispatcher_is_idle():
         return _run_wgrad(dy, x, kernel_size, geom, channels_last)
     return _wgrad(dy, x, kernel_size, *geom, channels_last)
@@ -499,14 +500,15 @@ def _fake(name):
 
 
 def _empty(like, shape, channels_last):
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(channels_last))
+    form = memory_format(channels_last, len(shape))
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=form)
 
 
 @_fake("fprop")
 def _(x, w, bias, stride, padding, dilation, groups, channels_last=False):
     geom = _geom(stride, padding, dilation, groups)
     checks.check_conv(x, w, bias, geom)
-    nhwc = channels_last or suggests_channels_last(x) or suggests_channels_last(w)
+    nhwc = channels_last or geom.axes == 2 and (suggests_channels_last(x) or suggests_channels_last(w))
     k = 0 if x.shape[1] == 0 else w.shape[0]  # as ATen has it
     return _empty(x, (x.shape[0], k, *geom.output_size(x.shape[2:], w.shape[2:])), nhwc)
 
@@ -649,7 +651,7 @@ def _vmap_fprop(info, in_dims, x, w, bias, stride, padding, dilation, groups, ch
             )
             y = y.reshape(size, -1, *y.shape[1:])
         if bias_dim is not None:
-            y = y + bias.movedim(bias_dim, 0)[:, None, :, None, None]
+            y = y + bias.movedim(bias_dim, 0).reshape(size, 1, -1, *(1,) * len(stride))
         return y, 0
     bias = None if bias is None else _front(bias, bias_dim, size).reshape(-1)
     w = w.movedim(w_dim, 0)

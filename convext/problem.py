@@ -1,4 +1,5 @@
-"""One 2-D convolution as plain data: the Python twin of csrc/core/conv_problem.h and csrc/core/epilogue.h."""
+"""One convolution of images or volumes as plain data: the Python twin of csrc/core/conv_problem.h and
+csrc/core/epilogue.h."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ class Layout(enum.IntEnum):
     """Memory order of an activation tensor."""
 
     NCHW = 0  # torch.contiguous_format
-    NHWC = 1  # torch.channels_last
+    NHWC = 1  # torch.channels_last, and of volumes torch.channels_last_3d
 
 
 class DType(enum.IntEnum):
@@ -63,9 +64,9 @@ def tf32_is_allowed() -> bool:
     return precision == "tf32"
 
 
-class Geom(tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]):
-    """How the filter walks over the input: stride, padding, dilation, (height, width) each, and groups. The one value
-    in which they travel.
+class Geom(tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]):
+    """How the filter walks over the input: stride, padding, dilation, (height, width) or (depth, height, width) each,
+    and groups. The one value in which they travel.
 
     A tuple and not a NamedTuple, because torch.func takes those apart, and fails on nested ones in forward mode.
     """
@@ -74,26 +75,30 @@ class Geom(tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]):
 
     def __new__(
         cls,
-        stride: tuple[int, int] = (1, 1),
-        padding: tuple[int, int] = (0, 0),
-        dilation: tuple[int, int] = (1, 1),
+        stride: tuple[int, ...] = (1, 1),
+        padding: tuple[int, ...] = (0, 0),
+        dilation: tuple[int, ...] = (1, 1),
         groups: int = 1,
     ) -> Geom:
         return tuple.__new__(cls, (stride, padding, dilation, groups))
 
-    def __getnewargs__(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
+    def __getnewargs__(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
         return self[0], self[1], self[2], self[3]
 
     @property
-    def stride(self) -> tuple[int, int]:
+    def axes(self) -> int:
+        return len(self[0])
+
+    @property
+    def stride(self) -> tuple[int, ...]:
         return self[0]
 
     @property
-    def padding(self) -> tuple[int, int]:
+    def padding(self) -> tuple[int, ...]:
         return self[1]
 
     @property
-    def dilation(self) -> tuple[int, int]:
+    def dilation(self) -> tuple[int, ...]:
         return self[2]
 
     @property
@@ -103,25 +108,22 @@ class Geom(tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]):
     def __repr__(self) -> str:
         return f"Geom(stride={self[0]}, padding={self[1]}, dilation={self[2]}, groups={self[3]})"
 
-    def output_size(self, input_size: Sequence[int], kernel_size: Sequence[int]) -> tuple[int, int]:
-        """(P, Q) for an input (H, W) and a filter (R, S): PyTorch's formula."""
-        (stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w), _ = self
-        (h, w), (r, s) = input_size, kernel_size
-        return (
-            (h + 2 * pad_h - dil_h * (r - 1) - 1) // stride_h + 1,
-            (w + 2 * pad_w - dil_w * (s - 1) - 1) // stride_w + 1,
+    def output_size(self, input_size: Sequence[int], kernel_size: Sequence[int]) -> tuple[int, ...]:
+        """(P, Q) for an input (H, W) and a filter (R, S), (Z, P, Q) for (D, H, W) and (T, R, S): PyTorch's formula."""
+        return tuple(
+            (n + 2 * pad - dilation * (taps - 1) - 1) // stride + 1
+            for n, taps, stride, pad, dilation in zip(input_size, kernel_size, *self[:3])
         )
 
     def input_size(
         self, output_size: Sequence[int], kernel_size: Sequence[int], output_padding: Sequence[int]
-    ) -> tuple[int, int]:
-        """(H, W) for an output (P, Q) and a filter (R, S): the result of a transposed convolution, as PyTorch has it.
-        Of the `stride` sizes with that output, `output_padding` chooses one."""
-        (stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w), _ = self
-        (p, q), (r, s) = output_size, kernel_size
-        return (
-            (p - 1) * stride_h - 2 * pad_h + dil_h * (r - 1) + output_padding[0] + 1,
-            (q - 1) * stride_w - 2 * pad_w + dil_w * (s - 1) + output_padding[1] + 1,
+    ) -> tuple[int, ...]:
+        """(H, W) for an output (P, Q) and a filter (R, S), (D, H, W) for (Z, P, Q) and (T, R, S): the result of a
+        transposed convolution, as PyTorch has it. Of the `stride` sizes with that output, `output_padding` chooses
+        one."""
+        return tuple(
+            (n - 1) * stride - 2 * pad + dilation * (taps - 1) + longer + 1
+            for n, taps, longer, stride, pad, dilation in zip(output_size, kernel_size, output_padding, *self[:3])
         )
 
 
@@ -158,10 +160,13 @@ class Epilogue(NamedTuple):
         return self[1:5]
 
 
+_IMAGE = (1, 1, 1, 0, 1)  # d, t, stride, padding, dilation
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ConvProblem:
-    """Sizes, geometry, dtype and layouts of one convolution. Field for field `ConvProblem` in conv_problem.h, and the
-    type of the device besides, which the C++ side keeps in the variant."""
+    """Sizes, geometry, dtype and layouts of one convolution. Field for field `ConvProblem` in conv_problem.h; besides,
+    the type of the device, which the C++ side keeps in the variant, and whether tensors have two axes or three."""
 
     n: int
     c: int
@@ -181,14 +186,21 @@ class ConvProblem:
     x_layout: Layout = Layout.NCHW
     y_layout: Layout = Layout.NCHW
     device: str = "cpu"
+    d: int = 1
+    t: int = 1
+    stride_d: int = 1
+    pad_d: int = 0
+    dil_d: int = 1
+    axes: int = 2
     # Both from the fields above, kept because they are asked for on every call.
     geom: Geom = dataclasses.field(init=False, repr=False, compare=False)
     _hash: int = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        geom = Geom((self.stride_h, self.stride_w), (self.pad_h, self.pad_w), (self.dil_h, self.dil_w), self.groups)
-        object.__setattr__(self, "geom", geom)
-        fields = (*self.extents(), self.dtype, self.x_layout, self.y_layout, self.device)
+        stride, padding = (self.stride_d, self.stride_h, self.stride_w), (self.pad_d, self.pad_h, self.pad_w)
+        dilation, axes = (self.dil_d, self.dil_h, self.dil_w), self.axes
+        object.__setattr__(self, "geom", Geom(stride[-axes:], padding[-axes:], dilation[-axes:], self.groups))
+        fields = (*self.extents(), self.dtype, self.x_layout, self.y_layout, self.device, axes)
         object.__setattr__(self, "_hash", hash(fields))
 
     def __hash__(self) -> int:
@@ -196,9 +208,10 @@ class ConvProblem:
 
     @classmethod
     def of_fprop(cls, x: torch.Tensor, w: torch.Tensor, geom: Geom, channels_last: bool = False) -> ConvProblem:
-        """The problem of y = fprop(x, w). y is channels-last when asked for or when x or w suggests it, as in ATen."""
+        """The problem of y = fprop(x, w). y is channels-last when asked for, and of images when x or w suggests it, as
+        in ATen; whose rule for volumes is another (memory_format.py)."""
         x_nhwc = suggests_channels_last(x)
-        y_nhwc = channels_last or x_nhwc or suggests_channels_last(w)
+        y_nhwc = channels_last or geom.axes == 2 and (x_nhwc or suggests_channels_last(w))
         return cls._of(x.shape, w.shape, geom, x, x_nhwc, y_nhwc)
 
     @classmethod
@@ -221,9 +234,11 @@ class ConvProblem:
     def _of(
         cls, x_shape: Sequence[int], w_shape: Sequence[int], geom: Geom, like: torch.Tensor, x_nhwc: bool, y_nhwc: bool
     ) -> ConvProblem:
-        (stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w), groups = geom
-        n, c, h, w = x_shape
-        k, _, r, s = w_shape
+        *stride_d, stride_h, stride_w = geom.stride
+        *pad_d, pad_h, pad_w = geom.padding
+        *dil_d, dil_h, dil_w = geom.dilation
+        n, c, *d, h, w = x_shape
+        k, _, *t, r, s = w_shape
         return cls(
             n,
             c,
@@ -238,12 +253,18 @@ class ConvProblem:
             pad_w,
             dil_h,
             dil_w,
-            groups,
+            geom.groups,
             DTYPES[like.dtype],
             Layout(x_nhwc),
             Layout(y_nhwc),
             like.device.type,
+            *((d[0], t[0], stride_d[0], pad_d[0], dil_d[0]) if geom.axes == 3 else _IMAGE),
+            axes=geom.axes,
         )
+
+    @property
+    def z(self) -> int:
+        return (self.d + 2 * self.pad_d - self.dil_d * (self.t - 1) - 1) // self.stride_d + 1
 
     @property
     def p(self) -> int:
@@ -254,16 +275,21 @@ class ConvProblem:
         return (self.w + 2 * self.pad_w - self.dil_w * (self.s - 1) - 1) // self.stride_w + 1
 
     @property
-    def x_shape(self) -> tuple[int, int, int, int]:
-        return self.n, self.c, self.h, self.w
+    def is_volume(self) -> bool:
+        """Whether it is more than images of one plane, whatever the tensors' dimensions."""
+        return not (self.d == self.t == 1 and self.pad_d == 0)
 
     @property
-    def w_shape(self) -> tuple[int, int, int, int]:
-        return self.k, self.c_per_group, self.r, self.s
+    def x_shape(self) -> tuple[int, ...]:
+        return self.n, self.c, *(self.d, self.h, self.w)[-self.axes :]
 
     @property
-    def y_shape(self) -> tuple[int, int, int, int]:
-        return self.n, self.k, self.p, self.q
+    def w_shape(self) -> tuple[int, ...]:
+        return self.k, self.c_per_group, *(self.t, self.r, self.s)[-self.axes :]
+
+    @property
+    def y_shape(self) -> tuple[int, ...]:
+        return self.n, self.k, *(self.z, self.p, self.q)[-self.axes :]
 
     @property
     def c_per_group(self) -> int:
@@ -275,11 +301,16 @@ class ConvProblem:
 
     @property
     def npq(self) -> int:
-        return self.n * self.p * self.q
+        """Pixels of the output, of all planes."""
+        return self.n * self.z * self.p * self.q
 
     @property
     def nhw(self) -> int:
-        return self.n * self.h * self.w
+        return self.n * self.d * self.h * self.w
+
+    @property
+    def taps(self) -> int:
+        return self.t * self.r * self.s
 
     @property
     def x_size(self) -> int:
@@ -291,7 +322,7 @@ class ConvProblem:
 
     @property
     def w_size(self) -> int:
-        return self.k * self.r * self.s * self.c_per_group
+        return self.k * self.taps * self.c_per_group
 
     @property
     def is_depthwise(self) -> bool:
@@ -299,22 +330,29 @@ class ConvProblem:
 
     @property
     def is_pointwise(self) -> bool:
-        return self.r == 1 and self.s == 1
+        return self.taps == 1
 
     @property
     def is_dilated(self) -> bool:
-        return (self.r > 1 and self.dil_h > 1) or (self.s > 1 and self.dil_w > 1)
+        return (self.t > 1 and self.dil_d > 1) or (self.r > 1 and self.dil_h > 1) or (self.s > 1 and self.dil_w > 1)
 
     @property
     def is_unit_stride(self) -> bool:
-        return self.stride_h == 1 and self.stride_w == 1
+        return self.stride_d == self.stride_h == self.stride_w == 1
 
     @property
     def accumulate_dtype(self) -> torch.dtype:
         return accumulate_dtype(self.dtype.torch)
 
     def extents(self) -> tuple[int, ...]:
-        """n, c, h, w, k, r, s, stride, padding, dilation and groups in the order of the fields."""
+        """n, c, h, w, k, r, s, stride, padding, dilation and groups in the order of the fields; and of volumes d, t,
+        stride, padding and dilation of that axis."""
+        return (*self.image_extents(), *(self.depth_extents() if self.axes == 3 else ()))
+
+    def depth_extents(self) -> tuple[int, ...]:
+        return self.d, self.t, self.stride_d, self.pad_d, self.dil_d
+
+    def image_extents(self) -> tuple[int, ...]:
         return (
             self.n,
             self.c,
@@ -334,23 +372,23 @@ class ConvProblem:
 
     def gemm_shape(self, pass_: Pass) -> GemmShape:
         """gemm_m, gemm_n, gemm_k of a pass, per group."""
-        c, k, rs = self.c_per_group, self.k_per_group, self.r * self.s
+        c, k, taps = self.c_per_group, self.k_per_group, self.taps
         if pass_ == Pass.FPROP:
-            return GemmShape(self.npq, k, rs * c)
+            return GemmShape(self.npq, k, taps * c)
         if pass_ == Pass.DGRAD:
-            return GemmShape(self.nhw, c, rs * k)
-        return GemmShape(k, rs * c, self.npq)
+            return GemmShape(self.nhw, c, taps * k)
+        return GemmShape(k, taps * c, self.npq)
 
     @property
     def flops(self) -> float:
         """Multiplies and adds of any of the passes, taps in the padding counted."""
-        return 2.0 * self.npq * self.k * self.r * self.s * self.c_per_group
+        return 2.0 * self.npq * self.k * self.taps * self.c_per_group
 
     def __str__(self) -> str:
         text = f"x {'x'.join(map(str, self.x_shape))}, w {'x'.join(map(str, self.w_shape))}"
-        for name, value, plain in zip(("stride", "padding", "dilation"), self.geom[:3], Geom()[:3]):
-            if value != plain:
-                text += f", {name} {value[0]}" + ("" if value[0] == value[1] else f"x{value[1]}")
+        for name, value, plain in zip(("stride", "padding", "dilation"), self.geom[:3], (1, 0, 1)):
+            if any(v != plain for v in value):
+                text += f", {name} {value[0]}" + ("" if len({*value}) == 1 else "".join(f"x{v}" for v in value[1:]))
         if self.groups != 1:
             text += f", groups {self.groups}"
         return f"{text}, {self.dtype.name.lower()}, {self.device}"

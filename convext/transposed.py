@@ -10,9 +10,14 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from . import autograd, checks, functional, ops
 from .functional import Size
+from .memory_format import volume_is_channels_last
 from .problem import DTYPES, Geom
 
-_TORCHS: dict[int, Callable[..., torch.Tensor]] = {1: torch.conv_transpose1d, 2: torch.conv_transpose2d}
+_TORCHS: dict[int, Callable[..., torch.Tensor]] = {
+    1: torch.conv_transpose1d,
+    2: torch.conv_transpose2d,
+    3: torch.conv_transpose3d,
+}
 _SETTINGS = "stride", "padding", "output_padding", "groups", "dilation"
 _Operand = torch.Tensor | None
 
@@ -87,6 +92,41 @@ def conv_transpose2d(
     return _conv_transpose(conv_transpose2d, 2, input, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
+def conv_transpose3d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    output_padding: Size = 0,
+    groups: int = 1,
+    dilation: Size = 1,
+) -> torch.Tensor:
+    """3-D transposed convolution: torch.nn.functional.conv_transpose3d, argument for argument.
+
+    Args:
+        input: (N, K, Z, P, Q), or (K, Z, P, Q) for one volume.
+        weight: (K, C/groups, T, R, S), of input's dtype and on its device.
+        bias: (C), or None, the default.
+        stride: how far apart the inputs' contributions lie, an int or (depth, height, width); default 1.
+        padding: how much of the result is cut off on each side, an int or (depth, height, width); default 0.
+        output_padding: by how much the result is longer on its far sides, an int or (depth, height, width); default 0.
+        groups: into how many independent convolutions the channels fall; default 1.
+        dilation: distance between the taps of the filter, an int or (depth, height, width); default 1.
+
+    Returns: (N, C, D, H, W), or (C, D, H, W) for one volume, with the sizes of `convext.problem.Geom.input_size`, of
+        input's dtype, and channels-last (torch.channels_last_3d) where ATen's would be.
+
+    Raises what F.conv_transpose3d raises: an error of its type, that begins with its text and ends in a line from
+        convext, which names the argument.
+
+    Example:
+        >>> convext.conv_transpose3d(torch.randn(2, 16, 4, 7, 7), torch.randn(16, 8, 2, 2, 2), stride=2).shape
+        torch.Size([2, 8, 8, 14, 14])
+    """
+    return _conv_transpose(conv_transpose3d, 3, input, weight, bias, stride, padding, output_padding, groups, dilation)
+
+
 def _conv_transpose(
     function: Callable[..., torch.Tensor], axes: int, x: Any, w: Any, bias: Any, *settings: Any
 ) -> torch.Tensor:
@@ -107,8 +147,10 @@ def _conv_transpose(
         return functional.as_pytorch(_TORCHS[axes], error, x, w, bias, **dict(zip(_SETTINGS, settings)))
 
 
-def _pair(axes: int, name: str, value: Any, of_height_one: int) -> tuple[int, int]:
-    return functional.as_pair(name, value) if axes == 2 else (of_height_one, functional.as_width(name, value))
+def _axes(axes: int, name: str, value: Any, of_height_one: int) -> tuple[int, ...]:
+    if axes == 1:
+        return of_height_one, functional.as_width(name, value)
+    return functional.as_pair(name, value) if axes == 2 else functional.as_triple(name, value)
 
 
 def _checked(
@@ -123,12 +165,12 @@ def _checked(
     dilation: Any,
 ) -> torch.Tensor:
     geom = Geom(
-        _pair(axes, "stride", stride, 1),
-        _pair(axes, "padding", padding, 0),
-        _pair(axes, "dilation", dilation, 1),
+        _axes(axes, "stride", stride, 1),
+        _axes(axes, "padding", padding, 0),
+        _axes(axes, "dilation", dilation, 1),
         functional.as_groups(groups),
     )
-    longer = _pair(axes, "output_padding", output_padding, 0)
+    longer = _axes(axes, "output_padding", output_padding, 0)
     if ops._autocast_active():
         x, w, bias = functional.autocast(x, w, bias)
     if x.dim() == axes + 1:
@@ -137,7 +179,7 @@ def _checked(
 
 
 def _batched(
-    axes: int, x: torch.Tensor, w: torch.Tensor, bias: _Operand, geom: Geom, output_padding: tuple[int, int]
+    axes: int, x: torch.Tensor, w: torch.Tensor, bias: _Operand, geom: Geom, output_padding: tuple[int, ...]
 ) -> torch.Tensor:
     checks.check_conv_transpose(x, w, bias, geom, output_padding, axes)
     beyond = any(longer >= step for longer, step in zip(output_padding, geom.stride))
@@ -146,23 +188,32 @@ def _batched(
         # its size with an output of x's; and where nothing is to compute, ATen has rules of its own.
         stride, padding, dilation = (values[-axes:] for values in geom[:3])
         return _TORCHS[axes](x, w, bias, stride, padding, output_padding[-axes:], geom.groups, dilation)
-    height_one = () if axes == 2 else (1,)
+    height_one = (1,) if axes == 1 else ()
     size = geom.input_size((*height_one, *x.shape[2:]), (*height_one, *w.shape[2:]), output_padding)
+    if axes == 3:
+        channels_last = volume_is_channels_last(x, w, geom, output_padding)
+    else:
+        channels_last = autograd.result_is_channels_last(x, w)
     if torch.compiler.is_compiling() or ops.batched_the_older_way(x, w, bias):
-        return _by_operator(axes, x, w, bias, size, geom)
+        return _by_operator(axes, x, w, bias, size, geom, channels_last)
     if not functional.needs_function(x, w, bias):
-        return autograd.conv_transpose(x, w, bias, size, geom)
-    y: torch.Tensor = autograd.ConvTransposeFunction.apply(x, w, bias, size, geom)
+        return autograd.conv_transpose(x, w, bias, size, geom, channels_last)
+    y: torch.Tensor = autograd.ConvTransposeFunction.apply(x, w, bias, size, geom, channels_last)
     return y.clone() if ops._functorch_active() else y
 
 
 def _by_operator(
-    axes: int, x: torch.Tensor, w: torch.Tensor, bias: _Operand, size: tuple[int, int], geom: Geom
+    axes: int,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: _Operand,
+    size: tuple[int, ...],
+    geom: Geom,
+    channels_last: bool,
 ) -> torch.Tensor:
     """What a compiler sees: an operator, which knows its own gradient, and a sum."""
-    channels_last = autograd.result_is_channels_last(x, w)
     if axes == 1:
         x, w = x.unsqueeze(2), w.unsqueeze(2)
     y: torch.Tensor = torch.ops.convext.dgrad(x, w, size, *geom, channels_last)
-    y = y if axes == 2 else y.squeeze(2)
+    y = y.squeeze(2) if axes == 1 else y
     return y if bias is None else y + bias.view(-1, *(1,) * axes)

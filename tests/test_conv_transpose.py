@@ -1,4 +1,4 @@
-"""convext.conv_transpose1d and 2d against float64's definition and torch.nn.functional: values, strides, errors,
+"""convext.conv_transpose1d, 2d and 3d against float64's definition and torch.nn.functional: values, strides, errors,
 derivatives; and the layers."""
 
 import copy
@@ -48,9 +48,9 @@ class Transposed:
     """A transposed convolution: `case` is the convolution whose dgrad it is."""
 
     case: Case
-    output_padding: tuple[int, int] = (0, 0)
+    output_padding: tuple[int, ...] = (0, 0)
     bias: bool = False
-    axes: int = 2
+    row: bool = False
 
     def __str__(self):
         return self.case.name
@@ -65,21 +65,21 @@ class Transposed:
         y, squares = nest.dgrad(x, w), nest.dgrad(x.double() ** 2, w.double() ** 2)
         results = [Expected(y, case.gemm_k("dgrad"), squares)]
         if bias is not None:
-            b = bias.double()[:, None, None]
+            b = bias.double().view(-1, *(1,) * case.axes)
             results = [WithBias(y + b, case.gemm_k("dgrad"), squares, y)]
         x2, w2, dy2 = x.double() ** 2, w.double() ** 2, dy.double() ** 2
         results.append(Expected(nest.fprop(dy, w), case.gemm_k("fprop"), nest.fprop(dy2, w2)))
         results.append(Expected(nest.wgrad(x, dy), case.gemm_k("wgrad"), nest.wgrad(x2, dy2)))
         if bias is not None:
-            batched = dy.double() if dy.dim() == 4 else dy.double()[None]
-            results.append(Expected(batched.sum((0, 2, 3)), batched[:, 0].numel(), (batched**2).sum((0, 2, 3))))
+            pixels = nest.batched(dy).double().flatten(2)
+            results.append(Expected(pixels.sum((0, 2)), pixels[:, 0].numel(), (pixels**2).sum((0, 2))))
         return results
 
     def call(self, x, w, bias):
         stride, padding, dilation, groups = self.case.arguments
         settings = stride, padding, self.output_padding, groups, dilation
-        if self.axes == 2:
-            return convext.conv_transpose2d(x, w, bias, *settings)
+        if not self.row:
+            return getattr(convext, f"conv_transpose{self.case.axes}d")(x, w, bias, *settings)
         settings = [value if isinstance(value, int) else value[1] for value in settings]
         return convext.conv_transpose1d(x.squeeze(-2), w.squeeze(2), bias, *settings).unsqueeze(-2)
 
@@ -102,19 +102,24 @@ class Transposed:
 def image(
     name, x, w, stride=(1, 1), padding=(0, 0), output_padding=(0, 0), dilation=(1, 1), groups=1, bias=True, **memory
 ):
-    """Of x (N, K, P, Q) and w (K, C/groups, R, S)."""
+    """Of x (N, K, P, Q) and w (K, C/groups, R, S), or volumes."""
+    axes = len(w) - 2
     size = [
         (n - 1) * step - 2 * pad + d * (taps - 1) + longer + 1
-        for n, step, pad, d, taps, longer in zip(x[-2:], stride, padding, dilation, w[2:], output_padding)
+        for n, step, pad, d, taps, longer in zip(x[-axes:], stride, padding, dilation, w[2:], output_padding)
     ]
-    y = (*x[:-3], w[1] * groups, *size)
+    y = (*x[: -axes - 1], w[1] * groups, *size)
     return Transposed(Case(name, y, w, stride, padding, dilation, groups, **memory), output_padding, bias)
 
 
 def row(name, x, w, stride=1, padding=0, output_padding=0, dilation=1, **others):
     pairs = (1, stride), (0, padding), (0, output_padding), (1, dilation)
     found = image(name, (*x[:-1], 1, x[-1]), (*w[:2], 1, w[2]), *pairs, **others)
-    return dataclasses.replace(found, axes=1)
+    return dataclasses.replace(found, row=True)
+
+
+def volume(name, x, w, stride=(1, 1, 1), padding=(0, 0, 0), output_padding=(0, 0, 0), dilation=(1, 1, 1), **others):
+    return image(name, x, w, stride, padding, output_padding, dilation, **others)
 
 
 TRANSPOSED = [
@@ -136,6 +141,18 @@ TRANSPOSED = [
     row("row_groups", (2, 12, 9), (12, 3, 4), 2, 1, groups=4),
     row("row_depthwise", (2, 12, 9), (12, 1, 4), 2, 1, groups=12, bias=False),
     row("row_unbatched", (8, 9), (8, 4, 4), 2, 1),
+    volume("volume_unet_up", (1, 16, 3, 4, 5), (16, 8, 2, 2, 2), (2, 2, 2)),
+    volume("volume_output_padding", (2, 8, 3, 4, 3), (8, 6, 3, 3, 3), (2, 3, 2), (1, 0, 1), (1, 2, 0)),
+    volume("volume_dilated", (1, 8, 3, 4, 4), (8, 8, 2, 3, 3), (2, 1, 2), (1, 2, 1), (1, 0, 1), (2, 2, 3)),
+    volume("volume_groups", (2, 12, 2, 4, 3), (12, 2, 3, 3, 3), (2, 2, 2), (1, 1, 1), groups=3),
+    volume("volume_depthwise", (1, 20, 3, 4, 4), (20, 1, 4, 4, 4), (2, 2, 2), (1, 1, 1), groups=20),
+    volume("volume_depthwise_multiplier", (1, 12, 3, 4, 4), (12, 1, 2, 3, 3), (3, 3, 3), groups=12),
+    volume("volume_planes_alone", (2, 8, 3, 4, 5), (8, 6, 1, 3, 3), bias=False),
+    volume("volume_depth_alone", (2, 8, 3, 4, 5), (8, 6, 3, 1, 1), (2, 1, 1)),
+    volume("volume_unbatched", (8, 2, 4, 3), (8, 4, 3, 3, 3), (1, 2, 2)),
+    volume("volume_channels_last", (2, 16, 3, 4, 3), (16, 8, 3, 3, 3), (2, 2, 2), dy_memory="channels_last",
+           x_memory="channels_last"),
+    volume("volume_part_of_more", (2, 8, 3, 4, 3), (8, 8, 3, 3, 3), dy_memory="window", x_memory="transposed"),
     row("row_channels_together", (2, 8, 9), (8, 4, 4), 2, 1, dy_memory="channels_last"),
 ]  # fmt: skip
 
@@ -171,6 +188,7 @@ def transposed(draw):
     if draw(st.booleans()):
         groups, c = draw(st.integers(1, 20)), 1
     size = pair(1, 8)
+    depth = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(0, 2))  # its stride, extent, padding
     others = dict(
         groups=groups,
         bias=draw(st.booleans()),
@@ -180,12 +198,18 @@ def transposed(draw):
     )
     x, w = (draw(st.integers(1, 3)), groups * k, *size), (groups * k, c, *pair(1, 5))
     name, padding = f"fuzz {draw(st.integers(0, 99))}", pair(0, 4)
-    if draw(st.booleans()):
+    axes = draw(st.integers(1, 3))
+    if axes == 1:
         x, w = (*x[:2], x[3]), (*w[:2], w[3])
         case = row(name, x, w, stride[1], padding[1], longer[1], dilation[1], **others)
-    else:
+    elif axes == 2:
         case = image(name, x, w, stride, padding, longer, dilation, **others)
-    assume(min(case.case.x[-2:]) >= 1)
+    else:
+        step, taps, pad = depth
+        x, w = (*x[:2], draw(st.integers(1, 4)), *x[2:]), (*w[:2], taps, *w[2:])
+        longer = draw(st.integers(0, step - 1)), *longer
+        case = volume(name, x, w, (step, *stride), (pad, *padding), longer, (1, *dilation), **others)
+    assume(min(case.case.x[2:]) >= 1)
     return case
 
 
@@ -197,7 +221,7 @@ def test_any(case, dtype, backend):
 
 # ---- as ATen's -------------------------------------------------------------------------------------------------------
 
-NAMES = ["conv_transpose1d", "conv_transpose2d"]
+NAMES = ["conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
 
 
 def both(name):
@@ -227,7 +251,7 @@ def _dense(shape, form, dtype):
 def test_strides_of_results_and_gradients_are_atens(name, dtype, backend):
     axes = int(name[-2])
     for (n, k, width), (c, groups), s in itertools.product(
-        ((1, 1, 1), (2, 4, 5), (2, 4, 1)), ((1, 1), (3, 1), (4, 4)), (1, 3)
+        ((1, 1, 1), (2, 4, 5 if axes < 3 else 3), (2, 4, 1)), ((1, 1), (3, 1), (4, 4)), (1, 3)
     ):
         if k % groups:
             continue
@@ -288,7 +312,7 @@ BAD = {
     "padding_a_word": (dict(padding="same"), "padding.*'same'"),
     "stride_0": (dict(stride=0), r"stride.*\(0,"),
     "stride_float": (dict(stride=1.5), "stride.*1.5"),
-    "stride_of_three": (dict(stride=(1, 1, 1)), r"stride.*\[1, 1, 1\]"),
+    "stride_of_four": (dict(stride=(1, 1, 1, 1)), r"stride.*\[1, 1, 1, 1\]"),
     "padding_negative": (dict(padding=-1), r"padding.*\(-1,"),
     "output_padding_negative": (dict(output_padding=-1), r"output_padding.*\(-1,"),
     "output_padding_float": (dict(output_padding=0.5), "output_padding.*0.5"),
@@ -371,8 +395,8 @@ ODD = {
 def test_odd_input_is_as_in_pytorch(name, odd):
     """Zero extents, and outputs that no input reaches: the same result and gradients, or the same error."""
     shapes, settings = ODD[odd]
-    if name == "conv_transpose2d":
-        shapes = [(*shape, shape[-1]) if len(shape) == 3 else shape for shape in shapes]
+    more = int(name[-2]) - 1
+    shapes = [(*shape, *shape[-1:] * more) if len(shape) == 3 else shape for shape in shapes]
     theirs, ours = (outcome(function, shapes, *settings) for function in both(name))
     assert type(theirs) is type(ours) and theirs[0] == ours[0]
     if isinstance(theirs[0], list):
@@ -452,13 +476,16 @@ def test_autocast_follows_the_context(name, dtype):
 
 
 @pytest.mark.parametrize("recorded", [False, True])
-def test_few_products_an_output_are_atens(recorded):
-    """Where the bias, a pass of its own, would cost more than the products do; not where a backend is asked for."""
+def test_results_of_few_channels_are_atens(recorded):
+    """Whose vectors would be mostly empty; not where a backend is asked for, nor of more channels."""
     if backends.unavailable("native", "cpu"):
         pytest.skip("the compiled library is not there")
-    w, b = rand(16, 8, 3, 3).float().requires_grad_(recorded), rand(8).float()
     settings = dict(stride=2, padding=1, output_padding=(1, 0))
-    for form, name, expected in (("nhwc", None, "aten"), ("nhwc", "native", "native"), ("nchw", None, "native")):
+    for channels, form, name, expected in (
+        (3, "nhwc", None, "aten"), (3, "nhwc", "native", "native"), (3, "nchw", None, "native"),
+        (8, "nhwc", None, "native"),
+    ):  # fmt: skip
+        w, b = rand(16, channels, 3, 3).float().requires_grad_(recorded), rand(channels).float()
         x = _dense((2, 16, 9, 8), form, torch.float32)
         backends.reset_counts()
         with convext.backend(name):
@@ -477,11 +504,13 @@ FUNCTIONS = {
     "dilated_rows": (lambda x, w, b: convext.conv_transpose1d(x[0], w, b, groups=2, dilation=2), 1),
     "images": (lambda x, w, b: convext.conv_transpose2d(x, w, b, **SETTINGS), 2),
     "dilated_images": (lambda x, w, b: convext.conv_transpose2d(x[0], w, b, groups=2, dilation=(1, 2)), 2),
+    "volumes": (lambda x, w, b: convext.conv_transpose3d(x, w, b, **SETTINGS), 3),
+    "dilated_volumes": (lambda x, w, b: convext.conv_transpose3d(x[0], w, b, groups=2, dilation=(2, 1, 2)), 3),
 }
 
 
 def tensors(axes):
-    return rand(2, 4, *(3,) * axes), rand(4, 3, *(3,) * axes), rand(6)
+    return rand(2, 4, *(3 if axes < 3 else 2,) * axes), rand(4, 3, *(3,) * axes), rand(6)
 
 
 def leaves(axes):
@@ -499,14 +528,14 @@ def test_gradients_of_both_modes_and_second_order(name, backend):
 
 
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 2)], ids=str)
-@pytest.mark.parametrize("name", ["rows", "images"])
+@pytest.mark.parametrize("name", ["rows", "images", "volumes"])
 def test_gradients_of_some_inputs_alone(name, needed):
     function, axes = FUNCTIONS[name]
     inputs = [t.clone().requires_grad_(i in needed) for i, t in enumerate(tensors(axes))]
     assert gradcheck(function, inputs, check_forward_ad=True)
 
 
-@pytest.mark.parametrize("name", ["rows", "images"])
+@pytest.mark.parametrize("name", ["rows", "images", "volumes"])
 def test_transforms(name):
     function, axes = FUNCTIONS[name]
     one = tensors(axes)
@@ -568,7 +597,11 @@ def test_compiles_without_a_graph_break(name, autocast):
 
 # ---- the layers ------------------------------------------------------------------------------------------------------
 
-LAYERS = [(nn.ConvTranspose1d, convext.nn.ConvTranspose1d, 1), (nn.ConvTranspose2d, convext.nn.ConvTranspose2d, 2)]
+LAYERS = [
+    (nn.ConvTranspose1d, convext.nn.ConvTranspose1d, 1),
+    (nn.ConvTranspose2d, convext.nn.ConvTranspose2d, 2),
+    (nn.ConvTranspose3d, convext.nn.ConvTranspose3d, 3),
+]
 
 
 @pytest.mark.parametrize("theirs, ours, axes", LAYERS, ids=NAMES)
@@ -580,7 +613,7 @@ def test_the_layer_is_torchs_in_all_but_who_computes(theirs, ours, axes, tmp_pat
     x = rand(2, 4, *(9,) * axes).float()
     for call in ((x,), (x[0],), (x, [17] * axes), (x, [18] * axes), (x, [2, 6, *(17,) * axes])):
         torch.testing.assert_close(layer(*call), plain(*call), rtol=1e-5, atol=1e-5)
-    for wrong in ([16] * axes, [19] * axes, [17] * 5):
+    for wrong in ([16] * axes, [19] * axes, [17] * 6):
         with pytest.raises(ValueError) as expected:
             plain(x, wrong)
         with pytest.raises(ValueError) as found:

@@ -33,8 +33,11 @@ def _convolution_backward(
         if _leaves_parts_unwritten(problem, dtype):
             x = x.contiguous()
         if _writes_past_memory(problem):
-            x, stride = x[:, :, :: problem.stride_h, :: problem.stride_w], (1, 1)
-    grads = _aten.convolution_backward(dy, x, w, None, stride, padding, dilation, False, (0, 0), groups, mask)
+            for axis, step in enumerate(stride, 2):
+                x = x[(slice(None),) * axis + (slice(None, None, step),)]
+            stride = (1,) * problem.axes
+    none = (0,) * problem.axes
+    grads = _aten.convolution_backward(dy, x, w, None, stride, padding, dilation, False, none, groups, mask)
     return grads[which].to(dtype)
 
 
@@ -50,7 +53,7 @@ def _writes_past_memory(problem: ConvProblem) -> bool:
     float32 and bfloat16, though not for all of them. Such a filter reads every stride-th pixel and no other, so that
     the gradient over those alone, at stride 1, is the same. Neither format nor threads are looked at, so that the sums
     do not depend on them."""
-    return problem.is_pointwise and not problem.is_unit_stride and problem.pad_h == problem.pad_w == 0
+    return problem.is_pointwise and not problem.is_unit_stride and problem.pad_d == problem.pad_h == problem.pad_w == 0
 
 
 class AtenBackend(Backend):
@@ -58,9 +61,10 @@ class AtenBackend(Backend):
 
     def fprop(self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
         stride, padding, dilation, groups = problem.geom
-        y = torch.convolution(x, w, epilogue.bias, stride, padding, dilation, False, (0, 0), groups)
-        if problem.y_layout and not y.is_contiguous(memory_format=torch.channels_last):
-            y = y.contiguous(memory_format=torch.channels_last)  # it was asked for, and x and w do not suggest it
+        y = torch.convolution(x, w, epilogue.bias, stride, padding, dilation, False, (0,) * problem.axes, groups)
+        # Either was asked for where x and w do not suggest it; contiguous of volumes alone.
+        if problem.y_layout or problem.axes == 3:
+            y = y.contiguous(memory_format=memory_format(bool(problem.y_layout), y.dim()))
         if epilogue.mean is not None and epilogue.var is not None:
             acc = accumulate_dtype(y.dtype)
             y = _normalised(y, epilogue._replace(mean=epilogue.mean.to(acc), var=epilogue.var.to(acc)))
@@ -71,7 +75,10 @@ class AtenBackend(Backend):
     def dgrad(self, problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         # Of x, ATen reads only the sizes and the format.
         x = torch.empty(
-            problem.x_shape, dtype=dy.dtype, device=dy.device, memory_format=memory_format(bool(problem.x_layout))
+            problem.x_shape,
+            dtype=dy.dtype,
+            device=dy.device,
+            memory_format=memory_format(bool(problem.x_layout), dy.dim()),
         )
         dx = _convolution_backward(problem, dy, x, w, 0)
         return laid_out(dx, bool(problem.x_layout))
@@ -83,7 +90,7 @@ class AtenBackend(Backend):
         return laid_out(_convolution_backward(problem, dy, x, w, 1), channels_last)
 
     def batch_stats(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        var, mean = torch.var_mean(y.to(accumulate_dtype(y.dtype)), (0, 2, 3), correction=0)
+        var, mean = torch.var_mean(y.to(accumulate_dtype(y.dtype)), (0, *range(2, y.dim())), correction=0)
         return mean, var
 
     def bn_act(self, y: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
@@ -115,7 +122,7 @@ class AtenBackend(Backend):
         )
         if residual is None:
             return dy, dgamma, dbeta, y.new_empty(0)
-        dense = memory_format(suggests_channels_last(y))  # a new tensor, dense in the format of y
+        dense = memory_format(suggests_channels_last(y), y.dim())  # a new tensor, dense in the format of y
         return dy, dgamma, dbeta, dz.clone(memory_format=dense) if dz is dout else dz.contiguous(memory_format=dense)
 
 

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from .native_sequence import Block, Prepared
 
 
+NO_VOLUMES = "it has kernels for images, not for volumes"
+
+
 class Candidate(NamedTuple):
     """A kernel that could serve a pass over a problem. cost: what the cost model expects, in units of its own, or None.
     run: called as the pass's method of the backend is."""
@@ -49,8 +52,8 @@ class Backend:
         return None
 
     def slower_transposed(self, problem: ConvProblem) -> str | None:
-        """Why ATen's transposed convolution was measured to be faster than dgrad and the bias behind it, in words, or
-        None. Only an automatic choice reads it."""
+        """Why ATen's transposed convolution was measured to be faster than dgrad with its bias, in words, or None. Only
+        an automatic choice reads it."""
         return None
 
     def variant(self, pass_: Pass, problem: ConvProblem) -> str:
@@ -68,6 +71,13 @@ class Backend:
     def dgrad(self, problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """dx, in the format of `problem.x_layout`."""
         raise NotImplementedError
+
+    def conv_transpose(
+        self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """dgrad(x, w), which is the transposed convolution of x, and the bias, of C channels."""
+        y = self.dgrad(problem, x, w)
+        return y if bias is None else y.add_(bias.view(-1, *(1,) * problem.axes))
 
     def wgrad(
         self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, channels_last: bool = False

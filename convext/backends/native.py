@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..memory_format import memory_format, suggests_channels_last
 from ..problem import ACTIVATIONS, ConvProblem, DType, Epilogue, Pass
 from . import native_cuda, native_sequence, tuned
 from .base import Backend, Candidate
@@ -55,6 +56,8 @@ class _Plan(NamedTuple):
     name: str
     geom: list[int]
     pack_format: str | None
+    input_size: list[int]
+    kernel_size: list[int]
 
 
 # What `slower` goes by, measured over shapes drawn at random on one thread of a CPU with AVX-512 (`tune/measure.py`).
@@ -63,7 +66,12 @@ _BF16_PIXELS = 64  # of the output: with more, products in float32 lose to those
 _FEW_COLUMNS = {Pass.FPROP: (8, 0), Pass.DGRAD: (8, 0), Pass.WGRAD: (16, 4)}
 _FEW_POINTWISE_COLUMNS = 2  # of NCHW images, whose pixels of a group lie side by side
 _FEW_FLOPS = 1.2e5
-_FEW_PRODUCTS = 256  # behind an output of a transposed convolution: with more, a pass for the bias alone is not seen
+_FEW_TRANSPOSED = 4  # channels of a transposed convolution's result
+# Of volumes, of whose filters planes, rows and columns meet each other, where ATen has oneDNN's kernels: with as many
+# columns or fewer those win.
+_FEW_VOLUME_COLUMNS, _FEW_VOLUME_CHANNELS = 16, 32
+# Of 1x1x1 filters over NCDHW, which ATen multiplies as it lies: as many filters, channels or FLOP or fewer.
+_FEW_VOLUME_FILTERS, _FEW_VOLUME_INPUTS, _FEW_VOLUME_FLOPS = 8, {Pass.FPROP: 2, Pass.DGRAD: 4, Pass.WGRAD: 1}, 4e5
 # Kernels that are worth measuring beside the one that the cost model takes.
 _MOST_CANDIDATES, _WITHIN_REACH = 4, 2.5
 
@@ -81,7 +89,7 @@ def _has_bf16_dot() -> bool:
 
 def _fields(problem: ConvProblem) -> tuple[int, ...]:
     """The problem as C++ takes it. The layouts are those the kernels see, not those the tensors arrive in."""
-    return (*problem.extents(), int(problem.dtype), _NHWC, _NHWC)
+    return (*problem.image_extents(), int(problem.dtype), _NHWC, _NHWC, *problem.depth_extents())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -105,9 +113,11 @@ def _ranked(pass_: Pass, problem: ConvProblem) -> list[tuple[int, float]]:
 def _plan_of(pass_: Pass, problem: ConvProblem, index: int) -> _Plan:
     p, fields = problem, _fields(problem)
     geom = [p.stride_h, p.stride_w, p.pad_h, p.pad_w, p.dil_h, p.dil_w, p.groups]
+    if p.axes == 3:
+        geom += [p.stride_d, p.pad_d, p.dil_d]
     packs = pass_ is not Pass.WGRAD
     pack_format = _C.pack_format(index, fields) if packs else None
-    return _Plan(index, kernels()[index]["name"], geom, pack_format)
+    return _Plan(index, kernels()[index]["name"], geom, pack_format, [*p.x_shape[2:]], [*p.w_shape[2:]])
 
 
 def _rejects_block(block: native_sequence.Block) -> bool:
@@ -255,10 +265,20 @@ def output_pool_kept() -> int:
     return 0 if _C is None else _C.output_pool_kept()
 
 
+def _one_axis(t: Any) -> Any:
+    """A volume whose planes and rows are one axis, as the library reads it: t itself, or a copy where they are not."""
+    if t is None or t.shape[2] == 1 or t.shape[3] == 1 or t.stride(2) == t.shape[3] * t.stride(3):
+        return t
+    return t.contiguous(memory_format=memory_format(suggests_channels_last(t), 5))
+
+
 def _fprop(
     plan: _Plan | None, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue
 ) -> torch.Tensor:
     assert plan is not None
+    if problem.axes == 3:
+        x, w = _one_axis(x), _one_axis(w)
+        epilogue = epilogue._replace(residual=_one_axis(epilogue.residual))
     packed = _packed_weight(w, plan)
     bias, mean, var, gamma, beta, residual, eps, activation = epilogue
     return torch.ops.convext_cpu.fprop.default(
@@ -269,9 +289,23 @@ def _fprop(
 
 def _dgrad(plan: _Plan | None, problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     assert plan is not None
+    if problem.axes == 3:
+        dy, w = _one_axis(dy), _one_axis(w)
     packed = _packed_weight(w, plan)
     return torch.ops.convext_cpu.dgrad.default(
-        plan.variant, dy, w, packed.number, _version(w), problem.h, problem.w, plan.geom, problem.x_layout == _NHWC
+        plan.variant, dy, w, packed.number, _version(w), plan.input_size, plan.geom, problem.x_layout == _NHWC
+    )
+
+
+def _conv_transpose(
+    plan: _Plan | None, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    assert plan is not None
+    if problem.axes == 3:
+        x, w = _one_axis(x), _one_axis(w)
+    packed = _packed_weight(w, plan)
+    return torch.ops.convext_cpu.conv_transpose.default(
+        plan.variant, x, w, packed.number, _version(w), bias, plan.input_size, plan.geom, problem.x_layout == _NHWC
     )
 
 
@@ -279,7 +313,43 @@ def _wgrad(
     plan: _Plan | None, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, channels_last: bool = False
 ) -> torch.Tensor:
     assert plan is not None
-    return torch.ops.convext_cpu.wgrad.default(plan.variant, dy, x, problem.r, problem.s, plan.geom, channels_last)
+    if problem.axes == 3:
+        dy, x = _one_axis(dy), _one_axis(x)
+    return torch.ops.convext_cpu.wgrad.default(plan.variant, dy, x, plan.kernel_size, plan.geom, channels_last)
+
+
+def _slower_volume(pass_: Pass, p: ConvProblem) -> str | None:
+    """The rules of volumes, measured as those above."""
+    columns = p.c_per_group if pass_ is Pass.DGRAD else p.k_per_group
+    if p.is_pointwise:
+        if p.x_layout == _NHWC or p.groups > 1:
+            return None
+        few = p.k <= _FEW_VOLUME_FILTERS and pass_ is not Pass.DGRAD or p.c <= _FEW_VOLUME_INPUTS[pass_]
+        if few or pass_ is Pass.FPROP and p.flops <= _FEW_VOLUME_FLOPS:
+            return "ATen multiplies so few channels as they lie, without a copy"
+        return None
+    flat = p.t == 1 or p.r == p.s == 1
+    if flat or p.is_dilated or not _is_onednns(p):
+        return None
+    if p.groups > 1:
+        few = columns <= _FEW_VOLUME_COLUMNS
+    elif pass_ is Pass.WGRAD:
+        overlap = p.stride_d < p.t or p.stride_h < p.r or p.stride_w < p.s
+        few = p.c <= _FEW_VOLUME_CHANNELS and overlap
+    elif pass_ is Pass.DGRAD:
+        few = p.is_unit_stride and (columns <= _FEW_VOLUME_COLUMNS or p.x_layout == _NHWC and p.k <= 8)
+    else:
+        few = columns <= _FEW_VOLUME_COLUMNS
+    return "oneDNN's kernels for volumes were measured to be faster with so few channels" if few else None
+
+
+def _is_onednns(p: ConvProblem) -> bool:
+    """Whether ATen would take one of oneDNN's kernels."""
+    x, w = (torch.empty(1, dtype=p.dtype.torch).expand(shape) for shape in (p.x_shape, p.w_shape))
+    stride, padding, dilation, groups = p.geom
+    none = (0,) * p.axes
+    chosen = torch._C._select_conv_backend(x, w, None, stride, padding, dilation, False, none, groups)
+    return bool(chosen == torch._C._ConvBackend.Mkldnn)  # type: ignore[attr-defined]
 
 
 class NativeCpu(Backend):
@@ -312,6 +382,8 @@ class NativeCpu(Backend):
             plain = kernel["dtype"] != p.dtype and kernel["algorithm"] != "winograd"
             if plain and (p.npq > _BF16_PIXELS or pass_ is Pass.WGRAD):
                 return "ATen multiplies bfloat16 with this CPU's bfloat16 instructions, twice as fast as float32"
+        if p.axes == 3:
+            return _slower_volume(pass_, p)
         if p.groups > 1 and kernel["algorithm"] != "grouped":
             columns = p.c_per_group if pass_ is Pass.DGRAD else p.k_per_group
             if p.is_pointwise:
@@ -327,10 +399,9 @@ class NativeCpu(Backend):
 
     def slower_transposed(self, problem: ConvProblem) -> str | None:
         p = problem
-        products = p.k * p.r * p.s / (p.stride_h * p.stride_w)
         measured = p.dtype is DType.FLOAT32 and p.groups == 1 and p.y_layout == p.x_layout == _NHWC
-        if measured and p.h > 1 and products <= _FEW_PRODUCTS:
-            return f"{products:g} products an output take less time than a pass that adds the bias"
+        if measured and p.axes == 2 and p.h > 1 and p.c <= _FEW_TRANSPOSED:
+            return f"{p.c} channels leave most lanes of a vector empty"
         return None
 
     def variant(self, pass_: Pass, problem: ConvProblem) -> str:
@@ -443,6 +514,11 @@ class NativeCpu(Backend):
 
     def dgrad(self, problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return _dgrad(_plan(Pass.DGRAD, problem), problem, dy, w)
+
+    def conv_transpose(
+        self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        return _conv_transpose(_plan(Pass.DGRAD, problem), problem, x, w, bias)
 
     def wgrad(
         self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, channels_last: bool = False

@@ -18,7 +18,7 @@ import torch
 
 from ..memory_format import laid_out
 from ..problem import ACTIVATIONS, ConvProblem, DType, Epilogue, Layout, Pass, accumulate_dtype, tf32_is_allowed
-from .base import Backend
+from .base import NO_VOLUMES, Backend
 
 _CUDA: Any = None
 try:
@@ -46,7 +46,13 @@ class _Plan(NamedTuple):
 
 
 def _fields(problem: ConvProblem, x_layout: Layout, y_layout: Layout) -> list[int]:
-    return [*problem.extents(), int(problem.dtype), int(x_layout), int(y_layout)]
+    return [
+        *problem.image_extents(),
+        int(problem.dtype),
+        int(x_layout),
+        int(y_layout),
+        *problem.depth_extents(),
+    ]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -215,7 +221,7 @@ def in_words(reasons: list[tuple[str, str]]) -> str:
 
 def beyond_all_kernels(problem: ConvProblem) -> str | None:
     """Why no compiled kernel, here or on the CPU, takes a problem of such extents, in words, or None."""
-    if min(problem.c, problem.k, problem.r, problem.s) == 0:
+    if min(problem.c, problem.k, problem.taps) == 0:
         return "it has no channels or no filter taps"
     return "an extent exceeds 32 bits" if max(problem.extents()) >= 2**31 else None
 
@@ -255,7 +261,7 @@ class NativeCuda(Backend):
         return None
 
     def reject(self, pass_: Pass, problem: ConvProblem) -> str | None:
-        why = beyond_all_kernels(problem)
+        why = NO_VOLUMES if problem.axes == 3 else beyond_all_kernels(problem)
         if why is None and _plan_or_none(pass_, problem) is None:
             why = in_words(_CUDA.reject_reasons(int(pass_), _fields(problem, Layout.NHWC, Layout.NHWC)))
         return why

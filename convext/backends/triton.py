@@ -17,7 +17,7 @@ import torch
 
 from ..memory_format import laid_out, memory_format, suggests_channels_last
 from ..problem import ConvProblem, Epilogue, Layout, Pass, accumulate_dtype
-from .base import Backend
+from .base import NO_VOLUMES, Backend
 
 if TYPE_CHECKING:
     from ..triton.launch import Launch
@@ -76,6 +76,8 @@ class TritonBackend(Backend):
         return None
 
     def reject(self, pass_: Pass, problem: ConvProblem) -> str | None:
+        if problem.axes == 3:
+            return NO_VOLUMES
         tiles = max(problem.x_size, problem.y_size) // 16 * max(1, problem.r * problem.s)
         if tiles >= 2**31:
             return "more tiles than the 2^31 - 1 that one launch holds"

@@ -5,8 +5,9 @@
     report(model)          what became of each layer, and why
     verify(model, sample)  runs it both ways and says how far apart they are
 
-A swap changes two things only. A layer whose type is exactly torch.nn.Conv1d or Conv2d gets a `_conv_forward` in its
-instance dictionary that calls convext's kernels: class, parameters, hooks and keys stay. A container gets a `forward`
+A swap changes two things only. A layer whose type is exactly torch.nn.Conv1d, 2d or 3d gets a `_conv_forward` in its
+instance dictionary that calls convext's kernels, and one of torch.nn.ConvTranspose1d, 2d or 3d a `forward`: class,
+parameters, hooks and keys stay. A container gets a `forward`
 there that runs the same calls as its class's with each 2-D convolution, batch norm, add and activation as one.
 """
 
@@ -17,7 +18,7 @@ import types
 
 import torch
 
-from .conv_forward import ConvForward
+from .conv_forward import ConvForward, TransposedForward
 from .layer_by_layer import layer_by_layer
 from .planned import PlannedForward
 from .report import Report, report
@@ -26,7 +27,8 @@ from .verify import Verification, verify
 
 __all__ = ["Report", "Verification", "layer_by_layer", "report", "revert", "swap", "verify"]
 
-torch.serialization.add_safe_globals([ConvForward, PlannedForward])  # nothing but who their module is
+# Nothing but who their module is.
+torch.serialization.add_safe_globals([ConvForward, PlannedForward, TransposedForward])
 
 
 class _CallableModule(types.ModuleType):

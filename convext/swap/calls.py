@@ -13,11 +13,11 @@ from torch import fx, nn
 
 from .. import nn as convext_nn
 from ..activation import TABLE as ACTIVATIONS
-from .conv_forward import LAYERS, ConvForward
+from .conv_forward import KINDS, own_method
 
 Modules = Mapping[Any, Any]  # those that a graph's nodes call, by their targets; None is the owner of the graph
 _CONV_TYPE = nn.Conv2d
-_OURS = frozenset(LAYERS.values())
+_OURS = frozenset(KINDS.values())
 
 # what computes an activation -> its name in the epilogue, and the attributes for which a module is it
 _ACTIVATION_MODULES = {
@@ -172,7 +172,7 @@ def last_input(module: nn.Module) -> tuple[Any, ...] | None:
 
 def is_swapped(module: nn.Module) -> bool:
     """True of a convolution that convext computes when it is called by itself."""
-    return isinstance(module.__dict__.get("_conv_forward"), ConvForward) or type(module) in _OURS
+    return own_method(module)[1] is not None or type(module) in _OURS
 
 
 def is_conv(module: nn.Module) -> bool:

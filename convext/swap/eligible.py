@@ -7,27 +7,25 @@ import inspect
 import torch
 from torch import nn
 
-from .conv_forward import KINDS, ConvForward
+from .conv_forward import KINDS, own_method
 from .method import ForwardMethod
 
 
 def left_alone(module: nn.Module) -> str | None:
     """Why a convolution is not exchanged, or None."""
-    kind, own = type(module), module.__dict__.get("_conv_forward")
-    if own is not None and not isinstance(own, ConvForward):
-        return "it has a _conv_forward of its own in the instance"
+    kind, (name, own) = type(module), own_method(module)
+    if own is None and module.__dict__.get(name) is not None:
+        return f"it has a {name} of its own in the instance"
     if kind in KINDS or kind in KINDS.values():
         if isinstance(getattr(module, "weight", None), nn.parameter.UninitializedTensorMixin):  # type: ignore[attr-defined]
             return "its weight is not initialised yet"
         return None
     known = next((known for known in KINDS if isinstance(module, known)), None)
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return f"{kind.__name__} is a transposed convolution: convext.nn has those of one and two dimensions"
     if known is None:
-        return f"{kind.__name__} is no 1-D or 2-D convolution"
+        return f"{kind.__name__} is no convolution of torch.nn"
     if nn.utils.parametrize.is_parametrized(module):
         return "its weight is parametrized"
-    if isinstance(module, (nn.LazyConv1d, nn.LazyConv2d)):
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "it is lazy: swap again after the first call"
     return f"{kind.__module__}.{kind.__name__} is a subclass of torch.nn.{known.__name__}"
 

@@ -57,6 +57,9 @@ class InstanceMethod:
             raise ReferenceError(f"the module of this {self.name} is gone: keep the module, not only its {self.name}")
         return owner
 
+    def is_of(self, module: nn.Module) -> bool:
+        return self._owner() is module
+
     def called(self) -> nn.Module:
         """The owner, for a call of this object. Raises RuntimeError where another module makes the call."""
         owner = self.owner

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from .. import autograd, backends, functional
+from ..memory_format import suggests_channels_last
 from ..problem import DTYPES, ConvProblem, Geom, Pass
 from ..tables import render
 from . import calls
@@ -257,12 +258,15 @@ def _problem(module: _ConvNd, x: torch.Tensor, w: torch.Tensor, op: Any) -> tupl
     if isinstance(module, nn.Conv2d):
         x, geom = functional.normalised(x, w, *(settings if op is None else op.convolution.geom))
         return Pass.FPROP, ConvProblem.of_fprop(x, w, geom, op is not None and op.channels_last)
+    if isinstance(module, nn.Conv3d):
+        x, geom = functional.normalised(x, w, module.stride, module.padding, module.dilation, module.groups, 3)
+        return Pass.FPROP, ConvProblem.of_fprop(x, w, geom, suggests_channels_last(x) or suggests_channels_last(w))
     if isinstance(module, nn.Conv1d):
         x, geom = functional.normalised_row(x, w, *settings)
         return Pass.FPROP, ConvProblem.of_fprop(x.unsqueeze(2), w.unsqueeze(2), geom)
     channels_last = autograd.result_is_channels_last(x, w)
     longer = module.output_padding
-    if isinstance(module, nn.ConvTranspose2d):
+    if not isinstance(module, nn.ConvTranspose1d):
         geom = Geom(*settings)
     else:
         (_, geom), longer = functional.normalised_row(x, w, *settings), (0, *longer)

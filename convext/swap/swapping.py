@@ -8,7 +8,7 @@ from torch import nn
 
 from .calls import is_swapped
 from .capture import signature as signatures
-from .conv_forward import KINDS, LAYERS, ConvForward
+from .conv_forward import KINDS, ConvForward, TransposedForward, own_method
 from .eligible import left_alone, why_unplanned
 from .planned import PlannedForward
 
@@ -22,11 +22,11 @@ def swap(model: nn.Module) -> nn.Module:
     Returns: the model.
 
     The model keeps its class and those of its layers, module names, state-dict keys and Parameter objects, so
-    checkpoints load both ways and optimizers built before keep working. Layers that are no plain torch.nn.Conv1d or
-    Conv2d (subclasses, parametrized, lazy, quantized, transposed ones) stay as they are; `report` says why. Chains of
-    2-D convolution, batch norm, residual add and activation run as one call wherever a container's forward calls them
-    so; where one of them has hooks, is called twice or was replaced, that place runs its modules one by one, decided at
-    every call. A swap of a swapped model changes nothing but what was added since.
+    checkpoints load both ways and optimizers built before keep working. Layers that are no plain torch.nn.Conv1d, 2d or
+    3d, ConvTranspose1d, 2d or 3d (subclasses, parametrized, lazy, quantized) stay as they are; `report` says why.
+    Chains of 2-D convolution, batch norm, residual add and activation run as one call wherever a container's forward
+    calls them so; where one of them has hooks, is called twice or was replaced, that place runs its modules one by one,
+    decided at every call. A swap of a swapped model changes nothing but what was added since.
 
     `copy.copy` and torch.nn.DataParallel share a module's dictionary between objects and must not be used on a swapped
     model; use copy.deepcopy and DistributedDataParallel. torch.jit.script wants a reverted model.
@@ -51,12 +51,13 @@ def swap(model: nn.Module) -> nn.Module:
                 before[module] = module.__dict__
                 module.__dict__["forward"] = PlannedForward(module)
         for conv in convs:
-            conv.__dict__["_conv_forward"] = ConvForward(conv)
+            name, _ = own_method(conv)
+            conv.__dict__[name] = TransposedForward(conv) if name == "forward" else ConvForward(conv)
         for module in before:
             module.__dict__["forward"].plan(module, signatures.default(module))
     except BaseException:
         for conv in convs:
-            conv.__dict__.pop("_conv_forward", None)
+            conv.__dict__.pop(own_method(conv)[0], None)
         for attributes in before.values():
             attributes.pop("forward", None)
         raise
@@ -66,8 +67,8 @@ def swap(model: nn.Module) -> nn.Module:
 def revert(model: nn.Module) -> nn.Module:
     """Undoes `swap`, in place: torch's convolutions and the classes' own forwards.
 
-    Every convext.nn.Conv1d, Conv2d, ConvTranspose1d and ConvTranspose2d becomes torch.nn's, whoever made it; a forward
-    that the user put into an instance stays.
+    Every convext.nn.Conv1d, 2d, 3d and ConvTranspose1d, 2d, 3d becomes torch.nn's, whoever made it; a forward that the
+    user put into an instance stays.
 
     Args:
         model: swapped or not; one that is not is left as it is, its layers of those classes apart.
@@ -85,9 +86,10 @@ def revert(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), PlannedForward):
             del module.__dict__["forward"]
-        if isinstance(module.__dict__.get("_conv_forward"), ConvForward):
-            del module.__dict__["_conv_forward"]
-        for theirs, ours in LAYERS.items():
+        name, own = own_method(module)
+        if own is not None:
+            del module.__dict__[name]
+        for theirs, ours in KINDS.items():
             if type(module) is ours:
                 module.__class__ = theirs
     return model

@@ -82,6 +82,9 @@ struct AxisClasses {
 };
 
 // Of a forward pass that writes y, or of a dgrad, which writes dx.
+CONVEXT_HD_INLINE constexpr AxisClasses depth_of(const ConvProblem& p, bool dgrad) {
+  return {dgrad ? p.z() : p.d, dgrad ? p.d : p.z(), p.t, p.stride_d, p.pad_d, p.dil_d, dgrad};
+}
 CONVEXT_HD_INLINE constexpr AxisClasses height_of(const ConvProblem& p, bool dgrad) {
   return {dgrad ? p.p() : p.h, dgrad ? p.h : p.p(), p.r, p.stride_h, p.pad_h, p.dil_h, dgrad};
 }

@@ -67,6 +67,7 @@ const char* reject(const Variant& variant, Device device, Pass pass, const ConvP
                                                 : "the accuracy setting rules Winograd out";
   }
   if (!settings().tf32 && variant.arithmetic == Arithmetic::tf32) return "rounding to tf32 is not allowed";
+  if (problem.is_volume() && !variant.volumes) return "it computes images, not volumes";
   return variant.reject ? variant.reject(problem) : nullptr;
 }
 

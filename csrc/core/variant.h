@@ -79,7 +79,7 @@ struct LaunchArgs {
   const void* a;
   const void* b;
   void* out;
-  Epilogue epilogue;         // fprop only
+  Epilogue epilogue;         // of fprop, and on the CPU of dgrad, for a transposed convolution
   void* workspace;           // workspace(problem) bytes, 64-byte aligned, not cleared
   const Parallel* parallel;  // CPU
   void* stream;              // CUDA: cudaStream_t
@@ -118,7 +118,7 @@ struct Variant {
   int64_t (*workspace)(const ConvProblem&, int32_t threads);
 
   // Packed weights: nullptr where the kernel reads KCRS as it is. `pack_format` names the packed order: two problems
-  // with the same weight, format, C, K, R, S and groups share one copy (packed_weight.h), so what else the order
+  // with the same weight, format, C, K, T, R, S and groups share one copy (packed_weight.h), so what else the order
   // follows from belongs into the name; `packed_size` is in bytes; `pack` reads w as dense KCRS.
   const char* (*pack_format)(const ConvProblem&);
   int64_t (*packed_size)(const ConvProblem&);
@@ -138,6 +138,7 @@ struct Variant {
 
   Accuracy strictest = Accuracy::kDirect;
   int32_t tile = 0;                                     // outputs along an axis of Winograd's tile
+  bool volumes = false;                                 // takes problems of three axes, D > 1 or T > 1
   bool gathers = false;                                 // reads operands element by element, where others read vectors
   bool wgrad_writes_dx = false;                         // see LaunchArgs
   int64_t (*stats_rows)(const ConvProblem&) = nullptr;  // see LaunchArgs

@@ -72,6 +72,9 @@ std::map<std::string, bool> cpu_features() {
   return features;
 }
 
+// The problem that a CPU kernel sees: tensors are staged into NHWC where it asks for that.
+ConvProblem served(const Fields& fields) { return flattened(problem_of(fields)).problem; }
+
 void bind_kernels(py::module_& m) {
   m.def("variants", [] {
     py::list all;
@@ -79,13 +82,13 @@ void bind_kernels(py::module_& m) {
     return all;
   }, "Every compiled kernel, as dicts, in the order of their indices.");
   m.def("select", [](int device, int pass, const Fields& problem) {
-    return select(static_cast<Device>(device), static_cast<Pass>(pass), problem_of(problem));
+    return select(static_cast<Device>(device), static_cast<Pass>(pass), served(problem));
   }, "Index of the kernel that serves the problem, or -1.");
   m.def("reject_reasons", [](int device, int pass, const Fields& problem) {
-    return reject_reasons(static_cast<Device>(device), static_cast<Pass>(pass), problem_of(problem));
+    return reject_reasons(static_cast<Device>(device), static_cast<Pass>(pass), served(problem));
   }, "(kernel, reason) for every kernel of the device and pass that does not take the problem.");
   m.def("accepted", [](int device, int pass, const Fields& fields) {
-    const ConvProblem problem = problem_of(fields);
+    const ConvProblem problem = served(fields);
     std::vector<std::pair<int, double>> taken;
     for (int i = 0; i < static_cast<int>(variants().size()); ++i) {
       const Variant& v = *variants()[i];
@@ -95,11 +98,11 @@ void bind_kernels(py::module_& m) {
     }
     return taken;
   }, "(index, modelled cost) of every kernel that takes the problem.");
-  m.def("pack_format", &pack_format,
+  m.def("pack_format", [](int index, const Fields& problem) { return pack_format(index, served(problem)); },
         "Name of the packed order that the kernel wants its weights in, or None for KCRS as it is.");
   m.def("packed_size", [](int index, const Fields& problem) {
     const Variant& v = variant_at(index);
-    return v.packed_size ? v.packed_size(problem_of(problem)) : int64_t{0};
+    return v.packed_size ? v.packed_size(served(problem)) : int64_t{0};
   }, "Bytes of the packed weights.");
   m.def("output_size", [](const Fields& fields) {
     const ConvProblem p = problem_of(fields);

@@ -149,7 +149,7 @@ PYBIND11_MODULE(_CUDA, m) {
   m.def("reject_reasons", [](int pass, const Fields& fields) {
     return reject_reasons(Device::kCUDA, static_cast<Pass>(pass), problem_of(fields));
   }, "(kernel, reason) for every kernel of the pass that does not take the problem.");
-  m.def("weight_order", &pack_format,
+  m.def("weight_order", [](int index, const Fields& fields) { return pack_format(index, problem_of(fields)); },
         "\"krsc\" where the kernel reads (or, for wgrad, writes) weights in that order, None for KCRS.");
   m.def("workspace", [](int index, const Fields& fields) {
     const Variant& v = variant_at(index);

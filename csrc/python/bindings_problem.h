@@ -13,8 +13,9 @@
 
 namespace convext {
 
-// The fields of ConvProblem in order: n c h w  k r s  stride pad dil (h, w each)  groups dtype x_layout y_layout.
-using Fields = std::array<int64_t, 17>;
+// The fields of ConvProblem in order: n c h w  k r s  stride pad dil (h, w each)  groups dtype x_layout y_layout, and of
+// the third axis d t  stride pad dil.
+using Fields = std::array<int64_t, 22>;
 
 inline ConvProblem problem_of(const Fields& f) {
   for (int64_t value : f) {
@@ -28,6 +29,7 @@ inline ConvProblem problem_of(const Fields& f) {
   p.groups = at(13);
   p.dtype = static_cast<DType>(f[14]);
   p.x_layout = static_cast<Layout>(f[15]), p.y_layout = static_cast<Layout>(f[16]);
+  p.d = at(17), p.t = at(18), p.stride_d = at(19), p.pad_d = at(20), p.dil_d = at(21);
   return p;
 }
 
@@ -39,9 +41,9 @@ inline const Variant& variant_at(int index) {
 }
 
 // The order that the variant wants its weights in, or nothing for KCRS as it is.
-inline std::optional<std::string> pack_format(int index, const Fields& fields) {
+inline std::optional<std::string> pack_format(int index, const ConvProblem& problem) {
   const Variant& variant = variant_at(index);
-  const char* format = variant.pack_format ? variant.pack_format(problem_of(fields)) : nullptr;
+  const char* format = variant.pack_format ? variant.pack_format(problem) : nullptr;
   return format ? std::optional<std::string>(format) : std::nullopt;
 }
 

@@ -70,6 +70,11 @@ ConvProblem make(int n, int c, int h, int w, int k, int r, int s, int stride_h, 
                  int dil_h, int dil_w, int groups) {
   return {n, c, h, w, k, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups, DType::kFloat32, kNHWC, kNHWC};
 }
+// With a third axis.
+ConvProblem volume(ConvProblem p, int d, int t, int stride_d, int pad_d, int dil_d = 1) {
+  p.d = d, p.t = t, p.stride_d = stride_d, p.pad_d = pad_d, p.dil_d = dil_d;
+  return p;
+}
 ConvProblem square(int n, int c, int h, int k, int r, int stride, int pad, int dil = 1, int groups = 1) {
   return make(n, c, h, h, k, r, r, stride, stride, pad, pad, dil, dil, groups);
 }
@@ -204,6 +209,32 @@ std::vector<Case> planted_cases() {
       {"panels_of_filters", square(2, 32, 12, 300, 3, 1, 1), false, false, true, A::gelu},
       {"gradient_in_shares_with_tails", square(5, 33, 30, 37, 3, 1, 1), true, true, false, A::relu},
       {"gradient_dilated", square(4, 40, 17, 36, 3, 1, 2, 2)},
+      {"volume_3x3x3", volume(square(1, 24, 7, 35, 3, 1, 1), 5, 3, 1, 1), true, true, true, A::relu},
+      {"volume_3x3x3_batch_stride_2", volume(square(2, 19, 9, 33, 3, 2, 1), 7, 3, 2, 1), true, true, false, A::silu},
+      {"volume_deep_reduction", volume(square(1, 70, 5, 40, 3, 1, 1), 4, 3, 1, 1), true, true, true, A::gelu},
+      {"volume_first_layer", volume(square(1, 3, 17, 33, 7, 2, 3), 5, 3, 1, 1), true, true, false, A::relu},
+      {"volume_first_layer_without_padding", volume(square(2, 2, 8, 17, 3, 1, 0), 6, 2, 2, 0), false, true},
+      {"volume_patches", volume(square(2, 3, 12, 48, 4, 4, 0), 6, 2, 2, 0), false, true},
+      {"volume_dilated", volume(square(1, 17, 11, 20, 3, 1, 2, 2), 9, 3, 1, 4, 4), true, true, true, A::hardswish},
+      {"volume_dilated_planes_alone", volume(square(1, 17, 5, 20, 3, 1, 1), 11, 3, 1, 3, 3), true},
+      {"volume_asymmetric", volume(make(2, 9, 8, 11, 11, 3, 2, 2, 1, 2, 0, 1, 3, 1), 6, 4, 3, 1, 2), true, true, true},
+      {"volume_planes_of_padding_alone", volume(square(1, 8, 5, 9, 3, 1, 1), 2, 3, 1, 5), true, true, false, A::relu},
+      {"volume_padding_of_one_plane", volume(square(1, 8, 5, 9, 3, 1, 1), 1, 1, 1, 1), true, true, false, A::relu},
+      {"volume_stride_larger_than_filter", volume(square(1, 6, 7, 7, 2, 3, 0), 8, 2, 3, 0), true, true, true, A::silu},
+      {"volume_groups", volume(square(1, 12, 6, 18, 3, 1, 1, 1, 3), 4, 3, 1, 1), true, true, false, A::relu},
+      {"volume_many_taps", volume(square(1, 3, 9, 4, 9, 1, 4), 9, 9, 1, 4), false, true},
+      {"volume_pointwise", volume(square(2, 20, 6, 21, 1, 1, 0), 3, 1, 1, 0), true, true, true, A::relu},
+      {"volume_pointwise_stride_2", volume(square(1, 20, 6, 21, 1, 2, 0), 5, 1, 2, 0), true},
+      {"volume_rows_alone", volume(square(2, 18, 6, 21, 1, 1, 0), 7, 3, 1, 1), true, true, false, A::relu},
+      {"volume_planes_alone", volume(square(2, 18, 6, 21, 3, 1, 1), 3, 1, 1, 0), true, true, false, A::relu},
+      {"volume_depthwise", volume(square(2, 35, 9, 35, 3, 1, 1, 1, 35), 5, 3, 1, 1), true, true, true, A::gelu},
+      {"volume_depthwise_stride_2", volume(square(1, 19, 9, 19, 3, 2, 1, 1, 19), 6, 3, 2, 1), true, true},
+      {"volume_depthwise_7x7x7", volume(square(1, 16, 9, 16, 7, 1, 3, 1, 16), 7, 7, 1, 3), false, true, false, A::silu},
+      {"volume_depthwise_dilated", volume(square(1, 17, 9, 17, 3, 1, 2, 2, 17), 9, 3, 2, 3, 3), true, true, true},
+      {"volume_depthwise_multiplier", volume(square(1, 7, 6, 21, 3, 1, 1, 1, 7), 4, 3, 1, 1), true, true, true,
+       A::silu},
+      {"volume_depthwise_few_channels", volume(square(1, 5, 6, 5, 2, 3, 0, 1, 5), 7, 2, 3, 0), true, true, true},
+      {"volume_depthwise_no_tap_in_some_planes", volume(square(1, 18, 6, 18, 3, 1, 1, 1, 18), 9, 1, 3, 0), true, true},
       {"gradient_asymmetric", make(8, 34, 13, 18, 33, 3, 3, 1, 1, 2, 0, 1, 1, 1), false, true, true, A::relu6},
   };
 }
@@ -260,7 +291,7 @@ std::vector<T> random_values(size_t count, std::mt19937& rng, bool nonfinite) {
   return values;
 }
 
-int64_t size_or_zero(int64_t size, const ConvProblem& p) { return p.p() <= 0 || p.q() <= 0 ? 0 : size; }
+int64_t size_or_zero(int64_t size, const ConvProblem& p) { return p.z() <= 0 || p.p() <= 0 || p.q() <= 0 ? 0 : size; }
 
 // Into the operand whose pixels reach outputs, x or dy, and the one that they are multiplied by: w, or dy in wgrad.
 template <class T>
@@ -323,9 +354,10 @@ Operands<T> random_operands(const Case& test, Pass pass) {
   // infinite weight would tell the two apart.
   o.w = random_values<T>(p.w_size(), rng, test.nonfinite && (pass != Pass::kDgrad || p.is_pointwise()));
   o.y = random_values<T>(size_or_zero(p.y_size(), p), rng, test.nonfinite);
-  o.scale = random_values<Compute<T>>(p.k, rng, false);
-  o.shift = random_values<Compute<T>>(p.k, rng, false);
-  o.residual = random_values<T>(size_or_zero(p.y_size(), p), rng, false);
+  const bool dgrad = pass == Pass::kDgrad;
+  o.scale = random_values<Compute<T>>(dgrad ? p.c : p.k, rng, false);
+  o.shift = random_values<Compute<T>>(dgrad ? p.c : p.k, rng, false);
+  o.residual = random_values<T>(dgrad ? p.x_size() : size_or_zero(p.y_size(), p), rng, false);
   plant(test, pass, o);
   return o;
 }
@@ -338,18 +370,20 @@ struct Reference {
 // Calls visit(index in x, index in w, index in y) for every product of the convolution.
 template <class F>
 void visit_products(const ConvProblem& p, F&& visit) {
-  const Strides xs(p.x_layout, p.c, p.h, p.w), ys(p.y_layout, p.k, p.p(), p.q());
+  // Planes and rows are one axis.
+  const Strides xs(p.x_layout, p.c, p.d * p.h, p.w), ys(p.y_layout, p.k, p.z() * p.p(), p.q());
   const int64_t cg = p.groups ? p.c_per_group() : 0, kg = p.k_per_group();
   for (int n = 0; n < p.n; ++n)
     for (int k = 0; k < p.k; ++k)
-      for (int i = 0; i < p.p(); ++i)
+      for (int i = 0; i < p.z() * p.p(); ++i)
         for (int j = 0; j < p.q(); ++j)
           for (int c = 0; c < cg; ++c)
-            for (int r = 0; r < p.r; ++r)
+            for (int r = 0; r < p.t * p.r; ++r)
               for (int s = 0; s < p.s; ++s) {
-                const int h = p.h_of(i, r), w = p.w_of(j, s);
-                if (h < 0 || h >= p.h || w < 0 || w >= p.w) continue;
-                visit(xs.at(n, k / kg * cg + c, h, w), ((k * cg + c) * p.r + r) * p.s + s, ys.at(n, k, i, j));
+                const int d = p.d_of(i / p.p(), r / p.r), h = p.h_of(i % p.p(), r % p.r), w = p.w_of(j, s);
+                if (d < 0 || d >= p.d || h < 0 || h >= p.h || w < 0 || w >= p.w) continue;
+                visit(xs.at(n, k / kg * cg + c, d * p.h + h, w), ((k * cg + c) * p.t * p.r + r) * p.s + s,
+                      ys.at(n, k, i, j));
               }
 }
 
@@ -373,13 +407,15 @@ Reference reference(const Case& test, Pass pass, const Operands<T>& o) {
   for (double& v : ref.value) {  // as large as a sum of its type gets, before anything else is done with it
     if (std::fabs(v) > std::numeric_limits<Compute<T>>::max()) v *= std::numeric_limits<double>::infinity();
   }
-  if (pass != Pass::kFprop) return ref;
-  const Strides ys(p.y_layout, p.k, p.p(), p.q());
+  if (pass == Pass::kWgrad) return ref;
+  const bool dgrad = pass == Pass::kDgrad;
+  const int channels = dgrad ? p.c : p.k, rows = dgrad ? p.d * p.h : p.z() * p.p(), columns = dgrad ? p.w : p.q();
+  const Strides strides(dgrad ? p.x_layout : p.y_layout, channels, rows, columns);
   for (int n = 0; n < p.n; ++n)
-    for (int k = 0; k < p.k; ++k)
-      for (int i = 0; i < p.p(); ++i)
-        for (int j = 0; j < p.q(); ++j) {
-          const int64_t at = ys.at(n, k, i, j);
+    for (int k = 0; k < channels; ++k)
+      for (int i = 0; i < rows; ++i)
+        for (int j = 0; j < columns; ++j) {
+          const int64_t at = strides.at(n, k, i, j);
           double &v = ref.value[at], &m = ref.magnitude[at];
           if (test.scale) v *= o.scale[k], m *= std::fabs(double(o.scale[k]));
           if (test.shift) v += o.shift[k], m += std::fabs(double(o.shift[k]));

@@ -20,31 +20,31 @@ struct Sums {
   }
 };
 
-// Offsets of NCHW coordinates in a dense tensor of the layout.
+// Offsets of NCHW coordinates in a dense tensor of the layout; of a volume's with D * H for H.
 inline int64_t offset(Layout layout, int64_t n, int64_t c, int64_t h, int64_t w, int64_t C, int64_t H, int64_t W) {
   return layout == Layout::kNHWC ? ((n * H + h) * W + w) * C + c : ((n * C + c) * H + h) * W + w;
 }
 
-// Calls f(offset in y, offset in w, offset in x) for every product of the convolution; w is K, C/groups, R, S, in
-// memory order KCRS, or KRSC with `krsc`.
+// Calls f(offset in y, offset in w, offset in x) for every product of the convolution; w is K, C/groups, T, R, S, in
+// memory order KCTRS, or KTRSC with `krsc`.
 template <class F>
 void for_products(const ConvProblem& p, bool krsc, F&& f) {
   const int cg = p.c_per_group(), kg = p.k_per_group();
   for (int n = 0; n < p.n; ++n)
     for (int k = 0; k < p.k; ++k)
-      for (int op = 0; op < p.p(); ++op)
+      for (int ozp = 0; ozp < p.z() * p.p(); ++ozp)
         for (int oq = 0; oq < p.q(); ++oq)
-          for (int r = 0; r < p.r; ++r) {
-            const int h = p.h_of(op, r);
-            if (h < 0 || h >= p.h) continue;
+          for (int tr = 0; tr < p.t * p.r; ++tr) {
+            const int d = p.d_of(ozp / p.p(), tr / p.r), h = p.h_of(ozp % p.p(), tr % p.r);
+            if (d < 0 || d >= p.d || h < 0 || h >= p.h) continue;
             for (int s = 0; s < p.s; ++s) {
               const int w = p.w_of(oq, s);
               if (w < 0 || w >= p.w) continue;
-              const int64_t y_at = offset(p.y_layout, n, k, op, oq, p.k, p.p(), p.q());
+              const int64_t y_at = offset(p.y_layout, n, k, ozp, oq, p.k, p.z() * p.p(), p.q());
               for (int c = 0; c < cg; ++c) {
-                const int64_t w_at =
-                    krsc ? ((int64_t{k} * p.r + r) * p.s + s) * cg + c : ((int64_t{k} * cg + c) * p.r + r) * p.s + s;
-                f(y_at, w_at, offset(p.x_layout, n, k / kg * cg + c, h, w, p.c, p.h, p.w));
+                const int64_t w_at = krsc ? ((int64_t{k} * p.t * p.r + tr) * p.s + s) * cg + c
+                                          : ((int64_t{k} * cg + c) * p.t * p.r + tr) * p.s + s;
+                f(y_at, w_at, offset(p.x_layout, n, k / kg * cg + c, d * p.h + h, w, p.c, p.d * p.h, p.w));
               }
             }
           }

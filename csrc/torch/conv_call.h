@@ -17,7 +17,7 @@ inline const Variant& checked_variant(int64_t index, Pass pass, ConvProblem& pro
   const auto& all = variants();
   STD_TORCH_CHECK(index >= 0 && index < static_cast<int64_t>(all.size()), "convext_cpu: there is no variant ", index);
   const Variant& variant = *all[index];
-  const char* why = reject(variant, Device::kCPU, pass, problem);
+  const char* why = reject(variant, Device::kCPU, pass, flattened(problem).problem);
   STD_TORCH_CHECK(why == nullptr, "convext_cpu: ", variant.name, " rejects the problem: ", why);
   problem.dtype = variant.dtype;
   return variant;

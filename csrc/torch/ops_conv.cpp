@@ -3,6 +3,8 @@
 //
 // A kernel sees dense tensors in its own dtype. What arrives otherwise (NCHW, half precision that it does not read, odd
 // strides) is staged through scratch memory on the way in, and so is the result on the way out.
+#include <array>
+
 #include "conv_call.h"
 
 namespace convext {
@@ -53,17 +55,86 @@ void stage_out(const Operand& operand, DType compute, const Staging& staging, co
                     operand.view.stride);
 }
 
-// The end of fprop and dgrad: the kernel, from `in` to `out`, by way of the copies that were reserved.
-void run(const Variant& variant, const ConvProblem& problem, Operand& in, Operand& out, LaunchArgs& args,
-         const Staging& staging) {
-  const Parallel& parallel = *args.parallel;
-  stage_in(in, problem.dtype, staging, parallel);
+// What follows the sums of fprop or dgrad.
+struct Tail {
+  BatchNormTensors<OptionalTensor> norm;
+  const OptionalTensor& residual;
+  int64_t activation;
+};
+
+// fprop and dgrad: `to`, of the problem's extents, from `from` and the weights.
+void convolve(const Variant& variant, const ConvProblem& whole, const View& from, const View& wv, int64_t packed,
+              int64_t version, const Tail& tail, const View& to) {
+  const auto [flat, nhwc_only] = flattened(whole);
+  ConvProblem problem = flat;
+  const bool dgrad = variant.pass == Pass::kDgrad;
+  const DType compute = problem.dtype;
+  const Staging& staging = staging_for(settings().cpu_isa);
+  const Parallel& parallel = torch_parallel();
+  const bool nchw_x = variant.takes_nchw_x() && !nhwc_only, nchw_y = variant.takes_nchw_y() && !nhwc_only;
+  const bool nchw_out = dgrad ? nchw_x : nchw_y;
+  Operand in(from, dgrad ? nchw_y : nchw_x, compute), out(to, nchw_out, compute);
+  std::optional<Operand> addend;
+  if (tail.residual) {
+    addend.emplace(view_of_any(*tail.residual, "residual"), nchw_out, compute);
+    for (int i = 0; i < 4; ++i) {
+      STD_TORCH_CHECK(addend->view.size[i] == out.view.size[i], "convext_cpu: residual must have the output's shape");
+    }
+    if (addend->staged || addend->layout != out.layout) {  // the kernel reads it where it writes: in one layout
+      addend->force_nhwc(compute);
+      out.force_nhwc(compute);
+    }
+  }
+  (dgrad ? problem.y_layout : problem.x_layout) = in.layout;
+  (dgrad ? problem.x_layout : problem.y_layout) = out.layout;
+  const int64_t channels = dgrad ? problem.c : problem.k;
+  const std::shared_ptr<PackedWeight> kept = packed_weight(packed);
+  const Weights weights{variant, problem, wv, kept.get(), version};
+  PackedWeight::Lease lease;
+  const ScratchScope scope(in.bytes + out.bytes + (addend ? addend->bytes : 0) + weights.scratch_bytes() +
+                           tail.norm.scratch_bytes(channels, problem.accumulate_dtype()) +
+                           workspace_bytes(variant, problem, parallel));
+  LaunchArgs args{};
+  args.parallel = &parallel;
+  args.epilogue.activation = static_cast<Activation>(tail.activation);
+  if (compute == DType::kFloat64) {
+    tail.norm.fold<double>(channels, args.epilogue);
+  } else {
+    tail.norm.fold<float>(channels, args.epilogue);
+  }
+  args.b = weights.get(staging, parallel, lease);
+  args.weights = weights.source();
+  if (addend) {
+    stage_in(*addend, compute, staging, parallel);
+    args.epilogue.residual = addend->data;
+  }
+  stage_in(in, compute, staging, parallel);
   args.a = in.data;
   if (out.staged) out.data = scratch().take(out.bytes);
   args.out = out.data;
   args.workspace = scratch().take(workspace_bytes(variant, problem, parallel));
   launch(variant, problem, args);
-  stage_out(out, problem.dtype, staging, parallel);
+  stage_out(out, compute, staging, parallel);
+}
+
+// Memory for a volume, or for an image where `like` is one.
+Tensor empty_as(const Tensor& like, int64_t n, int64_t c, int64_t d, int64_t h, int64_t w, DType dtype,
+                bool channels_last) {
+  return like.dim() == 5 ? empty_volume(n, c, d, h, w, dtype, channels_last)
+                         : empty_activation(n, c, h, w, dtype, channels_last);
+}
+
+// {D or T, or 1 of an image; H or R; W or S}.
+std::array<int64_t, 3> extents_of(const std::vector<int64_t>& sizes, const char* name) {
+  STD_TORCH_CHECK(sizes.size() == 2 || sizes.size() == 3, "convext_cpu: ", name, " must be 2 or 3 numbers, got ",
+                  sizes.size());
+  return {sizes.size() == 3 ? sizes[0] : 1, sizes[sizes.size() - 2], sizes.back()};
+}
+
+void check_dy(const View& dy, const ConvProblem& p) {
+  STD_TORCH_CHECK(
+      dy.size[0] == p.n && dy.size[1] == p.k && dy.planes == p.z() && dy.rows() == p.p() && dy.size[3] == p.q(),
+      "convext_cpu: dy must be (", p.n, ", ", p.k, ", ", p.z(), ", ", p.p(), ", ", p.q(), ")");
 }
 
 // ---- ops -----------------------------------------------------------------------------------------------------------
@@ -72,113 +143,80 @@ Tensor fprop(int64_t variant_index, const Tensor& x, const Tensor& w, int64_t pa
              const OptionalTensor& bias, const OptionalTensor& mean, const OptionalTensor& var,
              const OptionalTensor& gamma, const OptionalTensor& beta, const OptionalTensor& residual,
              std::vector<int64_t> geom, double eps, int64_t activation, bool channels_last) {
-  const View xv = view_of(x, "x"), wv = view_of(w, "w");
+  const View xv = view_of_any(x, "x"), wv = view_of_any(w, "w");
   STD_TORCH_CHECK(xv.dtype == wv.dtype || (wv.dtype == DType::kFloat32 && dtype_size(xv.dtype) == 2),
                   "convext_cpu: x and w must have one dtype, or w be float32 and x in half precision");
   const Geom g = geom_of(geom);
-  ConvProblem problem =
-      make_problem(xv.size[0], xv.size[1], xv.size[2], xv.size[3], wv.size[0], wv.size[2], wv.size[3], g, xv.dtype);
+  ConvProblem problem = make_problem(xv.size[0], xv.size[1], xv.rows(), xv.size[3], wv.size[0], wv.rows(), wv.size[3],
+                                     g, xv.dtype, xv.planes, wv.planes);
   STD_TORCH_CHECK(wv.size[1] == problem.c_per_group(), "convext_cpu: w holds ", wv.size[1],
                   " input channels a group, x ", problem.c_per_group());
   const Variant& variant = checked_variant(variant_index, Pass::kFprop, problem);
-  const DType compute = problem.dtype;
-  Tensor y = empty_activation(problem.n, problem.k, problem.p(), problem.q(), xv.dtype, channels_last);
+  Tensor y = empty_as(x, problem.n, problem.k, problem.z(), problem.p(), problem.q(), xv.dtype, channels_last);
   if (problem.y_size() == 0) return y;
-
-  const Staging& staging = staging_for(settings().cpu_isa);
-  const Parallel& parallel = torch_parallel();
-  Operand in(xv, variant.takes_nchw_x(), compute), out(view_of(y, "y"), variant.takes_nchw_y(), compute);
-  std::optional<Operand> addend;
-  if (residual) {
-    addend.emplace(view_of(*residual, "residual"), variant.takes_nchw_y(), compute);
-    for (int i = 0; i < 4; ++i) {
-      STD_TORCH_CHECK(addend->view.size[i] == out.view.size[i], "convext_cpu: residual must have the output's shape");
-    }
-    if (addend->staged || addend->layout != out.layout) {  // the kernel reads it where it writes y: in one layout
-      addend->force_nhwc(compute);
-      out.force_nhwc(compute);
-    }
-  }
-  problem.x_layout = in.layout;
-  problem.y_layout = out.layout;
-  const std::shared_ptr<PackedWeight> kept = packed_weight(packed);
-  const Weights weights{variant, problem, wv, kept.get(), version};
-  PackedWeight::Lease lease;
-  const BatchNormTensors<OptionalTensor> norm{bias, mean, var, gamma, beta, eps};
-  const ScratchScope scope(in.bytes + out.bytes + (addend ? addend->bytes : 0) + weights.scratch_bytes() +
-                           norm.scratch_bytes(problem.k, problem.accumulate_dtype()) +
-                           workspace_bytes(variant, problem, parallel));
-  LaunchArgs args{};
-  args.parallel = &parallel;
-  args.epilogue.activation = static_cast<Activation>(activation);
-  if (compute == DType::kFloat64) {
-    norm.fold<double>(problem.k, args.epilogue);
-  } else {
-    norm.fold<float>(problem.k, args.epilogue);
-  }
-  args.b = weights.get(staging, parallel, lease);
-  args.weights = weights.source();
-  if (addend) {
-    stage_in(*addend, compute, staging, parallel);
-    args.epilogue.residual = addend->data;
-  }
-  run(variant, problem, in, out, args, staging);
+  convolve(variant, problem, xv, wv, packed, version, {{bias, mean, var, gamma, beta, eps}, residual, activation},
+           view_of_any(y, "y"));
   return y;
 }
 
-Tensor dgrad(int64_t variant_index, const Tensor& dy, const Tensor& w, int64_t packed, int64_t version, int64_t height,
-             int64_t width, std::vector<int64_t> geom, bool channels_last) {
-  const View dyv = view_of(dy, "dy"), wv = view_of(w, "w");
+// dx, with what follows its sums.
+Tensor dgrad_with(int64_t variant_index, const Tensor& dy, const Tensor& w, int64_t packed, int64_t version,
+                  const Tail& tail, const std::vector<int64_t>& input_size, const std::vector<int64_t>& geom,
+                  bool channels_last) {
+  const View dyv = view_of_any(dy, "dy"), wv = view_of_any(w, "w");
   STD_TORCH_CHECK(dyv.dtype == wv.dtype, "convext_cpu: dy and w must have one dtype");
   const Geom g = geom_of(geom);
-  ConvProblem problem =
-      make_problem(dyv.size[0], wv.size[1] * g.groups, height, width, wv.size[0], wv.size[2], wv.size[3], g, dyv.dtype);
-  STD_TORCH_CHECK(dyv.size[1] == problem.k && dyv.size[2] == problem.p() && dyv.size[3] == problem.q(),
-                  "convext_cpu: dy must be (", problem.n, ", ", problem.k, ", ", problem.p(), ", ", problem.q(), ")");
+  const auto [depth, height, width] = extents_of(input_size, "input_size");
+  ConvProblem problem = make_problem(dyv.size[0], wv.size[1] * g.groups, height, width, wv.size[0], wv.rows(),
+                                     wv.size[3], g, dyv.dtype, depth, wv.planes);
+  check_dy(dyv, problem);
   const Variant& variant = checked_variant(variant_index, Pass::kDgrad, problem);
-  const DType compute = problem.dtype;
-  Tensor dx = empty_activation(problem.n, problem.c, problem.h, problem.w, dyv.dtype, channels_last);
+  Tensor dx = empty_as(dy, problem.n, problem.c, depth, height, width, dyv.dtype, channels_last);
   if (problem.x_size() == 0) return dx;
-  if (problem.y_size() == 0) return torch::stable::zero_(dx);
-
-  const Staging& staging = staging_for(settings().cpu_isa);
-  const Parallel& parallel = torch_parallel();
-  Operand in(dyv, variant.takes_nchw_y(), compute), out(view_of(dx, "dx"), variant.takes_nchw_x(), compute);
-  problem.y_layout = in.layout;
-  problem.x_layout = out.layout;
-  const std::shared_ptr<PackedWeight> kept = packed_weight(packed);
-  const Weights weights{variant, problem, wv, kept.get(), version};
-  PackedWeight::Lease lease;
-  const ScratchScope scope(in.bytes + out.bytes + weights.scratch_bytes() +
-                           workspace_bytes(variant, problem, parallel));
-  LaunchArgs args{};
-  args.parallel = &parallel;
-  args.b = weights.get(staging, parallel, lease);
-  args.weights = weights.source();
-  run(variant, problem, in, out, args, staging);
+  STD_TORCH_CHECK(problem.y_size() > 0, "convext_cpu: dy must not be empty");
+  convolve(variant, problem, dyv, wv, packed, version, tail, view_of_any(dx, "dx"));
   return dx;
 }
 
-Tensor wgrad(int64_t variant_index, const Tensor& dy, const Tensor& x, int64_t r, int64_t s, std::vector<int64_t> geom,
-             bool channels_last) {
-  const View dyv = view_of(dy, "dy"), xv = view_of(x, "x");
+Tensor dgrad(int64_t variant_index, const Tensor& dy, const Tensor& w, int64_t packed, int64_t version,
+             std::vector<int64_t> input_size, std::vector<int64_t> geom, bool channels_last) {
+  const OptionalTensor none;
+  return dgrad_with(variant_index, dy, w, packed, version, {{none, none, none, none, none, 0.0}, none, 0}, input_size,
+                    geom, channels_last);
+}
+
+// dgrad(x, w) + bias, of C channels.
+Tensor conv_transpose(int64_t variant_index, const Tensor& x, const Tensor& w, int64_t packed, int64_t version,
+                      const OptionalTensor& bias, std::vector<int64_t> size, std::vector<int64_t> geom,
+                      bool channels_last) {
+  const OptionalTensor none;
+  return dgrad_with(variant_index, x, w, packed, version, {{bias, none, none, none, none, 0.0}, none, 0}, size, geom,
+                    channels_last);
+}
+
+Tensor wgrad(int64_t variant_index, const Tensor& dy, const Tensor& x, std::vector<int64_t> kernel_size,
+             std::vector<int64_t> geom, bool channels_last) {
+  const View dyv = view_of_any(dy, "dy"), xv = view_of_any(x, "x");
   STD_TORCH_CHECK(dyv.dtype == xv.dtype, "convext_cpu: dy and x must have one dtype");
   const Geom g = geom_of(geom);
-  ConvProblem problem = make_problem(xv.size[0], xv.size[1], xv.size[2], xv.size[3], dyv.size[1], r, s, g, xv.dtype);
-  STD_TORCH_CHECK(dyv.size[0] == problem.n && dyv.size[2] == problem.p() && dyv.size[3] == problem.q(),
-                  "convext_cpu: dy must be (", problem.n, ", ", problem.k, ", ", problem.p(), ", ", problem.q(), ")");
+  const auto [t, r, s] = extents_of(kernel_size, "kernel_size");
+  ConvProblem problem =
+      make_problem(xv.size[0], xv.size[1], xv.rows(), xv.size[3], dyv.size[1], r, s, g, xv.dtype, xv.planes, t);
+  check_dy(dyv, problem);
   const Variant& variant = checked_variant(variant_index, Pass::kWgrad, problem);
   const DType compute = problem.dtype;
-  Tensor dw = empty_activation(problem.k, problem.c_per_group(), r, s, xv.dtype, channels_last);
+  Tensor dw = empty_as(x, problem.k, problem.c_per_group(), t, r, s, xv.dtype, channels_last);
   if (problem.w_size() == 0) return dw;
   if (problem.y_size() == 0 || problem.x_size() == 0) return torch::stable::zero_(dw);
 
+  const auto [flat, nhwc_only] = flattened(problem);
+  problem = flat;
   const Staging& staging = staging_for(settings().cpu_isa);
   const Parallel& parallel = torch_parallel();
-  Operand a(dyv, variant.takes_nchw_y(), compute), b(xv, variant.takes_nchw_x(), compute);
+  Operand a(dyv, variant.takes_nchw_y() && !nhwc_only, compute), b(xv, variant.takes_nchw_x() && !nhwc_only, compute);
   problem.y_layout = a.layout;
   problem.x_layout = b.layout;
-  const View out = view_of(dw, "dw");
+  const View out = view_of_any(dw, "dw");
   const bool direct = out.dtype == compute && out.is_dense(Layout::kNCHW);  // as kernels write it
   const int64_t out_bytes = direct ? 0 : Scratch::padded(out.numel() * dtype_size(compute));
   const ScratchScope scope(a.bytes + b.bytes + out_bytes + workspace_bytes(variant, problem, parallel));
@@ -208,7 +246,7 @@ Tensor to_nchw(const Tensor& x) {
 }  // namespace
 }  // namespace convext
 
-// geom is stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups. `packed` is the number of the PackedWeight that
+// geom is stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups, and of volumes stride_d, pad_d, dil_d behind them. `packed` is the number of the PackedWeight that
 // keeps the weight's packings, or 0; `version` the weight's version counter: see packed_weight.h.
 STABLE_TORCH_LIBRARY(convext_cpu, m) {
   m.def(
@@ -216,15 +254,19 @@ STABLE_TORCH_LIBRARY(convext_cpu, m) {
       "Tensor? gamma, Tensor? beta, Tensor? residual, int[] geom, float eps, int activation, bool channels_last) "
       "-> Tensor");
   m.def(
-      "dgrad(int variant, Tensor dy, Tensor w, int packed, int version, int height, int width, int[] geom, "
+      "dgrad(int variant, Tensor dy, Tensor w, int packed, int version, int[] input_size, int[] geom, "
       "bool channels_last) -> Tensor");
-  m.def("wgrad(int variant, Tensor dy, Tensor x, int r, int s, int[] geom, bool channels_last) -> Tensor");
+  m.def(
+      "conv_transpose(int variant, Tensor x, Tensor w, int packed, int version, Tensor? bias, int[] size, int[] geom, "
+      "bool channels_last) -> Tensor");
+  m.def("wgrad(int variant, Tensor dy, Tensor x, int[] kernel_size, int[] geom, bool channels_last) -> Tensor");
   m.def("to_nchw(Tensor x) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(convext_cpu, CPU, m) {
   m.impl("fprop", TORCH_BOX(&convext::fprop));
   m.impl("dgrad", TORCH_BOX(&convext::dgrad));
+  m.impl("conv_transpose", TORCH_BOX(&convext::conv_transpose));
   m.impl("wgrad", TORCH_BOX(&convext::wgrad));
   m.impl("to_nchw", TORCH_BOX(&convext::to_nchw));
 }

@@ -100,6 +100,24 @@ View view_of(const AnyTensor& t, const char* name) {
   return v;
 }
 
+// The same of an image, or of a volume whose planes and rows lie so that they are one axis.
+template <class AnyTensor>
+View view_of_any(const AnyTensor& t, const char* name) {
+  if (t.dim() != 5) return view_of(t, name);
+  STD_TORCH_CHECK(t.is_cpu(), "convext_cpu: ", name, " must be a CPU tensor");
+  const auto size = t.sizes();
+  const auto stride = t.strides();
+  STD_TORCH_CHECK(size[2] == 1 || size[3] == 1 || stride[2] == size[3] * stride[3], "convext_cpu: ", name,
+                  " must have planes and rows that are one axis");
+  View v{};
+  v.planes = size[2];
+  v.size[0] = size[0], v.size[1] = size[1], v.size[2] = size[2] * size[3], v.size[3] = size[4];
+  v.stride[0] = stride[0], v.stride[1] = stride[1], v.stride[2] = stride[size[3] == 1 ? 2 : 3], v.stride[3] = stride[4];
+  v.dtype = dtype_of(t);
+  v.data = t.data_ptr();
+  return v;
+}
+
 // A dense tensor that is not initialised, in memory of the pool's where it is large.
 inline Tensor empty(const int64_t* sizes, const int64_t* strides, int64_t dim, DType dtype) {
   AtenTensorHandle handle;
@@ -129,6 +147,13 @@ inline Tensor empty_activation(int64_t n, int64_t c, int64_t h, int64_t w, DType
   const int64_t nchw[4] = {c * h * w, h * w, w, 1};
   const int64_t nhwc[4] = {h * w * c, 1, w * c, c};
   return empty(sizes, channels_last ? nhwc : nchw, 4, dtype);
+}
+
+inline Tensor empty_volume(int64_t n, int64_t c, int64_t d, int64_t h, int64_t w, DType dtype, bool channels_last) {
+  const int64_t sizes[5] = {n, c, d, h, w};
+  const int64_t ncdhw[5] = {c * d * h * w, d * h * w, h * w, w, 1};
+  const int64_t ndhwc[5] = {d * h * w * c, 1, h * w * c, w * c, c};
+  return empty(sizes, channels_last ? ndhwc : ncdhw, 5, dtype);
 }
 
 inline Tensor empty_matrix(int64_t rows, int64_t columns, DType dtype) {

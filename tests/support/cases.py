@@ -8,6 +8,7 @@
 as it stands, for tests that talk to an operator or a kernel and not to the public functions.
 """
 
+import math
 import zlib
 from dataclasses import dataclass
 
@@ -25,11 +26,11 @@ class Operands:
 @dataclass(frozen=True)
 class Case:
     name: str
-    x: tuple[int, ...]  # (N, C, H, W), or (C, H, W) for an unbatched input
-    w: tuple[int, int, int, int]  # (K, C/groups, R, S)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] | str = (0, 0)  # or "same", "valid"
-    dilation: tuple[int, int] = (1, 1)
+    x: tuple[int, ...]  # (N, C, H, W), or (C, H, W) for an unbatched input; of volumes (N, C, D, H, W), (C, D, H, W)
+    w: tuple[int, ...]  # (K, C/groups, R, S), of volumes (K, C/groups, T, R, S)
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] | str = (0, 0)  # or "same", "valid"
+    dilation: tuple[int, ...] = (1, 1)
     groups: int = 1
     bias: bool = False
     # How each operand lies in memory: a key of MEMORY. The values are the same whichever it is, but for "expanded".
@@ -41,56 +42,54 @@ class Case:
         return self.name
 
     @property
+    def axes(self):
+        return len(self.w) - 2
+
+    @property
     def arguments(self):
         """What follows (input, weight, bias) in F.conv2d: stride, padding, dilation, groups."""
         return self.stride, self.padding, self.dilation, self.groups
 
     @property
     def borders(self):
-        """Zeros at the (top, bottom, left, right). An odd number under "same" puts one more at the bottom and right."""
+        """Zeros (before, behind) along each axis. An odd number under "same" puts one more behind."""
         if self.padding == "valid":
-            return 0, 0, 0, 0
+            return ((0, 0),) * self.axes
         if self.padding == "same":
-            reach_h, reach_w = (d * (extent - 1) for d, extent in zip(self.dilation, self.w[2:], strict=True))
-            return reach_h // 2, reach_h - reach_h // 2, reach_w // 2, reach_w - reach_w // 2
-        (pad_h, pad_w) = self.padding
-        return pad_h, pad_h, pad_w, pad_w
+            reach = [d * (extent - 1) for d, extent in zip(self.dilation, self.w[2:], strict=True)]
+            return tuple((n // 2, n - n // 2) for n in reach)
+        return tuple((n, n) for n in self.padding)
 
     @property
     def symmetric(self):
-        top, bottom, left, right = self.borders
-        return top == bottom and left == right
+        return all(before == behind for before, behind in self.borders)
 
     @property
     def geom(self):
-        """(stride, padding, dilation, groups) with the padding as a pair. Defined where `symmetric`."""
-        top, bottom, left, right = self.borders
+        """(stride, padding, dilation, groups) with the padding as numbers. Defined where `symmetric`."""
         assert self.symmetric, f"{self.name} pads its two sides differently: it is no single problem"
-        return self.stride, (top, left), self.dilation, self.groups
+        return self.stride, tuple(before for before, _ in self.borders), self.dilation, self.groups
 
     @property
     def batched_x(self):
-        return self.x if len(self.x) == 4 else (1, *self.x)
+        return self.x if len(self.x) == self.axes + 2 else (1, *self.x)
 
     @property
     def y(self):
         """Shape of the output, unbatched if the input is."""
-        top, bottom, left, right = self.borders
-        height, width = self.x[-2:]
-        k, _, r, s = self.w
-        p = (height + top + bottom - self.dilation[0] * (r - 1) - 1) // self.stride[0] + 1
-        q = (width + left + right - self.dilation[1] * (s - 1) - 1) // self.stride[1] + 1
-        return (*self.x[:-3], k, p, q)
+        axes = zip(self.x[-self.axes :], self.borders, self.w[2:], self.stride, self.dilation, strict=True)
+        size = [(n + sum(border) - d * (taps - 1) - 1) // step + 1 for n, border, taps, step, d in axes]
+        return (*self.x[: -self.axes - 1], self.w[0], *size)
 
     def gemm_k(self, pass_):
         """Length of the sum behind one element of the result of `pass_`: "fprop", "dgrad", "wgrad" or "dbias"."""
-        k, c_per_group, r, s = self.w
-        p, q = self.y[-2:]
+        k, c_per_group, *taps = self.w
+        pixels = self.batched_x[0] * math.prod(self.y[-self.axes :])
         lengths = {
-            "fprop": r * s * c_per_group,
-            "dgrad": r * s * (k // self.groups),
-            "wgrad": self.batched_x[0] * p * q,
-            "dbias": self.batched_x[0] * p * q,
+            "fprop": math.prod(taps) * c_per_group,
+            "dgrad": math.prod(taps) * (k // self.groups),
+            "wgrad": pixels,
+            "dbias": pixels,
         }
         return lengths[pass_]
 
@@ -102,7 +101,7 @@ class Case:
 
         def draw(shape, memory):
             values = torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu")
-            return MEMORY[memory](values.to(device=device, dtype=dtype))
+            return MEMORY[memory](values.to(device=device, dtype=dtype), self.axes)
 
         return Operands(
             x=draw(self.x, self.x_memory),
@@ -112,48 +111,49 @@ class Case:
         )
 
 
-# Ways for a tensor to lie in memory: each takes a contiguous tensor and returns one of the same shape.
+# Ways for a tensor to lie in memory: each takes a contiguous tensor, and how many axes its pixels have, and returns one
+# of the same shape.
 
 
-def _channels_last(t):
-    """NHWC, also for one unbatched image."""
-    return t.movedim(-3, -1).contiguous().movedim(-1, -3)
+def _channels_last(t, axes=2):
+    """NHWC or NDHWC, also for one that is unbatched."""
+    return t.movedim(-axes - 1, -1).contiguous().movedim(-1, -axes - 1)
 
 
-def _transposed(t):
+def _transposed(t, axes=2):
     """Width and height exchanged in memory: neither NCHW nor NHWC."""
     return t.mT.contiguous().mT
 
 
-def _stepped(t):
+def _stepped(t, axes=2):
     """Every other column of a wider image: no dimension has stride 1."""
     wide = t.new_zeros((*t.shape[:-1], 2 * t.shape[-1]))
     wide[..., ::2] = t
     return wide[..., ::2]
 
 
-def _misaligned(t):
+def _misaligned(t, axes=2):
     """Starts one element past an aligned address."""
     flat = t.new_zeros(t.numel() + 1)
     flat[1:] = t.reshape(-1)
     return flat[1:].view(t.shape)
 
 
-def _window(t):
+def _window(t, axes=2):
     """The inside of a larger channels-last image: rows are further apart than they are long."""
     margin = t.new_zeros((*t.shape[:-2], t.shape[-2] + 3, t.shape[-1] + 2))
-    margin = _channels_last(margin)
+    margin = _channels_last(margin, axes)
     margin[..., 1:-2, 1:-1] = t
     return margin[..., 1:-2, 1:-1]
 
 
-def _expanded(t):
+def _expanded(t, axes=2):
     """One value at every place, all strides 0: the gradient that y.sum().backward() sends."""
     return t.new_full((), 0.75).expand(t.shape)
 
 
 MEMORY = {
-    "contiguous": lambda t: t,
+    "contiguous": lambda t, axes=2: t,
     "channels_last": _channels_last,
     "transposed": _transposed,
     "stepped": _stepped,

@@ -5,6 +5,7 @@ Each pass is the loop nest of its formula. The loop over the taps (r, s) is writ
 channels under it are one einsum. No convolution of PyTorch's takes part.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -12,12 +13,8 @@ import torch
 from torch.nn.functional import pad
 
 
-def _batched(t):
-    return t if t.dim() == 4 else t.unsqueeze(0)
-
-
 def _grouped(t, groups):
-    """(N, groups * channels, H, W) -> (N, groups, channels, H, W)."""
+    """(N, groups * channels, H, W) -> (N, groups, channels, H, W), and the same of volumes."""
     return t.unflatten(1, (groups, t.shape[1] // groups))
 
 
@@ -27,55 +24,57 @@ class Nest:
 
     case: object
 
+    def batched(self, t):
+        return t if t.dim() == self.case.axes + 2 else t.unsqueeze(0)
+
     def taps(self):
-        """Every tap with the rows and columns of the padded image that it meets, one for each output pixel."""
+        """Every tap (r, s) or (t, r, s) behind an ellipsis, and behind another the places of the padded image that it
+        meets, one for each output pixel."""
         case = self.case
-        p, q = case.y[-2:]
-        for r in range(case.w[2]):
-            for s in range(case.w[3]):
-                top, left = r * case.dilation[0], s * case.dilation[1]
-                rows = slice(top, top + (p - 1) * case.stride[0] + 1, case.stride[0])
-                columns = slice(left, left + (q - 1) * case.stride[1] + 1, case.stride[1])
-                yield r, s, rows, columns
+        for tap in itertools.product(*map(range, case.w[2:])):
+            axes = zip(tap, case.dilation, case.y[-case.axes :], case.stride, strict=True)
+            meets = [slice(at * d, at * d + (n - 1) * step + 1, step) for at, d, n, step in axes]
+            yield (..., *tap), (..., *meets)
 
     def padded(self, x):
-        top, bottom, left, right = self.case.borders
-        return _grouped(pad(_batched(x).double(), (left, right, top, bottom)), self.case.groups)
+        borders = [n for border in reversed(self.case.borders) for n in border]
+        return _grouped(pad(self.batched(x).double(), borders), self.case.groups)
 
     def fprop(self, x, w, bias=None):
         case = self.case
         x = self.padded(x)
         w = w.double().unflatten(0, (case.groups, -1))  # (G, K/G, C/G, R, S)
-        y = x.new_zeros((x.shape[0], *w.shape[:2], *case.y[-2:]))
-        for r, s, rows, columns in self.taps():
-            y += torch.einsum("ngchw,gkc->ngkhw", x[..., rows, columns], w[..., r, s])
+        y = x.new_zeros((x.shape[0], *w.shape[:2], *case.y[-case.axes :]))
+        for tap, meets in self.taps():
+            y += torch.einsum("ngc...,gkc->ngk...", x[meets], w[tap])
         y = y.flatten(1, 2)
         if bias is not None:
-            y = y + bias.double()[:, None, None]
+            y = y + bias.double().view(-1, *(1,) * case.axes)
         return y.reshape(case.y)
 
     def dgrad(self, dy, w):
         case = self.case
-        dy = _grouped(_batched(dy).double(), case.groups)
+        dy = _grouped(self.batched(dy).double(), case.groups)
         w = w.double().unflatten(0, (case.groups, -1))
-        top, bottom, left, right = case.borders
-        n, c, height, width = case.batched_x
-        dx = dy.new_zeros((n, case.groups, c // case.groups, height + top + bottom, width + left + right))
-        for r, s, rows, columns in self.taps():
-            dx[..., rows, columns] += torch.einsum("ngkhw,gkc->ngchw", dy, w[..., r, s])
-        return dx[..., top : top + height, left : left + width].reshape(case.x)
+        n, c, *size = case.batched_x
+        wide = [extent + sum(border) for extent, border in zip(size, case.borders, strict=True)]
+        dx = dy.new_zeros((n, case.groups, c // case.groups, *wide))
+        for tap, meets in self.taps():
+            dx[meets] += torch.einsum("ngk...,gkc->ngc...", dy, w[tap])
+        inside = [slice(before, before + extent) for extent, (before, _) in zip(size, case.borders, strict=True)]
+        return dx[(..., *inside)].reshape(case.x)
 
     def wgrad(self, dy, x):
         case = self.case
         x = self.padded(x)
-        dy = _grouped(_batched(dy).double(), case.groups)
+        dy = _grouped(self.batched(dy).double(), case.groups)
         dw = x.new_zeros((case.groups, case.w[0] // case.groups, *case.w[1:]))
-        for r, s, rows, columns in self.taps():
-            dw[..., r, s] = torch.einsum("ngkhw,ngchw->gkc", dy, x[..., rows, columns])
+        for tap, meets in self.taps():
+            dw[tap] = torch.einsum("ngkp,ngcp->gkc", dy.flatten(3), x[meets].flatten(3))
         return dw.reshape(case.w)
 
     def dbias(self, dy):
-        return _batched(dy).double().sum((0, 2, 3))
+        return self.batched(dy).double().sum((0, *range(2, self.case.axes + 2)))
 
     def expected(self, operands):
         """{pass: Expected} for fprop (with the bias), dgrad, wgrad, and dbias where the case has one."""

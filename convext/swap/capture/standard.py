@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..conv_forward import ConvForward
+from ..conv_forward import own_method
 from ..refusal import ForNow
 from .facts import ABSENT, PLAIN, Facts
 
@@ -128,11 +128,7 @@ def is_standard(module: nn.Module, children: Iterable[str] = ()) -> bool:
     for name, value in attributes.items():
         if any(hasattr(type(base.__dict__.get(name)), "__set__") for base in kind.__mro__):
             return False  # a property of the class hides it
-        if (
-            callable(value)
-            and hasattr(kind, name)
-            and not (name == "_conv_forward" and type(value) is ConvForward and value.is_of(module))
-        ):
+        if callable(value) and hasattr(kind, name) and not is_swaps(module, name, value):
             return False
     for base, (parameters, buffers) in _TENSORS.items():
         if isinstance(module, base):
@@ -146,6 +142,12 @@ def is_standard(module: nn.Module, children: Iterable[str] = ()) -> bool:
                 for name in names
             ) and not any(name in module._buffers for name in parameters)
     return True
+
+
+def is_swaps(module: nn.Module, name: str, value: object) -> bool:
+    """True of what a swap has put into this convolution's dictionary, and not into that of another whose it shares."""
+    place, own = own_method(module)
+    return own is not None and name == place and own is value and own.is_of(module)
 
 
 def _goes_by_its_library(kind: type) -> bool:

@@ -460,7 +460,8 @@ class Trace:
         if listens["_forward_hooks"] or listens["_forward_pre_hooks"]:
             effect = "has hooks"
         elif not calls_forward or own is not ABSENT and not isinstance(own, ForwardMethod):
-            effect = "is called in a way of its own"
+            if not calls_forward or not standard.is_swaps(module, "forward", own):
+                effect = "is called in a way of its own"
         if effect is None and isinstance(own, ForwardMethod):
             plan = None if signature is None else own.plan(module, signature)
             if plan is None:

@@ -56,7 +56,8 @@ class _ChannelOp(Op):
             or (filters := self.filters(before, tensors)) is None
         ):
             return None
-        problem = ConvProblem(*before.y_shape, *filters, before.dtype, before.y_layout, Layout.NHWC, before.device)
+        n, c, h, w = before.y_shape
+        problem = ConvProblem(n, c, h, w, *filters, before.dtype, before.y_layout, Layout.NHWC, before.device)
         if self.kind is StepKind.CONVOLUTION:
             self.choice = backends.select(Pass.FPROP, problem, alone=False)
         return Step(problem, self.activation, residual, tuple(t is not None for t in tensors), self.kind)
@@ -73,7 +74,7 @@ class Mean(_ChannelOp):
         return True
 
     def filters(self, before: ConvProblem, tensors: Tensors) -> Filters | None:
-        return before.k, *before.y_shape[2:], 1, 1, 0, 0, 1, 1, before.k
+        return before.k, before.p, before.q, 1, 1, 0, 0, 1, 1, before.k
 
 
 class LayerNorm(_ChannelOp):

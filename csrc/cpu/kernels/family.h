@@ -45,6 +45,12 @@ constexpr Variant cpu_variant(const char* name, Algorithm algorithm, Pass pass,
           workspace, nullptr,   nullptr,      nullptr, cost,      launch};
 }
 
+// The same of a kernel that takes three axes.
+constexpr Variant of_volumes(Variant v) {
+  v.volumes = true;
+  return v;
+}
+
 // The same over weights that Packing packs.
 template <class Packing>
 constexpr Variant packed_by(Variant v) {

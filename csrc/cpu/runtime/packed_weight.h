@@ -24,7 +24,7 @@
 
 namespace convext {
 
-// The weights as they lie: KCRS extents, strides in elements.
+// The weights as they lie: KCRS extents, strides in elements. Of a volume's filters, planes and rows are one axis, T * R.
 struct WeightView {
   const void* data;
   int64_t size[4], stride[4];
@@ -41,16 +41,17 @@ struct WeightView {
 // two passes name one order they share it.
 struct PackKey {
   const char* format;  // nullptr: the kernel reads KCRS as it is
-  int32_t c, k, r, s, groups;
+  int32_t c, k, t, r, s, groups;
   DType dtype;
   int64_t bytes;
 
   static PackKey of(const Variant& variant, const ConvProblem& p) {
     const char* const format = variant.pack_format == nullptr ? nullptr : variant.pack_format(p);
-    return {format, p.c, p.k, p.r, p.s, p.groups, p.dtype, format == nullptr ? 0 : variant.packed_size(p)};
+    return {format, p.c, p.k, p.t, p.r, p.s, p.groups, p.dtype, format == nullptr ? 0 : variant.packed_size(p)};
   }
   bool operator==(const PackKey& o) const {
-    return c == o.c && k == o.k && r == o.r && s == o.s && groups == o.groups && dtype == o.dtype && bytes == o.bytes &&
+    return c == o.c && k == o.k && t == o.t && r == o.r && s == o.s && groups == o.groups && dtype == o.dtype &&
+           bytes == o.bytes &&
            (format == o.format || (format != nullptr && o.format != nullptr && std::strcmp(format, o.format) == 0));
   }
 };

@@ -26,10 +26,11 @@ struct TapPacking {
   static constexpr auto pack = pack_taps<T>;
 };
 
-// What fprop and dgrad are; there is no epilogue in dgrad.
+// What fprop and dgrad are.
 template <class T>
 TapSum<T> tap_sum(const ConvProblem& p, const LaunchArgs& args, bool dgrad) {
-  return {height_of(p, dgrad),
+  return {depth_of(p, dgrad),
+          height_of(p, dgrad),
           width_of(p, dgrad),
           p.n,
           p.k,
@@ -37,15 +38,15 @@ TapSum<T> tap_sum(const ConvProblem& p, const LaunchArgs& args, bool dgrad) {
           static_cast<const T*>(args.a),
           static_cast<const compute_t<T>*>(args.b),
           static_cast<T*>(args.out),
-          dgrad ? Epilogue{} : args.epilogue};
+          args.epilogue};
 }
 
 // The Variant of fprop or dgrad.
 template <class T>
 constexpr Variant taps_variant(const char* name, Pass pass,
                                const char* (*launch)(const ConvProblem&, const LaunchArgs&)) {
-  return packed_by<TapPacking<T>>(
-      cpu_variant<T>(name, Algorithm::depthwise, pass, reject_unless_depthwise, launch, depthwise_cost));
+  return of_volumes(packed_by<TapPacking<T>>(
+      cpu_variant<T>(name, Algorithm::depthwise, pass, reject_unless_depthwise, launch, depthwise_cost)));
 }
 
 }  // namespace convext::CONVEXT_ISA

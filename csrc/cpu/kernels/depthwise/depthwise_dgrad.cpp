@@ -2,8 +2,8 @@
 //
 // Depthwise input gradient.
 //
-//   dx[n, h, w, c] = sum over the m filters k of c, and the taps (r, s) with h + pad - r*dil = p*stride (w likewise),
-//                    of dy[n, p, q, k] * w[k, r, s]
+//   dx[n, d, h, w, c] = sum over the m filters k of c, and the taps (t, r, s) with h + pad - r*dil = p*stride (d, w likewise),
+//                    of dy[n, z, p, q, k] * w[k, t, r, s]
 //
 // At stride 1 this is the forward pass with its taps walked backwards. At stride 2 each of the 2 x 2 classes of dx
 // pixels meets its own quarter of the taps (3 x 3: 2x2, 2x1, 1x2 and 1x1 of them), so that no product with an inserted

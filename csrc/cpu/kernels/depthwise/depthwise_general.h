@@ -14,18 +14,21 @@ CONVEXT_INLINE void general_sums(const Tile<T>& t, const Input& input, int64_t k
                                  VecOf<T> (&sums)[1][kGeneralColumns]) {
   CONVEXT_UNROLL
   for (int j = 0; j < kGeneralColumns; ++j) sums[0][j] = VecOf<T>::zero();
-  for (int32_t r = 0; r < t.taps_h; ++r) {
-    const int32_t h = t.row + r * t.tap_row_step;
-    if (!t.row_inside(h)) continue;
-    const T* const in = t.in + h * t.in_row + k;
-    for (int32_t s = 0; s < t.taps_w; ++s) {
-      const VecOf<T> tap = load(w + r * t.w_row + s * t.w_column);
-      const int32_t first = t.column + s * t.tap_column_step;
-      CONVEXT_UNROLL
-      for (int j = 0; j < kGeneralColumns; ++j) {
-        const int32_t column = first + j * t.column_step;
-        if (EDGE && (j >= t.valid || !t.column_inside(column))) continue;
-        sums[0][j] = fma(sums[0][j], input(in + column * t.in_column), tap);
+  const T* plane = t.in + k;
+  for (int32_t l = 0; l < t.taps_d; ++l, plane += t.in_plane, w += t.w_plane) {
+    for (int32_t r = 0; r < t.taps_h; ++r) {
+      const int32_t h = t.row + r * t.tap_row_step;
+      if (!t.row_inside(h)) continue;
+      const T* const in = plane + h * t.in_row;
+      for (int32_t s = 0; s < t.taps_w; ++s) {
+        const VecOf<T> tap = load(w + r * t.w_row + s * t.w_column);
+        const int32_t first = t.column + s * t.tap_column_step;
+        CONVEXT_UNROLL
+        for (int j = 0; j < kGeneralColumns; ++j) {
+          const int32_t column = first + j * t.column_step;
+          if (EDGE && (j >= t.valid || !t.column_inside(column))) continue;
+          sums[0][j] = fma(sums[0][j], input(in + column * t.in_column), tap);
+        }
       }
     }
   }

@@ -24,7 +24,7 @@ Axis walked(const AxisClasses& classes, int32_t index) { return classes.at(index
 template <class T>
 void pack_taps(const ConvProblem& problem, const void* w, void* packed, const Parallel& parallel) {
   constexpr int64_t width = VecOf<T>::width;
-  const int64_t k = problem.k, taps = int64_t{problem.r} * problem.s;
+  const int64_t k = problem.k, taps = problem.taps();
   const T* const from = static_cast<const T*>(w);
   parallel.for_each(tap_blocks(k, width), [&](int64_t block) {
     const int64_t begin = tap_block_begin(block, k, width);
@@ -87,6 +87,12 @@ bool pairs_rows(const TapSum<T>& sum, const Axis& h, const Axis& w) {
 }
 
 template <class T>
+Tiles<T> general_tiles_for(const TapSum<T>& sum) {
+  if (sum.multiplier > 1) return general_tiles<T, SpreadInput<T>>();
+  return sum.k < VecOf<T>::width ? general_tiles<T, PartInput<T>>() : general_tiles<T, WholeInput<T>>();
+}
+
+template <class T>
 Tiles<T> tiles_for(const TapSum<T>& sum, const Axis& w, bool two_rows) {
   if (has_window_tile(sum, w)) {
     if (w.in_step == 2) {
@@ -103,11 +109,17 @@ Tiles<T> tiles_for(const TapSum<T>& sum, const Axis& w, bool two_rows) {
       default: return two_rows ? window_tiles<T, 7, 1, kTileRows>() : window_tiles<T, 7, 1, 1>();
     }
   }
-  if (sum.multiplier > 1) return general_tiles<T, SpreadInput<T>>();
-  return sum.k < VecOf<T>::width ? general_tiles<T, PartInput<T>>() : general_tiles<T, WholeInput<T>>();
+  return general_tiles_for(sum);
 }
 
 // ---- rows ----
+
+// Where an output row lies: image, class and index of the plane, class and index of the row.
+struct RowPlace {
+  int64_t n;
+  Axis d, h;
+  int32_t l, i;
+};
 
 // One or two output rows of a class, all column classes, a range of blocks.
 template <class T>
@@ -119,30 +131,55 @@ struct RowTask {
   explicit RowTask(const TapSum<T>& s)
       : sum(s),
         epilogue(s.epilogue),
-        streams((double(s.h.in) * s.w.in / s.multiplier + double(s.h.out) * s.w.out) * s.n * s.k * sizeof(T) >
+        streams((double(s.d.in) * s.h.in * s.w.in / s.multiplier + double(s.d.out) * s.h.out * s.w.out) * s.n * s.k *
+                    sizeof(T) >
                 kStreamBytes) {}
 
+  // Output row `row` of a plane of all images.
+  RowPlace place(int64_t plane, int32_t row) const {
+    const int32_t l = static_cast<int32_t>(plane % sum.d.out), d_classes = sum.d.count(), h_classes = sum.h.count();
+    return {plane / sum.d.out, walked(sum.d, l % d_classes), walked(sum.h, row % h_classes), l / d_classes,
+            row / h_classes};
+  }
+
+  // Which taps of an output's plane are inside the input: they ascend.
+  struct Planes {
+    int32_t first, count;
+  };
+  static Planes inside(const RowPlace& at) {
+    int32_t first = 0, end = at.d.taps;
+    while (first < end && at.d.input(at.l, first) < 0) ++first;
+    while (end > first && at.d.input(at.l, end - 1) >= at.d.in) --end;
+    return {first < end ? first : 0, end - first};
+  }
+
   // The part of a tile that the row decides. Strides are in elements; `out_channels` a pixel of the output.
-  Tile<T> tile(const Axis& h, const Axis& w, int64_t n, int32_t i, int64_t in_channels, int64_t out_channels) const {
+  Tile<T> tile(const RowPlace& at, const Axis& w, int64_t in_channels, int64_t out_channels) const {
     constexpr int64_t width = VecOf<T>::width;
+    const Axis &d = at.d, &h = at.h;
     Tile<T> t{epilogue};
-    const int64_t taps_w = sum.w.taps;
+    const int64_t taps_w = sum.w.taps, taps_hw = sum.h.taps * taps_w;
     t.in_column = in_channels;
     t.in_row = t.in_column * sum.w.in;
-    t.in = sum.in + n * sum.h.in * t.in_row;
-    t.w_block = int64_t{sum.h.taps} * taps_w * width;
-    t.packed = sum.packed + (int64_t{h.tap_first} * taps_w + w.tap_first) * width;
+    const Planes planes = inside(at);
+    t.in_plane = t.in_row * sum.h.in * d.in_tap_step;
+    const int32_t plane = planes.count > 0 ? d.input(at.l, planes.first) : 0;
+    t.in = sum.in + (at.n * sum.d.in + plane) * sum.h.in * t.in_row;
+    t.w_block = sum.d.taps * taps_hw * width;
+    t.packed = sum.packed + (d.tap(planes.first) * taps_hw + h.tap_first * taps_w + w.tap_first) * width;
+    t.w_plane = d.tap_step * taps_hw * width;
     t.w_row = int64_t{h.tap_step} * taps_w * width;
     t.w_column = int64_t{w.tap_step} * width;
     t.out_column = int64_t{w.out_step} * out_channels;
     t.out_row = int64_t{h.out_step} * sum.w.out * out_channels;
-    t.row = h.in_first + i * h.in_step;
+    t.row = h.in_first + at.i * h.in_step;
     t.rows = h.in;
     t.columns = w.in;
     t.row_step = h.in_step;
     t.column_step = w.in_step;
     t.tap_row_step = h.in_tap_step;
     t.tap_column_step = w.in_tap_step;
+    t.taps_d = planes.count;
     t.taps_h = h.taps;
     t.taps_w = w.taps;
     t.k = sum.k;
@@ -151,9 +188,9 @@ struct RowTask {
     return t;
   }
 
-  int64_t out_offset(const Axis& h, const Axis& w, int64_t n, int32_t i, int32_t j, int64_t channels) const {
-    const int64_t row = h.out_first + int64_t{i} * h.out_step, column = w.out_first + int64_t{j} * w.out_step;
-    return ((n * sum.h.out + row) * sum.w.out + column) * channels;
+  int64_t out_offset(const RowPlace& at, const Axis& w, int32_t j, int64_t channels) const {
+    const int64_t plane = at.n * sum.d.out + at.d.output(at.l), row = at.h.output(at.i), column = w.output(j);
+    return ((plane * sum.h.out + row) * sum.w.out + column) * channels;
   }
 
   // Whether every column that the tile reads for `columns` outputs from j on is inside the image.
@@ -169,25 +206,24 @@ struct RowTask {
   static void read_below(const Tile<T>& t, bool two_rows) {
     const int32_t rows = two_rows ? 2 * t.row_step : t.row_step;
     const int32_t next = t.row + (t.taps_h - 1) * t.tap_row_step + rows - t.row_step + 1;
-    if (next < 0 || next + rows > t.rows) return;
-    const T* const from = t.in + next * t.in_row;
+    if (t.taps_d == 0 || next < 0 || next + rows > t.rows) return;
+    const T* const from = t.in + (t.taps_d - 1) * t.in_plane + next * t.in_row;  // other planes have been read before
     for (int64_t i = 0; i < rows * t.in_row; i += 64 / sizeof(T)) {
       asm volatile("" : : "r"(*reinterpret_cast<const char*>(from + i)));
     }
   }
 
-  void run(int64_t n, const Axis& h, int32_t i, bool two_rows, int32_t block_begin, int32_t block_end) const {
+  void run(const RowPlace& at, bool two_rows, int32_t block_begin, int32_t block_end) const {
     for (int32_t index = 0; index < sum.w.count(); ++index) {
       const Axis w = walked(sum.w, index);
-      if (w.taps == 0 || h.taps == 0) {
-        clear(n, h, w, i, block_begin, block_end);
-        continue;
-      }
-      const Tiles<T> tiles = tiles_for(sum, w, two_rows);
-      Tile<T> t = tile(h, w, n, i, sum.k / sum.multiplier, sum.k);
+      Tile<T> t = tile(at, w, sum.k / sum.multiplier, sum.k);
+      // In dgrad with a stride above the filter's extent there are outputs that no tap reaches: the epilogue of zero.
+      const bool reached = at.d.taps > 0 && at.h.taps > 0 && w.taps > 0;
+      const Tiles<T> tiles = reached ? tiles_for(sum, w, two_rows) : general_tiles_for(sum);
+      if (!reached) t.taps_d = 0;
       t.block_begin = block_begin;
       t.block_end = block_end;
-      if (streams && index == 0 && block_begin == 0) read_below(t, two_rows);
+      if (streams && reached && index == 0 && block_begin == 0) read_below(t, two_rows);
       for (int32_t j = 0; j < w.count;) {
         const int32_t left = w.count - j;
         const bool narrow = left <= tiles.narrow || left == 2 * tiles.narrow;
@@ -199,23 +235,12 @@ struct RowTask {
           ++t.tiles;
         }
         t.column = w.in_first + j * w.in_step;
-        const int64_t at = out_offset(h, w, n, i, j, sum.k);
-        t.out = sum.out + at;
-        t.residual = epilogue.residual ? epilogue.residual + at : nullptr;
+        const int64_t offset = out_offset(at, w, j, sum.k);
+        t.out = sum.out + offset;
+        t.residual = epilogue.residual ? epilogue.residual + offset : nullptr;
         tiles.run[narrow][edge](t);
         j += t.tiles * columns;
       }
-    }
-  }
-
-  // Outputs that no tap reaches, in dgrad with a stride above the filter's extent. There is no epilogue in dgrad.
-  void clear(int64_t n, const Axis& h, const Axis& w, int32_t i, int32_t block_begin, int32_t block_end) const {
-    constexpr int64_t width = VecOf<T>::width;
-    const int64_t begin = tap_block_begin(block_begin, sum.k, width);
-    const int64_t last = tap_block_begin(block_end - 1, sum.k, width) + width, end = last < sum.k ? last : sum.k;
-    for (int32_t j = 0; j < w.count; ++j) {
-      T* const out = sum.out + out_offset(h, w, n, i, j, sum.k);
-      for (int64_t k = begin; k < end; ++k) out[k] = T{};
     }
   }
 };
@@ -224,8 +249,8 @@ constexpr double kSerialFlops = 2e5;  // below, threads cost more than they brin
 
 template <class T>
 Parallel threads_for(const TapSum<T>& sum, const Parallel& parallel) {
-  const double outputs = double(sum.n) * sum.h.out * sum.w.out * sum.k;
-  const double taps = double(sum.h.taps) * sum.w.taps / sum.h.count() / sum.w.count();
+  const double outputs = double(sum.n) * sum.d.out * sum.h.out * sum.w.out * sum.k;
+  const double taps = double(sum.d.taps) * sum.h.taps * sum.w.taps / sum.d.count() / sum.h.count() / sum.w.count();
   return {parallel.run, outputs * taps * 2 < kSerialFlops ? 1 : parallel.threads};
 }
 
@@ -239,7 +264,8 @@ void sum_taps(const TapSum<T>& sum, const Parallel& all_threads) {
   const bool pairs = sum.h.count() == 1 && sum.w.count() == 1 && pairs_rows(sum, walked(sum.h, 0), walked(sum.w, 0));
   const int64_t row_tasks = pairs ? (sum.h.out + 1) / 2 : sum.h.out;
   // Channels are split where rows are few; never below two blocks, since the last one overlaps its neighbour.
-  const int64_t blocks = tap_blocks(sum.k, VecOf<T>::width), tasks = sum.n * row_tasks;
+  const int64_t blocks = tap_blocks(sum.k, VecOf<T>::width);
+  const int64_t planes = int64_t{sum.n} * sum.d.out, tasks = planes * row_tasks;
   if (tasks == 0) return;
   int64_t splits = parallel.threads <= 1 ? 1 : (4 * parallel.threads + tasks - 1) / tasks;
   if (splits > blocks / 2) splits = blocks / 2;
@@ -249,14 +275,24 @@ void sum_taps(const TapSum<T>& sum, const Parallel& all_threads) {
     const int64_t split = item / tasks, task = item % tasks;
     const int32_t begin = static_cast<int32_t>(split * blocks / splits);
     const int32_t end = static_cast<int32_t>((split + 1) * blocks / splits);
-    const int64_t n = task / row_tasks;
     const int32_t row = static_cast<int32_t>(task % row_tasks);
-    const int32_t stride = sum.h.count();
-    const Axis h = walked(sum.h, row % stride);
-    if (!pairs) return rows.run(n, h, row / stride, false, begin, end);
-    rows.run(n, h, 2 * row, 2 * row + 1 < sum.h.out, begin, end);
+    if (!pairs) return rows.run(rows.place(task / row_tasks, row), false, begin, end);
+    rows.run(rows.place(task / row_tasks, 2 * row), 2 * row + 1 < sum.h.out, begin, end);
   });
 }
+
+namespace {
+
+// sum * scale + shift + residual of the channels from c on, which lie from element `at` of the output on.
+template <class T>
+VecOf<T> biased(const TileEpilogue<T>& e, VecOf<T> sum, int64_t c, int64_t at, int64_t count) {
+  const Lanes<compute_t<T>> lanes(count);
+  if (e.scale) sum = sum * load(e.scale + c, lanes);
+  if (e.shift) sum = sum + load(e.shift + c, lanes);
+  return e.residual ? sum + load_as(e.residual + at, count) : sum;
+}
+
+}  // namespace
 
 template <class T>
 void sum_taps_and_filters(const TapSum<T>& sum, const Parallel& all_threads) {
@@ -264,17 +300,15 @@ void sum_taps_and_filters(const TapSum<T>& sum, const Parallel& all_threads) {
   const Parallel parallel = threads_for(sum, all_threads);
   const RowTask<T> rows(sum);
   const int64_t m = sum.multiplier, channels = sum.k / m;
-  parallel.for_each(int64_t{sum.n} * sum.h.out, [&](int64_t task) {
-    const int64_t n = task / sum.h.out;
-    const int32_t row = static_cast<int32_t>(task % sum.h.out), i = row / sum.h.count();
-    const Axis h = walked(sum.h, row % sum.h.count());
+  parallel.for_each(int64_t{sum.n} * sum.d.out * sum.h.out, [&](int64_t task) {
+    const RowPlace at = rows.place(task / sum.h.out, static_cast<int32_t>(task % sum.h.out));
     for (int32_t index = 0; index < sum.w.count(); ++index) {
       const Axis w = walked(sum.w, index);
-      Tile<T> t = rows.tile(h, w, n, i, sum.k, channels);
+      Tile<T> t = rows.tile(at, w, sum.k, channels);
       for (int32_t j = 0; j < w.count; j += kGeneralColumns) {
         t.valid = w.count - j < kGeneralColumns ? w.count - j : kGeneralColumns;
         t.column = w.in_first + j * w.in_step;
-        T* const out = sum.out + rows.out_offset(h, w, n, i, j, channels);
+        const int64_t offset = rows.out_offset(at, w, j, channels);
         for (int64_t c = 0; c < channels; c += kChannels) {
           const int64_t count = channels - c < kChannels ? channels - c : kChannels;
           compute_t<T> totals[kGeneralColumns][kChannels] = {};
@@ -292,11 +326,15 @@ void sum_taps_and_filters(const TapSum<T>& sum, const Parallel& all_threads) {
               for (int x = 0; x < kGeneralColumns; ++x) totals[x][(k + lane) / m - c] += sums[0][x].v[lane];
             }
           }
-          for (int32_t x = 0; x < t.valid; ++x) {
-            for (int64_t l = 0; l < count; l += width) {
-              store_as(out + x * t.out_column + c + l, load(totals[x] + l), count - l);
+          visit_activation<VecOf<T>>(rows.epilogue.activation, [&](auto act) {
+            for (int32_t x = 0; x < t.valid; ++x) {
+              for (int64_t l = 0; l < count; l += width) {
+                const int64_t to = offset + x * t.out_column + c + l;
+                store_as(sum.out + to, act.forward(biased(rows.epilogue, load(totals[x] + l), c + l, to, count - l)),
+                         count - l);
+              }
             }
-          }
+          });
         }
       }
     }

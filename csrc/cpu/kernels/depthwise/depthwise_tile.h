@@ -26,19 +26,19 @@ struct TileEpilogue {
 template <class T>
 struct Tile {
   TileEpilogue<T> epilogue;
-  const T* in;                 // image n, channel 0
-  const compute_t<T>* packed;  // tap (h.tap_first, w.tap_first) of block 0
-  T* out;                      // first output of the tile, channel 0
-  const T* residual;           // as out, or nullptr
-  int64_t in_row, in_column, out_row, out_column;
-  int64_t w_row, w_column, w_block;
+  const T* in;                                               // image n, the first plane that a tap meets, channel 0
+  const compute_t<T>* packed;                                // of block 0, the first tap of that plane
+  T* out;                                                    // first output of the tile, channel 0
+  const T* residual;                                         // as out, or nullptr
+  int64_t in_plane, in_row, in_column, out_row, out_column;  // in_plane: between planes that taps meet
+  int64_t w_plane, w_row, w_column, w_block;
   int32_t row, column, rows, columns;  // first input row and column (may be negative), and the input's extents
   int32_t row_step, column_step;       // between outputs
   int32_t tap_row_step, tap_column_step;
-  int32_t taps_h, taps_w;
-  int32_t valid;  // columns of the tile that exist
-  int32_t tiles;  // that many side by side
-  bool streams;   // input and output come from memory, not from a cache
+  int32_t taps_d, taps_h, taps_w;  // taps_d: those inside the input alone
+  int32_t valid;                   // columns of the tile that exist
+  int32_t tiles;                   // that many side by side
+  bool streams;                    // input and output come from memory, not from a cache
   int32_t block_begin, block_end;
   int64_t k;
   int32_t multiplier;

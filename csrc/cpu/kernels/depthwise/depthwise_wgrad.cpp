@@ -1,6 +1,6 @@
 // Depthwise weight gradient.
 //
-//   dw[k, r, s] = sum_{n, p, q} dy[n, p, q, k] * x[n, p*stride - pad + r*dil, q*stride - pad + s*dil, k / m]
+//   dw[k, t, r, s] = sum_{n, z, p, q} dy[n, z, p, q, k] * x[n, z*stride - pad + t*dil, p*.. + r*.., q*.. + s*.., k / m]
 //
 // Tile: KR filter rows x S taps x W channels of dw in registers, walking along one row of dy in steps of 7 pixels:
 //
@@ -12,7 +12,7 @@
 // with 16 registers: 9 + 4 + 1, 10 + 4 + 1, 7 + 7 + 1. Loads per FMA: 34/63, 40/105, 33/98. Filter rows and columns
 // that meet the padding are skipped.
 //
-// The rows of dy (N * P) are cut into slabs by the shape alone. Each slab has its own sums, which stay in the caches
+// The rows of dy (N * Z * P) are cut into slabs by the shape alone. Each slab has its own sums, which stay in the caches
 // while memory is walked row by row in its own order; at the end slabs are added up in their order. Threads share out
 // slabs and blocks of channels: the result does not depend on them.
 //
@@ -33,14 +33,14 @@ constexpr double kSerialFlops = 2e5;       // below, threads cost more than they
 constexpr double kStreamBytes = 16 << 20;  // dy and x together: more than a cache keeps for one operation
 
 int64_t slabs_of(const ConvProblem& p) {
-  const int64_t rows = int64_t{p.n} * p.p(), wanted = rows * p.q() / kSlabPixels;
+  const int64_t rows = int64_t{p.n} * p.z() * p.p(), wanted = rows * p.q() / kSlabPixels;
   const int64_t most = rows < kMaxSlabs ? rows : kMaxSlabs;
   return wanted < 1 ? 1 : wanted > most ? most : wanted;
 }
 
 template <class T>
 int64_t slab_size(const ConvProblem& p) {
-  return tap_blocks(p.k, Vec<T>::width) * Vec<T>::width * p.r * p.s;
+  return tap_blocks(p.k, Vec<T>::width) * Vec<T>::width * p.taps();
 }
 
 template <class T>
@@ -48,11 +48,11 @@ int64_t workspace(const ConvProblem& p, int32_t) {
   return slabs_of(p) * slab_size<T>(p) * int64_t{sizeof(T)};
 }
 
-// One row of dy against the input rows that its filter rows meet, one block of channels.
+// One row of dy against the input rows that its filter rows meet in one plane, one block of channels.
 template <class T>
 struct Row {
-  const T *dy, *x;  // row p of dy; image n; both at the block's first channel
-  T* dw;            // the block's sums, [r][s][W]
+  const T *dy, *x;  // row p of dy; a plane of image n; both at the block's first channel
+  T* dw;            // the block's sums of a plane of the filter, [r][s][W]
   int64_t dy_column, x_column, x_row;
   int32_t h;  // input row of filter row 0; may be outside
   const ConvProblem* problem;
@@ -211,8 +211,8 @@ const char* launch(const ConvProblem& problem, const LaunchArgs& args) {
   const Parallel parallel{args.parallel->run, p.flops() < kSerialFlops ? 1 : args.parallel->threads};
   const T *const dy = static_cast<const T*>(args.a), *const x = static_cast<const T*>(args.b);
   T *const dw = static_cast<T*>(args.out), *const partial = static_cast<T*>(args.workspace);
-  const int64_t slabs = slabs_of(p), blocks = tap_blocks(p.k, width), taps = int64_t{p.r} * p.s;
-  const int64_t rows = int64_t{p.n} * p.p(), size = slab_size<T>(p);
+  const int64_t slabs = slabs_of(p), blocks = tap_blocks(p.k, width), taps = p.taps();
+  const int64_t rows = int64_t{p.n} * p.z() * p.p(), size = slab_size<T>(p), plane_taps = int64_t{p.r} * p.s;
   const RowFunction<T> add_row = row_function<T>(p);
   const bool streams = double(p.x_size() + p.y_size()) * sizeof(T) > kStreamBytes;
 
@@ -224,7 +224,8 @@ const char* launch(const ConvProblem& problem, const LaunchArgs& args) {
     T* const sums = partial + slab * size;
     for (int64_t i = first * taps * width; i < last * taps * width; ++i) sums[i] = T(0);
     for (int64_t row = slab * rows / slabs; row < (slab + 1) * rows / slabs; ++row) {
-      const int64_t n = row / p.p();
+      const int64_t n = row / p.p() / p.z();
+      const int32_t z = static_cast<int32_t>(row / p.p() % p.z());
       Row<T> r{};
       r.dy_column = p.k;
       r.x_column = p.c;
@@ -235,9 +236,13 @@ const char* launch(const ConvProblem& problem, const LaunchArgs& args) {
       for (int64_t block = first; block < last; ++block) {
         r.k = tap_block_begin(block, p.k, width);
         r.dy = dy + row * p.q() * p.k + r.k;
-        r.x = x + n * p.h * r.x_row + r.k;
-        r.dw = sums + block * taps * width;
-        add_row(r);
+        for (int32_t t = 0; t < p.t; ++t) {
+          const int32_t d = p.d_of(z, t);
+          if (d < 0 || d >= p.d) continue;
+          r.x = x + (n * p.d + d) * p.h * r.x_row + r.k;
+          r.dw = sums + (block * taps + t * plane_taps) * width;
+          add_row(r);
+        }
       }
     }
   });
@@ -260,5 +265,5 @@ const char* launch(const ConvProblem& problem, const LaunchArgs& args) {
 }  // namespace convext::CONVEXT_ISA
 
 CONVEXT_DEFINE_VARIANTS(wgrad_depthwise,
-                        cpu_variant<T>(name, Algorithm::depthwise, Pass::kWgrad, reject_unless_depthwise, launch<T>,
-                                       depthwise_cost, workspace<T>))
+                        of_volumes(cpu_variant<T>(name, Algorithm::depthwise, Pass::kWgrad, reject_unless_depthwise,
+                                                  launch<T>, depthwise_cost, workspace<T>)))

@@ -59,17 +59,12 @@ CONVEXT_INLINE void prefetch_outputs_below(const Tile<T>& t, int64_t k, int64_t 
   }
 }
 
-template <class T, int S, int STEP, int TH, int TW, bool EDGE>
-CONVEXT_INLINE void window_block(const Tile<T>& t, int64_t block) {
+// The rows of one plane of the input, at `in`, from t.row on, and of one plane of the filters.
+template <int S, int STEP, int TH, int TW, bool EDGE, class T>
+CONVEXT_INLINE void add_plane(const Tile<T>& t, const T* in, const compute_t<T>* w, VecOf<T> (&sums)[TH][TW]) {
   constexpr int kLag = STEP;  // filter rows by which the lower outputs lag behind the upper ones
-  const int64_t k = tap_block_begin(block, t.k, VecOf<T>::width);
-  const compute_t<T>* w = t.packed + block * t.w_block;
-  if (t.streams) prefetch_outputs_below<TH, TW>(t, k, block);
-  VecOf<T> sums[TH][TW];
-  unrolled<TH, TW>([&](int i, int j) CONVEXT_LAMBDA_INLINE { sums[i][j] = VecOf<T>::zero(); });
   int32_t h = t.row, r = 0;
   const int64_t in_step = t.tap_row_step * t.in_row;
-  const T* in = t.in + k + h * t.in_row + t.column * t.in_column;
   auto next = [&]() __attribute__((always_inline)) { ++r, h += t.tap_row_step, in += in_step, w += t.w_row; };
   if constexpr (TH == 1) {
     for (; r < t.taps_h; next()) {
@@ -85,6 +80,19 @@ CONVEXT_INLINE void window_block(const Tile<T>& t, int64_t block) {
     for (; r < t.taps_h + kLag; next()) {
       if (t.row_inside(h)) add_row<S, STEP, TH, TW, EDGE, false, true>(t, in, w, w - kLag * t.w_row, sums);
     }
+  }
+}
+
+template <class T, int S, int STEP, int TH, int TW, bool EDGE>
+CONVEXT_INLINE void window_block(const Tile<T>& t, int64_t block) {
+  const int64_t k = tap_block_begin(block, t.k, VecOf<T>::width);
+  const compute_t<T>* w = t.packed + block * t.w_block;
+  if (t.streams) prefetch_outputs_below<TH, TW>(t, k, block);
+  VecOf<T> sums[TH][TW];
+  unrolled<TH, TW>([&](int i, int j) CONVEXT_LAMBDA_INLINE { sums[i][j] = VecOf<T>::zero(); });
+  const T* in = t.in + k + t.row * t.in_row + t.column * t.in_column;
+  for (int32_t l = 0; l < t.taps_d; ++l, in += t.in_plane, w += t.w_plane) {
+    add_plane<S, STEP, TH, TW, EDGE>(t, in, w, sums);
   }
   finish<TH, TW, EDGE>(t, k, sums);
 }

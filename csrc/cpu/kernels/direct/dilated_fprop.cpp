@@ -6,5 +6,6 @@
 #include "cpu/kernels/gemm/gemm_passes.h"
 #include "direct.h"
 
-CONVEXT_DEFINE_VARIANTS(fprop_dilated, packed_variant<T, GemmFprop<T, true>>(name, Algorithm::dilated, Pass::kFprop,
-                                                                             reject_undilated, dilated_cost))
+CONVEXT_DEFINE_VARIANTS(fprop_dilated,
+                        of_volumes(packed_variant<T, GemmFprop<T, true>>(name, Algorithm::dilated, Pass::kFprop,
+                                                                         reject_undilated, dilated_cost)))

@@ -3,5 +3,6 @@
 #include "cpu/kernels/gemm/gemm_wgrad.h"
 #include "direct.h"
 
-CONVEXT_DEFINE_VARIANTS(wgrad_dilated, cpu_variant<T>(name, Algorithm::dilated, Pass::kWgrad, reject_undilated,
-                                                      wgrad_launch<T>, dilated_cost, wgrad_workspace<T>))
+CONVEXT_DEFINE_VARIANTS(wgrad_dilated,
+                        of_volumes(cpu_variant<T>(name, Algorithm::dilated, Pass::kWgrad, reject_undilated,
+                                                  wgrad_launch<T>, dilated_cost, wgrad_workspace<T>)))

@@ -32,7 +32,8 @@ inline double share_inside(const Axis& axis) {
 constexpr double kDilatedSetUp = 0.02, kDilatedPerShare = 1.1, kDilatedMost = 0.99;
 
 inline double dilated_cost(const Variant& v, const ConvProblem& p) {
-  const double share = share_inside(height_of(p, false).at(0)) * share_inside(width_of(p, false).at(0));
+  const double share = share_inside(depth_of(p, false).at(0)) * share_inside(height_of(p, false).at(0)) *
+                       share_inside(width_of(p, false).at(0));
   const double per_flop = kDilatedSetUp + kDilatedPerShare * share;
   return cost_of(v, p, per_flop < kDilatedMost ? per_flop : kDilatedMost);
 }

@@ -9,5 +9,6 @@
 #include "cpu/kernels/gemm/gemm_passes.h"
 #include "direct.h"
 
-CONVEXT_DEFINE_VARIANTS(dgrad_direct, packed_variant<T, GemmDgrad<T, false>>(name, Algorithm::direct, Pass::kDgrad,
-                                                                             reject_none, direct_cost))
+CONVEXT_DEFINE_VARIANTS(dgrad_direct,
+                        of_volumes(packed_variant<T, GemmDgrad<T, false>>(name, Algorithm::direct, Pass::kDgrad,
+                                                                          reject_none, direct_cost)))

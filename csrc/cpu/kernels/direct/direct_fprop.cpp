@@ -11,5 +11,6 @@
 #include "cpu/kernels/gemm/gemm_passes.h"
 #include "direct.h"
 
-CONVEXT_DEFINE_VARIANTS(fprop_direct, packed_variant<T, GemmFprop<T, false>>(name, Algorithm::direct, Pass::kFprop,
-                                                                             reject_none, direct_cost))
+CONVEXT_DEFINE_VARIANTS(fprop_direct,
+                        of_volumes(packed_variant<T, GemmFprop<T, false>>(name, Algorithm::direct, Pass::kFprop,
+                                                                          reject_none, direct_cost)))

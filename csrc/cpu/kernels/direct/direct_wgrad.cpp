@@ -2,5 +2,5 @@
 #include "cpu/kernels/gemm/gemm_wgrad.h"
 #include "direct.h"
 
-CONVEXT_DEFINE_VARIANTS(wgrad_direct, cpu_variant<T>(name, Algorithm::direct, Pass::kWgrad, reject_none,
-                                                     wgrad_launch<T>, direct_cost, wgrad_workspace<T>))
+CONVEXT_DEFINE_VARIANTS(wgrad_direct, of_volumes(cpu_variant<T>(name, Algorithm::direct, Pass::kWgrad, reject_none,
+                                                                wgrad_launch<T>, direct_cost, wgrad_workspace<T>)))

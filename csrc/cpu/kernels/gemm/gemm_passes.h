@@ -7,7 +7,7 @@ namespace convext::CONVEXT_ISA {
 
 constexpr int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// What both passes say of the product; the axes and the epilogue are left to them. Clears the row of zeros that padding
+// What both passes say of the product; the axes are left to them. Clears the row of zeros that padding
 // taps read, at the start of the workspace.
 template <class T>
 ImplicitGemm<T> gemm_of(const ConvProblem& p, const LaunchArgs& args, bool dgrad, int64_t zeros,
@@ -18,15 +18,16 @@ ImplicitGemm<T> gemm_of(const ConvProblem& p, const LaunchArgs& args, bool dgrad
   for (int64_t i = 0; i < zeros; ++i) row[i] = T{};
   g.zeros = row;
   g.batch = p.n;
-  g.filter_width = p.s;
-  g.packed_taps = p.r * p.s;
+  g.filter_height = p.r, g.filter_width = p.s;
+  g.packed_taps = static_cast<int32_t>(p.taps());
+  g.epilogue = args.epilogue;
   g.in_pitch = dgrad ? p.k : p.c, g.out_pitch = dgrad ? p.c : p.k;
   g.groups = p.groups, g.depth = g.in_pitch / p.groups, g.columns = g.out_pitch / p.groups;
   g.tiles_within_rows = tiles_within_rows;
   return g;
 }
 
-// y[n,p,q,:] = epilogue(sum_{r,s} x[n,h,w,:] * W[r,s]), W[r,s] of shape (C, K) a group.
+// y[n,z,p,q,:] = epilogue(sum_{t,r,s} x[n,d,h,w,:] * W[t,r,s]), W[t,r,s] of shape (C, K) a group.
 template <class T, bool TILES_WITHIN_ROWS>
 struct GemmFprop {
   static const char* pack_format(const ConvProblem& p) {
@@ -35,14 +36,13 @@ struct GemmFprop {
 
   static int64_t packed_size(const ConvProblem& p) {
     const int32_t merged = merged_taps(p);
-    return packed_elements<T>(p.groups, int64_t{p.r} * p.s / merged, merged * p.c_per_group(), p.k_per_group()) *
-           sizeof(T);
+    return packed_elements<T>(p.groups, p.taps() / merged, merged * p.c_per_group(), p.k_per_group()) * sizeof(T);
   }
 
   static void pack(const ConvProblem& p, const void* w, void* packed, const Parallel& parallel) {
-    const int64_t taps = int64_t{p.r} * p.s, filter = taps * p.c_per_group();
-    pack_panels(static_cast<const T*>(w), p.k_per_group() * filter, filter, taps, p.groups, p.r * p.s, merged_taps(p),
-                p.c_per_group(), p.k_per_group(), static_cast<T*>(packed), parallel);
+    const int64_t taps = p.taps(), filter = taps * p.c_per_group();
+    pack_panels(static_cast<const T*>(w), p.k_per_group() * filter, filter, taps, p.groups, static_cast<int32_t>(taps),
+                merged_taps(p), p.c_per_group(), p.k_per_group(), static_cast<T*>(packed), parallel);
   }
 
   // With few channels the loop over one tap is too short to pay for its set-up. In NHWC the taps of one filter row are
@@ -55,25 +55,26 @@ struct GemmFprop {
 
   static int64_t workspace(const ConvProblem& p, int32_t) {
     const bool copies = merges_filter_row(p) && p.pad_w > 0;
-    return align64(zeros(p) * sizeof(T)) + (copies ? int64_t{p.n} * p.h * wide(p) * p.c * sizeof(T) : 0);
+    return align64(zeros(p) * sizeof(T)) + (copies ? int64_t{p.n} * p.d * p.h * wide(p) * p.c * sizeof(T) : 0);
   }
 
   static const char* launch(const ConvProblem& p, const LaunchArgs& args) {
     ImplicitGemm<T> g = gemm_of<T>(p, args, false, zeros(p), TILES_WITHIN_ROWS);
+    g.planes = depth_of(p, false).at(0);
     g.height = height_of(p, false).at(0);
     g.width = width_of(p, false).at(0);
-    g.epilogue = args.epilogue;
     if (merges_filter_row(p)) {
       if (p.pad_w > 0) g.in = widen(p, args);
       g.width = Axis::fprop(static_cast<int32_t>(wide(p)), p.q(), 1, p.stride_w, 0, 1);
       g.filter_width = 1;
-      g.packed_taps = p.r;
+      g.packed_taps = p.t * p.r;
       g.depth = p.s * p.c;
-    } else if (p.is_pointwise() && p.is_unit_stride() && p.pad_h == 0 && p.pad_w == 0 && p.nhw() <= INT32_MAX) {
+    } else if (p.is_pointwise() && p.is_unit_stride() && p.pad_d == 0 && p.pad_h == 0 && p.pad_w == 0 &&
+               p.nhw() <= INT32_MAX) {
       // All pixels are one row: their pointers are a single run, and tiles go across the ends of rows and images.
       const int32_t pixels = static_cast<int32_t>(p.nhw());
       g.batch = 1;
-      g.height = Axis::fprop(1, 1, 1, 1, 0, 1);
+      g.planes = g.height = Axis::fprop(1, 1, 1, 1, 0, 1);
       g.width = Axis::fprop(pixels, pixels, 1, 1, 0, 1);
     }
     run_implicit_gemm(g, *args.parallel);
@@ -86,7 +87,7 @@ struct GemmFprop {
     const T* x = static_cast<const T*>(args.a);
     T* copy = reinterpret_cast<T*>(static_cast<char*>(args.workspace) + align64(zeros(p) * sizeof(T)));
     const int64_t line = int64_t{p.w} * p.c, pad = int64_t{p.pad_w} * p.c;
-    args.parallel->for_each(int64_t{p.n} * p.h, [=](int64_t i) {
+    args.parallel->for_each(int64_t{p.n} * p.d * p.h, [=](int64_t i) {
       T* to = copy + i * (line + 2 * pad);
       const T* from = x + i * line;
       for (int64_t k = 0; k < pad; ++k) to[k] = T{};
@@ -97,32 +98,35 @@ struct GemmFprop {
   }
 };
 
-// dx[n,h,w,:] = sum_{r,s} dy[n,p,q,:] * W[r,s]^T, one problem of unit stride for each residue of (h, w) modulo the
-// stride: every product that is formed is one that counts.
+// dx[n,d,h,w,:] = epilogue(sum_{t,r,s} dy[n,z,p,q,:] * W[t,r,s]^T), one problem of unit stride for each residue of
+// (d, h, w) modulo the stride: every product that is formed is one that counts.
 template <class T, bool TILES_WITHIN_ROWS>
 struct GemmDgrad {
   static const char* pack_format(const ConvProblem&) { return CONVEXT_FORMAT_NAME(T, dgrad_panels); }
 
   static int64_t packed_size(const ConvProblem& p) {
-    return packed_elements<T>(p.groups, int64_t{p.r} * p.s, p.k_per_group(), p.c_per_group()) * sizeof(T);
+    return packed_elements<T>(p.groups, p.taps(), p.k_per_group(), p.c_per_group()) * sizeof(T);
   }
 
   static void pack(const ConvProblem& p, const void* w, void* packed, const Parallel& parallel) {
-    const int64_t taps = int64_t{p.r} * p.s, filter = taps * p.c_per_group();
-    pack_panels(static_cast<const T*>(w), p.k_per_group() * filter, taps, filter, p.groups, p.r * p.s, 1,
-                p.k_per_group(), p.c_per_group(), static_cast<T*>(packed), parallel);
+    const int64_t taps = p.taps(), filter = taps * p.c_per_group();
+    pack_panels(static_cast<const T*>(w), p.k_per_group() * filter, taps, filter, p.groups, static_cast<int32_t>(taps),
+                1, p.k_per_group(), p.c_per_group(), static_cast<T*>(packed), parallel);
   }
 
   static int64_t workspace(const ConvProblem& p, int32_t) { return align64(p.k * int64_t{sizeof(T)}); }
 
   static const char* launch(const ConvProblem& p, const LaunchArgs& args) {
     ImplicitGemm<T> g = gemm_of<T>(p, args, true, p.k, TILES_WITHIN_ROWS);
-    const AxisClasses rows = height_of(p, true), columns = width_of(p, true);
-    for (int32_t i = 0; i < rows.count(); ++i) {
-      g.height = rows.at(i);
-      for (int32_t j = 0; j < columns.count(); ++j) {
-        g.width = columns.at(j);
-        run_implicit_gemm(g, *args.parallel);
+    const AxisClasses planes = depth_of(p, true), rows = height_of(p, true), columns = width_of(p, true);
+    for (int32_t l = 0; l < planes.count(); ++l) {
+      g.planes = planes.at(l);
+      for (int32_t i = 0; i < rows.count(); ++i) {
+        g.height = rows.at(i);
+        for (int32_t j = 0; j < columns.count(); ++j) {
+          g.width = columns.at(j);
+          run_implicit_gemm(g, *args.parallel);
+        }
       }
     }
     return nullptr;

@@ -15,14 +15,17 @@ template <class T>
 struct WgradPlan {
   const ConvProblem& p;
   int32_t cg, kg;
-  Panels<T> split;  // of one group's r * s * cg columns
+  Panels<T> split;  // of one group's t * r * s * cg columns
   int64_t pixels;
   int64_t shares;   // of the pixels
   int64_t partial;  // elements of one share's partial sums
 
   explicit WgradPlan(const ConvProblem& problem)
-      : p(problem), cg(problem.c_per_group()), kg(problem.k_per_group()), split(problem.r * problem.s * cg) {
-    pixels = p.p() > 0 && p.q() > 0 ? p.npq() : 0;
+      : p(problem),
+        cg(problem.c_per_group()),
+        kg(problem.k_per_group()),
+        split(static_cast<int32_t>(problem.taps()) * cg) {
+    pixels = p.z() > 0 && p.p() > 0 && p.q() > 0 ? p.npq() : 0;
     const int64_t items = int64_t{p.groups} * split.count;
     shares = items > 0 ? (kItems + items - 1) / items : 1;
     if (shares > pixels / kMinShare) shares = pixels / kMinShare;
@@ -41,8 +44,8 @@ struct WgradPlan {
 
 // A stretch of a panel's columns that is contiguous in x for a pixel: channels of filter row r from column s on.
 struct Run {
-  int32_t r, s;
-  int32_t channel;        // first channel within tap (r, s)
+  int32_t t, r, s;
+  int32_t channel;        // first channel within tap (t, r, s)
   int32_t first, length;  // columns of the panel
 };
 
@@ -76,10 +79,10 @@ class Panel {
     const int32_t first = plan.split.first_column(panel), end = first + plan.split.num_columns(panel);
     columns_ = end - first;
     for (int32_t j = first; j < end;) {
-      const int32_t tap = j / plan.cg, r = tap / p_.s, s = tap % p_.s;
-      const int32_t stop = joins_taps ? (r + 1) * p_.s * plan.cg : (tap + 1) * plan.cg;
+      const int32_t tap = j / plan.cg, row = tap / p_.s, s = tap % p_.s;
+      const int32_t stop = joins_taps ? (row + 1) * p_.s * plan.cg : (tap + 1) * plan.cg;
       const int32_t length = (stop < end ? stop : end) - j;
-      runs_[num_runs_++] = {r, s, j - tap * plan.cg, j - first, length};
+      runs_[num_runs_++] = {row / p_.r, row % p_.r, s, j - tap * plan.cg, j - first, length};
       j += length;
     }
   }
@@ -88,10 +91,9 @@ class Panel {
   void accumulate(int64_t begin, int64_t end, T* out) {
     out_ = out, started_ = false, filled_ = 0;
     for (int64_t m = begin; m < end;) {  // one row of the output, or the share's part of it
-      const int32_t q = static_cast<int32_t>(m % p_.q()), row = static_cast<int32_t>(m / p_.q() % p_.p());
-      const int64_t n = m / p_.q() / p_.p();
+      const int32_t q = static_cast<int32_t>(m % p_.q());
       const int32_t length = static_cast<int32_t>(end - m < p_.q() - q ? end - m : p_.q() - q);
-      add_row(n, row, q, q + length);
+      add_row(m / p_.q(), q, q + length);
       m += length;
     }
     flush();
@@ -99,13 +101,16 @@ class Panel {
   }
 
  private:
-  // The outputs of the row that some run sees inside the image are contiguous: gather those.
-  void add_row(int64_t n, int32_t row, int32_t q_begin, int32_t q_end) {
+  // The outputs of the row, one of all (n, z, p), that some run sees inside the image are contiguous: gather those.
+  void add_row(int64_t row, int32_t q_begin, int32_t q_end) {
+    const int64_t plane = row / p_.p(), n = plane / p_.z();
+    const int32_t z = static_cast<int32_t>(plane % p_.z()), p = static_cast<int32_t>(row % p_.p());
     int32_t low = q_end, high = q_begin;
     for (int32_t i = 0; i < num_runs_; ++i) {
       const Run& run = runs_[i];
-      const int32_t h = p_.h_of(row, run.r);
-      if (h < 0 || h >= p_.h) continue;
+      const int32_t d = p_.d_of(z, run.t), h = p_.h_of(p, run.r);
+      lines_[i] = d < 0 || d >= p_.d || h < 0 || h >= p_.h ? nullptr : x_ + ((n * p_.d + d) * p_.h + h) * p_.w * p_.c;
+      if (!lines_[i]) continue;
       const int32_t last_s = run.s + (run.channel + run.length - 1) / plan_.cg;
       const int32_t from = ceil_div(-p_.w_of(0, last_s), p_.stride_w);
       const int32_t to = floor_div(p_.w - 1 - p_.w_of(0, run.s), p_.stride_w) + 1;
@@ -116,24 +121,23 @@ class Panel {
     high = high < q_end ? high : q_end;
     while (low < high) {
       const int32_t count = high - low < kSlab - filled_ ? high - low : kSlab - filled_;
-      gather(n, row, low, count);
+      gather(row, low, count);
       low += count;
       if (filled_ == kSlab) flush();
     }
   }
 
-  void gather(int64_t n, int32_t row, int32_t q, int32_t count) {
-    const T* dy = dy_ + ((n * p_.p() + row) * p_.q() + q) * p_.k;
+  void gather(int64_t row, int32_t q, int32_t count) {
+    const T* dy = dy_ + (row * p_.q() + q) * p_.k;
     for (int32_t k = 0; k < count; ++k) rows_[filled_ + k] = dy + int64_t{k} * p_.k;
     T* to = slab_ + filled_ * lanes_;
     for (int32_t i = 0; i < num_runs_; ++i) {
       const Run& run = runs_[i];
-      const int32_t h = p_.h_of(row, run.r);
-      if (h < 0 || h >= p_.h) {
+      const T* const line = lines_[i];
+      if (!line) {
         for (int32_t k = 0; k < count; ++k) clear(to + k * lanes_ + run.first, run.length);
         continue;
       }
-      const T* line = x_ + (n * p_.h + h) * p_.w * p_.c;
       const int64_t line_end = int64_t{p_.w} * p_.c;
       for (int32_t k = 0; k < count; ++k) {
         const int64_t w = p_.w_of(q + k, run.s);
@@ -187,6 +191,7 @@ class Panel {
   bool started_ = false;
   int32_t filled_ = 0;
   Run runs_[kMaxVectors * Vec<T>::width];
+  const T* lines_[kMaxVectors * Vec<T>::width];  // that each run meets from the present row, or nullptr in the padding
   const T* rows_[kSlab];
   alignas(64) T slab_[kSlab * kMaxVectors * Vec<T>::width];
 };
@@ -196,7 +201,7 @@ class Panel {
 template <class T>
 void finish_filter(const WgradPlan<T>& plan, const T* partial, int64_t filter, T* dw) {
   const int32_t group = static_cast<int32_t>(filter / plan.kg), row = static_cast<int32_t>(filter % plan.kg);
-  const int32_t taps = plan.p.r * plan.p.s;
+  const int32_t taps = static_cast<int32_t>(plan.p.taps());
   T* to = dw + filter * plan.cg * taps;
   for (int32_t panel = 0; panel < plan.split.count; ++panel) {
     const int32_t lanes = plan.split.width(panel) * Vec<T>::width;

@@ -30,6 +30,11 @@ constexpr I at_most(I a, I b) {
   return a < b ? a : b;
 }
 
+template <class T>
+constexpr int32_t grid_taps(const ImplicitGemm<T>& g) {
+  return g.planes.taps * g.height.taps * g.width.taps;
+}
+
 // How the grid is cut: blocks of pixels as even as they go, runs of panels as even as they go.
 template <class T>
 struct Partition {
@@ -39,10 +44,10 @@ struct Partition {
   int32_t panel_runs;
 
   explicit Partition(const ImplicitGemm<T>& g, const Panels<T>& split) {
-    pixels = int64_t{g.batch} * g.height.count * g.width.count;
+    pixels = int64_t{g.batch} * g.planes.count * g.height.count * g.width.count;
     const int64_t in_cache = kBlockBytes / (sizeof(T) * at_least<int64_t>(1, int64_t{g.depth} * g.groups));
     // Few enough for the pointers of all taps to fit into the table.
-    const int64_t in_table = kTablePointers / at_least(1, g.height.taps * g.width.taps);
+    const int64_t in_table = kTablePointers / at_least(1, grid_taps(g));
     const int64_t size = at_least<int64_t>(
         kMinPixels,
         at_most(at_most(at_most<int64_t>(kMaxPixels, in_cache), in_table), ceil_div<int64_t>(pixels, kItems / 2)));
@@ -67,45 +72,67 @@ struct Table {
   // Pixels [begin, begin + pixels), taps [first_tap, first_tap + taps) of the grid.
   void fill(const ImplicitGemm<T>& g, int64_t begin, int32_t num_pixels, int32_t from_tap, int32_t num_taps) {
     first_tap = from_tap, pixels = num_pixels, taps = num_taps, padded = false;
-    for (int32_t t = 0; t < taps; ++t) {
-      const int32_t r = (first_tap + t) / g.width.taps, s = (first_tap + t) % g.width.taps;
-      b_taps[t] = g.height.tap(r) * g.filter_width + g.width.tap(s);
-    }
+    for_taps(g, [&](int32_t at, int32_t t, int32_t r, int32_t s) {
+      b_taps[at] = (g.planes.tap(t) * g.filter_height + g.height.tap(r)) * g.filter_width + g.width.tap(s);
+    });
     int64_t m = begin;
     for (int32_t p = 0; p < pixels;) {  // one row of the grid, or what the block has of it
-      const int32_t j = static_cast<int32_t>(m % g.width.count);
-      const int32_t i = static_cast<int32_t>(m / g.width.count % g.height.count);
-      const int64_t n = m / g.width.count / g.height.count;
-      const int32_t length = at_most(g.width.count - j, pixels - p);
-      fill_out(g, p, length, n, i, j);
-      for (int32_t t = 0; t < taps; ++t) {
-        fill_row(g, rows + int64_t{t} * pixels + p, length, n, i, j, (first_tap + t) / g.width.taps,
-                 (first_tap + t) % g.width.taps);
-      }
+      const int64_t row = m / g.width.count, plane = row / g.height.count;
+      const Place at{plane / g.planes.count, static_cast<int32_t>(plane % g.planes.count),
+                     static_cast<int32_t>(row % g.height.count), static_cast<int32_t>(m % g.width.count)};
+      const int32_t length = at_most(g.width.count - at.q, pixels - p);
+      fill_out(g, p, length, at);
+      for_taps(g, [&](int32_t tap, int32_t t, int32_t r, int32_t s) {
+        fill_row(g, rows + int64_t{tap} * pixels + p, length, at, t, r, s);
+      });
       p += length, m += length;
     }
   }
 
  private:
-  void fill_out(const ImplicitGemm<T>& g, int32_t p, int32_t length, int64_t n, int32_t i, int32_t j) {
-    const int64_t y = n * g.height.out + g.height.out_first + int64_t{g.height.out_step} * i;
-    const int64_t x = g.width.out_first + int64_t{g.width.out_step} * j, jump = int64_t{g.width.out_step} * g.out_pitch;
+  // A pixel of the grid.
+  struct Place {
+    int64_t n;
+    int32_t z, p, q;
+  };
+
+  // visit(i, t, r, s) for tap i of the table, which is tap (t, r, s) of the grid.
+  template <class F>
+  void for_taps(const ImplicitGemm<T>& g, F&& visit) const {
+    if (taps == 0) return;
+    int32_t s = first_tap % g.width.taps, r = first_tap / g.width.taps % g.height.taps;
+    int32_t t = first_tap / g.width.taps / g.height.taps;
+    for (int32_t i = 0; i < taps; ++i) {
+      visit(i, t, r, s);
+      if (++s < g.width.taps) continue;
+      s = 0;
+      if (++r < g.height.taps) continue;
+      r = 0, ++t;
+    }
+  }
+
+  void fill_out(const ImplicitGemm<T>& g, int32_t p, int32_t length, const Place& at) {
+    const int64_t z = at.n * g.planes.out + g.planes.out_first + int64_t{g.planes.out_step} * at.z;
+    const int64_t y = z * g.height.out + g.height.out_first + int64_t{g.height.out_step} * at.p;
+    const int64_t x = g.width.out_first + int64_t{g.width.out_step} * at.q;
+    const int64_t jump = int64_t{g.width.out_step} * g.out_pitch;
     T* const first = g.out + (y * g.width.out + x) * g.out_pitch;
     for (int32_t k = 0; k < length; ++k) out[p + k] = first + k * jump;
     for (int32_t k = 0; k < length; ++k) row_end[p + k] = p + length;
   }
 
-  void fill_row(const ImplicitGemm<T>& g, const T** row, int32_t length, int64_t n, int32_t i, int32_t j, int32_t r,
+  void fill_row(const ImplicitGemm<T>& g, const T** row, int32_t length, const Place& at, int32_t t, int32_t r,
                 int32_t s) {
-    const int64_t h = int64_t{g.height.in_step} * i + g.height.in_first + int64_t{g.height.in_tap_step} * r;
-    int64_t w = int64_t{g.width.in_step} * j + g.width.in_first + int64_t{g.width.in_tap_step} * s;
+    const int64_t d = int64_t{g.planes.in_step} * at.z + g.planes.in_first + int64_t{g.planes.in_tap_step} * t;
+    const int64_t h = int64_t{g.height.in_step} * at.p + g.height.in_first + int64_t{g.height.in_tap_step} * r;
+    int64_t w = int64_t{g.width.in_step} * at.q + g.width.in_first + int64_t{g.width.in_tap_step} * s;
     int32_t k = 0;
-    if (h >= 0 && h < g.height.in) {
+    if (d >= 0 && d < g.planes.in && h >= 0 && h < g.height.in) {
       for (; k < length && w < 0; ++k, w += g.width.in_step) row[k] = g.zeros;
       padded |= k > 0;
       const int64_t inside = w < g.width.in ? (g.width.in - 1 - w) / g.width.in_step + 1 : 0;
       const int32_t end = at_most<int64_t>(inside, length - k) + k;
-      const T* const first = g.in + ((n * g.height.in + h) * g.width.in + w) * g.in_pitch;
+      const T* const first = g.in + (((at.n * g.planes.in + d) * g.height.in + h) * g.width.in + w) * g.in_pitch;
       const int64_t jump = int64_t{g.width.in_step} * g.in_pitch;
       for (int32_t from = k; k < end; ++k) row[k] = first + (k - from) * jump;
     }
@@ -180,7 +207,7 @@ void run_item(const ImplicitGemm<T>& g, const Panels<T>& split, int64_t begin, i
   Table<T> table;
   Tiles tiles;
   [[maybe_unused]] C partial[kPartialInOutput<T> ? 1 : kMaxPixels * kMaxVectors * width];
-  const int32_t grid_taps = g.height.taps * g.width.taps;
+  const int32_t all_taps = grid_taps(g);
   const int32_t taps_at_once = kTablePointers / pixels;
   const int64_t packed_tap = packed_depth<T>(g.depth);
   const Epilogue& epilogue = g.epilogue;
@@ -211,8 +238,8 @@ void run_item(const ImplicitGemm<T>& g, const Panels<T>& split, int64_t begin, i
 
     int32_t first_tap = 0;
     do {  // all taps at once, unless there are more than the table has room for
-      const int32_t num_taps = at_most(taps_at_once, grid_taps - first_tap);
-      const bool last_taps = first_tap + num_taps == grid_taps;
+      const int32_t num_taps = at_most(taps_at_once, all_taps - first_tap);
+      const bool last_taps = first_tap + num_taps == all_taps;
       if (table.first_tap != first_tap) {
         table.fill(g, begin, pixels, first_tap, num_taps);
         tiles.vectors = 0;
@@ -235,7 +262,7 @@ void run_item(const ImplicitGemm<T>& g, const Panels<T>& split, int64_t begin, i
         tap = tap_end;
       } while (tap < num_taps);
       first_tap += num_taps;
-    } while (first_tap < grid_taps);
+    } while (first_tap < all_taps);
   }
 }
 
@@ -243,12 +270,13 @@ void run_item(const ImplicitGemm<T>& g, const Panels<T>& split, int64_t begin, i
 
 template <class T>
 void run_implicit_gemm(const ImplicitGemm<T>& g, const Parallel& parallel) {
-  if (g.columns == 0 || g.batch == 0 || g.height.count <= 0 || g.width.count <= 0) return;
+  if (g.columns == 0 || g.batch == 0) return;
+  if (g.planes.count <= 0 || g.height.count <= 0 || g.width.count <= 0) return;
   const Panels<T> split(g.columns);
   const Partition<T> partition(g, split);
   // A thread takes items in a row: of a block of A where A is larger and the core keeps all of B, else of a run of B.
   const int64_t depth = int64_t{g.depth} * g.groups, b_rows = int64_t{g.packed_taps} * g.columns;
-  const bool by_blocks = int64_t{g.batch} * g.height.in * g.width.in > b_rows &&
+  const bool by_blocks = int64_t{g.batch} * g.planes.in * g.height.in * g.width.in > b_rows &&
                          b_rows * depth * static_cast<int64_t>(sizeof(T)) <= kKeptBytes;
   parallel.for_each(partition.blocks * partition.panel_runs, [&](int64_t item) {
     const int64_t run = by_blocks ? item % partition.panel_runs : item / partition.blocks;

@@ -24,14 +24,14 @@ namespace convext::CONVEXT_ISA {
 
 template <class T>
 struct ImplicitGemm {
-  const T* in;      // (batch, height.in, width.in, in_pitch)
-  T* out;           // (batch, height.out, width.out, out_pitch)
+  const T* in;      // (batch, planes.in, height.in, width.in, in_pitch)
+  T* out;           // (batch, planes.out, height.out, width.out, out_pitch)
   const T* packed;  // pack_panels() made it
   const T* zeros;   // in_pitch zeros
   int32_t batch;
-  Axis height, width;
-  int32_t filter_width;  // of the packed weights: tap (r, s) is number r * filter_width + s
-  int32_t packed_taps;   // taps that the packed weights hold
+  Axis planes, height, width;
+  int32_t filter_height, filter_width;  // of the packed weights: tap (t, r, s) is number (t * height + r) * width + s
+  int32_t packed_taps;                  // taps that the packed weights hold
   int32_t in_pitch, out_pitch;
   int32_t groups, depth, columns;  // depth and columns of one group
   Epilogue epilogue;

@@ -45,7 +45,7 @@ struct Packing {
 
 const char* launch(const ConvProblem& p, const LaunchArgs& args) {
   run_grouped(mirrored(p), static_cast<const float*>(args.a), static_cast<const float*>(args.b),
-              static_cast<float*>(args.out), Epilogue{}, *args.parallel);
+              static_cast<float*>(args.out), args.epilogue, *args.parallel);
   return nullptr;
 }
 

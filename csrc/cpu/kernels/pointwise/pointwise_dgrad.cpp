@@ -8,7 +8,7 @@ const char* reject(const ConvProblem& p) { return reject_unless_short_pointwise(
 
 const char* launch(const ConvProblem& p, const LaunchArgs& args) {
   run_pointwise({static_cast<const float*>(args.a), static_cast<const float*>(args.b), static_cast<float*>(args.out),
-                 p.nhw(), p.k, p.c, Epilogue{}},
+                 p.nhw(), p.k, p.c, args.epilogue},
                 *args.parallel);
   return nullptr;
 }

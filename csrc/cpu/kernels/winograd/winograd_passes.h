@@ -65,7 +65,7 @@ struct WinogradPass {
     Winograd<T> g = winograd(p);
     g.in = static_cast<const T*>(args.a), g.out = static_cast<T*>(args.out);
     g.packed = static_cast<const float*>(args.b);
-    if (!kDgrad) g.epilogue = args.epilogue;
+    g.epilogue = args.epilogue;
     g.weights = args.weights;
     return run_winograd<M>(g, args.workspace, *args.parallel);
   }
