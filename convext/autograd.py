@@ -9,14 +9,18 @@ backward and jvp give derivatives of every order, in both modes:
 
 The fused Functions run fused kernels backward. Where the backward pass is itself differentiated (create_graph=True)
 they compute the same gradient from x, w and the parameters out of differentiable operations instead.
+
+What lies between two fused layers need not be kept: the first keeps its convolution's output y for its own backward
+pass, and the second can compute its input from that again (`Recomputable`).
 """
 
 from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
@@ -25,7 +29,12 @@ from torch.autograd.function import _SingleLevelFunction
 
 from . import ops, reference
 from .activation import BACKWARD, FORWARD, TABLE
-from .memory_format import fits_both_formats, suggests_channels_last, weight_gradient_is_channels_last
+from .memory_format import (
+    fits_both_formats,
+    memory_format,
+    suggests_channels_last,
+    weight_gradient_is_channels_last,
+)
 from .problem import Epilogue, Geom, accumulate_dtype
 
 
@@ -487,6 +496,137 @@ def _refuse_forward_mode(name: str):
     )
 
 
+class Handoff:
+    """From a reader of a Recomputable to the layer that computed it, within a backward pass: what the reader's pass
+    over y found about the gradient that it returns."""
+
+    __slots__ = ("_given",)
+
+    def __init__(self) -> None:
+        self._given: tuple[Any, ...] | None = None
+
+    def put(self, gradient: torch.Tensor, sums: Any) -> None:
+        self._given = weakref.ref(gradient), gradient._version, sums
+
+    def take(self, gradient: torch.Tensor) -> Any:
+        """The sums of a gradient if it is the very tensor, unchanged, that they are of, else None: where there are two
+        readers, or a hook on a node of the graph changes it, others arrive."""
+        given, self._given = self._given, None
+        if given is None or given[0]() is not gradient or given[1] != gradient._version:
+            return None
+        return given[2]
+
+
+class Recipe(NamedTuple):
+    """How a layer's result is computed again from what the layer keeps for its backward pass:
+    activation(batch_norm(y)), or activation(y) where mean is None. All are (C) but for y (N, C, H, W). gamma and beta
+    are copies, so that who writes the parameters afterwards changes nothing, as where the result itself is kept.
+    handoff: to that layer, where mean and var are y's own."""
+
+    y: torch.Tensor
+    mean: torch.Tensor | None
+    var: torch.Tensor | None
+    gamma: torch.Tensor | None
+    beta: torch.Tensor | None
+    eps: float
+    activation: str
+    handoff: Handoff | None
+
+    @property
+    def epilogue(self) -> Epilogue:
+        return Epilogue(None, self.mean, self.var, self.gamma, self.beta, None, self.eps, self.activation)
+
+    @torch.no_grad()
+    def values(self) -> torch.Tensor:
+        """The result, by the very call of the forward pass, whose kernel does not depend on the number of threads: so
+        the same to the last bit, the sign that ReLU goes by among them, as long as the backend is the same."""
+        if self.mean is None:
+            return FORWARD[self.activation](self.y)
+        return ops.bn_act(self.y, self.epilogue)
+
+
+class Recomputable(NamedTuple):
+    """A layer's result for readers that do not keep it, but the recipe.
+
+    values  the result (N, C, H, W), through which no gradient goes, in memory that nobody else sees
+    handle  of the same shape and of a single element in memory, never read: gradients of the result are those of this
+    rows    where the values stand for a linear layer's result, as an image of one row: the shape of that
+    """
+
+    values: torch.Tensor
+    handle: torch.Tensor
+    recipe: Recipe
+    rows: tuple[int, ...] | None = None
+
+    @property
+    def source(self) -> tuple[torch.Tensor, torch.Tensor, Recipe]:
+        return self.values, self.handle, self.recipe
+
+    def tensor(self) -> torch.Tensor:
+        """The result as any other tensor, for any reader."""
+        result: torch.Tensor = ReattachFunction.apply(self.values, self.handle)
+        return result if self.rows is None else result.permute(0, 2, 3, 1).view(self.rows)
+
+
+class ReattachFunction(_Function):
+    """values, whose gradient is that of `handle`: `apply(values, handle)`"""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(values, handle):
+        return values.data  # no view, which autograd would not let be written
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None, dy
+
+    @staticmethod
+    def jvp(ctx, _, handle_t):
+        return handle_t
+
+
+def _handle(out):
+    return out.new_empty_strided(out.shape, (0,) * out.dim())
+
+
+def _keep_input(ctx, x, handle, recipe) -> tuple[torch.Tensor | None, ...]:
+    """What to save for x: itself, or its recipe. The handle holds no data, and so is nothing for hooks to see."""
+    ctx.handle, ctx.recipe = handle, None if recipe is None else recipe[5:]
+    return (x,) if recipe is None else recipe[:5]
+
+
+def _kept_input(ctx, saved):
+    """x, recorded, out of what was saved for it; or None where no graph is wanted and it is to be computed again."""
+    if ctx.recipe is None:
+        return saved[0]
+    if not torch.is_grad_enabled():
+        return None
+    return ReattachFunction.apply(Recipe(*saved, *ctx.recipe).values(), ctx.handle)
+
+
+def _gradients(ctx, dy, x, saved, w, x_needed, w_needed):
+    """dx and dw of a Function's convolution, x or None as `_kept_input` has it."""
+    if x is not None or not w_needed:
+        return _dgrad_and_wgrad(ctx, dy, x, w, x_needed, w_needed)
+    recipe = Recipe(*saved, *ctx.recipe)
+    if x_needed and recipe.handoff is not None and torch._C._will_engine_execute_node(ctx.handle.grad_fn):
+        # The pass that computes x again meets y and has dx at hand: it sums up for the batch norm before as well.
+        dx = ops.dgrad(dy, w, ctx.input_size, ctx.geom, ctx.channels_last)
+        found = ops.bn_act_and_sums(dx, recipe.y, recipe.epilogue)
+        if found is not None:
+            x, sums = found
+            recipe.handoff.put(dx, sums)
+        else:
+            x = recipe.values()
+        return dx, ops.wgrad(dy, x, ctx.kernel_size, ctx.geom, ctx.dw_channels_last)
+    return _dgrad_and_wgrad(ctx, dy, recipe.values(), w, x_needed, w_needed)
+
+
 class ConvBNActFunction(_Function):
     """out = activation(batch_norm(x * w + bias) + residual). Forward mode raises NotImplementedError.
 
@@ -497,46 +637,89 @@ class ConvBNActFunction(_Function):
     `update(y, mean, var)`, or None, is called, in the second form, when all is computed and before anything is saved:
     what is saved may go to a hook that raises, as that of torch.utils.checkpoint does when it has recomputed enough,
     and by then F.batch_norm has updated its running statistics.
+
+    `handle, recipe` behind these: those of a Recomputable whose values are x, and None, None of any other. `keeps,
+    handoff`: whether `out` is to be the values of one, and the handoff of its recipe; then there is no residual, mean
+    and var are its own to keep, the last of what it returns is a handle of `out`, and that alone is differentiable.
+
+    Saved are y and vectors, besides the parameters and x or its recipe: z, which the activation saw, follows from them
+    but for the residual. A ReLU's derivative follows from `out`, which PyTorch's keeps as well; others keep the
+    residual.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, w, bias, mean, var, gamma, beta, residual, eps, activation, geom, update):
+    def forward(
+        x,
+        w,
+        bias,
+        mean,
+        var,
+        gamma,
+        beta,
+        residual,
+        eps,
+        activation,
+        geom,
+        update,
+        handle=None,
+        recipe=None,
+        keeps=False,
+        handoff=None,
+    ):
+        found: tuple[torch.Tensor, ...]
         if mean is None:
             found = ops.conv_bn_act_train(
                 x, w, Epilogue(bias, None, None, gamma, beta, residual, eps, activation), geom
             )
             if update is not None:
                 update(*found[1:])
-            return found
-        y = ops.fprop(x, w, bias, geom)
-        acc = accumulate_dtype(y.dtype)
-        return ops.bn_act(y, Epilogue(None, mean.to(acc), var.to(acc), gamma, beta, residual, eps, activation)), y
+        else:
+            y = ops.fprop(x, w, bias, geom)
+            acc = accumulate_dtype(y.dtype)
+            epilogue = Epilogue(None, mean.to(acc), var.to(acc), gamma, beta, residual, eps, activation)
+            found = ops.bn_act(y, epilogue), y
+        return (*found, _handle(found[0])) if keeps else found
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, w, bias, mean, var, gamma, beta, residual, ctx.eps, ctx.activation, ctx.geom, _ = inputs
-        y = output[1]
+        x, w, bias, mean, var, gamma, beta, residual, ctx.eps, ctx.activation, ctx.geom, _, *kept = inputs
+        handle, recipe, ctx.keeps, ctx.handoff = kept or (None, None, False, None)
+        out, y = output[:2]
         ctx.training = mean is None
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.mark_non_differentiable(*(output[:-1] if ctx.keeps else output[1:]))
         if ctx.training:
-            mean, var = output[2:]
-        else:  # running statistics move in training, unseen by autograd; this graph keeps those that it ran with
+            mean, var = output[2:4]
+        elif not ctx.keeps:  # running statistics move in training, unseen by autograd; this graph keeps its own
             mean, var = mean.clone(), var.clone()
         ctx.input_size, ctx.kernel_size = x.shape[2:], w.shape[2:]
         _keep_formats(ctx, x, w, y)
         ctx.dtypes = tuple(t.dtype if t is not None else None for t in (gamma, beta))
-        residual = _needed(ctx.activation != "identity", residual)
-        ctx.save_for_backward(x, w, bias, mean, var, gamma, beta, residual, y)
+        ctx.by_output = residual is not None and TABLE[ctx.activation].by_output
+        if ctx.by_output:
+            seen = _needed(ctx.activation != "identity", out)
+        else:
+            seen = residual
+        ctx.save_for_backward(w, bias, mean, var, gamma, beta, seen, y, *_keep_input(ctx, x, handle, recipe))
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, dout, *_):
+    def backward(ctx, dout, *others):
+        if ctx.keeps:
+            dout = others[-1]
         if dout is None:
-            return (None,) * 12
-        x, w, bias, mean, var, gamma, beta, residual, y = ctx.saved_tensors
+            return (None,) * 16
+        w, bias, mean, var, gamma, beta, seen, y, *kept = ctx.saved_tensors
         x_needed, w_needed, bias_needed, _, _, gamma_needed, beta_needed, residual_needed = ctx.needs_input_grad[:8]
+        x_needed = x_needed or ctx.handle is not None and ctx.needs_input_grad[12]
+        x = _kept_input(ctx, kept)
+        activation, residual = ctx.activation, seen
+        if ctx.by_output:  # the residual's gradient, of which the rest is that of a batch norm alone
+            if seen is not None:
+                recorded = torch.is_grad_enabled()
+                dout = BACKWARD[activation](dout, seen) if recorded else ops.act_backward(dout, seen, activation)[0]
+            activation, residual = "identity", None
         if torch.is_grad_enabled():
             y = _fprop(x, w, bias, ctx.geom)
             if ctx.training:
@@ -546,12 +729,18 @@ class ConvBNActFunction(_Function):
             acc = accumulate_dtype(y.dtype)
             mean, var = mean.to(acc), var.to(acc)
             bn_act_backward = ops.bn_act_backward
-        epilogue = Epilogue(None, mean, var, gamma, beta, residual, ctx.eps, ctx.activation)
-        dy, dgamma, dbeta, dresidual = bn_act_backward(dout, y, epilogue, ctx.training)
-        if residual is None:  # not saved: the activation is the identity
+        epilogue = Epilogue(None, mean, var, gamma, beta, residual, ctx.eps, activation)
+        sums = None if ctx.handoff is None or torch.is_grad_enabled() else ctx.handoff.take(dout)
+        if sums is not None:
+            (dy, dgamma, dbeta), dresidual = ops.bn_act_from_sums(dout, y, epilogue, sums), None
+        else:
+            dy, dgamma, dbeta, dresidual = bn_act_backward(dout, y, epilogue, ctx.training)
+        if ctx.by_output:
             dresidual = dout
+        dx, dw = _gradients(ctx, dy, x, kept, w, x_needed, w_needed)
         return (
-            *_dgrad_and_wgrad(ctx, dy, x, w, x_needed, w_needed),
+            dx if ctx.handle is None else None,
+            dw,
             _channel_sum(dy) if bias_needed else None,
             None,
             None,
@@ -562,6 +751,10 @@ class ConvBNActFunction(_Function):
             None,
             None,
             None,
+            None if ctx.handle is None else dx,
+            None,
+            None,
+            None,
         )
 
     @staticmethod
@@ -569,40 +762,87 @@ class ConvBNActFunction(_Function):
         _refuse_forward_mode("ConvBNActFunction")
 
 
-class ConvActFunction(_Function):
-    """out = activation(x * w + bias + residual), for a convolution without a batch norm. Forward mode raises
-    NotImplementedError. `apply(x, w, bias, residual, geom, activation)` returns (out, z): z is what the activation saw,
-    or `out` again where its derivative follows from that; it is not differentiable."""
+class MaxPool2dFunction(_Function):
+    """F.max_pool2d of a Recomputable's values: `apply(values, handle, *settings)` with kernel size, stride, padding,
+    dilation and ceil mode as F.max_pool2d takes them, stride [] for None. Returns (out, indices), of which out is
+    differentiable. Forward mode raises NotImplementedError.
+
+    ATen's keeps its input, too, but reads nothing of it in the backward pass besides sizes and memory format."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, w, bias, residual, geom, activation):
-        if TABLE[activation].by_output:  # PyTorch keeps the output as well: who writes into it is refused
-            return ops.conv_bn_act(x, w, Epilogue(bias, None, None, None, None, residual, 0.0, activation), geom), None
-        z = ops.conv_bn_act(x, w, Epilogue(bias, residual=residual), geom)
-        return FORWARD[activation](z), z
+    def forward(values, handle, *settings):
+        return torch.ops.aten.max_pool2d_with_indices(values, *settings)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, w, bias, residual, ctx.geom, ctx.activation = inputs
-        out, z = output
-        if z is not None:
+        values, _, *ctx.settings = inputs
+        ctx.shape, ctx.channels_last = values.shape, suggests_channels_last(values)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dout, _):
+        if dout is None:
+            return (None,) * 7
+        (indices,) = ctx.saved_tensors
+        like = torch.empty(
+            ctx.shape, dtype=dout.dtype, device=dout.device, memory_format=memory_format(ctx.channels_last)
+        )
+        dx = torch.ops.aten.max_pool2d_with_indices_backward(dout, like, *ctx.settings, indices)
+        return None, dx, *(None,) * 5
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        _refuse_forward_mode("MaxPool2dFunction")
+
+
+class ConvActFunction(_Function):
+    """out = activation(x * w + bias + residual), for a convolution without a batch norm. Forward mode raises
+    NotImplementedError. `apply(x, w, bias, residual, geom, activation)` returns (out, z): z is what the activation saw,
+    or `out` again where its derivative follows from that; it is not differentiable.
+
+    `handle, recipe, keeps` behind these as in ConvBNActFunction; what keeps has an activation that needs z."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, w, bias, residual, geom, activation, handle=None, recipe=None, keeps=False):
+        if TABLE[activation].by_output:  # PyTorch keeps the output as well: who writes into it is refused
+            return ops.conv_bn_act(x, w, Epilogue(bias, None, None, None, None, residual, 0.0, activation), geom), None
+        z = ops.conv_bn_act(x, w, Epilogue(bias, residual=residual), geom)
+        out = FORWARD[activation](z)
+        return (out, z, _handle(out)) if keeps else (out, z)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, w, bias, residual, ctx.geom, ctx.activation, *kept = inputs
+        handle, recipe, ctx.keeps = kept or (None, None, False)
+        out, z = output[:2]
+        if ctx.keeps:
+            ctx.mark_non_differentiable(out, z)
+        elif z is not None:
             ctx.mark_non_differentiable(z)
         ctx.by_output = z is None
         ctx.input_size, ctx.kernel_size = x.shape[2:], w.shape[2:]
         _keep_formats(ctx, x, w, out)
         residual = _needed(not ctx.by_output, residual)
         seen = None if ctx.activation == "identity" else out if ctx.by_output else z
-        ctx.save_for_backward(x, w, bias, residual, seen)
+        ctx.save_for_backward(w, bias, residual, seen, *_keep_input(ctx, x, handle, recipe))
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, dout, _):
+    def backward(ctx, dout, _, *others):
+        if ctx.keeps:
+            dout = others[0]
         if dout is None:
-            return (None,) * 6
-        x, w, bias, residual, z = ctx.saved_tensors
+            return (None,) * 9
+        w, bias, residual, z, *kept = ctx.saved_tensors
         x_needed, w_needed, bias_needed, residual_needed = ctx.needs_input_grad[:4]
+        x_needed = x_needed or ctx.handle is not None and ctx.needs_input_grad[6]
+        x = _kept_input(ctx, kept)
         if torch.is_grad_enabled() and not ctx.by_output:
             z = _add(_fprop(x, w, bias, ctx.geom), residual)
         if ctx.activation == "identity" or torch.is_grad_enabled():
@@ -611,10 +851,15 @@ class ConvActFunction(_Function):
             dy, db = ops.act_backward(dout, z, ctx.activation)
         if bias_needed and db is None:
             db = _channel_sum(dy)
+        dx, dw = _gradients(ctx, dy, x, kept, w, x_needed, w_needed)
         return (
-            *_dgrad_and_wgrad(ctx, dy, x, w, x_needed, w_needed),
+            dx if ctx.handle is None else None,
+            dw,
             db if bias_needed else None,
             dy if residual_needed else None,
+            None,
+            None,
+            None if ctx.handle is None else dx,
             None,
             None,
         )
@@ -742,6 +987,44 @@ def conv_bn_act(
     if stats:
         epilogue = epilogue._replace(mean=stats[0], var=stats[1])
     return reference.bn_act(y, epilogue), y, *stats
+
+
+def chained_conv_act(
+    x: torch.Tensor | Recomputable, w: torch.Tensor, epilogue: Epilogue, geom: Geom, keeps: bool
+) -> torch.Tensor | Recomputable:
+    """conv_act outside forward mode of an x that may be Recomputable, as its result is with `keeps`."""
+    given, *source = x.source if isinstance(x, Recomputable) else (x, None, None)
+    _, _, _, _, _, residual, _, activation = epilogue
+    keeps = keeps and residual is None and not TABLE[activation].by_output
+    out, z, *others = ConvActFunction.apply(given, w, epilogue.bias, residual, geom, activation, *source, keeps)
+    return Recomputable(out, others[0], Recipe(z, None, None, None, None, 0.0, activation, None)) if keeps else out
+
+
+def chained_conv_bn_act(
+    x: torch.Tensor | Recomputable,
+    w: torch.Tensor,
+    epilogue: Epilogue,
+    geom: Geom,
+    update: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None,
+    keeps: bool,
+) -> torch.Tensor | Recomputable:
+    """The first of conv_bn_act outside forward mode of an x that may be Recomputable, as its result is with `keeps`."""
+    given, *source = x.source if isinstance(x, Recomputable) else (x, None, None)
+    bias, mean, var, gamma, beta, residual, eps, activation = epilogue
+    keeps = keeps and residual is None
+    if keeps and mean is not None and var is not None:  # they may move before the backward pass
+        acc = accumulate_dtype(given.dtype)
+        mean, var = mean.to(acc, copy=True), var.to(acc, copy=True)
+    handoff = Handoff() if keeps and mean is None else None
+    out, y, *others = ConvBNActFunction.apply(
+        given, w, bias, mean, var, gamma, beta, residual, eps, activation, geom, update, *source, keeps, handoff
+    )
+    if not keeps:
+        return out
+    *found, handle = others
+    mean, var = found or (mean, var)
+    gamma, beta = (None if t is None else t.detach().clone() for t in (gamma, beta))
+    return Recomputable(out, handle, Recipe(y, mean, var, gamma, beta, eps, activation, handoff))
 
 
 _register("fprop", _differentiable_fprop, 3)

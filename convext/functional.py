@@ -12,6 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from . import autograd, checks, ops
 from .activation import FORWARD
+from .autograd import Recomputable
 from .memory_format import volume_is_channels_last
 from .problem import DTYPES, Epilogue, Geom
 
@@ -676,20 +677,45 @@ def conv_act(
         out = ops.conv_bn_act_again(input, weight, epilogue, geom)
         if out is not None:
             return out
+    return ordinary(chained_conv_act(input, weight, epilogue, stride, padding, dilation, groups))
+
+
+def ordinary(input: torch.Tensor | Recomputable) -> torch.Tensor:
+    """A tensor for any reader."""
+    return input.tensor() if isinstance(input, Recomputable) else input
+
+
+def chained_conv_act(
+    input: torch.Tensor | Recomputable,
+    weight: torch.Tensor,
+    epilogue: Epilogue,
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
+    groups: int,
+    keeps: bool = False,
+) -> torch.Tensor | Recomputable:
+    """conv_act with an epilogue, whose `input` may be Recomputable. `keeps`: so may be the result, where a gradient is
+    recorded."""
+    activation = epilogue.activation
     checks.check_activation(activation)
-    try:
-        fused = _prepare_fused(input, weight, epilogue, stride, padding, dilation, groups)
-    except checks.InvalidArgument:  # conv2d raises, or takes it as PyTorch does
-        fused = None
+    x = input.values if isinstance(input, Recomputable) else input
+    fused = _prepare_fused(x, weight, epilogue, stride, padding, dilation, groups)
+    if isinstance(input, Recomputable) and (fused is None or fused[0] is not x):
+        return chained_conv_act(input.tensor(), weight, epilogue, stride, padding, dilation, groups, keeps)
     if fused is None:
-        y = conv2d(input, weight, bias, stride, padding, dilation, groups)
-        return FORWARD[activation](y if residual is None else y + residual)
-    x, w, epilogue, geom = fused
-    if torch.compiler.is_compiling() or not needs_function(x, w, epilogue.bias, epilogue.residual):
-        out = ops.conv_bn_act(x, w, epilogue, geom)
+        y = conv2d(x, weight, epilogue.bias, stride, padding, dilation, groups)
+        return FORWARD[activation](y if epilogue.residual is None else y + epilogue.residual)
+    prepared, w, epilogue, geom = fused
+    if isinstance(input, Recomputable):
+        return autograd.chained_conv_act(input, w, epilogue, geom, keeps)
+    if torch.compiler.is_compiling() or not needs_function(prepared, w, epilogue.bias, epilogue.residual):
+        out = ops.conv_bn_act(prepared, w, epilogue, geom)
+    elif keeps and x.dim() == 4:
+        return autograd.chained_conv_act(prepared, w, epilogue, geom, keeps)
     else:
-        out = autograd.conv_act(x, w, epilogue, geom)
-    return out.squeeze(0) if input.dim() == 3 else out
+        out = autograd.conv_act(prepared, w, epilogue, geom)
+    return out.squeeze(0) if x.dim() == 3 else out
 
 
 def conv_bn_act(
@@ -770,26 +796,45 @@ def conv_bn_act(
         out = ops.conv_bn_act_again(input, weight, epilogue, geom)
         if out is not None:
             return out
-    checks.check_activation(activation)
-    try:
-        fused = _prepare_fused(input, weight, epilogue, stride, padding, dilation, groups)
-    except checks.InvalidArgument:  # conv2d raises, or takes it as PyTorch does
-        fused = None
-    if fused is None:
-        return _unfused(
+    return ordinary(
+        chained_conv_bn_act(
             input, weight, epilogue, stride, padding, dilation, groups, training, momentum, num_batches_tracked
         )
-    x, w, epilogue, geom = fused
-    _check_batch_norm(x, w, epilogue, geom, training)
-    recorded = not torch.compiler.is_compiling() and needs_function(
-        x, w, epilogue.bias, bn_weight, bn_bias, epilogue.residual
     )
-    if not training:
-        if recorded:
-            out = autograd.conv_bn_act(x, w, epilogue, geom)[0]
-        else:
-            out = ops.conv_bn_act(x, w, epilogue, geom)
-    else:
+
+
+def chained_conv_bn_act(
+    input: torch.Tensor | Recomputable,
+    weight: torch.Tensor,
+    epilogue: Epilogue,
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
+    groups: int,
+    training: bool,
+    momentum: float,
+    num_batches_tracked: torch.Tensor | None,
+    keeps: bool = False,
+) -> torch.Tensor | Recomputable:
+    """conv_bn_act with an epilogue, whose `input` may be Recomputable. `keeps`: so may be the result, where a gradient
+    is recorded."""
+    checks.check_activation(epilogue.activation)
+    x = input.values if isinstance(input, Recomputable) else input
+    fused = _prepare_fused(x, weight, epilogue, stride, padding, dilation, groups)
+    rest = stride, padding, dilation, groups, training, momentum, num_batches_tracked
+    if isinstance(input, Recomputable) and (fused is None or fused[0] is not x):
+        return chained_conv_bn_act(input.tensor(), weight, epilogue, *rest, keeps)
+    if fused is None:
+        return _unfused(x, weight, epilogue, *rest)
+    running_mean, running_var = epilogue.mean, epilogue.var
+    prepared, w, epilogue, geom = fused
+    _check_batch_norm(prepared, w, epilogue, geom, training)
+    recorded = isinstance(input, Recomputable) or (
+        not torch.compiler.is_compiling()
+        and needs_function(prepared, w, epilogue.bias, epilogue.gamma, epilogue.beta, epilogue.residual)
+    )
+    update = None
+    if training:
 
         def update(y: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> None:
             if num_batches_tracked is not None:
@@ -798,13 +843,18 @@ def conv_bn_act(
                 count = y.shape[0] * y.shape[2] * y.shape[3]
                 _update_running(running_mean, running_var, mean, var, momentum, count)  # type: ignore[arg-type]
 
-        epilogue = Epilogue(epilogue.bias, None, None, bn_weight, bn_bias, epilogue.residual, eps, activation)
-        if recorded:
-            out, *_ = autograd.conv_bn_act(x, w, epilogue, geom, update=update)
-        else:
-            out, *statistics = ops.conv_bn_act_train(x, w, epilogue, geom)
-            update(*statistics)
-    return out.squeeze(0) if input.dim() == 3 else out
+        epilogue = epilogue._replace(mean=None, var=None)
+    if recorded and (keeps or isinstance(input, Recomputable)) and x.dim() == 4:
+        given = input if isinstance(input, Recomputable) else prepared
+        return autograd.chained_conv_bn_act(given, w, epilogue, geom, update, keeps)
+    if recorded:
+        out = autograd.conv_bn_act(prepared, w, epilogue, geom, update=update)[0]
+    elif update is None:
+        out = ops.conv_bn_act(prepared, w, epilogue, geom)
+    else:
+        out, *statistics = ops.conv_bn_act_train(prepared, w, epilogue, geom)
+        update(*statistics)
+    return out.squeeze(0) if x.dim() == 3 else out
 
 
 conv_bn_relu = conv_bn_act
@@ -826,7 +876,17 @@ def _is_simple(*tensors: torch.Tensor | None) -> bool:
     return ops.all_plain(*tensors) and not autograd.needs_function(*tensors)
 
 
-def _prepare_fused(
+def _prepare_fused(*arguments: Any) -> _Fused | None:
+    """(x, w, epilogue, geom) for the fused operators, batched and cast, or None where the parts run one by one:
+    other dtypes, empty tensors, a residual that must broadcast or promote, subclasses, transforms, and what conv2d
+    refuses or takes as PyTorch does."""
+    try:
+        return _prepared_fused(*arguments)
+    except checks.InvalidArgument:
+        return None
+
+
+def _prepared_fused(
     input: torch.Tensor,
     weight: torch.Tensor,
     epilogue: Epilogue,
@@ -835,8 +895,6 @@ def _prepare_fused(
     dilation: Size,
     groups: int,
 ) -> _Fused | None:
-    """(x, w, epilogue, geom) for the fused operators, batched and cast, or None where the parts run one by one:
-    other dtypes, empty tensors, a residual that must broadcast or promote, subclasses, transforms."""
     residual = epilogue.residual
     if not torch.compiler.is_compiling():
         plain = _PLAIN.issuperset(map(type, (input, weight, *epilogue[:6]))) and input is not None

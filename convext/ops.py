@@ -420,6 +420,32 @@ def bn_act_backward(
     return _bn_act_backward(dout, y, *epilogue[1:], training)
 
 
+def bn_act_and_sums(
+    dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue
+) -> tuple[torch.Tensor, tuple[Any, ...]] | None:
+    """bn_act of y, without a residual, and in the same pass the sums that bn_act_backward in training begins with, for
+    `bn_act_from_sums`; None where the backend has no such pass. Not differentiable."""
+    if not all_plain(dout, y, *epilogue[:6]):
+        return None
+    backend = backends.select_batch_norm(y)
+    found = backend.bn_act_and_sums(dout, y, epilogue)
+    if found is None:
+        return None
+    backends.counter(backend.name, "bn_act_and_sums", f"{backend.name}_bn_act_and_sums")[0] += 1
+    out, *sums = found
+    return out, (backend, *sums)
+
+
+def bn_act_from_sums(
+    dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, sums: tuple[Any, ...]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dy, dgamma, dbeta of bn_act_backward in training, out of what bn_act_and_sums found with the same arguments."""
+    backend, *found = sums
+    backends.counter(backend.name, "bn_act_from_sums", f"{backend.name}_bn_act_from_sums")[0] += 1
+    gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = backend.bn_act_from_sums(dout, y, epilogue, *found)
+    return gradients
+
+
 def act_backward(dout: torch.Tensor, z: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """dz = dout * activation'(z) and, from the same pass where the backend has one, its sum by channel, else None. Not
     differentiable."""

@@ -132,6 +132,18 @@ class Backend:
         y's own."""
         raise NotImplementedError
 
+    def bn_act_and_sums(
+        self, dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue
+    ) -> tuple[torch.Tensor, ...] | None:
+        """bn_act of y, without a residual, and what bn_act_from_sums wants besides; None where no pass does both."""
+        return None
+
+    def bn_act_from_sums(
+        self, dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, *found: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """dy, dgamma, dbeta of bn_act_backward in training. `found` is of bn_act_and_sums and used up."""
+        raise NotImplementedError
+
     def act_backward(
         self, dout: torch.Tensor, z: torch.Tensor, activation: str
     ) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -540,6 +540,23 @@ class NativeCpu(Backend):
             dout, y, mean, var, gamma, beta, residual, eps, ACTIVATIONS[activation], training
         )
 
+    def bn_act_and_sums(
+        self, dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue
+    ) -> tuple[torch.Tensor, ...] | None:
+        _, mean, var, gamma, beta, _, eps, activation = epilogue
+        return torch.ops.convext_cpu.bn_act_and_sums.default(
+            dout, y, mean, var, gamma, beta, eps, ACTIVATIONS[activation]
+        )
+
+    def bn_act_from_sums(
+        self, dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, *found: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        _, mean, var, gamma, beta, _, eps, activation = epilogue
+        dy, dgamma, dbeta = torch.ops.convext_cpu.bn_act_from_sums.default(
+            dout, y, mean, var, gamma, beta, eps, ACTIVATIONS[activation], *found
+        )
+        return found[1] if dy.numel() == 0 else dy, dgamma, dbeta
+
     def act_backward(
         self, dout: torch.Tensor, z: torch.Tensor, activation: str
     ) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -12,7 +12,7 @@ import convext
 
 from .. import zoo
 from ..options import DType, MemoryFormat
-from . import inference, training
+from . import inference, memory, training
 from .agreement import Agreement, bound, distance
 from .candidate import Skipped
 from .tables import Grid
@@ -41,12 +41,14 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What one case gave: timings and distances from eager's result by candidate, and who was skipped and why."""
+    """What one case gave: timings and distances from eager's result by candidate, who was skipped and why, and of a
+    training step what memory eager and convext need."""
 
     case: Case
     timings: dict[str, Timing] = field(default_factory=dict)
     agreement: dict[str, Agreement] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    memory: dict[str, memory.Memory] = field(default_factory=dict)
 
     def ratio(self, name: str, over: str = BASELINE) -> float:
         """How many times faster `name` is than `over`."""
@@ -63,7 +65,12 @@ class Outcome:
             }
             for name, timing in self.timings.items()
         }
-        return {"case": asdict(self.case), "candidates": candidates, "skipped": self.skipped}
+        found = {"case": asdict(self.case), "candidates": candidates, "skipped": self.skipped}
+        if self.memory:
+            found["memory"] = {
+                name: {"saved_bytes": needed.saved, "peak_bytes": needed.peak} for name, needed in self.memory.items()
+            }
+        return found
 
 
 class Disagreement(RuntimeError):
@@ -102,10 +109,8 @@ def _run(case: Case, peers: Collection[str], seconds: float, on_round: Callable[
     model = zoo.build(case.model)[0].to(case.dtype.torch, memory_format=case.memory_format.torch)
     x = zoo.sample(case.model, case.batch).to(case.dtype.torch, memory_format=case.memory_format.torch)
     mode = training if case.train else inference
-    candidates = {
-        BASELINE: mode.prepare(copy.deepcopy(model), x),
-        OURS: mode.prepare(convext.swap(copy.deepcopy(model)), x),
-    }
+    models = {BASELINE: copy.deepcopy(model), OURS: convext.swap(copy.deepcopy(model))}
+    candidates = {name: mode.prepare(network, x) for name, network in models.items()}
     reference, limit = candidates[BASELINE].result(), bound(model, case.dtype.torch)
     if case.train and case.dtype is not DType.float64:
         # Gradients through batch norm and ReLU amplify rounding by a factor that only a measurement tells: eager's own
@@ -117,6 +122,8 @@ def _run(case: Case, peers: Collection[str], seconds: float, on_round: Callable[
         raise Disagreement(
             f"{case}: convext is {agreement.distance:.1e} away from the reference, rounding explains {limit:.1e}"
         )
+    if case.train:
+        outcome.memory = {n: memory.of_step(network, x, candidates[n].call) for n, network in models.items()}
     if peers:
         torch._dynamo.reset()  # compiled code bakes in the number of threads
         for name in peers:
@@ -150,6 +157,21 @@ def table(outcomes: Sequence[Outcome]) -> Grid:
                 continue
             spread = outcome.timings[name].iqr / outcome.timings[name].median
             cells.append(f"{outcome.ratio(name):.2f} ± {outcome.ratio(name) * spread:.2f}")
+        grid.rows.append(cells)
+    return grid
+
+
+def memory_table(outcomes: Sequence[Outcome]) -> Grid:
+    """One row a training case: what eager and convext save for the backward pass, and the most that a step's tensors
+    take at once, in MiB, and the second's share of the first's."""
+    grid = Grid(["network", "batch", "saved, MiB, eager", "convext", "peak, MiB, eager", "convext"])
+    for outcome in outcomes:
+        if not outcome.memory:
+            continue
+        eager, ours = outcome.memory[BASELINE], outcome.memory[OURS]
+        cells = [outcome.case.model, str(outcome.case.batch)]
+        for before, after in ((eager.saved, ours.saved), (eager.peak, ours.peak)):
+            cells += [f"{before / 2**20:.1f}", f"{after / 2**20:.1f} ({after / before:.2f}×)"]
         grid.rows.append(cells)
     return grid
 

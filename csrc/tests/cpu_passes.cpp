@@ -343,6 +343,19 @@ void test_batch_norm_case(const BatchNorm& table, const Case& test, const std::s
         dout.data(),  o.dy.data(), o.dgamma.data(), o.dbeta.data(), test.residual ? o.dresidual.data() : nullptr,
         test.training};
     table.bn_act_backward(parallel, call, gradients, workspace.data());
+    if (test.norm && test.training && !test.residual) {
+      const bool keeps = table.keeps_dz(call);
+      Buffer out(size, dtype), dy(size, dtype), dgamma(C, compute), dbeta(C, compute);
+      std::vector<double> sums(2 * C);
+      const BatchNormSums found{sums.data(), keeps ? dy.data() : nullptr};
+      table.bn_act_and_sums(parallel, call, dout.data(), out.data(), found, workspace.data());
+      const BatchNormGradients rest{
+          keeps ? nullptr : dout.data(), dy.data(), dgamma.data(), dbeta.data(), nullptr, true};
+      table.bn_act_from_sums(parallel, call, rest, sums.data(), workspace.data());
+      check(out.bytes == o.out.bytes && dy.bytes == o.dy.bytes && dgamma.bytes == o.dgamma.bytes &&
+                dbeta.bytes == o.dbeta.bytes,
+            isa + " in two calls differs: " + test.name());
+    }
     return o;
   };
   const Outputs got = run(1);

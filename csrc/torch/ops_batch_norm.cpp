@@ -160,6 +160,80 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(const Tensor& dout, c
   return {dy, dgamma, dbeta, dresidual};
 }
 
+// What bn_act_and_sums and bn_act_from_sums share: y and the parameters, in scratch memory.
+struct Chained {
+  View yv;
+  Dense dense, incoming;
+  BatchNormArgs args;
+  Channels channels;
+  const BatchNorm& kernels;
+  int64_t workspace;
+
+  Chained(const Tensor& dout, const Tensor& y, const Channels& given)
+      : yv(view_of(y, "y")),
+        dense(yv, layout_of(yv)),
+        incoming(matching_view(dout, "dout", yv), dense.layout),
+        args(args_of(yv, dense.layout)),
+        channels(given),
+        kernels(batch_norm_for(settings().cpu_isa)),
+        workspace(kernels.workspace(args)) {}
+
+  int64_t scratch_bytes() const {
+    return dense.scratch_bytes() + incoming.scratch_bytes() + channels.scratch_bytes(args) + Scratch::padded(workspace);
+  }
+
+  // Returns dout.
+  const void* load(const Parallel& parallel) {
+    const Staging& staging = staging_for(settings().cpu_isa);
+    channels.load(args);
+    args.y = dense.get(staging, parallel);
+    return incoming.get(staging, parallel);
+  }
+};
+
+// dz is of size 0 where it is not kept.
+std::tuple<Tensor, Tensor, Tensor> bn_act_and_sums(const Tensor& dout, const Tensor& y, const Tensor& mean,
+                                                   const Tensor& var, const OptionalTensor& gamma,
+                                                   const OptionalTensor& beta, double eps, int64_t activation) {
+  const OptionalTensor given_mean(mean), given_var(var);
+  Chained call(dout, y, {given_mean, given_var, gamma, beta, eps, activation});
+  const ScratchScope scope(call.scratch_bytes());
+  const Parallel& parallel = torch_parallel();
+  const void* incoming = call.load(parallel);
+  const bool keeps = call.kernels.keeps_dz(call.args);
+  Tensor out = empty_like(call.yv), dz = keeps ? empty_like(call.yv) : empty_vector(0, call.yv.dtype);
+  Tensor sums = empty_vector(2 * call.args.c, DType::kFloat64);
+  const BatchNormSums found{static_cast<double*>(sums.data_ptr()), dz.data_ptr()};
+  call.kernels.bn_act_and_sums(parallel, call.args, incoming, out.data_ptr(), found, scratch().take(call.workspace));
+  return {out, sums, dz};
+}
+
+// Where dz is of y's size, dy is computed over it, and what is returned in its place is of size 0.
+std::tuple<Tensor, Tensor, Tensor> bn_act_from_sums(const Tensor& dout, const Tensor& y, const Tensor& mean,
+                                                    const Tensor& var, const OptionalTensor& gamma,
+                                                    const OptionalTensor& beta, double eps, int64_t activation,
+                                                    const Tensor& sums, const Tensor& dz) {
+  const OptionalTensor given_mean(mean), given_var(var);
+  Chained call(dout, y, {given_mean, given_var, gamma, beta, eps, activation});
+  const ScratchScope scope(call.scratch_bytes());
+  const Parallel& parallel = torch_parallel();
+  BatchNormGradients gradients{};
+  gradients.dout = call.load(parallel);
+  const bool keeps = call.kernels.keeps_dz(call.args);
+  STD_TORCH_CHECK(dz.numel() == (keeps ? call.yv.numel() : 0) && sums.numel() == 2 * call.args.c,
+                  "convext_cpu: sums and dz must be what bn_act_and_sums returned");
+  Tensor dy = keeps ? empty_vector(0, call.yv.dtype) : empty_like(call.yv);
+  const DType compute = compute_dtype(call.yv.dtype);
+  Tensor dgamma = empty_vector(call.args.c, compute), dbeta = empty_vector(call.args.c, compute);
+  gradients.dy = keeps ? dz.data_ptr() : dy.data_ptr();
+  gradients.dgamma = dgamma.data_ptr();
+  gradients.dbeta = dbeta.data_ptr();
+  gradients.training = true;
+  call.kernels.bn_act_from_sums(parallel, call.args, gradients, static_cast<const double*>(sums.data_ptr()),
+                                scratch().take(call.workspace));
+  return {dy, dgamma, dbeta};
+}
+
 }  // namespace
 }  // namespace convext
 
@@ -172,10 +246,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(convext_cpu, m) {
       "bn_act_backward(Tensor dout, Tensor y, Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, "
       "Tensor? residual, float eps, int activation, bool training) "
       "-> (Tensor dy, Tensor dgamma, Tensor dbeta, Tensor dresidual)");
+  m.def(
+      "bn_act_and_sums(Tensor dout, Tensor y, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps, "
+      "int activation) -> (Tensor out, Tensor sums, Tensor dz)");
+  m.def(
+      "bn_act_from_sums(Tensor dout, Tensor y, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps, "
+      "int activation, Tensor sums, Tensor(a!) dz) -> (Tensor dy, Tensor dgamma, Tensor dbeta)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(convext_cpu, CPU, m) {
   m.impl("batch_stats", TORCH_BOX(&convext::batch_stats));
   m.impl("bn_act", TORCH_BOX(&convext::bn_act));
   m.impl("bn_act_backward", TORCH_BOX(&convext::bn_act_backward));
+  m.impl("bn_act_and_sums", TORCH_BOX(&convext::bn_act_and_sums));
+  m.impl("bn_act_from_sums", TORCH_BOX(&convext::bn_act_from_sums));
 }

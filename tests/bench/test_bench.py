@@ -11,7 +11,7 @@ from torch import nn
 
 import convext
 from convext import zoo
-from convext.bench import inference, layers, machine, model, problems, results, timing, training
+from convext.bench import inference, layers, machine, memory, model, problems, results, timing, training
 from convext.bench.agreement import Agreement, bound, distance
 from convext.bench.candidate import Skipped
 from convext.bench.machine import Ceilings
@@ -177,6 +177,45 @@ def test_a_case_gives_timings_of_eager_and_convext(train):
     assert outcome.agreement["convext"].ok
     assert "resnet18" in model.images_per_second(outcome)
     assert model.table([outcome]).rows[0][:3] == ["resnet18", str(1 + train), "1"]
+    assert ("memory" in outcome.as_json()) is train
+    assert [row[:2] for row in model.memory_table([outcome]).rows] == [["resnet18", "2"]] * train
+    if train:
+        eager, ours = (outcome.as_json()["memory"][name] for name in ("eager", "convext"))
+        assert 0 < ours["saved_bytes"] < eager["saved_bytes"] < eager["peak_bytes"]
+        assert ours["saved_bytes"] < ours["peak_bytes"] < eager["peak_bytes"]
+
+
+class Product(nn.Module):
+    """Of what a layer makes of x, and of x itself, seen twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x):
+        return self.layer(x) * x.view(16, 8).view(32, 4)
+
+
+def test_saved_bytes_counts_each_storage_once_and_no_parameters():
+    network, x, bytes_of_x = Product(), torch.ones(32, 4, requires_grad=True), 32 * 4 * 4
+    assert memory.saved_bytes(network, x) == 2 * bytes_of_x
+    assert memory.saved_bytes(network.layer, x) == bytes_of_x
+    assert memory.saved_bytes(network.layer.requires_grad_(False), x) == 0
+
+
+def test_peak_bytes_counts_what_is_there_at_once():
+    """Of convext's results as well, which come from a pool otherwise, and in units in which malloc hands them out."""
+    mega = 1_000_000
+
+    def chain():
+        y = torch.zeros(mega) + 1  # both of them
+        y = y * 2  # the first is gone
+        del y
+        return convext.conv2d(torch.zeros(1, 1, 1000, 500), torch.zeros(1, 1, 1, 1))
+
+    assert 8 * mega <= memory.peak_bytes(chain) < 8 * mega + 10_000
+    assert 4 * mega <= memory.peak_bytes(lambda: convext.conv2d(torch.zeros(1, 1, 1000, 500), torch.zeros(1, 1, 1, 1)))
+    assert memory.peak_bytes(lambda: None) == 0
 
 
 def test_only_the_peers_asked_for_take_part():

@@ -730,8 +730,10 @@ def test_verify_sees_a_difference(monkeypatch):
     from convext import functional
 
     model = make(SharedReLU)
-    right = functional.conv_bn_act
-    monkeypatch.setattr(functional, "conv_bn_act", lambda *a, eps, **k: right(*a, eps=eps * 1.01, **k))
+    right = functional.chained_conv_bn_act
+    monkeypatch.setattr(
+        functional, "chained_conv_bn_act", lambda x, w, e, *rest: right(x, w, e._replace(eps=e.eps * 1.01), *rest)
+    )
     found = convext.verify(model, sample())
     assert not found.ok and "DISAGREE" in str(found)
 

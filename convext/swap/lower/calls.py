@@ -185,13 +185,15 @@ def fallback(unit: Unit, graph: Graph) -> Call:
         steps.append((node, step(node), [value for value in node.all_input_nodes if value not in later]))
 
     def run_all(x: Any, residual: Any = None) -> Any:
-        values = {unit.residual: residual, unit.source: x}
-        x = residual = None  # what no node reads any more is to be free
+        values: dict[Any, Any] = {unit.source: x}
+        x = None  # what no node reads any more is to be free
         for node, run, done in steps:
             x = run(values)
             values[node] = x
             for value in done:
                 values.pop(value, None)
+            if residual is not None:  # after the first node: where it is the source, that may have been cast
+                values[unit.residual], residual = residual, None
         return x
 
     return run_all

@@ -28,6 +28,7 @@ PATTERNS = [
         "head",
         "channel_layers",
         "linear",
+        "pooling",
         "containers",
         "chain",
     )

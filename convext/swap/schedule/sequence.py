@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from . import kept
+
 if TYPE_CHECKING:
     from torch import fx
 
@@ -32,7 +34,10 @@ def schedule(graph: Graph, layout: Layout, mode: Mode) -> list[Row]:
     """The rows of a graph's units."""
     units = sorted((unit for unit in graph.units if unit.runs), key=lambda unit: graph.order[unit.nodes[0]])
     units = [unit for unit in units if unit.first.settle(unit.last, layout, mode)]
-    return rows(graph, blocks(graph, units, layout), layout) if mode.direct else [[[unit]] for unit in units]
+    if mode.direct:
+        return rows(graph, blocks(graph, units, layout), layout)
+    kept.settle(units, layout)
+    return [[[unit]] for unit in units]
 
 
 def blocks(graph: Graph, units: list[Unit], layout: Layout) -> list[Block]:

@@ -36,6 +36,9 @@ class Op:
     excitation  of a call that is squeeze and excitation, what the convolution behind it may do for it, else None
     by_itself   it is no member of a row
     takes_excitation  as such a convolution can: the other steps scale no input
+    takes, gives  with gradients, what its call takes and returns of what is not kept (autograd.Recomputable): "image",
+                "rows" of a linear layer, or None
+    keeps       False where all who read its result take what is not kept, once that is known
     choice      the backend's choice of a kernel, where there is a choice, once it is prepared
     """
 
@@ -44,6 +47,9 @@ class Op:
     excitation: Any = None
     choice: Choice | None = None
     in_strips, has_call, takes_excitation, by_itself = True, True, False, False
+    takes: str | None = None
+    gives: str | None = None
+    keeps = True
     activation, eps = "identity", 0.0
 
     def words(self, adds: bool) -> list[str]:

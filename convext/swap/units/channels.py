@@ -20,8 +20,9 @@ import torch
 from torch import fx, nn
 
 from ... import autograd, backends, functional, ops
+from ...autograd import Recomputable
 from ...backends.native_sequence import Step, StepKind
-from ...problem import ConvProblem, Layout, Pass
+from ...problem import ConvProblem, Epilogue, Geom, Layout, Pass
 from . import AnyLayout, Call, Op, Tensors
 from .functions import NOWHERE, Place
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 Filters = tuple[int, int, int, int, int, int, int, int, int, int]  # k, r, s, stride, padding, dilation, groups
 Shapes = tuple[tuple[int, ...], ...]
+_POINTWISE = Geom((1, 1), (0, 0), (1, 1), 1)
 POINTWISE = 1, 1, 1, 1, 0, 0, 1, 1, 1  # filter, stride, padding, dilation, groups
 _DTYPES: tuple[torch.dtype, ...] = torch.float32, torch.float64, torch.bfloat16
 _NORM_DTYPES = torch.float32, torch.float64  # of the LayerNorm's kernel
@@ -102,6 +104,8 @@ class Linear(_ChannelOp):
     """A linear layer, and the activation after it. `scale`: whether the output is multiplied by a tensor found by name;
     `scale_shapes`: those that it may have, where -1 stands for the channels."""
 
+    takes = gives = "rows"
+
     def __init__(self, module: nn.Linear):
         self.linear, self.scale = module, False
         self.scale_shapes: Shapes = ()
@@ -129,14 +133,20 @@ class Linear(_ChannelOp):
             return fallback
         parameters, activation = self.linear._parameters, self.activation
 
-        def fused(x: Any) -> Any:
+        def fused(given: Any) -> Any:
             w, bias = parameters.get("weight"), parameters.get("bias")
+            kept = type(given) is not Recomputable
+            x: Any = given if kept else given.values.permute(0, 2, 3, 1).view(given.rows)
             if w is None or x is None or not _takes(x, w, bias):
-                return fallback(x)
-            rows = x.numel() // x.shape[-1]
-            image = x.view(1, 1, rows, x.shape[-1]).permute(0, 3, 1, 2)
-            y = functional.conv_act(image, w.view(*w.shape, 1, 1), bias, activation=activation)
-            return y.permute(0, 2, 3, 1).view(*x.shape[:-1], w.shape[0])
+                return fallback(functional.ordinary(given))
+            shape = *x.shape[:-1], w.shape[0]
+            if kept:
+                given = x.view(1, 1, x.numel() // x.shape[-1], x.shape[-1]).permute(0, 3, 1, 2)
+            epilogue = Epilogue(bias, activation=activation)
+            y = functional.chained_conv_act(given, w.view(*w.shape, 1, 1), epilogue, *_POINTWISE, not self.keeps)
+            if isinstance(y, Recomputable):
+                return y._replace(rows=shape)
+            return y.permute(0, 2, 3, 1).view(shape)
 
         return fused
 

@@ -16,6 +16,7 @@ from torch import fx
 from torch.autograd import forward_ad
 
 from ... import autograd, backends, checks, functional, ops
+from ...autograd import Recomputable
 from ...backends.native_sequence import Step
 from ...memory_format import dense_strides, suggests_channels_last, where_copied
 from ...problem import DTYPES, ConvProblem, Epilogue, Geom, Pass
@@ -35,6 +36,7 @@ class Conv(Op):
     excitation of its input, where it is computed together with that."""
 
     takes_excitation = True
+    takes = gives = "image"
 
     def __init__(self, convolution: Convolution, batch_norm: BatchNorm | None = None, activation: str = "identity"):
         self.convolution, self.batch_norm, self.activation = convolution, batch_norm, activation
@@ -191,11 +193,11 @@ def _recorded_or_not(op: Conv, fallback: Call) -> Call:
     """function(x, residual=None): the operator, or what records a gradient of it."""
     state, norm, channels_last, activation = op.state, op.batch_norm, op.channels_last, op.activation
     geom, places = op.convolution.geom, op.places[:6]
-    settings: dict[str, Any] = dict(zip(("stride", "padding", "dilation", "groups"), geom), activation=activation)
     by_batch = norm is not None and norm.by_batch
     ends_elementwise = activation != "identity"
 
-    def fused(x: Any, residual: torch.Tensor | None = None) -> Any:
+    def fused(given: Any, residual: torch.Tensor | None = None) -> Any:
+        x: Any = given.values if type(given) is Recomputable else given
         w: Any
         w, bias, mean, var, gamma, beta = map(found, places)
         # A batch norm is elementwise where it is recorded.
@@ -207,12 +209,13 @@ def _recorded_or_not(op: Conv, fallback: Call) -> Call:
             and (by_batch or _grad_enabled())
             and (_is_for_the_layers(x, w, geom, by_batch) or _are_odd_statistics(mean, var, by_batch))
         ):
-            return fallback(x, residual)
+            return fallback(functional.ordinary(given), residual)
         state.last = x.shape, x.stride(), x.dtype, x.device
         if (
             not by_batch
             and forward_ad._current_level < 0
             and (norm is not None or residual is None)
+            and x is given
             and not (_grad_enabled() and _requires_grad(x, w, bias, gamma, beta, residual))
         ):
             try:
@@ -221,23 +224,16 @@ def _recorded_or_not(op: Conv, fallback: Call) -> Call:
             except checks.InvalidArgument:  # which the layers refuse in their own words, or take
                 return fallback(x, residual)
         with _recorded(channels_last):
-            x, residual = _in_format(x, channels_last), _summand(residual, channels_last)
+            if x is given:
+                given = _in_format(x, channels_last)
+            elif channels_last and not x.is_contiguous(memory_format=torch.channels_last):
+                given = _in_format(given.tensor(), channels_last)
+            residual = _summand(residual, channels_last)
+            epilogue = Epilogue(bias, mean, var, gamma, beta, residual, op.eps, activation)
             if norm is None:
-                return functional.conv_act(x, w, bias, residual=residual, **settings)
-            return functional.conv_bn_act(
-                x,
-                w,
-                bias,
-                mean,
-                var,
-                gamma,
-                beta,
-                training=by_batch,
-                momentum=norm.factor(),
-                eps=norm.eps,
-                residual=residual,
-                num_batches_tracked=found(norm.count),
-                **settings,
+                return functional.chained_conv_act(given, w, epilogue, *geom, not op.keeps)
+            return functional.chained_conv_bn_act(
+                given, w, epilogue, *geom, by_batch, norm.factor(), found(norm.count), not op.keeps
             )
 
     return fused

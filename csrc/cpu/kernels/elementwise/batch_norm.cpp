@@ -5,6 +5,8 @@
 //   bn_act_backward   frozen:   1 pass, sums and results together
 //                     training: 2 passes; z and dz are computed again in the second, which costs less than storing
 //                               them, except for silu and gelu, whose dz waits in dy
+//   bn_act_and_sums   the first of these two, which writes out, too
+//   bn_act_from_sums  the second
 //
 // Tile map. NHWC runs along memory, pixel by pixel, W channels at a time; per-channel constants and running sums lie in
 // arrays that stay in L1. NCHW runs along each plane with the channel's constants in registers.
@@ -74,9 +76,11 @@ struct Constants {
   T *mean, *scale, *shift;  // z = (y - mean) * scale + shift + residual
   T *mean_dz, *slope;       // dy = scale * (dz - mean_dz - (y - mean) * slope)
   T* partial;               // [chunk][2][c]
+  double* sums;             // [2][c], of all chunks
 
   Constants(void* workspace, int64_t c) {
-    mean = static_cast<T*>(workspace);
+    sums = static_cast<double*>(workspace);
+    mean = reinterpret_cast<T*>(sums + 2 * c);
     scale = mean + c;
     shift = scale + c;
     mean_dz = shift + c;
@@ -303,18 +307,21 @@ void bn_act(const Parallel& parallel, const BatchNormArgs& args, void* out_point
 // What one pass over memory does.
 enum class Work { kSums, kSumsKeepingDz, kResults, kResultsFromDz, kSumsAndResults };
 
-template <class S, class Act>
+// kWithOut: the passes that sum up write `out` as well.
+template <class S, class Act, bool kWithOut = false>
 struct Backward {
   using T = compute_t<S>;
   const S *y, *residual, *dout;
   S *dy, *dresidual;
   Work work;
+  S* out = nullptr;
 
   bool sums_up() const { return work != Work::kResults && work != Work::kResultsFromDz; }
 
   CONVEXT_INLINE Vec<T> compute_dz(int64_t at, int64_t lanes, const Channel<T>& channel, Vec<T> centered) const {
     Vec<T> z = fma(channel.shift, centered, channel.scale);
     if (residual) z += load_as(residual + at, lanes);
+    if constexpr (kWithOut) store_as(out + at, Act::forward(z), lanes);
     return load_as(dout + at, lanes) * Act::derivative(z);
   }
 
@@ -400,31 +407,42 @@ struct Backward {
   }
 };
 
-// Adds the chunks up in their order: dbeta, dgamma, and what the second pass subtracts.
+// Adds the chunks up in their order, into sums [2][c].
 template <class T>
-void finish_sums(const Parallel& parallel, const BatchNormArgs& args, const BatchNormGradients& gradients,
-                 const Constants<T>& constants) {
+void add_chunks(const Parallel& parallel, const BatchNormArgs& args, const Constants<T>& constants, double* sums) {
   const int64_t chunks = Chunks(args).count;
-  const double elements = static_cast<double>(args.n) * static_cast<double>(args.hw);
   for_channel_blocks(parallel, args.c, [&](int64_t begin, int64_t count) {
-    double sum[kChannelBlock] = {}, sum_products[kChannelBlock] = {};
+    double *const sum = sums + begin, *const sum_products = sum + args.c;
+    for (int64_t i = 0; i < count; ++i) sum[i] = sum_products[i] = 0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const T *const sums = constants.partial + chunk * 2 * args.c + begin, *const products = sums + args.c;
+      const T *const partial = constants.partial + chunk * 2 * args.c + begin, *const products = partial + args.c;
       for (int64_t i = 0; i < count; ++i) {
-        sum[i] += sums[i];
+        sum[i] += partial[i];
         sum_products[i] += products[i];
       }
     }
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t c = begin + i;
-      const double inverse = inverse_std<T>(args, c);
-      if (gradients.dbeta) static_cast<T*>(gradients.dbeta)[c] = static_cast<T>(sum[i]);
-      if (gradients.dgamma) static_cast<T*>(gradients.dgamma)[c] = static_cast<T>(sum_products[i] * inverse);
-      constants.mean_dz[c] = static_cast<T>(sum[i] / elements);
-      constants.slope[c] = static_cast<T>(sum_products[i] * inverse * inverse / elements);
-    }
   });
 }
+
+// From sums [2][c]: dbeta, dgamma, and what the second pass subtracts.
+template <class T>
+void finish_sums(const BatchNormArgs& args, const BatchNormGradients& gradients, const Constants<T>& constants,
+                 const double* sums) {
+  const double elements = static_cast<double>(args.n) * static_cast<double>(args.hw);
+  const double* const sum_products = sums + args.c;
+  for (int64_t c = 0; c < args.c; ++c) {
+    const double inverse = inverse_std<T>(args, c);
+    if (gradients.dbeta) static_cast<T*>(gradients.dbeta)[c] = static_cast<T>(sums[c]);
+    if (gradients.dgamma) static_cast<T*>(gradients.dgamma)[c] = static_cast<T>(sum_products[c] * inverse);
+    constants.mean_dz[c] = static_cast<T>(sums[c] / elements);
+    constants.slope[c] = static_cast<T>(sum_products[c] * inverse * inverse / elements);
+  }
+}
+
+// Whether dz is kept from the first pass to the second: a costly activation is differentiated once, where dy can hold
+// dz unrounded.
+template <class S, class Act>
+constexpr bool kKeepsDz = Act::costly && sizeof(S) == sizeof(compute_t<S>);
 
 template <class S, class Act>
 void bn_act_backward(const Parallel& parallel, const BatchNormArgs& args, const BatchNormGradients& gradients,
@@ -437,13 +455,41 @@ void bn_act_backward(const Parallel& parallel, const BatchNormArgs& args, const 
                         static_cast<const S*>(gradients.dout), static_cast<S*>(gradients.dy),
                         static_cast<S*>(gradients.dresidual),  Work::kSums};
   const bool through_stats = gradients.training && args.mean;
-  // A costly activation is differentiated once, where dy can hold dz unrounded.
-  const bool keep = Act::costly && sizeof(S) == sizeof(T);
+  constexpr bool keep = kKeepsDz<S, Act>;
   pass.work = !through_stats ? Work::kSumsAndResults : keep ? Work::kSumsKeepingDz : Work::kSums;
   pass.run(parallel, args, constants);
-  finish_sums(parallel, args, gradients, constants);
+  add_chunks(parallel, args, constants, constants.sums);
+  finish_sums(args, gradients, constants, constants.sums);
   if (!through_stats) return;
   pass.work = keep ? Work::kResultsFromDz : Work::kResults;
+  pass.run(parallel, args, constants);
+}
+
+template <class S, class Act>
+void bn_act_and_sums(const Parallel& parallel, const BatchNormArgs& args, const void* dout, void* out,
+                     const BatchNormSums& found, void* workspace) {
+  using T = compute_t<S>;
+  const Constants<T> constants(workspace, args.c);
+  load_constants(args, constants);
+  for (int64_t c = 0; c < args.c; ++c) constants.mean_dz[c] = constants.slope[c] = 0;
+  const Backward<S, Act, true> pass{
+      static_cast<const S*>(args.y), nullptr, static_cast<const S*>(dout),
+      static_cast<S*>(found.dz),     nullptr, kKeepsDz<S, Act> ? Work::kSumsKeepingDz : Work::kSums,
+      static_cast<S*>(out)};
+  pass.run(parallel, args, constants);
+  add_chunks(parallel, args, constants, found.sums);
+}
+
+template <class S, class Act>
+void bn_act_from_sums(const Parallel& parallel, const BatchNormArgs& args, const BatchNormGradients& gradients,
+                      const double* sums, void* workspace) {
+  using T = compute_t<S>;
+  const Constants<T> constants(workspace, args.c);
+  load_constants(args, constants);
+  finish_sums(args, gradients, constants, sums);
+  const Backward<S, Act> pass{
+      static_cast<const S*>(args.y), nullptr, static_cast<const S*>(gradients.dout),
+      static_cast<S*>(gradients.dy), nullptr, kKeepsDz<S, Act> ? Work::kResultsFromDz : Work::kResults};
   pass.run(parallel, args, constants);
 }
 
@@ -470,7 +516,7 @@ void visit_types(const BatchNormArgs& args, Visitor&& visit) {
 
 int64_t workspace_bytes(const BatchNormArgs& args) {
   const int64_t size = args.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
-  return (kConstants + 2 * Chunks(args).count) * args.c * size;
+  return 2 * args.c * sizeof(double) + (kConstants + 2 * Chunks(args).count) * args.c * size;
 }
 
 void batch_stats_table(const Parallel& parallel, const BatchNormArgs& args, void* mean, void* var, void* workspace) {
@@ -492,11 +538,35 @@ void bn_act_backward_table(const Parallel& parallel, const BatchNormArgs& args, 
   });
 }
 
+bool keeps_dz_table(const BatchNormArgs& args) {
+  bool keeps = false;
+  visit_types(args, [&](auto storage, auto act) { keeps = kKeepsDz<decltype(storage), decltype(act)>; });
+  return keeps;
+}
+
+void bn_act_and_sums_table(const Parallel& parallel, const BatchNormArgs& args, const void* dout, void* out,
+                           const BatchNormSums& found, void* workspace) {
+  const Parallel threads = threads_for(parallel, args);
+  visit_types(args, [&](auto storage, auto act) {
+    bn_act_and_sums<decltype(storage), decltype(act)>(threads, args, dout, out, found, workspace);
+  });
+}
+
+void bn_act_from_sums_table(const Parallel& parallel, const BatchNormArgs& args, const BatchNormGradients& gradients,
+                            const double* sums, void* workspace) {
+  const Parallel threads = threads_for(parallel, args);
+  visit_types(args, [&](auto storage, auto act) {
+    bn_act_from_sums<decltype(storage), decltype(act)>(threads, args, gradients, sums, workspace);
+  });
+}
+
 }  // namespace
 }  // namespace CONVEXT_ISA
 
 extern const BatchNorm CONVEXT_VARIANT(batch_norm);
-const BatchNorm CONVEXT_VARIANT(batch_norm) = {CONVEXT_ISA::workspace_bytes, CONVEXT_ISA::batch_stats_table,
-                                               CONVEXT_ISA::bn_act_table, CONVEXT_ISA::bn_act_backward_table};
+const BatchNorm CONVEXT_VARIANT(batch_norm) = {CONVEXT_ISA::workspace_bytes,       CONVEXT_ISA::batch_stats_table,
+                                               CONVEXT_ISA::bn_act_table,          CONVEXT_ISA::bn_act_backward_table,
+                                               CONVEXT_ISA::keeps_dz_table,        CONVEXT_ISA::bn_act_and_sums_table,
+                                               CONVEXT_ISA::bn_act_from_sums_table};
 
 }  // namespace convext

@@ -34,6 +34,12 @@ struct BatchNormGradients {
   bool training;    // mean and var are functions of y, and the gradient flows through them too
 };
 
+// What bn_act_and_sums finds on the way, for bn_act_from_sums.
+struct BatchNormSums {
+  double* sums;  // [2][C]: sum dz, sum dz * (y - mean)
+  void* dz;      // like y where `keeps_dz`, else not looked at
+};
+
 struct BatchNorm {
   // Scratch bytes that each function below wants, 64-byte aligned, not cleared.
   int64_t (*workspace)(const BatchNormArgs&);
@@ -47,6 +53,15 @@ struct BatchNorm {
   //   dy = gamma / sqrt(var + eps) * (dz - dbeta / M - xhat * dgamma / M)   in training, M = N * HW
   //   dy = gamma / sqrt(var + eps) * dz                                      otherwise
   void (*bn_act_backward)(const Parallel&, const BatchNormArgs&, const BatchNormGradients&, void* workspace);
+
+  // bn_act_backward in training without a residual, in two calls. The first computes `out` as bn_act does in the same
+  // pass as the sums, for who needs it at that time. The second takes the gradients' dout and dy; where `keeps_dz`, dy
+  // is the first's dz, which it overwrites, and dout is not looked at. Together they give bit for bit the same.
+  bool (*keeps_dz)(const BatchNormArgs&);
+  void (*bn_act_and_sums)(const Parallel&, const BatchNormArgs&, const void* dout, void* out, const BatchNormSums&,
+                          void* workspace);
+  void (*bn_act_from_sums)(const Parallel&, const BatchNormArgs&, const BatchNormGradients&, const double* sums,
+                           void* workspace);
 };
 
 CONVEXT_ISA_TABLE(BatchNorm, batch_norm)
