@@ -1,23 +1,28 @@
 """Builds convext's C++ library with ninja; all metadata is in pyproject.toml.
 
-Three libraries come out of `csrc/`, whose folders say how a file is compiled:
+Three libraries that know no Python come out of `csrc/`, whose folders say how a file is compiled. They are compiled
+once for all releases of Python:
 
-* ``convext/_C``: the CPU kernels, what runs them, the selection and the torch-facing ops. Always built. Every file in
-  ``csrc/cpu/kernels/`` is compiled once for each instruction set; which copy runs is decided at run time. Those in
-  ``csrc/torch/`` see torch's stable ABI, no others do.
-* ``convext/_storage``: ``csrc/storage/`` makes results in the pool of dropped results resizable, a few lines.
-* ``convext/_CUDA``: ``csrc/cuda/``. Built when nvcc is there and agrees with torch's CUDA on the major version.
+* ``convext/libconvext.abi3.so``: the CPU kernels, what runs them, the selection and the torch-facing ops. Always built.
+  Every file in ``csrc/cpu/kernels/`` is compiled once for each instruction set; which copy runs is decided at run time.
+  Those in ``csrc/torch/`` see torch's stable ABI, no others do.
+* ``convext/libconvext_cuda.abi3.so``: ``csrc/cuda/``. Built when nvcc is there and agrees with torch's CUDA on the
+  major version.
+* ``convext/libconvext_storage.so``: ``csrc/storage/`` makes results in the pool of dropped results resizable.
 
-``csrc/core/`` is in the first and the last, and ``csrc/python/`` holds a file of bindings for each.
+``csrc/core/`` is in the first two, ``csrc/compat/`` in all. For each Python there are ``convext/_C`` and
+``convext/_CUDA``, bindings alone: the two files of ``csrc/python/``.
 
-The first uses torch's stable ABI (target 2.10), the third no torch at all: a build survives another torch release. The
-second takes torch's C++ headers, and is left unloaded where torch is of another release than it was built with.
+The first uses torch's stable ABI (target 2.10), the second no torch at all: a build survives another torch release. The
+third takes torch's C++ headers, and is left unloaded where torch is of another release than it was built with.
 
 Environment:
     CONVEXT_BUILD_CUDA    auto (default): build the CUDA library where it can be built, GPU or not; 1: fail with the
                           reason where it cannot; gpu: build it where there is a GPU, and for that alone; 0: skip it.
     CONVEXT_CUDA_ARCHS    semicolon-separated, default "80;90" (plus PTX of the newest for what comes).
     TORCH_CUDA_ARCH_LIST  as torch's own extensions take it ("8.0;9.0+PTX"), where the one before is not set.
+    CONVEXT_TORCH         the folder of the torch to build beside, where this Python has none to import: of another
+                          Python's (release/wheels.py).
     CXX                   the C++ compiler, default c++ or g++.
     MAX_JOBS              parallel compile jobs, default limited by cores and memory.
 
@@ -28,6 +33,7 @@ import errno
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -35,6 +41,7 @@ import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -44,6 +51,7 @@ CSRC = ROOT / "csrc"
 TORCH_TARGET_VERSION = "0x020a000000000000"  # the stable ABI of torch 2.10
 GIB_PER_JOB = 1.0  # the largest translation unit's peak, with room to spare
 USUAL_CUDA_HOME = "/usr/local/cuda"
+OLDEST_GLIBC = (2, 28)  # as manylinux_2_28 has it
 OLDEST_CUDA_ARCH = 80  # the kernels copy asynchronously and multiply bfloat16
 CUDA_FAMILIES = {  # the names that TORCH_CUDA_ARCH_LIST knows besides numbers
     **{"volta": "7.0", "turing": "7.5", "ampere": "8.0;8.6", "ada": "8.9", "hopper": "9.0"},
@@ -56,6 +64,13 @@ CXX_FLAGS = [
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 ]
 NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", f"-I{CSRC}", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+LINK_FLAGS = ["-shared", "-Wl,-Bsymbolic", "-Wl,--no-undefined", "-Wl,--version-script"]
+# The libraries that know no Python, by their names in the package. "abi3" to audits: the part of Python's ABI that
+# never changes, of which they use nothing.
+CPU_LIBRARY, CUDA_LIBRARY, STORAGE_LIBRARY = (
+    *("libconvext.abi3.so", "libconvext_cuda.abi3.so"),
+    "libconvext_storage.so",
+)
 ISA_FLAGS = {"portable": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma"]
@@ -90,7 +105,7 @@ def compile_kernels(build: "Ninja", library: str, cxx: str) -> None:
 
 def cpu_host() -> list[Path]:
     """The files of the CPU library that are compiled once and see neither torch nor Python."""
-    return sorted([*(CSRC / "core").glob("*.cpp"), *(CSRC / "cpu" / "runtime").glob("*.cpp")])
+    return sorted(file for place in ("core", "compat", "cpu/runtime") for file in (CSRC / place).glob("*.cpp"))
 
 
 class BuildError(RuntimeError):
@@ -126,13 +141,34 @@ def check_python() -> None:
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.exists():
         raise BuildError(f"{header} is missing: on Debian, apt-get install python3-dev")
-    for package in ("torch", "pybind11"):
+    for package in ("pybind11",) if os.environ.get("CONVEXT_TORCH") else ("torch", "pybind11"):
         try:
             __import__(package)
         except ImportError as error:
             raise BuildError(
                 f"{package} cannot be imported ({error}): pip install {package}, or leave --no-build-isolation out"
             ) from None
+
+
+class Torch(NamedTuple):
+    """The torch that the libraries are built beside."""
+
+    folder: Path
+    version: str
+    cuda: str | None
+
+
+def torch_beside() -> Torch:
+    folder = os.environ.get("CONVEXT_TORCH")
+    if folder:
+        try:
+            facts = runpy.run_path(os.path.join(folder, "version.py"))
+        except OSError as error:
+            raise BuildError(f"CONVEXT_TORCH is no folder of a torch ({error})") from None
+        return Torch(Path(folder), facts["__version__"], facts["cuda"])
+    import torch
+
+    return Torch(Path(torch.__file__).parent, torch.__version__, torch.version.cuda)
 
 
 MEMINFO = Path("/proc/meminfo")
@@ -184,8 +220,7 @@ def cuda_archs() -> list[str]:
 
 def cuda_plan() -> tuple[Path | None, str]:
     """The CUDA toolkit to build with, or None, and one line that says what was decided and why."""
-    import torch
-
+    torch = torch_beside()
     wish = os.environ.get("CONVEXT_BUILD_CUDA", "auto").strip().lower()
     if wish not in ("auto", "gpu", "0", "1"):
         raise BuildError(f"CONVEXT_BUILD_CUDA must be auto, gpu, 0 or 1, got {wish!r}")
@@ -199,8 +234,8 @@ def cuda_plan() -> tuple[Path | None, str]:
         return off("CONVEXT_BUILD_CUDA=0")
     if not any((CSRC / "cuda").rglob("*.cu")):
         return off("this source tree holds no CUDA kernels")
-    if torch.version.cuda is None:
-        return off(f"torch {torch.__version__} is built without CUDA (pip install a CUDA build of torch)")
+    if torch.cuda is None:
+        return off(f"torch {torch.version} is built without CUDA (pip install a CUDA build of torch)")
     if wish == "gpu" and not gpu_archs():
         return off("torch sees no GPU here (CONVEXT_BUILD_CUDA=1 builds it all the same)")
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), shutil.which("nvcc"), USUAL_CUDA_HOME]
@@ -215,10 +250,10 @@ def cuda_plan() -> tuple[Path | None, str]:
     release = re.search(r"release (\d+)\.(\d+)", text)
     if release is None:
         return off(f"{nvcc} --version printed no release (set CUDA_HOME to another toolkit)")
-    major = torch.version.cuda.split(".")[0]
+    major = torch.cuda.split(".")[0]
     if release[1] != major:
         return off(
-            f"nvcc is {release[1]}.{release[2]} and torch's CUDA is {torch.version.cuda}: the majors differ "
+            f"nvcc is {release[1]}.{release[2]} and torch's CUDA is {torch.cuda}: the majors differ "
             f"(set CUDA_HOME to a toolkit of CUDA {major})"
         )
     archs = cuda_archs()
@@ -315,7 +350,7 @@ class Ninja:
         self.edges: list[tuple[float, list[str]]] = []
         self.objects: dict[str, list[str]] = {}
         self.seconds: dict[str, float] = {}
-        self.headers: dict[Path, str] = {}
+        self.files: dict[Path, str] = {}  # from the folder that ninja runs in
 
     def rule(self, name: str, command: str, depfile: bool = True) -> None:
         self.text += [f"rule {name}", f"  command = {command}", f"  description = {name} $out"]
@@ -342,19 +377,29 @@ class Ninja:
 
     def precompile(self, rule: str, include: str, tag: str, flags: str) -> Path:
         """A header that includes one of csrc/, and GCC's digest of it, for files with the same rule and flags."""
-        header = Path("headers", f"{tag}.h")  # from the folder that ninja runs in
-        if header not in self.headers:
-            self.headers[header] = f'#include "{include}"\n'
+        header = Path("headers", f"{tag}.h")
+        if header not in self.files:
+            self.files[header] = f'#include "{include}"\n'
             self.edge(f"{header}.gch", f"{rule} {header}", 0.7, f"flags = {flags} -x c++-header")
         return header
 
     def link(self, library: str, output: Path) -> None:
         self.edge(output.as_posix(), f"link_{library} {' '.join(self.objects[library])}", 0.5)
 
+    def link_shared(self, library: str, output: Path, cxx: str, exports: str, libraries: str, inputs: str = "") -> None:
+        """Links a shared library that shows the symbols `exports` and no others: those of csrc/compat, and templates of
+        the standard library's, stay its own. `inputs`: files among `libraries` that it is linked anew for."""
+        script = Path(f"{library}.exports")
+        self.files[script] = exports
+        flags = f"{' '.join(LINK_FLAGS)} {script} -Wl,-soname,{output.name}"  # by that name others find it, beside them
+        self.rule(f"link_{library}", f"{cxx} {flags} -o $out $in {libraries}", depfile=False)
+        objects = " ".join(self.objects[library])
+        self.edge(output.as_posix(), f"link_{library} {objects} | {script} {inputs}".rstrip(), 0.5)
+
     def run(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for header, text in self.headers.items():
-            file = self.folder / header
+        for name, text in self.files.items():
+            file = self.folder / name
             file.parent.mkdir(exist_ok=True)
             if not file.exists() or file.read_text() != text:
                 file.write_text(text)
@@ -390,6 +435,13 @@ class Ninja:
             raise BuildError(why_it_failed("".join(said), self.folder))
 
 
+def static_cudart(toolkit: Path) -> Path:
+    archive = next((file for d in ("lib64", "lib") if (file := toolkit / d / "libcudart_static.a").exists()), None)
+    if archive is None:
+        raise BuildError(f"libcudart_static.a is in neither lib64 nor lib of {toolkit}")
+    return archive
+
+
 def compile_cuda(build: Ninja, product: str, toolkit: Path, cxx: str) -> str:
     """Adds the CUDA kernels and their selection, for CONVEXT_CUDA_ARCHS, to the objects of `product`; the flags to link
     them with. They need no torch, and cudart is linked statically, so that what comes out loads on a machine without a
@@ -398,29 +450,106 @@ def compile_cuda(build: Ninja, product: str, toolkit: Path, cxx: str) -> str:
     targets = [f"-gencode arch=compute_{a},code=sm_{a}" for a in archs]
     newest = archs[-1].rstrip("af")
     targets.append(f"-gencode arch=compute_{newest},code=compute_{newest}")  # PTX for what comes
-    library = next((d for d in (toolkit / "lib64", toolkit / "lib") if (d / "libcudart_static.a").exists()), None)
-    if library is None:
-        raise BuildError(f"libcudart_static.a is in neither lib64 nor lib of {toolkit}")
     nvcc = f"{toolkit / 'bin' / 'nvcc'} -ccbin {cxx.split()[0]} {' '.join(NVCC_FLAGS)} {' '.join(targets)}"
     build.rule("nvcc", f"{nvcc} -MD -MF $out.d $flags -c $in -o $out")
     build.rule("cxx", f"{cxx} -MMD -MF $out.d {' '.join(CXX_FLAGS)} -DCONVEXT_CUDA_LIBRARY $flags -c $in -o $out")
     for source in sorted((CSRC / "cuda").rglob("*.cu")):
         build.compile(product, "nvcc", source)
-    for source in sorted([*(CSRC / "core").glob("*.cpp"), *(CSRC / "cuda").glob("*.cpp")]):
+    for source in sorted(file for place in ("core", "compat", "cuda") for file in (CSRC / place).glob("*.cpp")):
         build.compile(product, "cxx", source, flags=f"-isystem {toolkit / 'include'}")
-    return f"-L{library} -lcudart_static -ldl -lrt -lpthread"
+    return f"{static_cudart(toolkit)} -ldl -lrt -lpthread"
 
 
-def build_cuda_library(folder: Path, cpu_library: Path, toolkit: Path, cxx: str, python: str) -> Path:
-    """Compiles and links convext/_CUDA beside the CPU library; the path of it."""
-    build = Ninja(folder, "CUDA library")
-    libraries = compile_cuda(build, "_CUDA", toolkit, cxx)
-    build.rule("link__CUDA", f"{cxx} -shared -o $out $in {libraries}", depfile=False)
-    build.compile("_CUDA", "cxx", CSRC / "python" / "bindings_cuda.cpp", flags=python)
-    library = cpu_library.with_name(cpu_library.name.replace("_C", "_CUDA", 1))
-    build.link("_CUDA", library)
+def exports(version: str) -> str:
+    """What a library shows to its bindings: what csrc/core/api.h marks. Under a version of its own, because some of the
+    names are in both libraries, and each means its own kernels."""
+    return f"{version} {{ global: _ZN7convext*; _ZNK7convext*; _ZTVN7convext*; _ZTIN7convext*; local: *; }};\n"
+
+
+def build_cpu_library(folder: Path, cxx: str) -> list[Path]:
+    """Compiles and links the CPU library, and the one that knows torch's storages; their paths."""
+    torch = torch_beside()
+    # Ninja looks at no header of the system's: the release is among the flags, so that another one compiles anew.
+    headers = f"'-DCONVEXT_TORCH=\"{torch.version}\"' -isystem {torch.folder / 'include'}"
+    beside = f"-L{torch.folder / 'lib'}"
+    build = Ninja(folder, "CPU library")
+    build.rule("cxx", f"{cxx} -MMD -MF $out.d {' '.join(CXX_FLAGS)} $flags -c $in -o $out")
+    compile_kernels(build, "cpu", cxx)
+    for host in cpu_host():
+        build.compile("cpu", "cxx", host)
+    for source in sorted((CSRC / "torch").glob("*.cpp")):
+        build.compile("cpu", "cxx", source, flags=f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} {headers}")
+    # The standard library first: torch's has copies of some of its symbols, other ones in another release.
+    build.link_shared("cpu", Path(CPU_LIBRARY), cxx, exports("CONVEXT_CPU"), f"-lstdc++ {beside} -ltorch_cpu")
+    build.compile("storage", "cxx", CSRC / "storage" / "storage.cpp", flags=f"-O1 -std=c++20 {headers}")
+    build.compile("storage", "cxx", CSRC / "compat" / "older_systems.cpp")
+    shown = "{ global: convext_make_resizable; local: *; };\n"
+    build.link_shared("storage", Path(STORAGE_LIBRARY), cxx, shown, f"-lstdc++ {beside} -lc10")
     build.run()
-    return library
+    return [folder / CPU_LIBRARY, folder / STORAGE_LIBRARY]
+
+
+def older_forms(libc: str) -> dict[str, str]:
+    """name -> name@version: what the C library offers in a form newer than OLDEST_GLIBC's, and in that one, too. From
+    2.34 on these are the functions of threads and of dlopen, in which nothing but their place has changed."""
+    text = subprocess.run(["nm", "-D", libc], capture_output=True, text=True).stdout
+    forms: dict[str, list[tuple[tuple[int, ...], str, str]]] = {}
+    for name, at, version in re.findall(r"^[0-9a-f]+ \w ([^@\s]+)(@@?)GLIBC_([\d.]+)$", text, re.M):
+        forms.setdefault(name, []).append((tuple(map(int, version.split("."))), version, at))
+    older = {}
+    for name, found in forms.items():
+        fitting = [(number, version) for number, version, _ in found if number <= OLDEST_GLIBC]
+        if fitting and any(number > OLDEST_GLIBC and at == "@@" for number, _, at in found):
+            older[name] = f"{name}@GLIBC_{max(fitting)[1]}"
+    return older
+
+
+def build_cuda_library(folder: Path, toolkit: Path, cxx: str) -> Path:
+    """Compiles and links the CUDA library; its path."""
+    build = Ninja(folder, "CUDA library")
+    libraries, inputs = compile_cuda(build, "cuda", toolkit, cxx), ""
+
+    def system_library(name: str) -> str:
+        command = [*cxx.split(), f"-print-file-name={name}"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    older = older_forms(system_library("libc.so.6"))
+    if older and shutil.which("objcopy"):
+        # cudart asks for whatever form is here: it gets a copy that asks for the older ones, and for where they were.
+        build.files[Path("older_forms")] = "".join(f"{name} {form}\n" for name, form in sorted(older.items()))
+        build.rule("older", "objcopy --redefine-syms=older_forms $in $out", depfile=False)
+        inputs = "libcudart_static.a"
+        build.edge(inputs, f"older {static_cudart(toolkit)} | older_forms", 0.5)
+        places = " ".join(map(system_library, ("libpthread.so.0", "libdl.so.2", "librt.so.1")))
+        libraries = f"{inputs} -Wl,--no-as-needed {places}"
+    build.link_shared("cuda", Path(CUDA_LIBRARY), cxx, exports("CONVEXT_CUDA"), libraries, inputs)
+    build.run()
+    return folder / CUDA_LIBRARY
+
+
+def build_bindings(folder: Path, output: Path, libraries: dict[str, Path], cxx: str, defines: str) -> list[Path]:
+    """Compiles and links the bindings of the libraries, by the names of the modules, for the Python that runs this; the
+    first of them is `output`, and the others lie beside it."""
+    import pybind11
+
+    python = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
+    build = Ninja(folder, "bindings")
+    build.rule("cxx", f"{cxx} -MMD -MF $out.d {' '.join(CXX_FLAGS)} $flags -c $in -o $out")
+    modules = []
+    for name, library in libraries.items():
+        source = CSRC / "python" / f"bindings{'_cuda' if name == '_CUDA' else ''}.cpp"
+        flags = "-DCONVEXT_CUDA_LIBRARY" if name == "_CUDA" else defines
+        build.compile(name, "cxx", source, flags=f"-O1 {python} {flags}")  # nothing hot in it
+        build.compile(name, "cxx", CSRC / "compat" / "older_systems.cpp")
+        module = output.with_name(output.name.replace("_C", name, 1))
+        shown = f"{{ global: PyInit_{name}; local: *; }};\n"
+        undefined = "-Wl,-z,undefs"  # Python's own symbols are the interpreter's
+        build.link_shared(
+            name, module, cxx, shown, f"{undefined} {library} -Wl,-rpath,'$$ORIGIN' -lstdc++", str(library)
+        )
+        modules.append(module)
+    build.run()
+    return modules
 
 
 class BuildWithNinja(build_ext):
@@ -436,55 +565,37 @@ class BuildWithNinja(build_ext):
         check_python()
         cxx = compiler()
         check_compiler(cxx)
-        import pybind11
-        import torch
-
+        torch = torch_beside()
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
         toolkit, cuda_line = cuda_plan()
         if toolkit is not None:
             will = cuda_line.replace("built", "will be built, which takes minutes,")
             say(f"{will} (CONVEXT_CUDA_ARCHS says for which); CONVEXT_BUILD_CUDA=0 leaves it out")
-        torch_root = Path(torch.__file__).parent
         version = subprocess.run([*cxx.split(), "-dumpfullversion"], capture_output=True, text=True).stdout.strip()
-        # Ninja looks at no header of the system's: the release is among the flags, so that another one compiles anew.
-        torch_headers = f"'-DCONVEXT_TORCH=\"{torch.__version__}\"' -isystem {torch_root / 'include'}"
-        stable_abi = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} {torch_headers}"
-        python = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
         info = {
-            "CONVEXT_BUILT_WITH_TORCH": torch.__version__,
+            "CONVEXT_BUILT_WITH_TORCH": torch.version,
             "CONVEXT_BUILT_WITH_COMPILER": f"{Path(cxx.split()[0]).name} {version}",
             "CONVEXT_CUDA_PLAN": cuda_line,
         }
         defines = " ".join(f"""'-D{key}="{value}"'""" for key, value in info.items())
 
-        build = Ninja(Path(self.build_temp).resolve(), "CPU library")
-        build.rule("cxx", f"{cxx} -MMD -MF $out.d {' '.join(CXX_FLAGS)} $flags -c $in -o $out")
-        build.rule("link__C", f"{cxx} -shared -o $out $in -L{torch_root / 'lib'} -ltorch_cpu", depfile=False)
-        compile_kernels(build, "_C", cxx)
-        for host in cpu_host():
-            build.compile("_C", "cxx", host)
-        for source in sorted((CSRC / "torch").glob("*.cpp")):
-            build.compile("_C", "cxx", source, flags=stable_abi)
-        bindings = CSRC / "python" / "bindings.cpp"
-        build.compile("_C", "cxx", bindings, flags=f"-O1 {python} {defines}")  # nothing hot in it
-        build.link("_C", output)
-        build.rule("link__storage", f"{cxx} -shared -o $out $in -L{torch_root / 'lib'} -lc10", depfile=False)
-        build.compile(
-            "_storage",
-            "cxx",
-            CSRC / "storage" / "storage.cpp",
-            flags=f"-O1 -std=c++20 {python} {torch_headers}",
-        )
-        storage = output.with_name(output.name.replace("_C", "_storage", 1))
-        build.link("_storage", storage)
-        build.run()
-        self.beside = (storage,)
+        own = Path(self.build_temp).resolve()
+        # One folder for every Python that builds here: build/temp.linux-x86_64 of build/temp.linux-x86_64-cpython-311.
+        shared = own.with_name(own.name.removesuffix(f"-{sys.implementation.cache_tag}"))
+        libraries = build_cpu_library(shared, cxx)
+        modules = {"_C": libraries[0]}
         if toolkit is not None:
-            folder = Path(self.build_temp).resolve() / "cuda"
-            self.beside += (build_cuda_library(folder, output, toolkit, cxx, python),)
+            modules["_CUDA"] = build_cuda_library(shared / "cuda", toolkit, cxx)
+            libraries.append(modules["_CUDA"])
+        bindings = build_bindings(own / "bindings", output, modules, cxx, defines)
+        self.beside = (*bindings[1:], *(output.with_name(library.name) for library in libraries))
+        for library in libraries:
+            self.copy_file(str(library), str(output.parent))
+        for former in set(output.parent.glob("*.so")) - {output, *self.beside}:
+            former.unlink()  # of a build with other settings
         isas = ", ".join(reversed(ISA_FLAGS))
-        say(f"CPU library built ({isas}) with torch {torch.__version__}; {cuda_line}")
+        say(f"CPU library built ({isas}) with torch {torch.version}; {cuda_line}")
 
 
 if __name__ == "__main__":  # csrc/tests/run.py imports the flags

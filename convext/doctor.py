@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 from pathlib import Path
@@ -11,7 +10,7 @@ from types import ModuleType
 import torch
 
 from . import __version__, backends
-from .backends import native, tuned
+from .backends import bindings, native, tuned
 from .backends.tuned import cpu_name
 from .bench.machine import commit, version
 
@@ -30,14 +29,24 @@ def _versions() -> list[str]:
     return [
         f"convext {__version__}" + (f", source tree at {source}" if source else ""),
         f"running with: torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}",
+        f"threads of Python: {_lock()}",
         f"beside: {versions}",
     ]
+
+
+def _lock() -> str:
+    """Whether threads run Python code at once, and what convext makes of it."""
+    if not bindings.free_threaded():
+        return "one at a time, under the global interpreter lock"
+    if bindings.lock_is_on():
+        return "one at a time: convext has switched on the lock that this Python could do without"
+    return "all at once, the lock is off; so the compiled libraries are, too"
 
 
 def _library() -> ModuleType | ImportError:
     """The compiled library, or the error that loading it gave."""
     try:
-        return importlib.import_module("convext._C")
+        return bindings.load("_C")
     except ImportError as error:
         return error
 

@@ -7,23 +7,24 @@ calls, and keeps packed weights between calls.
 
 from __future__ import annotations
 
+import ctypes
 import functools
-import importlib
 import operator
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from ..memory_format import memory_format, suggests_channels_last
 from ..problem import ACTIVATIONS, ConvProblem, DType, Epilogue, Pass
-from . import native_cuda, native_sequence, tuned
+from . import bindings, native_cuda, native_sequence, tuned
 from .base import Backend, Candidate
 
 _C: Any = None
 try:
-    _C = importlib.import_module("convext._C")
+    _C = bindings.load("_C")
 except ImportError as error:  # not built, or built for another Python
     _import_error = error
 
@@ -35,10 +36,10 @@ def _use_storage() -> str | None:
     if built != running:
         return f"convext was built with torch {built} and runs with {running}"
     try:
-        _storage = importlib.import_module("convext._storage")
-    except ImportError as error:
-        return f"convext/_storage did not load ({error})"
-    _C.use_storage(_storage.make_resizable())
+        function = ctypes.CDLL(str(Path(__file__).parents[1] / "libconvext_storage.so")).convext_make_resizable
+    except (OSError, AttributeError) as error:
+        return f"convext/libconvext_storage.so did not load ({error})"
+    _C.use_storage(ctypes.cast(function, ctypes.c_void_p).value)
     return None
 
 
@@ -357,6 +358,8 @@ class NativeCpu(Backend):
 
     def unavailable(self, device_type: str) -> str | None:
         if _C is None:
+            if isinstance(_import_error, bindings.LockIsOff):
+                return f"{_import_error}; leave that out"
             missing = isinstance(_import_error, ModuleNotFoundError)
             why = "was not built" if missing else f"did not load ({_import_error})"
             return f"convext/_C {why}: build it with `pip install .` from the source tree"

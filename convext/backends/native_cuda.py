@@ -11,18 +11,18 @@ either read as they are or transposed first, whatever the model of the costs say
 from __future__ import annotations
 
 import functools
-import importlib
 from typing import Any, NamedTuple
 
 import torch
 
 from ..memory_format import laid_out
 from ..problem import ACTIVATIONS, ConvProblem, DType, Epilogue, Layout, Pass, accumulate_dtype, tf32_is_allowed
+from . import bindings
 from .base import NO_VOLUMES, Backend
 
 _CUDA: Any = None
 try:
-    _CUDA = importlib.import_module("convext._CUDA")
+    _CUDA = bindings.load("_CUDA")
 except ImportError as error:  # not built, or built for another Python
     _import_error = error
 
@@ -199,6 +199,8 @@ def not_built() -> str | None:
     """Why the library is not there and what to do about it, or None. Selection needs the library, but no GPU."""
     if _CUDA is not None:
         return None
+    if isinstance(_import_error, bindings.LockIsOff):
+        return f"{_import_error}; leave that out"
     remedy = (
         "build convext from source with nvcc on the PATH, of the same major version as torch's CUDA, and "
         "CONVEXT_BUILD_CUDA not 0"

@@ -4,12 +4,13 @@
 #include <utility>
 #include <vector>
 
+#include "api.h"
 #include "variant.h"
 
 namespace convext {
 
 // Every variant compiled into this library, in the order of variants.inc. The index is the variant's handle in Python.
-const std::vector<const Variant*>& variants();
+CONVEXT_API const std::vector<const Variant*>& variants();
 
 // What the user allows; process-wide, set from Python.
 struct Settings {
@@ -17,19 +18,20 @@ struct Settings {
   Accuracy accuracy;
   bool tf32;  // tensor-core kernels for float32 on CUDA round their operands to tf32
 };
-Settings& settings();
+CONVEXT_API Settings& settings();
 
 // The best instruction set that this CPU and this build offer.
-Isa detect_cpu_isa();
+CONVEXT_API Isa detect_cpu_isa();
 
 // Why the variant cannot serve the problem, in words, or nullptr. Half-precision problems on the CPU may be staged
 // through float32.
-const char* reject(const Variant& variant, Device device, Pass pass, const ConvProblem& problem);
+CONVEXT_API const char* reject(const Variant& variant, Device device, Pass pass, const ConvProblem& problem);
 
 // Index of the cheapest variant that takes the problem, or -1.
-int select(Device device, Pass pass, const ConvProblem& problem);
+CONVEXT_API int select(Device device, Pass pass, const ConvProblem& problem);
 
 // (variant, reason) for every variant of this device and pass that does not take the problem.
-std::vector<std::pair<std::string, std::string>> reject_reasons(Device device, Pass pass, const ConvProblem& problem);
+CONVEXT_API std::vector<std::pair<std::string, std::string>> reject_reasons(Device device, Pass pass,
+                                                                            const ConvProblem& problem);
 
 }  // namespace convext

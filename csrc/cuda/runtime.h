@@ -1,10 +1,11 @@
 // What host code outside of the kernels needs from the CUDA runtime, without its headers.
 #pragma once
+#include "core/api.h"
 
 namespace convext::cuda {
 
 // Makes a device current for as long as the object lives.
-class OnDevice {
+class CONVEXT_API OnDevice {
  public:
   explicit OnDevice(int device);
   ~OnDevice();

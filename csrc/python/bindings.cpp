@@ -13,8 +13,8 @@
 
 #include "bindings_problem.h"
 #include "core/chain.h"
-#include "cpu/kernels/roofline/roofline.h"
 #include "cpu/runtime/block.h"
+#include "cpu/runtime/machine.h"
 #include "cpu/runtime/output_pool.h"
 #include "cpu/runtime/packed_weight.h"
 #include "cpu/runtime/sequence_program.h"
@@ -29,13 +29,6 @@ namespace {
 #define CONVEXT_X(name) #name,
 std::vector<std::string> chain_operation_names() { return {CONVEXT_CHAIN_OPERATIONS(CONVEXT_X)}; }
 #undef CONVEXT_X
-
-const Roofline& roofline() {
-#if defined(CONVEXT_HAVE_X86_ISAS)
-  if (settings().cpu_isa == Isa::kAVX512BF16) return roofline_avx512_bf16;
-#endif
-  return roofline_for(settings().cpu_isa);
-}
 
 void set_isa(const std::optional<std::string>& name) {
   if (!name) {
@@ -217,15 +210,17 @@ void bind_memory(py::module_& m) {
     OutputPool::of_process().set_limit(bytes);
   }, py::arg("bytes"));
   m.def("output_pool_kept", [] { return OutputPool::of_process().kept(); }, "Bytes that the pool keeps now.");
-  m.def("use_storage", [](uintptr_t make_resizable) {
+  m.def("use_storage",
+        [](uintptr_t make_resizable) {
     OutputPool::of_process().set_make_resizable(reinterpret_cast<OutputPool::MakeResizable>(make_resizable));
-  }, py::arg("make_resizable"), "Lets results lie in the pool: with convext._storage.make_resizable(), or 0 for none.");
+  }, py::arg("make_resizable"),
+        "Lets results lie in the pool: with the address of convext_make_resizable, or 0 for none.");
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "convext's compiled library: kernel list, selection, build information.";
+  m.doc() = "What Python may know of libconvext: kernel list, selection, guards, build information.";
   bind_kernels(m);
   bind_sequences(m);
   bind_machine(m);

@@ -134,7 +134,7 @@ void fold(int64_t k, int dtype, int device, uintptr_t stream, const Channels& ch
 }  // namespace
 
 PYBIND11_MODULE(_CUDA, m) {
-  m.doc() = "convext's CUDA kernels: list, selection, launches on raw addresses.";
+  m.doc() = "libconvext_cuda for Python: list of kernels, selection, launches on raw addresses.";
   m.def("variants", [] {
     py::list all;
     for (const Variant* v : variants()) all.append(facts(*v));

@@ -60,8 +60,8 @@ def build_for_gpu(folder: Path) -> list[Path]:
     os.environ.setdefault("CONVEXT_BUILD_CUDA", "1")  # fails, with the reason, where it cannot be built
     toolkit, _ = cuda_plan()
     ninja = Ninja(folder, "C++ tests on the GPU")
-    libraries = compile_cuda(ninja, "_CUDA", toolkit, compiler())
-    kernels = list(ninja.objects["_CUDA"])
+    libraries = compile_cuda(ninja, "cuda", toolkit, compiler())
+    kernels = list(ninja.objects["cuda"])
     programs = []
     for source in sorted((CSRC / "tests").glob("cuda_*.cpp")):
         test = source.stem

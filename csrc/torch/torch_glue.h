@@ -19,7 +19,7 @@
 #include "cpu/runtime/view.h"
 
 // Of torch 2.11's stable ABI. Weak, because 2.10 has no tensor over memory that knows how to give it back: there,
-// results come from torch's own allocator and the pool stays empty, as they do without convext/_storage.
+// results come from torch's own allocator and the pool stays empty, as they do without csrc/storage.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
     void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
     int32_t device_type, int32_t device_index, AtenTensorHandle* result, int32_t layout, const uint8_t* metadata,

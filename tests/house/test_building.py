@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -311,9 +312,10 @@ def edges(setup, monkeypatch, tmp_path):
         lambda ninja: found.update({lines[0].split()[1].rstrip(":"): lines for _, lines in ninja.edges}),
     )
 
-    def collect() -> dict[str, list[str]]:
+    def collect(folder="temp") -> dict[str, list[str]]:
+        monkeypatch.setattr(setup.BuildWithNinja, "copy_file", lambda *_: None)  # nothing is compiled
         command = setup.BuildWithNinja(setup.setup.__globals__["Distribution"]())
-        command.build_lib, command.build_temp, command.plat_name = str(tmp_path), str(tmp_path / "temp"), "here"
+        command.build_lib, command.build_temp, command.plat_name = str(tmp_path), str(tmp_path / folder), "here"
         command.ensure_finalized()
         command.build_extension(setup.Extension("convext._C", sources=[]))
         return dict(found)
@@ -328,7 +330,62 @@ def test_another_release_of_torch_compiles_what_sees_torch_and_the_rest_not(edge
     after = edges()
     changed = {output for output, lines in after.items() if lines != before[output]}
     objects = {output for output in before if output.endswith(".o")}
-    assert changed == {o for o in objects if o.startswith(("_C/torch.", "_storage/"))} | {"_C/python.bindings.o"}
+    seeing = {o for o in objects if o.startswith(("cpu/torch.", "storage/storage."))}
+    assert len(seeing) > 1 and changed == seeing | {"_C/python.bindings.o"}
+
+
+def test_what_knows_no_python_is_compiled_in_a_folder_of_all_pythons(edges, setup, monkeypatch, tmp_path):
+    """So a second Python compiles its bindings alone."""
+    folders = {}
+    monkeypatch.setattr(setup.Ninja, "__init__", remembering(setup.Ninja.__init__, folders))
+    own = f"temp.here-{sys.implementation.cache_tag}"  # as distutils names it
+    edges(own)
+    assert folders == {
+        "CPU library": tmp_path / "temp.here",
+        "bindings": tmp_path / own / "bindings",
+    }
+    python = setup.sysconfig.get_path("include")
+    assert {o for o, lines in edges().items() if python in " ".join(lines)} == {"_C/python.bindings.o"}
+
+
+def remembering(init, folders):
+    def remember(ninja, folder, name="build"):
+        folders[name] = folder
+        init(ninja, folder, name)
+
+    return remember
+
+
+def test_a_torch_of_another_python_is_built_beside(setup, monkeypatch, tmp_path):
+    here = setup.torch_beside()
+    assert here == (Path(torch.__file__).parent, torch.__version__, torch.version.cuda)
+    (tmp_path / "version.py").write_text("__version__ = '2.12.0+cu999'\ncuda = '99.9'\n")
+    monkeypatch.setenv("CONVEXT_TORCH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "torch", None)  # this Python has none
+    assert setup.torch_beside() == (tmp_path, "2.12.0+cu999", "99.9")
+    setup.check_python()
+    monkeypatch.setenv("CONVEXT_TORCH", str(tmp_path / "nowhere"))
+    with pytest.raises(setup.BuildError, match="^CONVEXT_TORCH is no folder of a torch "):
+        setup.torch_beside()
+
+
+def test_functions_that_have_moved_are_asked_for_in_the_form_of_older_systems(setup, monkeypatch, tmp_path):
+    """What a static library asks for would be the form of this system, which a wheel must not want."""
+    program = tmp_path / "nm"
+    program.write_text("""#!/bin/sh
+echo '0000000000089180 T pthread_create@GLIBC_2.2.5'
+echo '0000000000089180 T pthread_create@@GLIBC_2.34'
+echo '0000000000090000 T old@GLIBC_2.2.5'
+echo '0000000000090000 T old@GLIBC_2.17'
+echo '0000000000090000 T old@@GLIBC_2.32'
+echo '0000000000091000 W settled@GLIBC_2.2.5'
+echo '0000000000091000 W settled@@GLIBC_2.3.2'
+echo '0000000000092000 B young@@GLIBC_2.32'
+echo '                 U __tls_get_addr@GLIBC_2.3'
+""")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert setup.older_forms("libc.so.6") == {"pthread_create": "pthread_create@GLIBC_2.2.5", "old": "old@GLIBC_2.17"}
 
 
 def test_the_intrinsics_are_read_once_for_each_instruction_set(edges, setup):

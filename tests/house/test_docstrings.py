@@ -144,7 +144,9 @@ def modules(package: str, *but: str) -> list[str]:
 
 
 MODULES = (
-    modules("convext", "__main__", "_C", "_CUDA", "_storage", "bench", "demo", "swap", "triton", "tune")
+    modules(
+        "convext", "__main__", "_C", "_CUDA", "libconvext", "libconvext_cuda", "bench", "demo", "swap", "triton", "tune"
+    )
     + modules("convext.swap", "capture")
     + modules("convext.tune")
     + modules("convext.swap.capture")

@@ -22,21 +22,22 @@ ARROWS = {
     **{f"cpu/kernels/{family}": ["core", "cpu/simd", "cpu/kernels", "cpu/kernels/gemm"]
        for family in ("direct", "pointwise", "stem", "winograd")},
     "cpu/kernels/grouped": ["core", "cpu/simd", "cpu/kernels", "cpu/kernels/gemm", "cpu/kernels/stem"],
-    "cpu/runtime": ["core", "cpu/kernels/elementwise"],
+    "compat": [],
+    "cpu/runtime": ["core", "cpu/kernels/elementwise", "cpu/kernels/roofline"],
     "cuda": ["core"],
     "cuda/ptx": ["core", "cuda"],
     "cuda/tile": ["core", "cuda", "cuda/ptx"],
     **{f"cuda/{family}": ["core", "cuda", "cuda/ptx", "cuda/tile"]
        for family in ("batch_norm", "depthwise", "igemm", "simt")},
     "torch": ["core", "cpu/kernels/elementwise", "cpu/runtime"],
-    "storage": [],
-    "python": ["core", "cpu/kernels/roofline", "cpu/runtime", "cuda", "cuda/batch_norm"],
+    "storage": ["core"],
+    "python": ["core", "cpu/runtime", "cuda", "cuda/batch_norm"],
 }  # fmt: skip
 
 # A pattern of headers from outside -> the only folders that may include them.
 OUTSIDE = {
     r"(torch|ATen|c10)/": ["torch", "storage"],
-    r"(pybind11/|Python\.h)": ["python", "storage"],
+    r"(pybind11/|Python\.h)": ["python"],
     r"cuda(_\w+)?\.h": ["cuda"],
     r"immintrin\.h": ["cpu/simd"],
 }

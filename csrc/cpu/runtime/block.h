@@ -13,6 +13,7 @@
 #pragma once
 #include <vector>
 
+#include "core/api.h"
 #include "core/variant.h"
 #include "cpu/kernels/elementwise/squeeze_excite.h"
 
@@ -29,7 +30,7 @@ struct BlockStep {
 };
 
 // Why the steps cannot run as a block, in words, or nullptr: what the strips rely on.
-const char* reject_block(const std::vector<BlockStep>& steps);
+CONVEXT_API const char* reject_block(const std::vector<BlockStep>& steps);
 
 // What a strip may take of the cache, in bytes: half of the second level, whose other half is for weights and for what
 // the kernels stream past.

@@ -11,9 +11,11 @@
 #include <mutex>
 #include <vector>
 
+#include "core/api.h"
+
 namespace convext {
 
-class OutputPool {
+class CONVEXT_API OutputPool {
  public:
   // Smaller results come from malloc, which keeps blocks of their size itself.
   static constexpr int64_t kSmallest = int64_t{64} << 10;
@@ -35,7 +37,7 @@ class OutputPool {
   // Bytes that are kept now, in use by no tensor.
   int64_t kept();
 
-  // What gives a tensor over a block (an AtenTensorHandle) a storage that can be resized: convext/_storage's. Without
+  // What gives a tensor over a block (an AtenTensorHandle) a storage that can be resized: csrc/storage's. Without
   // it no result lies in the pool.
   using MakeResizable = void (*)(void* tensor);
   MakeResizable make_resizable() const { return make_resizable_.load(std::memory_order_relaxed); }

@@ -20,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/api.h"
 #include "core/variant.h"
 
 namespace convext {
@@ -335,10 +336,7 @@ class PackedWeight {
     int64_t last = 0;
     std::unordered_map<int64_t, std::shared_ptr<PackedWeight>> all;
   };
-  static Registry& registry() {
-    static auto* const kept = new Registry;  // outlives every caller
-    return *kept;
-  }
+  CONVEXT_API static Registry& registry();  // one for the library and its bindings
 
   mutable std::mutex mutex_;
   bool known_ = false;

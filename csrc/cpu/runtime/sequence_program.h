@@ -10,6 +10,7 @@
 #include <optional>
 #include <vector>
 
+#include "core/api.h"
 #include "core/epilogue.h"
 #include "cpu/kernels/elementwise/squeeze_excite.h"
 #include "view.h"
@@ -43,7 +44,7 @@ struct ProgramBlock {
   std::vector<ProgramStep> steps;
 };
 
-class SequenceProgram {
+class CONVEXT_API SequenceProgram {
  public:
   // Known under number() as long as it lives. Who finds one relies on it: it takes no more steps.
   static std::shared_ptr<SequenceProgram> make();

@@ -1,6 +1,7 @@
 // The batch-norm passes on CUDA: batch_norm_sm80.cu. All pointers are device addresses; per-channel arrays are in the
 // accumulate dtype, float64 for float64 and float32 for the others. Each launch returns nullptr or what went wrong.
 #pragma once
+#include "core/api.h"
 #include "core/variant.h"
 
 namespace convext::cuda {
@@ -19,10 +20,10 @@ struct NormParameters {
 };
 
 // Why the kernels below cannot take the shape, in words, or nullptr.
-const char* reject_norm(const NormShape& shape);
+CONVEXT_API const char* reject_norm(const NormShape& shape);
 
 // Bytes of scratch memory for launch_batch_stats and launch_bn_act_backward.
-int64_t norm_workspace(const NormShape& shape);
+CONVEXT_API int64_t norm_workspace(const NormShape& shape);
 
 // Bytes of `rows` rows of partial statistics, as an fprop kernel writes them (LaunchArgs::stats).
 constexpr int64_t partial_stats_bytes(int64_t rows, int64_t channels, DType accumulate) {
@@ -30,24 +31,25 @@ constexpr int64_t partial_stats_bytes(int64_t rows, int64_t channels, DType accu
 }
 
 // Mean and biased variance of each channel, out of such rows.
-const char* launch_merge_stats(int64_t channels, int64_t rows, DType accumulate, const void* partial, void* mean,
-                               void* var, void* stream);
+CONVEXT_API const char* launch_merge_stats(int64_t channels, int64_t rows, DType accumulate, const void* partial,
+                                           void* mean, void* var, void* stream);
 
 // Mean and biased variance of each channel.
-const char* launch_batch_stats(const NormShape& shape, const void* y, void* mean, void* var, void* workspace,
-                               void* stream);
+CONVEXT_API const char* launch_batch_stats(const NormShape& shape, const void* y, void* mean, void* var,
+                                           void* workspace, void* stream);
 
 // out = activation(z + residual); residual may be null.
-const char* launch_bn_act(const NormShape& shape, const NormParameters& parameters, Activation activation,
-                          const void* y, const void* residual, void* out, void* stream);
+CONVEXT_API const char* launch_bn_act(const NormShape& shape, const NormParameters& parameters, Activation activation,
+                                      const void* y, const void* residual, void* out, void* stream);
 
 // Gradients of launch_bn_act. `training`: mean and var were those of y, and the gradient flows through them.
-const char* launch_bn_act_backward(const NormShape& shape, const NormParameters& parameters, Activation activation,
-                                   bool training, const void* dout, const void* y, const void* residual, void* dy,
-                                   void* dgamma, void* dbeta, void* dresidual, void* workspace, void* stream);
+CONVEXT_API const char* launch_bn_act_backward(const NormShape& shape, const NormParameters& parameters,
+                                               Activation activation, bool training, const void* dout, const void* y,
+                                               const void* residual, void* dy, void* dgamma, void* dbeta,
+                                               void* dresidual, void* workspace, void* stream);
 
 // The epilogue that a bias and a batch norm in inference amount to: scale and shift, channel by channel.
-const char* launch_fold(int64_t channels, DType accumulate, const NormParameters& parameters, const void* bias,
-                        void* scale, void* shift, void* stream);
+CONVEXT_API const char* launch_fold(int64_t channels, DType accumulate, const NormParameters& parameters,
+                                    const void* bias, void* scale, void* shift, void* stream);
 
 }  // namespace convext::cuda
