@@ -57,12 +57,11 @@ def _fields(problem: ConvProblem, x_layout: Layout, y_layout: Layout) -> list[in
 
 @functools.lru_cache(maxsize=4096)
 def _plan_for(pass_: Pass, problem: ConvProblem, tf32: bool) -> _Plan | None:
-    _CUDA.set_tf32(tf32)
     size = problem.dtype.torch.itemsize
     best = None
     for x_layout in {problem.x_layout, Layout.NHWC}:
         for y_layout in {problem.y_layout, Layout.NHWC}:
-            index, cost = _CUDA.select(int(pass_), _fields(problem, x_layout, y_layout))
+            index, cost = _CUDA.select(int(pass_), _fields(problem, x_layout, y_layout), tf32)
             if index < 0:
                 continue
             cost += (x_layout != problem.x_layout) * _CUDA.copy_cost(problem.x_size * size)
@@ -88,13 +87,18 @@ def _plan_for(pass_: Pass, problem: ConvProblem, tf32: bool) -> _Plan | None:
     )
 
 
+def _tf32(problem: ConvProblem) -> bool:
+    """Whether kernels that round to tf32 may serve the problem: always where it has nothing to round."""
+    return problem.dtype is not DType.FLOAT32 or tf32_is_allowed()
+
+
 def _plan_or_none(pass_: Pass, problem: ConvProblem) -> _Plan | None:
-    return _plan_for(pass_, problem, problem.dtype is not DType.FLOAT32 or tf32_is_allowed())
+    return _plan_for(pass_, problem, _tf32(problem))
 
 
 def _plan(pass_: Pass, problem: ConvProblem) -> _Plan:
     """Of a problem that is not rejected."""
-    plan = _plan_for(pass_, problem, problem.dtype is not DType.FLOAT32 or tf32_is_allowed())
+    plan = _plan_or_none(pass_, problem)
     assert plan is not None
     return plan
 
@@ -265,7 +269,7 @@ class NativeCuda(Backend):
     def reject(self, pass_: Pass, problem: ConvProblem) -> str | None:
         why = NO_VOLUMES if problem.axes == 3 else beyond_all_kernels(problem)
         if why is None and _plan_or_none(pass_, problem) is None:
-            why = in_words(_CUDA.reject_reasons(int(pass_), _fields(problem, Layout.NHWC, Layout.NHWC)))
+            why = in_words(_CUDA.reject_reasons(int(pass_), _fields(problem, Layout.NHWC, Layout.NHWC), _tf32(problem)))
         return why
 
     def variant(self, pass_: Pass, problem: ConvProblem) -> str:

@@ -42,7 +42,7 @@ Isa detect_cpu_isa() {
 }
 
 Settings& settings() {
-  static Settings current{detect_cpu_isa(), Accuracy::kFast, true};
+  static Settings current{detect_cpu_isa(), Accuracy::kFast};
   return current;
 }
 
@@ -56,7 +56,7 @@ bool serves(const Variant& variant, DType dtype) {
 
 }  // namespace
 
-const char* reject(const Variant& variant, Device device, Pass pass, const ConvProblem& problem) {
+const char* reject(const Variant& variant, Device device, Pass pass, const ConvProblem& problem, bool tf32) {
   if (variant.device != device || variant.pass != pass) return "it serves another device or pass";
   if (!serves(variant, problem.dtype)) return "it computes in another dtype";
   if (device == Device::kCPU && variant.isa > settings().cpu_isa) {
@@ -66,28 +66,29 @@ const char* reject(const Variant& variant, Device device, Pass pass, const ConvP
     return variant.strictest == Accuracy::kFast ? "the accuracy setting rules F(3x3, 3x3) and F(4x4, 3x3) out"
                                                 : "the accuracy setting rules Winograd out";
   }
-  if (!settings().tf32 && variant.arithmetic == Arithmetic::tf32) return "rounding to tf32 is not allowed";
+  if (!tf32 && variant.arithmetic == Arithmetic::tf32) return "rounding to tf32 is not allowed";
   if (problem.is_volume() && !variant.volumes) return "it computes images, not volumes";
   return variant.reject ? variant.reject(problem) : nullptr;
 }
 
-int select(Device device, Pass pass, const ConvProblem& problem) {
+int select(Device device, Pass pass, const ConvProblem& problem, bool tf32) {
   int best = -1;
   double best_cost = 0;
   const auto& all = variants();
   for (int i = 0; i < static_cast<int>(all.size()); ++i) {
-    if (reject(*all[i], device, pass, problem)) continue;
+    if (reject(*all[i], device, pass, problem, tf32)) continue;
     const double c = all[i]->cost(*all[i], problem);
     if (best < 0 || c < best_cost) best = i, best_cost = c;
   }
   return best;
 }
 
-std::vector<std::pair<std::string, std::string>> reject_reasons(Device device, Pass pass, const ConvProblem& problem) {
+std::vector<std::pair<std::string, std::string>> reject_reasons(Device device, Pass pass, const ConvProblem& problem,
+                                                                bool tf32) {
   std::vector<std::pair<std::string, std::string>> reasons;
   for (const Variant* variant : variants()) {
     if (variant->device != device || variant->pass != pass) continue;
-    if (const char* why = reject(*variant, device, pass, problem)) reasons.emplace_back(variant->name, why);
+    if (const char* why = reject(*variant, device, pass, problem, tf32)) reasons.emplace_back(variant->name, why);
   }
   return reasons;
 }

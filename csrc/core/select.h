@@ -16,7 +16,6 @@ CONVEXT_API const std::vector<const Variant*>& variants();
 struct Settings {
   Isa cpu_isa;  // at most what the CPU offers
   Accuracy accuracy;
-  bool tf32;  // tensor-core kernels for float32 on CUDA round their operands to tf32
 };
 CONVEXT_API Settings& settings();
 
@@ -24,14 +23,17 @@ CONVEXT_API Settings& settings();
 CONVEXT_API Isa detect_cpu_isa();
 
 // Why the variant cannot serve the problem, in words, or nullptr. Half-precision problems on the CPU may be staged
-// through float32.
-CONVEXT_API const char* reject(const Variant& variant, Device device, Pass pass, const ConvProblem& problem);
+// through float32. `tf32`: tensor-core kernels for float32 on CUDA may round their operands to tf32. It is the caller's
+// wish and not a setting: who keeps a selection keeps it under the wish that it was made with.
+CONVEXT_API const char* reject(const Variant& variant, Device device, Pass pass, const ConvProblem& problem,
+                               bool tf32 = true);
 
 // Index of the cheapest variant that takes the problem, or -1.
-CONVEXT_API int select(Device device, Pass pass, const ConvProblem& problem);
+CONVEXT_API int select(Device device, Pass pass, const ConvProblem& problem, bool tf32 = true);
 
 // (variant, reason) for every variant of this device and pass that does not take the problem.
 CONVEXT_API std::vector<std::pair<std::string, std::string>> reject_reasons(Device device, Pass pass,
-                                                                            const ConvProblem& problem);
+                                                                            const ConvProblem& problem,
+                                                                            bool tf32 = true);
 
 }  // namespace convext

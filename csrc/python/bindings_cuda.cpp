@@ -41,6 +41,7 @@ void launch(int index, const Fields& fields, int device, uintptr_t stream, uintp
             uintptr_t dx, uintptr_t stats) {
   const Variant& variant = variant_at(index);
   const ConvProblem problem = problem_of(fields);
+  // Whether rounding to tf32 is allowed is decided where the variant is selected.
   if (const char* why = reject(variant, Device::kCUDA, variant.pass, problem)) {
     throw std::invalid_argument(std::string("convext: ") + variant.name + " rejects the problem: " + why);
   }
@@ -140,23 +141,24 @@ PYBIND11_MODULE(_CUDA, m) {
     for (const Variant* v : variants()) all.append(facts(*v));
     return all;
   }, "Every CUDA kernel, as dicts, in the order of their indices.");
-  m.def("select", [](int pass, const Fields& fields) {
+  m.def("select", [](int pass, const Fields& fields, bool tf32) {
     const ConvProblem problem = problem_of(fields);
-    const int index = select(Device::kCUDA, static_cast<Pass>(pass), problem);
+    const int index = select(Device::kCUDA, static_cast<Pass>(pass), problem, tf32);
     return std::pair<int, double>(index, index < 0 ? 0.0 : variants()[index]->cost(*variants()[index], problem));
-  }, "(index of the kernel that serves the problem, its modelled cost), or (-1, 0).");
+  }, py::arg("pass_"), py::arg("fields"), py::arg("tf32"),
+        "(index of the kernel that serves the problem, its modelled cost), or (-1, 0). tf32: whether operands of float32 "
+        "may be rounded to it.");
   m.def("copy_cost", &cuda::copy_cost, "Modelled cost of a copy that changes the memory order of so many bytes.");
-  m.def("reject_reasons", [](int pass, const Fields& fields) {
-    return reject_reasons(Device::kCUDA, static_cast<Pass>(pass), problem_of(fields));
-  }, "(kernel, reason) for every kernel of the pass that does not take the problem.");
+  m.def("reject_reasons", [](int pass, const Fields& fields, bool tf32) {
+    return reject_reasons(Device::kCUDA, static_cast<Pass>(pass), problem_of(fields), tf32);
+  }, py::arg("pass_"), py::arg("fields"), py::arg("tf32"),
+        "(kernel, reason) for every kernel of the pass that does not take the problem.");
   m.def("weight_order", [](int index, const Fields& fields) { return pack_format(index, problem_of(fields)); },
         "\"krsc\" where the kernel reads (or, for wgrad, writes) weights in that order, None for KCRS.");
   m.def("workspace", [](int index, const Fields& fields) {
     const Variant& v = variant_at(index);
     return v.workspace ? v.workspace(problem_of(fields), 1) : int64_t{0};
   }, "Bytes of scratch memory that the launch needs.");
-  m.def("set_tf32", [](bool on) { settings().tf32 = on; }, py::arg("on"),
-        "Allows or forbids kernels that round float32 operands to tf32.");
   m.def("launch", &launch, "Launches a kernel on device addresses; raises RuntimeError naming kernel and problem.");
   m.def("norm_workspace", [](const Shape& s) { return cuda::norm_workspace(shape_of(s)); },
         "Bytes of scratch memory for batch_stats and bn_act_backward.");

@@ -245,6 +245,35 @@ def test_tf32_only_where_it_is_allowed(cuda):
         assert native_cuda._plan(Pass.FPROP, problem).facts["arithmetic"] == "float32"
 
 
+def test_plans_keep_whether_tf32_was_allowed(cuda):
+    """A plan made under one wish launches under it again after another was in force: the selection is what is kept."""
+    problem, x, w, dy, _ = make("direct", torch.float32, Layout.NHWC)
+    run = {
+        Pass.FPROP: lambda: cuda.fprop(problem, x, w, Epilogue()),
+        Pass.DGRAD: lambda: cuda.dgrad(problem, dy, w),
+        Pass.WGRAD: lambda: cuda.wgrad(problem, dy, x),
+    }
+    for pass_, call in run.items():
+        for first in (True, False):
+            native_cuda.forget_plans()
+            results = {}
+            for allowed in (first, not first, first, not first):
+                with torch.backends.cudnn.flags(allow_tf32=allowed):
+                    assert cuda.reject(pass_, problem) is None
+                    assert (native_cuda._plan(pass_, problem).facts["arithmetic"] == "tf32") == allowed
+                    got = call()
+                assert torch.equal(results.setdefault(allowed, got), got)
+            assert not torch.equal(results[True], results[False])  # the one was rounded
+
+
+def test_the_reason_that_tf32_is_not_allowed_is_told_where_it_is_one(cuda):
+    problem, *_ = make("direct", torch.float32, Layout.NHWC)
+    fields = native_cuda._fields(problem, Layout.NHWC, Layout.NHWC)
+    for allowed in (True, False):
+        reasons = {why for _, why in native_cuda._CUDA.reject_reasons(int(Pass.FPROP), fields, allowed)}
+        assert ("rounding to tf32 is not allowed" in reasons) != allowed
+
+
 @pytest.mark.parametrize("model", ["resnet50", "mobilenet_v2"])
 def test_every_layer_pass_and_dtype_has_a_kernel(cuda, model, capsys):
     pytest.importorskip("torchvision")
