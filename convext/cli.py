@@ -378,6 +378,66 @@ def bench_kernelbench(
     raise typer.Exit(0 if all(outcome.ok for outcome in outcomes) else 1)
 
 
+@bench.command("sass")
+def bench_sass(
+    files: Annotated[
+        Optional[list[Path]], typer.Argument(metavar="[FILE]...", help="Cubins or libraries; default: convext/_CUDA.")
+    ] = None,
+    name: Annotated[
+        Optional[str],
+        typer.Option("--model", metavar="MODEL", help="Predict its layers, in place of the kernels' table."),
+    ] = None,
+    batch: Batch = "256",
+    dtype: DTypeOption = DType.bfloat16,
+    write: Annotated[bool, typer.Option("--write", help="Renew csrc/cuda/machine_code.inc.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
+    output: Json = None,
+) -> None:
+    """Read the machine code of the CUDA kernels: registers, occupancy, what a loop issues, and what that predicts.
+
+    Needs no GPU. What is printed is computed, not measured. Exit status 1: a kernel breaks a promise of its source.
+    """
+    from .bench import machine, problems, results, sass
+
+    options.output("--json", output)
+    csrc = machine.ROOT / "csrc"
+    setting = {"computed": "from the machine code, not measured"}
+    if name is not None:
+        _needs("demo", "torchvision")
+        from . import zoo
+        from .backends import native_cuda
+
+        if reason := native_cuda.not_built():
+            raise UsageError(f"bench sass --model: {reason}")
+        images = options.integer("--batch", batch)
+        found = problems.collect(zoo.build(name)[0], zoo.sample(name, 1))
+        grids = [sass.predictions({dataclasses.replace(p, n=images): n for p, n in found.items()}, dtype.name)]
+        setting |= {"model": name, "batch": str(images), "dtype": dtype.value}
+        broken: list[str] = []
+    else:
+        if not csrc.is_dir():
+            raise UsageError("bench sass: promises are in the sources: run it in the source tree")
+        files = files or sorted((machine.ROOT / "convext").glob("_CUDA*.so"))
+        if not files:
+            raise UsageError("bench sass: convext/_CUDA is not built: name a cubin, or build with nvcc")
+        kernels = [kernel for file in files for kernel in sass.read(file)]
+        said = sass.promises(csrc)
+        grids = [sass.table(kernels, said), sass.accesses(kernels)]
+        broken = [wrong for k in kernels if (p := sass.promised(k, said)) for wrong in p.broken_by(k)]
+        broken += [wrong for kernel in kernels for wrong in sass.slow_in_main_loop(kernel)]
+        if write:
+            (csrc / "cuda" / "machine_code.inc").write_text(sass.machine_code(kernels, said))
+    for grid in grids:
+        _print_table(grid, markdown)
+    for wrong in broken:
+        print(wrong)
+    record = machine.record() | {"device": "cuda", "kernels": machine.kernels("cuda"), "setting": setting}
+    record["gpu"] = {"name": "computed for an H200, not measured"}
+    rows = [dict(zip(grid.columns, row, strict=True)) for grid in grids for row in grid.rows]
+    results.write(output, record, rows)
+    raise typer.Exit(1 if broken else 0)
+
+
 @bench.command("results")
 def bench_results(
     folder: Annotated[Path, typer.Argument(metavar="[FOLDER]")] = Path("benchmarks/results"),

@@ -10,7 +10,7 @@
 #include <cuda_runtime.h>
 
 // All shared memory is dynamic: its size is the launch's, and a test can put its end against a guard page.
-#define CONVEXT_SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
+#define CONVEXT_SHARED_MEMORY(name) extern __shared__ __align__(1024) unsigned char name[]
 
 namespace convext::cuda {
 
@@ -121,21 +121,6 @@ struct alignas(16) Vector {
   static constexpr int kSize = 16 / sizeof(T);
   T v[kSize];
 };
-
-template <class T>
-CONVEXT_DEVICE Vector<T> load_vector(const T* p) {
-  const uint4 raw = __ldg(reinterpret_cast<const uint4*>(p));
-  Vector<T> out;
-  memcpy(&out, &raw, sizeof raw);
-  return out;
-}
-
-template <class T>
-CONVEXT_DEVICE void store_vector(T* p, const Vector<T>& value) {
-  uint4 raw;
-  memcpy(&raw, &value, sizeof raw);
-  *reinterpret_cast<uint4*>(p) = raw;
-}
 
 CONVEXT_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 CONVEXT_HD constexpr int32_t min_of(int32_t a, int32_t b) { return a < b ? a : b; }

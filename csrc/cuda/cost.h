@@ -3,6 +3,7 @@
 // kernels.
 #pragma once
 #include <algorithm>
+#include <cstring>
 
 #include "core/variant.h"
 
@@ -19,7 +20,25 @@ constexpr double kFp64Fma = 64;
 // Estimates, of an order of magnitude alone, until a GPU times them.
 constexpr double kLaunch = 4000;         // cycles of a grid, until its first result
 constexpr double kBlockOverhead = 1500;  // cycles to fill and drain one block's pipeline
-constexpr double kGather = 4;            // loading element by element against 16 bytes at a time
+
+// What the compiler made of a kernel: cycles of a multiprocessor that a block's step of the main loop takes to issue
+// and in shared memory, and how many blocks a multiprocessor holds. A kernel that is rebuilt is ranked anew by itself.
+struct MachineCode {
+  const char* variant;
+  double issue, shared;
+  int blocks;
+};
+
+inline MachineCode machine_code_of(const Variant& v) {
+  static constexpr MachineCode kCodes[] = {
+#define CONVEXT_MACHINE_CODE(variant, issue, shared, blocks) {#variant, issue, shared, blocks},
+#include "machine_code.inc"
+  };
+  for (const MachineCode& code : kCodes) {
+    if (std::strcmp(code.variant, v.name) == 0) return code;
+  }
+  return {v.name, 0, 0, 1};
+}
 
 inline double ceil_ratio(double a, double b) { return static_cast<double>(static_cast<int64_t>((a + b - 1) / b)); }
 
@@ -32,7 +51,8 @@ inline double traffic_cost(const ConvProblem& p) {
 }
 
 // A matrix-product kernel of `multiply_adds` a clock: blocks on the busiest multiprocessor, times what one of them
-// takes. `classes`: parts that the rows are in, which share the reduction between them and have tiles of their own.
+// takes of whatever its steps are bound by; filling and draining is paid once for all that are there at a time.
+// `classes`: parts that the rows are in, which share the reduction between them and have tiles of their own.
 inline double tiled_cost(const Variant& v, const ConvProblem& p, double multiply_adds, double classes) {
   const GemmShape g = p.gemm_shape(v.pass);
   const double bytes = static_cast<double>(dtype_size(p.dtype));
@@ -49,9 +69,11 @@ inline double tiled_cost(const Variant& v, const ConvProblem& p, double multiply
   const double area = double(v.block_m) * v.block_n;
   const double multiply = area * v.block_k / multiply_adds;
   const double filled = (v.block_m + v.block_n) * v.block_k * bytes;
-  const double load = filled / kCacheBytes * (v.gathers ? kGather : 1);
-  const double block = steps * std::max(multiply, load) + area * bytes / kMemoryBytes + kBlockOverhead;
-  return kLaunch + std::max(traffic_cost(p), ceil_ratio(tiles, kProcessors) * block + extra);
+  const MachineCode code = machine_code_of(v);
+  const double step = std::max({multiply, filled / kCacheBytes, code.issue, code.shared});
+  const double blocks = ceil_ratio(tiles, kProcessors), rounds = ceil_ratio(blocks, code.blocks);
+  const double busy = blocks * steps * step + rounds * (area * bytes / kMemoryBytes + kBlockOverhead);
+  return kLaunch + std::max(traffic_cost(p), busy + extra);
 }
 
 }  // namespace convext::cuda

@@ -141,15 +141,18 @@ PYBIND11_MODULE(_CUDA, m) {
     for (const Variant* v : variants()) all.append(facts(*v));
     return all;
   }, "Every CUDA kernel, as dicts, in the order of their indices.");
-  m.def("select", [](int pass, const Fields& fields, bool tf32) {
+  m.def(
+      "select",
+      [](int pass, const Fields& fields, bool tf32) {
     const ConvProblem problem = problem_of(fields);
     const int index = select(Device::kCUDA, static_cast<Pass>(pass), problem, tf32);
     return std::pair<int, double>(index, index < 0 ? 0.0 : variants()[index]->cost(*variants()[index], problem));
   }, py::arg("pass_"), py::arg("fields"), py::arg("tf32"),
-        "(index of the kernel that serves the problem, its modelled cost), or (-1, 0). tf32: whether operands of float32 "
-        "may be rounded to it.");
+      "(index of the kernel that serves the problem, its modelled cost), or (-1, 0). tf32: whether operands of float32 "
+      "may be rounded to it.");
   m.def("copy_cost", &cuda::copy_cost, "Modelled cost of a copy that changes the memory order of so many bytes.");
-  m.def("reject_reasons", [](int pass, const Fields& fields, bool tf32) {
+  m.def("reject_reasons",
+        [](int pass, const Fields& fields, bool tf32) {
     return reject_reasons(Device::kCUDA, static_cast<Pass>(pass), problem_of(fields), tf32);
   }, py::arg("pass_"), py::arg("fields"), py::arg("tf32"),
         "(kernel, reason) for every kernel of the pass that does not take the problem.");

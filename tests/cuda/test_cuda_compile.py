@@ -1,29 +1,21 @@
-"""nvcc compiles every kernel for sm_80, sm_90a and PTX: no spills, no local memory, the instructions it should have."""
+"""nvcc compiles every kernel for sm_80, sm_90a and PTX: no spills, no local memory, the instructions it should have,
+and in machine code what its source promises."""
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import site
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from convext.bench import sass
+
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 SOURCES = sorted((CSRC / "cuda").rglob("*.cu"))
 
 
-def find(program: str) -> str | None:
-    """A program of the CUDA toolkit, or the copy that triton's wheel brings."""
-    folders = [Path(home) / "bin" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
-    folders += [Path(p) / "triton" / "backends" / "nvidia" / "bin" for p in site.getsitepackages()]
-    found = [str(folder / program) for folder in folders if (folder / program).exists()]
-    return found[0] if found else shutil.which(program)
-
-
-NVCC, CUOBJDUMP = find("nvcc"), find("cuobjdump")
+NVCC, CUOBJDUMP = sass.tool("nvcc"), sass.tool("cuobjdump")
 pytestmark = [pytest.mark.skipif(NVCC is None, reason="nvcc was not found"), pytest.mark.timeout(1200)]
 
 
@@ -107,3 +99,66 @@ def test_direct_family_uses_tensor_cores_and_asynchronous_copies(compiled, sourc
         vector = name.split("EEELb", 1)[1]  # the template's booleans: DGRAD for two of the passes, then VECTOR
         if vector.startswith("1E" if "wgrad" in name else ("0ELb1E", "1ELb1E")):
             assert "LDGSTS" in text, f"{name} has no asynchronous copy"
+
+
+# ---- what the machine code is made of (convext/bench/sass.py)
+
+needs_disassembler = pytest.mark.skipif(sass.why_not() is not None, reason=str(sass.why_not()))
+PROMISES = sass.promises(CSRC)
+
+
+@pytest.fixture(scope="session")
+def kernels(compiled):
+    """kernels(source, arch): the machine code of every kernel in the file, read once."""
+    done = {}
+
+    def get(source: Path, arch: str) -> list[sass.Kernel]:
+        if (source, arch) not in done:
+            done[source, arch] = sass.read(compiled(source, arch)[0])
+        return done[source, arch]
+
+    return get
+
+
+@needs_disassembler
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.stem)
+def test_kernels_keep_what_their_sources_promise(kernels, source, arch):
+    found = kernels(source, arch)
+    assert found
+    for kernel in found:
+        promise = sass.promised(kernel, PROMISES)
+        assert promise is not None or kernel.tile is None, f"{kernel.name}: its tile has no @sass line"
+        assert promise is None or promise.broken_by(kernel) == []
+        assert sass.slow_in_main_loop(kernel) == []
+        if kernel.tile is not None:  # a round of the main loop is a stage, whole
+            assert kernel.step["tensor"] == kernel.tile.warp_mmas, kernel.name
+
+
+@needs_disassembler
+@pytest.mark.parametrize("source", [s for s in SOURCES if s.stem.startswith("igemm")], ids=lambda s: s.stem)
+def test_the_cost_model_knows_the_machine_code(kernels, source):
+    """csrc/cuda/machine_code.inc, to within what another release of the compiler may change; `convext bench sass
+    --write` renews it."""
+    text = (CSRC / "cuda" / "machine_code.inc").read_text()
+    known = {
+        name: tuple(map(int, numbers.split(", ")))
+        for name, numbers in re.findall(r"CONVEXT_MACHINE_CODE\((\w+), ([\d, ]+)\)", text)
+    }
+    for kernel in kernels(source, "sm_90a"):
+        if (name := sass.variant(kernel)) is None:
+            continue
+        issue, shared, blocks = known[name]
+        assert issue == pytest.approx(kernel.cycles()["issue"], rel=0.1), name
+        assert shared == kernel.cycles()["shared"], name
+        promise = sass.promised(kernel, PROMISES)
+        assert blocks == kernel.blocks(int(promise.values["shared"])), name
+
+
+@needs_disassembler
+def test_every_promise_speaks_of_a_kernel(kernels):
+    names = [kernel.name for source in SOURCES for kernel in kernels(source, "sm_90a")]
+    for promise in PROMISES:
+        assert any(re.match(promise.pattern, name) for name in names), (
+            f"{promise.where}: no kernel is {promise.pattern}"
+        )

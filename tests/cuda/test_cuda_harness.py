@@ -90,9 +90,9 @@ class Mutant(NamedTuple):
     variant: str
 
 
-IGEMM_FPROP = "fprop_igemm_bf16_64x64x32_sm80"
-IGEMM_WGRAD = "wgrad_igemm_bf16_64x64x32_sm80"
-IGEMM_DGRAD = "dgrad_igemm_bf16_64x64x32_sm80"
+IGEMM_FPROP = "fprop_igemm_bf16_64x64x64_sm80"
+IGEMM_WGRAD = "wgrad_igemm_bf16_64x64x64_sm80"
+IGEMM_DGRAD = "dgrad_igemm_bf16_64x64x64_sm80"
 GATHER = "fprop_igemm_bf16_64x64x32_gather_sm80"
 WINDOW = "fprop_depthwise_bf16_window_sm80"
 BACKWARD = "wgrad_depthwise_bf16_window_sm80"
@@ -108,7 +108,11 @@ MUTANTS = {
         "cuda/igemm/igemm_wgrad_sm80.cu", "cp_async_wait<STAGES - 2>", "cp_async_wait<STAGES - 1>", "plain", IGEMM_WGRAD
     ),
     "stage_released_early": Mutant(
-        "cuda/igemm/igemm_pixels.h", "shared + ahead % STAGES", "shared + (ahead + 1) % STAGES", "plain", IGEMM_FPROP
+        "cuda/tile/gemm.h",
+        "load(first + (TILE::STAGES - 1) * TILE::STAGE_BYTES)",
+        "load(first + (TILE::STAGES - 2) * TILE::STAGE_BYTES)",
+        "plain",
+        IGEMM_FPROP,
     ),
     "missing_barrier": Mutant(
         "cuda/igemm/igemm_pixels.h",
@@ -133,23 +137,31 @@ MUTANTS = {
     ),
     "wrong_swizzle": Mutant(
         "cuda/tile/gemm.h",
-        "k_major_offset(row + lane % 16, step * 2 + lane / 16)",
-        "k_major_offset(row + lane % 16, (step * 2 + lane / 16) ^ (lane & 1))",
+        "k_major_offset<TILE::ROW_BYTES>(first + lane % 16, lane / 16)",
+        "k_major_offset<TILE::ROW_BYTES>(first + lane % 16, (lane / 16) ^ (lane & 1))",
         "plain",
         IGEMM_FPROP,
     ),
     "wrong_transposed_swizzle": Mutant(
         "cuda/tile/gemm.h",
-        "ROW_BYTES >= 128 ? k & 7 : (k >> 1) & 3;",
-        "ROW_BYTES >= 128 ? (k & 7) + (threadIdx.x & 1) : (k >> 1) & 3;",
+        "(k & 1) << 2 | (k & 2) |",
+        "(k & 1) << 2 | (k & 2 & threadIdx.x) |",
         "plain",
         IGEMM_WGRAD,
     ),
     "predicate_off_by_one": Mutant(
-        "cuda/igemm/igemm_pixels.h", "h >= 0 && h < rows.in", "h >= 0 && h <= rows.in", "plain", IGEMM_FPROP
+        "cuda/igemm/igemm_load.h",
+        "line >= 0 && line < block.rows.in",
+        "line >= 0 && line <= block.rows.in",
+        "plain",
+        IGEMM_FPROP,
     ),
     "lower_predicate_missing": Mutant(
-        "cuda/igemm/igemm_pixels.h", "column >= 0 && column < cols.in", "column < cols.in", "plain", IGEMM_DGRAD
+        "cuda/igemm/igemm_load.h",
+        "column >= 0 && column < block.cols.in",
+        "column < block.cols.in",
+        "plain",
+        IGEMM_DGRAD,
     ),
     "row_past_the_end": Mutant(
         "cuda/igemm/igemm_pixels.h",
@@ -162,10 +174,10 @@ MUTANTS = {
         "core/axis.h", "(residue + pad - first * dil) / stride,", "(pad - first * dil) / stride,", "plain", IGEMM_DGRAD
     ),
     "tap_skipped_too_early": Mutant(
-        "cuda/igemm/igemm_pixels.h", "axis.input(high, tap) >= 0", "axis.input(low, tap) >= 0", "plain", IGEMM_FPROP
+        "cuda/igemm/igemm_block.h", "axis.input(high, tap) >= 0", "axis.input(low, tap) >= 0", "plain", IGEMM_FPROP
     ),
     "chunk_not_gathered_whole": Mutant(
-        "cuda/igemm/igemm_pixels.h",
+        "cuda/igemm/igemm_gather.h",
         "if (tap_count) element.advance(1, block.channels, taps_w);",
         "if (e < CHUNK - 2) element.advance(1, block.channels, taps_w);",
         "plain",
@@ -173,8 +185,8 @@ MUTANTS = {
     ),
     "shared_memory_too_small": Mutant(
         "cuda/igemm/igemm_pixels.h",
-        "TILE::SHARED_BYTES, args.stream",
-        "TILE::SHARED_BYTES - 256, args.stream",
+        "igemm_shared_bytes<TILE, DGRAD, VECTOR>, args.stream",
+        "igemm_shared_bytes<TILE, DGRAD, VECTOR> - 256, args.stream",
         "plain",
         IGEMM_FPROP,
     ),
@@ -200,11 +212,52 @@ MUTANTS = {
         BACKWARD,
     ),
     "offset_of_32_bits": Mutant(
-        "cuda/igemm/igemm_pixels.h",
-        "int64_t{a_h[i]} * in_strides.h",
-        "a_h[i] * static_cast<int32_t>(in_strides.h)",
+        "cuda/igemm/igemm_load.h",
+        "n * strides.n + y * strides.h",
+        "n * strides.n + y * static_cast<int32_t>(strides.h)",
         "plain",
         IGEMM_FPROP,
+    ),
+    "steps_of_a_walk_read_too_early": Mutant(
+        "cuda/igemm/igemm_load.h",
+        "__syncthreads();  // the steps are written",
+        "// the steps are written",
+        "race",
+        IGEMM_FPROP,
+    ),
+    "walk_over_one_tap_a_step": Mutant(
+        "cuda/igemm/igemm_load.h", "while (at >= extent && row", "if (at >= extent && row", "plain", IGEMM_FPROP
+    ),
+    "walk_forgets_the_row_of_taps": Mutant(
+        "cuda/igemm/igemm_load.h",
+        "moves[which].row[i] = to_row - wide * to_column;",
+        "moves[which].row[i] = to_row - (wide - 1) * to_column;",
+        "plain",
+        IGEMM_DGRAD,
+    ),
+    "operand_past_the_reduction": Mutant(
+        "cuda/igemm/igemm_load.h",
+        "walk.row != walk.end_row && i < b_count",
+        "i < b_count",
+        "plain",
+        IGEMM_FPROP,
+    ),
+    "distance_added_where_the_swizzle_turns": Mutant(
+        "cuda/igemm/igemm_wgrad_sm80.cu",
+        "(first ^ (j * SHARE * 16 & TURNED))",
+        "(first + (j * SHARE * 16 & TURNED))",
+        "plain",
+        IGEMM_WGRAD,
+    ),
+    "step_added_where_the_swizzle_turns": Mutant(
+        "cuda/tile/gemm.h", "(at ^ (step * 32)) + i", "(at + (step * 32)) + i", "plain", IGEMM_FPROP
+    ),
+    "pixel_past_the_split": Mutant(
+        "cuda/igemm/igemm_wgrad_sm80.cu",
+        "const bool inside = m < end;",
+        "const bool inside = true;",
+        "plain",
+        IGEMM_WGRAD,
     ),
     "shares_summed_too_early": Mutant(
         "cuda/depthwise/depthwise_backward_any_sm80.cu",
@@ -258,10 +311,10 @@ MUTANTS = {
 
 # What a variant alone needs of its source file: one instance instead of twenty keeps the mutants quick.
 ONLY = {
-    IGEMM_FPROP: ("cuda/igemm/igemm_fprop_sm80.cu", "CONVEXT_IGEMM(cuda::bf16, bf16, 32, 64x64, , true)"),
-    IGEMM_DGRAD: ("cuda/igemm/igemm_dgrad_sm80.cu", "CONVEXT_IGEMM(cuda::bf16, bf16, 32, 64x64, , true)"),
-    IGEMM_WGRAD: ("cuda/igemm/igemm_wgrad_sm80.cu", "CONVEXT_IGEMM(cuda::bf16, bf16, 32, 64x64, , true)"),
-    GATHER: ("cuda/igemm/igemm_fprop_sm80.cu", "CONVEXT_IGEMM(cuda::bf16, bf16, 32, 64x64, _gather, false)"),
+    IGEMM_FPROP: ("cuda/igemm/igemm_fprop_sm80.cu", "CONVEXT_IGEMM(cuda::bf16, bf16, 64, Tile, 64x64, , true)"),
+    IGEMM_DGRAD: ("cuda/igemm/igemm_dgrad_sm80.cu", "CONVEXT_IGEMM(cuda::bf16, bf16, 64, Tile, 64x64, , true)"),
+    IGEMM_WGRAD: ("cuda/igemm/igemm_wgrad_sm80.cu", "CONVEXT_IGEMM(cuda::bf16, bf16, 64, Tile, 64x64, , true)"),
+    GATHER: ("cuda/igemm/igemm_fprop_sm80.cu", "CONVEXT_IGEMM(cuda::bf16, bf16, 32, Gather, 64x64, _gather, false)"),
     WINDOW: ("cuda/depthwise/depthwise_fprop_sm80.cu", None),
     BACKWARD: ("cuda/depthwise/depthwise_backward_window_sm80.cu", None),
     BACKWARD_ANY: ("cuda/depthwise/depthwise_backward_any_sm80.cu", None),

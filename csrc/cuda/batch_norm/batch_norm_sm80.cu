@@ -18,12 +18,19 @@
 //
 // Statistics go as tile/statistics.h says, whether they start here, from y in memory, or in the registers of an fprop
 // kernel; merge_stats is the last step of both. Shared memory: 256*(8*2 + 1) values, 17 KiB (fp32). Registers: 8 means
-// and 8 sums of squares in stats_partial, 8 scales and shifts elsewhere, 20 to 144 in all. 2 to 8 FLOP for each byte of
-// y. The number of blocks depends on the problem alone.
+// and 8 sums of squares in stats_partial, 8 scales and shifts elsewhere; the compiler is held to 128 in all, two blocks
+// of 8 warps. 2 to 8 FLOP for each byte of y. The number of blocks depends on the problem alone. What the compiler
+// makes of vectors (tests/cuda):
+//
+// @sass normalise<.*, [248]>        shared=0     warps=16 loads=16 stores=16
+// @sass gradient_apply<.*, [248]>   shared=0     warps=16 loads=16 stores=16
+// @sass stats_partial<.*, [248]>    shared=17408 warps=16 loads=16
+// @sass gradient_partial<.*, [248]> shared=16384 warps=16 loads=16
 #include <type_traits>
 
 #include "batch_norm.h"
 #include "cuda/cost.h"
+#include "cuda/tile/run.h"
 #include "cuda/tile/statistics.h"
 
 namespace convext::cuda {
@@ -88,30 +95,14 @@ CONVEXT_DEVICE int64_t pixel_offset(const Deal& d, int64_t pixel) {
 // VEC neighbouring values; VEC is 1 or a 16-byte vector.
 template <class T, int VEC>
 CONVEXT_DEVICE void load_values(const T* p, accumulate_t<T> (&v)[VEC]) {
-  if constexpr (VEC == Vector<T>::kSize && VEC > 1) {
-    const Vector<T> raw = load_vector(p);
+  const Run<T, VEC> run = load_run<T, VEC>(p);
 #pragma unroll
-    for (int i = 0; i < VEC; ++i) v[i] = to_accumulate(raw.v[i]);
-  } else {
-    static_assert(VEC == 1);
-    v[0] = to_accumulate(__ldg(p));
-  }
-}
-template <class T, int VEC>
-CONVEXT_DEVICE void store_values(T* p, const accumulate_t<T> (&v)[VEC]) {
-  if constexpr (VEC == Vector<T>::kSize && VEC > 1) {
-    Vector<T> raw;
-#pragma unroll
-    for (int i = 0; i < VEC; ++i) raw.v[i] = from_accumulate<T>(v[i]);
-    store_vector(p, raw);
-  } else {
-    p[0] = from_accumulate<T>(v[0]);
-  }
+  for (int i = 0; i < VEC; ++i) v[i] = to_accumulate(run.v[i]);
 }
 
 // One row of partial statistics a split.
 template <class T, int VEC>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 2)
     stats_partial(Deal deal, const T* __restrict__ y, PartialStats<accumulate_t<T>> stats) {
   using Acc = accumulate_t<T>;
   CONVEXT_SHARED_MEMORY(shared);
@@ -169,7 +160,7 @@ CONVEXT_DEVICE Affine<Acc> affine_of(const NormParameters& p, int64_t k) {
 }
 
 template <class T, int VEC>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 2)
     normalise(Deal deal, NormParameters parameters, Activation activation, const T* __restrict__ y,
               const T* __restrict__ residual, T* __restrict__ out) {
   using Acc = accumulate_t<T>;
@@ -191,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int i = 0; i < VEC; ++i) v[i] = f.forward(v[i]);
     });
-    store_values<T, VEC>(out + offset, v);
+    store_run<T, VEC>(out + offset, v);
   }
 }
 
@@ -218,7 +209,7 @@ CONVEXT_DEVICE void activation_gradient(const Affine<accumulate_t<T>> (&affine)[
 
 // partial: (splits, channels, 2): sums of g and of g * xhat.
 template <class T, int VEC>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 2)
     gradient_partial(Deal deal, NormParameters parameters, Activation activation, const T* __restrict__ dout,
                      const T* __restrict__ y, const T* __restrict__ residual, accumulate_t<T>* __restrict__ partial) {
   using Acc = accumulate_t<T>;
@@ -278,7 +269,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <class T, int VEC>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 2)
     gradient_apply(Deal deal, NormParameters parameters, Activation activation, bool training,
                    const T* __restrict__ dout, const T* __restrict__ y, const T* __restrict__ residual,
                    const accumulate_t<T>* __restrict__ dgamma, const accumulate_t<T>* __restrict__ dbeta,
@@ -300,12 +291,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int64_t offset = pixel_offset(deal, pixel) + channel * deal.channel_stride;
     Acc g[VEC], xhat[VEC];
     activation_gradient<T, VEC>(affine, activation, dout, y, residual, offset, g, xhat);
-    if (dresidual) store_values<T, VEC>(dresidual + offset, g);
+    if (dresidual) store_run<T, VEC>(dresidual + offset, g);
 #pragma unroll
     for (int i = 0; i < VEC; ++i) {
       g[i] = affine[i].gamma * affine[i].inv_std * (g[i] - mean_g[i] - xhat[i] * mean_product[i]);
     }
-    store_values<T, VEC>(dy + offset, g);
+    store_run<T, VEC>(dy + offset, g);
   }
 }
 

@@ -10,8 +10,9 @@
 //       input row h     | c0 c1 c2 c3 c4 c5 |      4 outputs, 3 taps, stride 1: 6 loads
 //       output rows       p (tap r = h - p), p + 1 (tap r - 1)
 //
-// window  NHWC, m = 1: a thread has 16 bytes of channels (8 bf16) and 2 x 4 outputs. Registers: 2*4*8 accumulators +
-//   6*4 columns + 3*8 weights = 112 at 3x3. The 16x16 tile of a block reads (18/16)^2 = 1.27 of its input: with the
+// window  NHWC, m = 1: a thread has 16 bytes of channels (8 bf16) and 2 x 4 outputs. Of registers, 2*4*8
+//   accumulators + 6*4 columns + 3*8 weights = 112 at 3x3 hold values, and the compiler takes 214 with addresses and six
+//   activations: one block of 8 warps. The 16x16 tile of a block reads (18/16)^2 = 1.27 of its input: with the
 //   output 1.13 of the least traffic, less what the block's next tile finds in the cache. R = 0 stands for any filter,
 //   stride and dilation, at one output a thread.
 // planes  NCHW: VEC = 1, neighbouring threads along a row, 2 x 4 outputs each; small planes lie side by side in a tile.

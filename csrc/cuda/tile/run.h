@@ -1,6 +1,6 @@
 // Runs of neighbouring elements of which a thread has several.
 #pragma once
-#include "cuda/compat.h"
+#include "cuda/ptx/global.h"
 
 namespace convext::cuda {
 
@@ -45,7 +45,7 @@ CONVEXT_DEVICE void store_run(T* p, const accumulate_t<T> (&v)[N]) {
   if constexpr (sizeof(out) == 16) {
     uint4 raw;
     memcpy(&raw, &out, sizeof raw);
-    *reinterpret_cast<uint4*>(p) = raw;
+    ptx::store_global_16(p, raw);
   } else if constexpr (sizeof(out) == 8) {
     uint2 raw;
     memcpy(&raw, &out, sizeof raw);
