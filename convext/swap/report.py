@@ -142,6 +142,8 @@ def _places(model: nn.Module) -> dict[nn.Module | None, _Place]:
             for unit in compiled.units:
                 op, conv = unit.first, unit.first.module
                 if conv is None:
+                    if isinstance(getattr(op, "behind", None), _ConvNd):
+                        places.setdefault(op.behind, _Place(fused=" + ".join(unit.words)))
                     continue
                 follower = followers.get(unit.last)
                 behind = follower.words if follower is not None else []
@@ -159,7 +161,7 @@ def _row(model: nn.Module, name: str, module: _ConvNd, place: _Place | None) -> 
     row = Row(name, describe(module), "convext" if exchanged else _class_name(module))
     if exchanged:
         if place is None and not calls.is_conv(module):
-            row.reason = "only what follows a 2-D convolution is fused with it"
+            row.reason = "only elementwise operations are fused with it, where no gradient is wanted; none was"
         elif place is None:
             row.reason = _why_no_plan(model, name)
         else:

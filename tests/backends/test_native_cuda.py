@@ -361,8 +361,9 @@ def test_what_no_kernel_takes_is_said_in_words(cuda):
 def test_a_kernel_that_rejects_says_so(emulated):
     names = [v["name"] for v in emulated.variants()]
     index = names.index("fprop_depthwise_bf16_window_sm80")
+    fields = [1, 8, 4, 4, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1, 1, 0, 1]
     with pytest.raises(ValueError, match="fprop_depthwise_bf16_window_sm80 rejects the problem: it serves depthwise"):
-        emulated.launch(index, [1, 8, 4, 4, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1, 2, 1, 1], 0, 0, *[0] * 7, 0, 0, 0, 0)
+        emulated.launch(index, fields, 0, 0, *[0] * 7, 0, 0, 0, 0)
 
 
 def test_a_launch_that_fails_names_kernel_problem_and_reason(cuda, monkeypatch):

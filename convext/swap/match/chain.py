@@ -64,7 +64,7 @@ def _behind(graph: Graph, source: fx.Node) -> Unit | None:
         parameters = [value for node in nodes for value in node.all_input_nodes if value.op == "get_attr"]
         if graph.crosses_a_write(nodes, [source], parameters):
             break
-        longest = Unit(source, [Chain(steps)], nodes, parameters=parameters)
+        longest = Unit(source, [Chain(steps, graph.module(source))], nodes, parameters=parameters)
     return longest
 
 

@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from ... import backends
 from ...memory_format import dense_strides
@@ -46,12 +46,12 @@ class ChainStep(NamedTuple):
 
 
 class Chain(Op):
-    """One step after the other."""
+    """One step after the other. `behind`: the layer whose result it takes, where that runs as it is, else None."""
 
     in_strips, by_itself = False, True
 
-    def __init__(self, steps: list[ChainStep]):
-        self.steps = steps
+    def __init__(self, steps: list[ChainStep], behind: nn.Module | None = None):
+        self.steps, self.behind = steps, behind
 
     def words(self, adds: bool) -> list[str]:
         return [step.operation for step in self.steps if step.operation != "keep"]
