@@ -142,7 +142,7 @@ def _places(model: nn.Module) -> dict[nn.Module | None, _Place]:
             for unit in compiled.units:
                 op, conv = unit.first, unit.first.module
                 if conv is None:
-                    if isinstance(getattr(op, "behind", None), _ConvNd):
+                    if isinstance(op.behind, _ConvNd):
                         places.setdefault(op.behind, _Place(fused=" + ".join(unit.words)))
                     continue
                 follower = followers.get(unit.last)

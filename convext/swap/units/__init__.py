@@ -35,6 +35,7 @@ class Op:
     has_call    it is worth a call by itself; else, alone, it is left to its module
     excitation  of a call that is squeeze and excitation, what the convolution behind it may do for it, else None
     by_itself   it is no member of a row
+    behind      the layer whose result it takes, where that runs as it is and the report is to say so, or None
     takes_excitation  as such a convolution can: the other steps scale no input
     takes, gives  with gradients, what its call takes and returns of what is not kept (autograd.Recomputable): "image",
                 "rows" of a linear layer, or None
@@ -46,6 +47,7 @@ class Op:
     module: nn.Module | None = None
     excitation: Any = None
     choice: Choice | None = None
+    behind: nn.Module | None = None
     in_strips, has_call, takes_excitation, by_itself = True, True, False, False
     takes: str | None = None
     gives: str | None = None

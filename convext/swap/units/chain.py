@@ -46,7 +46,7 @@ class ChainStep(NamedTuple):
 
 
 class Chain(Op):
-    """One step after the other. `behind`: the layer whose result it takes, where that runs as it is, else None."""
+    """One step after the other."""
 
     in_strips, by_itself = False, True
 
