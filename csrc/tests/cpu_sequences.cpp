@@ -179,7 +179,7 @@ void test_refusals() {
     program->begin_block(0);
     program->add_convolution(0, {1, 1, 0, 0, 1, 1, 1}, 0, false, {}, {true, true, true, true}, {});
   });
-  refuses("must be 7 numbers", [] {
+  refuses("must be 7 or 10 numbers", [] {
     const auto program = SequenceProgram::make();
     program->begin_block(0);
     program->add_convolution(0, {1, 1}, 0, false, {}, {true, false, false, false, false}, {});

@@ -304,7 +304,7 @@ def test_the_cost_model_takes_every_tile_somewhere(cuda):
             for pass_ in Pass:
                 taken[pass_].add(tuple(native_cuda._plan(pass_, problem).facts["block"]))
     for pass_ in Pass:
-        assert taken[pass_] >= {(256, 128, 32), (128, 128, 32), (128, 64, 32), (64, 64, 32), (64, 32, 32)}
+        assert {(m, n) for m, n, _ in taken[pass_]} >= {(256, 128), (128, 128), (128, 64), (64, 64), (64, 32)}, taken
 
 
 def test_views_that_are_not_aligned_are_copied(cuda):

@@ -6,7 +6,7 @@
 //
 // A stride costs nothing: each class is a dense convolution with the taps that reach it (igemm_pixels.h), where a
 // convolution with a dilated dy would multiply stride_h*stride_w - 1 zeros for every product. Budget, by tile
-// (igemm_tiles.h): 24 to 96 KiB of stages, 16 to 128 registers of accumulators; FLOP for each byte as in
+// (igemm_tiles.h): 24 to 96 KiB of shared memory, 16 to 128 registers of accumulators; FLOP for each byte as in
 // fprop. `gather` collects elements one by one, for channels that are not whole 16-byte chunks, and NCHW.
 #include "igemm_pixels.h"
 #include "igemm_tiles.h"

@@ -6,7 +6,7 @@
 //   group
 //
 // The main loop, the tile map and the skipped taps are in igemm_pixels.h. Budget, by tile (igemm_tiles.h): 24
-// to 96 KiB of stages, 16 to 128 registers of accumulators.
+// to 96 KiB of shared memory, 16 to 128 registers of accumulators.
 // Batch statistics, where wanted, come from the epilogue's registers; merging them reuses the stages' memory, at
 // most 16*(2*128 + 1)*4 B = 16 KiB, and writes a row of partials a tile of pixels: 8 B for 64 or more elements of y.
 // Bytes: x and y once through memory, w once a row of tiles through L2. At 128x128 a block computes 64 FLOP for each
