@@ -701,7 +701,9 @@ class ConvBNActFunction(_Function):
             seen = _needed(ctx.activation != "identity", out)
         else:
             seen = residual
-        ctx.save_for_backward(w, bias, mean, var, gamma, beta, seen, y, *_keep_input(ctx, x, handle, recipe))
+        # PyTorch's backward pass does not read beta: who writes it behind torch's back changes no gradient.
+        offset = None if beta is None or ctx.by_output or ctx.activation == "identity" else beta.detach().clone()
+        ctx.save_for_backward(w, bias, mean, var, gamma, beta, seen, y, offset, *_keep_input(ctx, x, handle, recipe))
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -710,7 +712,7 @@ class ConvBNActFunction(_Function):
             dout = others[-1]
         if dout is None:
             return (None,) * 16
-        w, bias, mean, var, gamma, beta, seen, y, *kept = ctx.saved_tensors
+        w, bias, mean, var, gamma, beta, seen, y, offset, *kept = ctx.saved_tensors
         x_needed, w_needed, bias_needed, _, _, gamma_needed, beta_needed, residual_needed = ctx.needs_input_grad[:8]
         x_needed = x_needed or ctx.handle is not None and ctx.needs_input_grad[12]
         x = _kept_input(ctx, kept)
@@ -728,6 +730,7 @@ class ConvBNActFunction(_Function):
         else:
             acc = accumulate_dtype(y.dtype)
             mean, var = mean.to(acc), var.to(acc)
+            beta = beta if offset is None else offset
             bn_act_backward = ops.bn_act_backward
         epilogue = Epilogue(None, mean, var, gamma, beta, residual, ctx.eps, activation)
         sums = None if ctx.handoff is None or torch.is_grad_enabled() else ctx.handoff.take(dout)

@@ -41,7 +41,8 @@ import importlib.util, sys
 spec = importlib.util.spec_from_file_location("_CUDA", {library.origin!r})
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-index, _ = module.select(0, [2, 64, 28, 28, 64, 3, 3, 1, 1, 1, 1, 1, 1, 1, {int(DType.BFLOAT16)}, 1, 1])
+fields = [2, 64, 28, 28, 64, 3, 3, 1, 1, 1, 1, 1, 1, 1, {int(DType.BFLOAT16)}, 1, 1, 1, 1, 1, 0, 1]
+index, _ = module.select(0, fields, False)
 print(module.variants()[index]["name"])
 """
     ran = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)

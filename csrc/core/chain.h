@@ -43,7 +43,7 @@ CONVEXT_HD T tanh(T z) {
   p = p * square + T(-5.370427744e-02);
   p = p * square + T(1.333091717e-01);
   p = p * square + T(-3.333325145e-01);
-  const T small = z + z * square * p;
+  const T small = z * (T(1) + square * p);  // keeps the sign of a zero
   const T large = T(1) - T(2) / (exp(a + a) + T(1));
   return where(a < T(0.63), small, where(z < T(0), -large, large));
 }

@@ -49,7 +49,8 @@ _OTHER_NAMES: dict[tuple[type, str], str] = {
 _FUNCTIONS = {
     F: "conv2d linear batch_norm layer_norm relu relu_ relu6 silu hardswish hardtanh hardsigmoid gelu sigmoid tanh "
     "leaky_relu elu mish softplus prelu dropout dropout2d max_pool2d avg_pool2d adaptive_avg_pool2d "
-    "adaptive_max_pool2d interpolate pad",
+    "adaptive_max_pool2d interpolate pad conv1d conv3d conv_transpose1d conv_transpose2d conv_transpose3d group_norm "
+    "instance_norm max_pool1d max_pool3d avg_pool1d avg_pool3d",
     torch: "conv2d convolution batch_norm layer_norm relu relu_ sigmoid tanh add mul sub div mean flatten cat permute "
     "reshape",
 }

@@ -62,8 +62,8 @@ def _behind(graph: Graph, source: fx.Node) -> Unit | None:
             break
         nodes, steps, last = nodes + added.nodes, steps + added.steps, added.nodes[-1]
         parameters = [value for node in nodes for value in node.all_input_nodes if value.op == "get_attr"]
-        if graph.crosses_a_write(nodes, [source], parameters):
-            break
+        if graph.crosses_a_write(nodes, [source], parameters) or parameters and not graph.are_neighbours(nodes):
+            break  # what stands between might write what an operation before it reads, as a batch norm its statistics
         longest = Unit(source, [Chain(steps, graph.module(source))], nodes, parameters=parameters)
     return longest
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from .graph import Graph
 
 Steps = list[ChainStep] | None
+_LARGEST = torch.finfo(torch.float32).max
 
 # operator or function of two -> the operation, and that of its operands exchanged
 _BINARY: dict[Any, tuple[str, str]] = {
@@ -65,8 +67,10 @@ def _occurrences(node: fx.Node, value: fx.Node) -> int:
 
 
 def _number(value: Any) -> bool:
-    """True of what torch takes for a number and float32 holds as it is, or rounds once."""
-    return type(value) is float or type(value) is int and abs(value) <= 1 << 24
+    """True of what torch takes for a number and float32 holds as it is, or rounds once; it refuses larger ones."""
+    if type(value) is float:
+        return not _LARGEST < abs(value) < math.inf
+    return type(value) is int and abs(value) <= 1 << 24
 
 
 def step_with(graph: Graph, node: fx.Node, value: fx.Node, kept: fx.Node) -> Steps:

@@ -193,6 +193,11 @@ class Graph:
                 return True
         return False
 
+    def are_neighbours(self, nodes: Sequence[fx.Node]) -> bool:
+        """True where nothing but themselves runs between the first and the last of some nodes."""
+        between = self.nodes[self.order[nodes[0]] : self.order[nodes[-1]]]
+        return all(node in nodes or node.op in ("get_attr", "placeholder") for node in between)
+
     def statistics_between(
         self, norm: BatchNorm, at: fx.Node, nodes: Sequence[fx.Node]
     ) -> list[tuple[Place, Place]] | None:

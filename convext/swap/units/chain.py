@@ -106,6 +106,8 @@ def _fits(t: torch.Tensor | None, x: torch.Tensor, is_slope: bool) -> bool:
     that of a PReLU, which lies along the channels by itself."""
     if type(t) not in PLAIN or t is None or t.dtype is not torch.float32 or t.device.type != "cpu":
         return False
+    if t.layout is not torch.strided:
+        return False
     if not t.is_contiguous() or t.is_neg() or t.is_conj():
         return False
     if is_slope:

@@ -41,6 +41,7 @@ class Conv(Op):
     def __init__(self, convolution: Convolution, batch_norm: BatchNorm | None = None, activation: str = "identity"):
         self.convolution, self.batch_norm, self.activation = convolution, batch_norm, activation
         self.channels_last = False  # whether the result is, whatever the input
+        self.in_seam = False  # whether the input may be, where the user's own calls would have a contiguous one
         self.module = convolution.layer
         self.state: _Calls = None  # type: ignore[assignment]  # until it is bound
         self.excite: SqueezeExcite | None = None
@@ -53,6 +54,7 @@ class Conv(Op):
 
     def settle(self, last: fx.Node, layout: AnyLayout, mode: Mode) -> bool:
         self.channels_last = layout.in_seam and layout.is_free(last)
+        self.in_seam = self.channels_last or layout.in_seam and last in layout.free
         return True
 
     def bind(self, fallback: Call, mode: Mode) -> Call:
@@ -73,13 +75,14 @@ class Conv(Op):
 
     def step(self, before: ConvProblem | None, residual: int | None) -> Step | None:
         """Its own call has seen the problem."""
-        if self.state.call is None or self.batch_norm is not None and self.batch_norm.by_batch:
+        choice = self.choice
+        if choice is None or self.batch_norm is not None and self.batch_norm.by_batch:
             return None
         tensors = self.tensors()
         if any(not t.is_contiguous() for t in tensors[6:] if t is not None):
             return None
         return Step(
-            self.state.choice.problem,
+            choice.problem,
             self.activation,
             residual,
             tuple(t is not None for t in tensors),
@@ -87,53 +90,48 @@ class Conv(Op):
         )
 
 
+class _Prepared:
+    """What was looked up for calls like the last one. It does not change: threads that call at once each go by one.
+
+    problem  shape, strides, dtype and device of the input
+    weight   shape, strides and dtype of the weight; kinds: dtypes and shapes of bias and batch norm
+    y_shape  the result's shape, y_strides: its strides where a residual must have them too, else None; pixel: whether
+             it is one pixel in channels-last strides, which an elementwise operation does not keep (`_one_pixel`)
+    choice   the backend's; call: its prepared call, and counter its count"""
+
+    __slots__ = ("problem", "weight", "kinds", "y_shape", "y_strides", "pixel", "choice", "call", "counter")
+
+    def __init__(self, x: torch.Tensor, w: torch.Tensor, given: Any, geom: Geom, channels_last: bool, activation: str):
+        """For calls like this one, which has gone well. Under autocast x is in its dtype, and w may be as it was."""
+        self.choice = choice = backends.select(Pass.FPROP, ConvProblem.of_fprop(x, w, geom, channels_last))
+        self.problem = x.shape, x.stride(), x.dtype, x.device
+        self.weight, self.kinds = (w.shape, w.stride(), w.dtype), given
+        self.y_shape = torch.Size(choice.problem.y_shape)
+        self.y_strides = None if channels_last else dense_strides(self.y_shape, bool(choice.problem.y_layout))
+        self.pixel = not channels_last and bool(choice.problem.y_layout) and self.y_shape[2:] == (1, 1)
+        self.counter = choice.counter
+        self.call: Callable[..., torch.Tensor] = choice.prepared_fprop(
+            activation, rounds_weights=w.dtype is not x.dtype
+        )
+
+
 class _Calls:
     """A convolution's geometry, and its last call.
 
-    last     shape, strides, dtype and device of the last input
-    weight   shape, strides and dtype of the weight then; y_shape: the result's shape, y_strides: its strides where a
-             residual must have them too, else None; pixel: whether it is one pixel in channels-last strides, which an
-             elementwise operation does not keep (`_one_pixel`)
-    kinds    dtypes and shapes of bias and batch norm then
-    call     the prepared call of the choice made then, and counter its count; None until one is"""
+    last      shape, strides, dtype and device of the last input
+    prepared  what was looked up for calls like it, or None"""
 
-    __slots__ = (
-        "geom",
-        "last",
-        "channels_last",
-        "weight",
-        "y_shape",
-        "y_strides",
-        "pixel",
-        "kinds",
-        "call",
-        "counter",
-        "choice",
-    )
+    __slots__ = ("geom", "channels_last", "last", "prepared")
 
     def __init__(self, geom: Geom, channels_last: bool):
         self.geom, self.channels_last = geom, channels_last
         self.last: tuple[Any, ...] | None = None
-        self.weight: tuple[Any, ...] | None = None
-        self.y_shape: torch.Size | None = None
-        self.y_strides: tuple[int, ...] | None = None
-        self.kinds: tuple[Any, ...] | None = None
-        self.call: Callable[..., torch.Tensor] | None = None
-        self.counter: Any = None
-        self.choice: Any = None
-        self.pixel = False
+        self.prepared: _Prepared | None = None
 
-    def prepare(self, x: torch.Tensor, w: torch.Tensor, activation: str) -> None:
-        """Chooses the kernel for calls like this one, which has just gone well. Under autocast x is in its dtype, and w
-        may be as it was."""
-        self.choice = choice = backends.select(Pass.FPROP, ConvProblem.of_fprop(x, w, self.geom, self.channels_last))
-        self.last = x.shape, x.stride(), x.dtype, x.device
-        self.weight = w.shape, w.stride(), w.dtype
-        self.y_shape = torch.Size(choice.problem.y_shape)
-        self.y_strides = None if self.channels_last else dense_strides(self.y_shape, bool(choice.problem.y_layout))
-        self.pixel = not self.channels_last and bool(choice.problem.y_layout) and self.y_shape[2:] == (1, 1)
-        self.counter = choice.counter
-        self.call = choice.prepared_fprop(activation, rounds_weights=w.dtype is not x.dtype)
+    @property
+    def choice(self) -> Any:
+        prepared = self.prepared
+        return prepared and prepared.choice
 
 
 def _direct(op: Conv, fused: Call, fallback: Call, autocast: torch.dtype | None) -> Call:
@@ -152,26 +150,27 @@ def _direct(op: Conv, fused: Call, fallback: Call, autocast: torch.dtype | None)
         w, bias = weights.get(weight), biases.get(bias_)
         mean, var, gamma, beta = means.get(mean_), variances.get(var_), gammas.get(gamma_), betas.get(beta_)
         given = kinds(bias, mean, var, gamma, beta)
+        prepared = state.prepared
         if (
-            state.call is not None
+            prepared is not None
             and type(w) in PLAIN
             and w.layout is _strided
-            and (x.shape, x.stride(), x.dtype, x.device) == state.last
-            and (w.shape, w.stride(), w.dtype) == state.weight
-            and given == state.kinds
+            and (x.shape, x.stride(), x.dtype, x.device) == prepared.problem
+            and (w.shape, w.stride(), w.dtype) == prepared.weight
+            and given == prepared.kinds
             and (
                 residual is None
-                or residual.shape == state.y_shape
+                or residual.shape == prepared.y_shape
                 and residual.dtype is x.dtype
-                and (state.y_strides is None or residual.stride() == state.y_strides)
+                and (prepared.y_strides is None or residual.stride() == prepared.y_strides)
             )
         ):
-            state.counter[0] += 1
-            y = state.call(x, w, bias, mean, var, gamma, beta, residual, eps)
-            if state.pixel and (activation != "identity" or residual is not None):
+            prepared.counter[0] += 1
+            y = prepared.call(x, w, bias, mean, var, gamma, beta, residual, eps)
+            if prepared.pixel and (activation != "identity" or residual is not None):
                 y.as_strided_(y.shape, (y.shape[1], 1, 1, 1))
             return y
-        state.call = None
+        state.prepared = None
         y = fused(x, residual)
         if (
             type(w) in PLAIN
@@ -182,8 +181,8 @@ def _direct(op: Conv, fused: Call, fallback: Call, autocast: torch.dtype | None)
             and x.device.type in backends.PRIORITY
             and x.dtype is ops.autocast_dtype(w)
         ):
-            state.prepare(x, w, activation)
-            state.kinds = given
+            state.prepared = _Prepared(x, w, given, state.geom, state.channels_last, activation)
+            state.last = state.prepared.problem
         return y
 
     return direct
@@ -223,7 +222,7 @@ def _recorded_or_not(op: Conv, fallback: Call) -> Call:
                 return ops.conv_bn_act(x, w, epilogue, geom, channels_last)
             except checks.InvalidArgument:  # which the layers refuse in their own words, or take
                 return fallback(x, residual)
-        with _recorded(channels_last):
+        with _recorded(op.in_seam):
             if x is given:
                 given = _in_format(x, channels_last)
             elif channels_last and not x.is_contiguous(memory_format=torch.channels_last):
@@ -328,8 +327,8 @@ def _one_pixel(x: torch.Tensor, w: torch.Tensor, geom: Geom) -> bool:
 _AS_IS = contextlib.nullcontext()
 
 
-def _recorded(channels_last: bool) -> contextlib.AbstractContextManager[Any]:
-    return autograd.contiguous_weight_gradients() if channels_last else _AS_IS
+def _recorded(in_seam: bool) -> contextlib.AbstractContextManager[Any]:
+    return autograd.contiguous_weight_gradients() if in_seam else _AS_IS
 
 
 def _in_format(x: torch.Tensor, channels_last: bool) -> Any:
