@@ -381,3 +381,93 @@ def test_a_method_of_tensors_that_is_replaced_is_called(name, monkeypatch):
         own = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda *given: torch.neg(own(*given)))
         torch.testing.assert_close(swapped(X), plain(X), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_statistics_that_move_between_its_operations_are_read_where_the_forward_reads_them(kind, inside):
+    class Between(nn.Module):
+        def __init__(self):
+            super().__init__()
+            norm = kind(1, track_running_stats=True)
+            self.conv, self.norm = nn.Conv2d(5, 5, 3), norm
+            self.holder = nn.Sequential(norm) if inside else norm
+
+        def forward(self, x):
+            z = self.conv(x) * self.norm.running_var
+            g = self.holder(x[:, :1] * 3)
+            return z + 1, g
+
+    plain = Between().train()
+    swapped = convext.swap(copy.deepcopy(plain))
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(swapped(X), plain(X), rtol=1e-5, atol=1e-5)
+
+
+LAYERS = {
+    "conv1d": nn.Conv1d(5, 5, 3), "conv3d": nn.Conv3d(5, 5, 3), "conv_transpose1d": nn.ConvTranspose1d(5, 5, 3),
+    "conv_transpose2d": nn.ConvTranspose2d(5, 5, 3), "conv_transpose3d": nn.ConvTranspose3d(5, 5, 3),
+    "conv2d": nn.Conv2d(5, 5, 3), "batch_norm": nn.BatchNorm2d(5), "group_norm": nn.GroupNorm(5, 5),
+    "layer_norm": nn.LayerNorm(6), "instance_norm": nn.InstanceNorm2d(5), "max_pool1d": nn.MaxPool1d(2),
+    "max_pool2d": nn.MaxPool2d(2), "max_pool3d": nn.MaxPool3d(2), "avg_pool1d": nn.AvgPool1d(2),
+    "avg_pool2d": nn.AvgPool2d(2), "avg_pool3d": nn.AvgPool3d(2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_a_replaced_function_kept_stays(name, monkeypatch):
+    layer = copy.deepcopy(LAYERS[name])
+    dimensions = int(name[-2]) if name.endswith("d") else 2
+    model = convext.swap(nn.Sequential(layer, nn.Tanh(), getattr(nn, f"Conv{dimensions}d")(5, 5, 1)))
+    x = torch.randn(2, 5, *[6] * dimensions)
+    own, kept = getattr(F, name), []
+
+    def keeps(*args, **named):
+        result = own(*args, **named)
+        kept.append((result, result.clone()))
+        return result
+
+    with torch.no_grad():
+        model(x), model(x)
+        monkeypatch.setattr(F, name, keeps)
+        model(x), model(x)
+    assert kept and all(torch.equal(now, then) for now, then in kept)
+
+
+def test_a_sparse_operand_is_left_to_torch():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(5, 5, 3)
+            self.register_buffer("mask", (torch.rand(2, 5, 14, 13) > 0.5).float().to_sparse())
+
+        def forward(self, x):
+            return self.conv(x) * self.mask
+
+    plain = Masked()
+    with torch.no_grad():
+        expected, found = plain(X), convext.swap(copy.deepcopy(plain))(X)
+    assert found.layout is expected.layout
+    torch.testing.assert_close(found.to_dense(), expected.to_dense(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("function", [lambda z: z.clamp(max=1e300), lambda z: F.leaky_relu(z, 1e300)])
+def test_numbers_beyond_float32_raise_as_in_torch(function):
+    model = Behind(function)
+    with torch.no_grad(), pytest.raises(RuntimeError) as expected:
+        model(X)
+    with torch.no_grad(), pytest.raises(RuntimeError) as found:
+        convext.swap(copy.deepcopy(model))(X)
+    assert str(found.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("name", ["tanh", "elu", "leaky_relu", "hardswish", "silu", "gelu", "mish"])
+def test_the_sign_of_zero_is_torchs(name):
+    function, _ = UNARY[name]
+    x = torch.tensor([0.0, -0.0] * 25).view(1, 5, 2, 5)
+    with torch.no_grad():
+        swapped = convext.swap(Behind(function, source=nn.MaxPool2d(1)))  # a mean would lose it
+        found = swapped(x)[0]
+    assert len(chains(swapped)) == 1
+    assert torch.equal(found.signbit(), function(x.clone()).signbit())

@@ -457,3 +457,40 @@ def test_autocast_keeps_as_little(dtype):
         y = swapped(x)
         y.float().square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in swapped.parameters())
+
+
+def test_gradients_of_contiguous_weights_are_contiguous_whatever_else_reads_the_value():
+    """A value that both a layer and a pooling read may be channels-last inside; the layer's weight gradient is not."""
+
+    class Fork(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.bn, self.act = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()
+            self.conv, self.pool = nn.Conv2d(6, 6, 3, padding=1), nn.MaxPool2d(3, 1, 1)
+
+        def forward(self, x):
+            v = self.act(self.bn(self.first(x)))
+            return self.conv(v), self.pool(v)
+
+    plain = Fork()
+    found = []
+    for model in (plain, convext.swap(copy.deepcopy(plain))):
+        y, z = model(torch.ones(2, 6, 7, 6))
+        found.append(torch.autograd.grad((y + z).square().sum(), [model.conv.weight, model.first.weight]))
+    assert [gradient.stride() for gradient in found[1]] == [gradient.stride() for gradient in found[0]]
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish])
+def test_a_batch_norms_bias_written_behind_torchs_back_changes_no_gradient(activation):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), activation()).double()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    found = []
+    for model in (plain, convext.swap(copy.deepcopy(plain))):
+        given = x.clone().requires_grad_()
+        y = model(given)
+        model[1].bias.data = model[1].bias.data * 2 + 1
+        (y * torch.linspace(1, 2, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()
+        found.append([given.grad, *(p.grad for p in model.parameters())])
+    for expected, gradient in zip(*found, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-9)

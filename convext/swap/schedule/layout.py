@@ -86,7 +86,9 @@ def contiguous_weights(asked: list[Asked]) -> bool:
 
 def contiguous(t: torch.Tensor) -> torch.Tensor:
     """t.contiguous() with a contiguous tensor's strides for extents of one, too: those are what an interpolation or a
-    concatenation of it goes by."""
+    concatenation of it goes by. A sparse tensor has no order in memory."""
+    if t.layout is not torch.strided:
+        return t
     if t.dim() == 4 and t.is_contiguous() and t.stride() != dense_strides(t.shape, False) and t.numel():
         with where_copied(t):
             return t.clone(memory_format=torch.contiguous_format)
@@ -104,6 +106,7 @@ def contiguous_unrecorded(t: torch.Tensor) -> Any:
         or t.dim() != 4
         or t.device.type != "cpu"
         or t.dtype not in _DTYPES
+        or t.layout is not torch.strided
         or t.is_contiguous()
         or not t.is_contiguous(memory_format=torch.channels_last)
         or t.is_neg()
