@@ -4,7 +4,7 @@
 
 Expect: the loss every twenty steps on images of bright discs and dark squares in noise, drawn as they are needed, then
 how much of the discs and of the squares is found: an intersection over union above 0.8 for each. It takes five seconds
-of a core. The report names the convolutions that convext computes; the transposed ones stay PyTorch's.
+of a core. The report names the kernel of each convolution, the transposed ones among them.
 """
 
 import argparse

@@ -51,7 +51,7 @@ def test_segmentation():
     text = run("segmentation")
     found = dict(re.findall(r"^(disc|square): intersection over union ([\d.]+)$", text, re.M))
     assert found.keys() == {"disc", "square"} and all(float(share) > 0.8 for share in found.values()), text
-    assert "13 convolutions, 11 by convext" in text
+    assert "13 convolutions, 13 by convext" in text
 
 
 def test_layer_benchmark():
