@@ -13,7 +13,6 @@ memory and operations than asked for.
 from __future__ import annotations
 
 import ast
-import copy
 import dataclasses
 import importlib.util
 import os
@@ -179,11 +178,8 @@ def fitting(problem: Problem, most_flops: float, most_bytes: float) -> dict[str,
     full = {name: value for name, value in _constants(problem).items() if name == BATCH or name in EXTENTS}
     sizes: dict[str, int] = {}
 
-    def fits() -> bool:
-        found = cost(problem, sizes)
-        return found is not None and found[0] <= most_flops and found[1] <= most_bytes
-
-    while not fits():
+    found = cost(problem, sizes)
+    while found is None or found[0] > most_flops or found[1] > most_bytes:
         batch = sizes.get(BATCH, full.get(BATCH, 1))
         extents = {name: sizes.get(name, value) for name, value in full.items() if name != BATCH}
         if batch > 2:
@@ -192,7 +188,8 @@ def fitting(problem: Problem, most_flops: float, most_bytes: float) -> dict[str,
             smaller = {name: value if value < 16 else value // 2 for name, value in extents.items()}
         else:
             break
-        if cost(problem, sizes | smaller) is None:
+        found = cost(problem, sizes | smaller)
+        if found is None:
             break
         sizes |= smaller
     return sizes
@@ -254,7 +251,7 @@ def _run(outcome: Outcome, device: torch.device, dtype: torch.dtype, compiled: b
     tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 1e-2
     outcome.allclose = torch.allclose(found, expected, atol=tolerance, rtol=tolerance)
     wide = [value.double() if isinstance(value, torch.Tensor) else value for value in inputs]
-    exact = result(copy.deepcopy(make()).double(), wide)
+    exact = result(make().double(), wide)
     outcome.far = {BASELINE: distance(expected, exact), OURS: distance(found, exact)}
     del wide, exact, expected, found
     rows = convext.report(ours)

@@ -1,7 +1,7 @@
 // Elementwise operations, one after the other on a running value z, each with at most one operand b: what stands behind
 // a convolution and is none of its epilogue (epilogue.h). T is float, double or a vector of them, as there.
 //
-// A new operation is a name in CONVEXT_CHAIN_OPERATIONS and a struct with `apply`.
+// A new operation is a name in CONVEXT_CHAIN_OPERATIONS and a case in `apply`.
 #pragma once
 #include "epilogue.h"
 

@@ -222,7 +222,7 @@ def test_it_stands_behind_every_convolution(kind, dimensions):
     assert ["sub", "leaky_relu"] in chains(swapped)
 
 
-def agrees(model, x, change=lambda model: None, steps=1):
+def agrees(model, x, change=lambda model: None):
     """Swapped as plain, before and after a change to both, in float32; what both return."""
     swapped = convext.swap(copy.deepcopy(model))
     results = []
