@@ -11,10 +11,12 @@ once for all releases of Python:
 * ``convext/libconvext_storage.so``: ``csrc/storage/`` makes results in the pool of dropped results resizable.
 
 ``csrc/core/`` is in the first two, ``csrc/compat/`` in all. For each Python there are ``convext/_C`` and
-``convext/_CUDA``, bindings alone: the two files of ``csrc/python/``.
+``convext/_CUDA``, bindings alone: the two files of ``csrc/python/``; and ``convext/_call``: ``csrc/call/`` serves calls
+of problems that were called before, between Python's tensors and the kernels.
 
 The first uses torch's stable ABI (target 2.10), the second no torch at all: a build survives another torch release. The
-third takes torch's C++ headers, and is left unloaded where torch is of another release than it was built with.
+third and ``_call`` take torch's C++ headers, and are left unloaded where torch is of another release than they were
+built with.
 
 Environment:
     CONVEXT_BUILD_CUDA    auto (default): build the CUDA library where it can be built, GPU or not; 1: fail with the
@@ -272,8 +274,8 @@ def cuda_plan() -> tuple[Path | None, str]:
 # Seconds of a core that a file takes, where it is not half a one, or half a minute for CUDA's: they tell how long a
 # build will last.
 SECONDS = {
-    **{"batch_norm": 14.0, "depthwise_taps": 9.0, "bindings": 7.5, "gemm": 4.5, "winograd": 4.5, "storage": 4.0},
-    **{"stem_fprop": 2.3, "ops_sequence": 2.3, "ops_conv": 2.2, "depthwise_wgrad": 2.0, "staging": 2.0},
+    **{"batch_norm": 14.0, "call": 13.0, "depthwise_taps": 9.0, "bindings": 7.5, "gemm": 4.5, "winograd": 4.5},
+    **{"storage": 4.0, "stem_fprop": 2.3, "ops_sequence": 2.3, "ops_conv": 2.2, "depthwise_wgrad": 2.0, "staging": 2.0},
     **{"ops_batch_norm": 1.5, "pointwise_fprop": 1.5, "gemm_wgrad": 1.2, "stem_wgrad": 1.2},
 }
 OTHER_SECONDS = {".cpp": 0.5, ".cu": 30.0}
@@ -466,12 +468,16 @@ def exports(version: str) -> str:
     return f"{version} {{ global: _ZN7convext*; _ZNK7convext*; _ZTVN7convext*; _ZTIN7convext*; local: *; }};\n"
 
 
-def build_cpu_library(folder: Path, cxx: str) -> list[Path]:
-    """Compiles and links the CPU library, and the one that knows torch's storages; their paths."""
+def torch_flags() -> tuple[str, str]:
+    """What finds torch's headers, and its libraries."""
     torch = torch_beside()
     # Ninja looks at no header of the system's: the release is among the flags, so that another one compiles anew.
-    headers = f"'-DCONVEXT_TORCH=\"{torch.version}\"' -isystem {torch.folder / 'include'}"
-    beside = f"-L{torch.folder / 'lib'}"
+    return f"'-DCONVEXT_TORCH=\"{torch.version}\"' -isystem {torch.folder / 'include'}", f"-L{torch.folder / 'lib'}"
+
+
+def build_cpu_library(folder: Path, cxx: str) -> list[Path]:
+    """Compiles and links the CPU library, and the one that knows torch's storages; their paths."""
+    headers, beside = torch_flags()
     build = Ninja(folder, "CPU library")
     build.rule("cxx", f"{cxx} -MMD -MF $out.d {' '.join(CXX_FLAGS)} $flags -c $in -o $out")
     compile_kernels(build, "cpu", cxx)
@@ -528,26 +534,32 @@ def build_cuda_library(folder: Path, toolkit: Path, cxx: str) -> Path:
 
 
 def build_bindings(folder: Path, output: Path, libraries: dict[str, Path], cxx: str, defines: str) -> list[Path]:
-    """Compiles and links the bindings of the libraries, by the names of the modules, for the Python that runs this; the
-    first of them is `output`, and the others lie beside it."""
+    """Compiles and links, for the Python that runs this, the bindings of the libraries, by the names of the modules,
+    and ``_call``; the first of them is `output`, and the others lie beside it."""
     import pybind11
 
     python = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
     build = Ninja(folder, "bindings")
     build.rule("cxx", f"{cxx} -MMD -MF $out.d {' '.join(CXX_FLAGS)} $flags -c $in -o $out")
     modules = []
+
+    def link(name: str, libraries: str, inputs: str = "", standard: str = "") -> None:
+        build.compile(name, "cxx", CSRC / "compat" / "older_systems.cpp", flags=standard)
+        module = output.with_name(output.name.replace("_C", name, 1))
+        shown = f"{{ global: PyInit_{name}; local: *; }};\n"
+        # Python's own symbols are the interpreter's.
+        build.link_shared(name, module, cxx, shown, f"-Wl,-z,undefs {libraries}", inputs)
+        modules.append(module)
+
     for name, library in libraries.items():
         source = CSRC / "python" / f"bindings{'_cuda' if name == '_CUDA' else ''}.cpp"
         flags = "-DCONVEXT_CUDA_LIBRARY" if name == "_CUDA" else defines
         build.compile(name, "cxx", source, flags=f"-O1 {python} {flags}")  # nothing hot in it
-        build.compile(name, "cxx", CSRC / "compat" / "older_systems.cpp")
-        module = output.with_name(output.name.replace("_C", name, 1))
-        shown = f"{{ global: PyInit_{name}; local: *; }};\n"
-        undefined = "-Wl,-z,undefs"  # Python's own symbols are the interpreter's
-        build.link_shared(
-            name, module, cxx, shown, f"{undefined} {library} -Wl,-rpath,'$$ORIGIN' -lstdc++", str(library)
-        )
-        modules.append(module)
+        link(name, f"{library} -Wl,-rpath,'$$ORIGIN' -lstdc++", str(library))
+    headers, beside = torch_flags()
+    standard = "-std=c++20"  # as torch itself is compiled
+    build.compile("_call", "cxx", CSRC / "call" / "call.cpp", flags=f"-O2 {standard} {python} {headers}")
+    link("_call", f"-lstdc++ {beside} -lc10 -ltorch_cpu -ltorch_python", standard=standard)
     build.run()
     return modules
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -29,6 +30,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 from . import ops, reference
 from .activation import BACKWARD, FORWARD, TABLE
+from .backends import compiled_calls
 from .memory_format import (
     fits_both_formats,
     memory_format,
@@ -163,10 +165,15 @@ class contiguous_weight_gradients:
     although the user's tensors are not."""
 
     def __enter__(self) -> None:
-        self._former, _level.nchw_weights = _level.nchw_weights, True
+        self._former = _level.nchw_weights
+        self._set(True)
 
     def __exit__(self, *exc: object) -> None:
-        _level.nchw_weights = self._former
+        self._set(self._former)
+
+    def _set(self, nchw_weights: bool) -> None:
+        _level.nchw_weights = nchw_weights
+        compiled_calls.record_weights(not nchw_weights)
 
 
 class ChannelsLastFunction(_Function):
@@ -241,6 +248,18 @@ class Conv2dFunction(_Function):
 class Conv3dFunction(Conv2dFunction):
     """Conv2dFunction of volumes: x (N, C, D, H, W), w (K, C/groups, T, R, S), a geom of three axes. `channels_last`
     says the format of the result and of its gradients."""
+
+
+def backward_of_call(dy, x, w, geom, input_size, kernel_size, channels_last, dw_channels_last, needed):
+    """Conv2dFunction.backward of what convext/_call recorded: `needed` says whose gradients are wanted, x, w, bias."""
+    ctx = types.SimpleNamespace(
+        geom=Geom(*geom),
+        input_size=input_size,
+        kernel_size=kernel_size,
+        channels_last=channels_last,
+        dw_channels_last=dw_channels_last,
+    )
+    return *_dgrad_and_wgrad(ctx, dy, x, w, *needed[:2]), _channel_sum(dy) if needed[2] else None
 
 
 class DepthwiseConv2dFunction(Conv2dFunction):

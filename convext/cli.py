@@ -438,6 +438,30 @@ def bench_sass(
     raise typer.Exit(1 if broken else 0)
 
 
+@bench.command("host")
+def bench_host(
+    threads: Threads = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    seconds: Annotated[float, typer.Option(min=0.0, help="For each kind of call.")] = 1.0,
+    output: Json = None,
+) -> None:
+    """Time the call itself: of the smallest convolution, alone, as a layer and swapped, beside PyTorch's."""
+    import time
+
+    from .bench import host, machine, results
+
+    options.output("--json", output)
+    with _threads(threads), _progress() as progress:
+        record = machine.record() | {"threads": torch.get_num_threads()}
+        clock = time.thread_time if torch.get_num_threads() == 1 else None  # leaves out what others take
+        task = progress.add_task("", total=len(host.calls()))
+        found = host.measure(seconds, clock, lambda: progress.advance(task))
+    _print_table(host.table(found), markdown)
+    print(host.summary(found))
+    _print_machine(record)
+    results.write(output, record, [cost.as_json() for cost in found])
+
+
 @bench.command("results")
 def bench_results(
     folder: Annotated[Path, typer.Argument(metavar="[FOLDER]")] = Path("benchmarks/results"),

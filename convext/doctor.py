@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 from . import __version__, backends
-from .backends import bindings, native, tuned
+from .backends import bindings, compiled_calls, native, tuned
 from .backends.tuned import cpu_name
 from .bench.machine import commit, version
 
@@ -60,7 +60,9 @@ def _build() -> list[str]:
     built = ", ".join(f"{key} {value}" for key, value in info.items())
     why_not = native.why_no_output_pool
     pool = "on" if why_not is None else f"off, {why_not}; fix: reinstall convext beside this torch"
-    return [f"built with: {built}", cuda, f"pool of results: {pool}"]
+    why_not = compiled_calls.why_not
+    calls = "on" if why_not is None else f"off, {why_not}; fix: reinstall convext beside this torch"
+    return [f"built with: {built}", cuda, f"pool of results: {pool}", f"calls without Python: {calls}"]
 
 
 def _cpu() -> list[str]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import autograd, checks, ops
+from . import autograd, checks, fast_call, ops
 from .activation import FORWARD
 from .autograd import Recomputable
 from .memory_format import volume_is_channels_last
@@ -21,6 +21,8 @@ _Fused = tuple[torch.Tensor, torch.Tensor, Epilogue, Geom]
 
 _PLAIN = ops._PLAIN
 _strided = torch.strided
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_conv2d_again = fast_call.conv2d
 _jit_tracing = ops._jit_tracing  # a TorchScript trace gets ATen's operators: it runs without convext
 
 
@@ -307,6 +309,10 @@ def conv2d(
         >>> convext.conv2d(x, w, stride=2, padding=1).shape
         torch.Size([2, 8, 16, 16])
     """
+    if not _is_dynamo_compiling():
+        y: torch.Tensor | None = _conv2d_again(input, weight, bias, stride, padding, dilation, groups)
+        if y is not None:
+            return y
     if has_torch_function((input, weight, bias)):
         return handle_torch_function(
             conv2d,

@@ -27,7 +27,7 @@ WORK = ROOT / "build" / "wheels"
 RELEASES = ("3.10", "3.11", "3.12", "3.13", "3.14")
 PLATFORM = f"manylinux_2_28_{platform.machine()}"
 # Of torch, which is there before convext is imported: a wheel holds no copy of them.
-TORCHS = ("libtorch_cpu.so", "libc10.so")
+TORCHS = ("libtorch_python.so", "libtorch_cpu.so", "libc10.so")
 FOR_BUILDING = ("setuptools>=77", "wheel", "ninja", "pybind11")
 
 

@@ -10,7 +10,8 @@ import torch
 import convext
 from convext import cli, doctor, dry_run, options
 from convext.backends import tuned
-from convext.bench import problems, shapes
+from convext.bench import host, problems, shapes
+from convext.bench.timing import Timing
 from convext.problem import ConvProblem, DType, Pass
 
 
@@ -181,6 +182,19 @@ def test_results_say_whether_the_output_pool_was_on(option, tmp_path, capsys):
 def test_json_that_cannot_be_written_is_named_before_anything_is_timed(tmp_path, capsys):
     assert cli.main(f"bench model resnet18 --json {tmp_path}/nowhere/figures.json".split()) == 2
     assert "--json" in capsys.readouterr().err
+
+
+def test_bench_host_says_what_a_call_costs(tmp_path, capsys):
+    path = tmp_path / "host.json"
+    assert cli.main(["bench", "host", "--seconds", "0", "--threads", "1", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())["results"]
+    assert {one["what"] for one in found} == {*host.calls()}
+    out = capsys.readouterr().out
+    for one in found:
+        assert one["pytorch"]["seconds"] > 0 and one["convext"]["seconds"] > 0 and one["what"] in out
+    slow = Timing((2e-6, 2e-6)), Timing((3e-6, 3e-6))
+    assert host.summary([host.Cost("slow", *slow)]) == "Above 1.15 times PyTorch's: slow"
+    assert "No call" in host.summary([host.Cost("fast", slow[1], slow[0])])
 
 
 def test_bench_shapes_says_how_good_the_choice_is(tmp_path, capsys):

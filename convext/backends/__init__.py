@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..problem import ConvProblem, Pass
-from . import tuned
+from . import compiled_calls, tuned
 from .base import Absent, Backend
 
 # THE table of backends: type of device -> those that serve it in order of preference, name -> module in this folder.
@@ -135,6 +135,7 @@ def forget() -> None:
         epoch = object()
         _choices.clear()
         CALL_CACHE.clear()
+        compiled_calls.forget()
         _batch_norm.clear()
         _unavailable.clear()
 
@@ -275,11 +276,13 @@ def counter(backend_name: str, pass_name: str, variant: str) -> list[int]:
 
 def counts() -> dict[tuple[str, str, str], int]:
     """Calls so far by (backend, pass, variant); those that never ran are left out."""
+    compiled_calls.count()
     return {key: count[0] for key, count in _counters.items() if count[0]}
 
 
 def reset_counts() -> None:
     """Sets every call counter to 0."""
+    compiled_calls.count()
     for count in _counters.values():
         count[0] = 0
 

@@ -6,7 +6,7 @@ import torch
 
 from ..activation import BACKWARD, TABLE
 from ..memory_format import laid_out, memory_format, suggests_channels_last
-from ..problem import ConvProblem, Epilogue, accumulate_dtype
+from ..problem import ConvProblem, Epilogue, Pass, accumulate_dtype
 from .base import Backend
 
 _aten = torch.ops.aten
@@ -54,6 +54,16 @@ def _writes_past_memory(problem: ConvProblem) -> bool:
     the gradient over those alone, at stride 1, is the same. Neither format nor threads are looked at, so that the sums
     do not depend on them."""
     return problem.is_pointwise and not problem.is_unit_stride and problem.pad_d == problem.pad_h == problem.pad_w == 0
+
+
+def works_around(pass_: Pass, problem: ConvProblem) -> bool:
+    """True where this backend hands ATen other operands than its own, on the CPU."""
+    if pass_ is Pass.FPROP:
+        return False
+    dtype = problem.dtype.torch
+    if pass_ is Pass.WGRAD and (_leaves_parts_unwritten(problem, dtype) or _writes_past_memory(problem)):
+        return True
+    return dtype is torch.float16
 
 
 class AtenBackend(Backend):

@@ -19,7 +19,7 @@ import torch
 
 from ..memory_format import memory_format, suggests_channels_last
 from ..problem import ACTIVATIONS, ConvProblem, DType, Epilogue, Pass
-from . import bindings, native_cuda, native_sequence, tuned
+from . import bindings, compiled_calls, native_cuda, native_sequence, tuned
 from .base import Backend, Candidate
 
 _C: Any = None
@@ -66,6 +66,8 @@ _BF16_PIXELS = 64  # of the output: with more, products in float32 lose to those
 # Columns a group of channels-last images, at stride 1 and above: with as many or fewer ATen's kernels for groups win.
 _FEW_COLUMNS = {Pass.FPROP: (8, 0), Pass.DGRAD: (8, 0), Pass.WGRAD: (16, 4)}
 _FEW_POINTWISE_COLUMNS = 2  # of NCHW images, whose pixels of a group lie side by side
+# Of a pointwise convolution: with fewer, the way through Python takes longer than ATen's call. In C++ (csrc/call) it
+# does not: these kernels were then 3.4 times as fast as F.conv2d over 120 shapes drawn at random, in geometric mean.
 _FEW_FLOPS = 1.2e5
 _FEW_TRANSPOSED = 4  # channels of a transposed convolution's result
 # Of volumes, of whose filters planes, rows and columns meet each other, where ATen has oneDNN's kernels: with as many
@@ -133,6 +135,7 @@ def _rejects_block(block: native_sequence.Block) -> bool:
 def forget_plans() -> None:
     """Drops cached selections; call after a setting that selection depends on has changed."""
     _plan.cache_clear()
+    compiled_calls.forget()
     native_cuda.forget_plans()
     _has_bf16_dot.cache_clear()
 
@@ -184,6 +187,10 @@ def _packed_weight(w: torch.Tensor, plan: _Plan) -> _PackedWeight:
         if base is None or base.numel() != w.numel():
             return _NOT_KEPT
         w = base
+    return _number_kept(w)
+
+
+def _number_kept(w: torch.Tensor) -> _PackedWeight:
     try:
         storage = w.untyped_storage()
     except NotImplementedError:  # a tensor of torch.func whose transform has ended
@@ -205,6 +212,24 @@ def _new_packed_weight(w: torch.Tensor, others: dict[int, _PackedWeight]) -> _Pa
     elif len(others) >= _MOST_OF_STORAGE:
         others.pop(next(iter(others)), None)
     return others.setdefault(w._cdata, _PackedWeight(owner.number(), owner, address))
+
+
+def packed_number(w: torch.Tensor) -> int:
+    """The number under which packings of w, which is no view, are kept; 0 for a tensor without memory."""
+    return _number_kept(w).number
+
+
+def launched(pass_: Pass, problem: ConvProblem) -> tuple[int, bool]:
+    """(index of the kernel, whether it packs the weights) of a pass that this backend serves."""
+    plan = _plan(pass_, problem)
+    assert plan is not None
+    return plan.variant, plan.pack_format is not None
+
+
+def direct_calls() -> int:
+    """The address of the library's functions of plain data (csrc/cpu/runtime/direct.h)."""
+    address: int = _C.direct_calls()
+    return address
 
 
 def forget_packed(t: torch.Tensor) -> None:
@@ -396,7 +421,7 @@ class NativeCpu(Backend):
                 few = p.x_layout == _NHWC and columns <= _FEW_COLUMNS[pass_][not p.is_unit_stride]
             if few:
                 return f"{columns} channels a group leave most lanes of a vector empty"
-        if p.is_pointwise and p.flops <= _FEW_FLOPS and pass_ is Pass.FPROP:
+        if p.is_pointwise and p.flops <= _FEW_FLOPS and pass_ is Pass.FPROP and compiled_calls.library is None:
             return "so few multiplications cost less than the call"
         return None
 

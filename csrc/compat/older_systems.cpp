@@ -22,6 +22,11 @@ template std::basic_stringstream<char>::basic_stringstream();
 
 #if _GLIBCXX_RELEASE >= 11
 
+#if __cplusplus >= 202002L
+// What a string stream holds, as C++20 reads it (GLIBCXX_3.4.29).
+template std::string std::basic_stringbuf<char>::str() const&;
+#endif
+
 namespace std {
 // GLIBCXX_3.4.29; what new[] calls for a length that is none.
 void __throw_bad_array_new_length() { throw std::bad_array_new_length(); }

@@ -14,6 +14,7 @@
 #include "bindings_problem.h"
 #include "core/chain.h"
 #include "cpu/runtime/block.h"
+#include "cpu/runtime/direct.h"
 #include "cpu/runtime/machine.h"
 #include "cpu/runtime/output_pool.h"
 #include "cpu/runtime/packed_weight.h"
@@ -210,6 +211,8 @@ void bind_memory(py::module_& m) {
     OutputPool::of_process().set_limit(bytes);
   }, py::arg("bytes"));
   m.def("output_pool_kept", [] { return OutputPool::of_process().kept(); }, "Bytes that the pool keeps now.");
+  m.def("direct_calls", [] { return reinterpret_cast<uintptr_t>(&direct_calls()); },
+        "The address of the DirectCalls, for convext._call.");
   m.def("use_storage",
         [](uintptr_t make_resizable) {
     OutputPool::of_process().set_make_resizable(reinterpret_cast<OutputPool::MakeResizable>(make_resizable));

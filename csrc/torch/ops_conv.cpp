@@ -4,8 +4,11 @@
 // A kernel sees dense tensors in its own dtype. What arrives otherwise (NCHW, half precision that it does not read, odd
 // strides) is staged through scratch memory on the way in, and so is the result on the way out.
 #include <array>
+#include <exception>
+#include <string>
 
 #include "conv_call.h"
+#include "cpu/runtime/direct.h"
 
 namespace convext {
 namespace {
@@ -117,11 +120,10 @@ void convolve(const Variant& variant, const ConvProblem& whole, const View& from
   stage_out(out, compute, staging, parallel);
 }
 
-// Memory for a volume, or for an image where `like` is one.
-Tensor empty_as(const Tensor& like, int64_t n, int64_t c, int64_t d, int64_t h, int64_t w, DType dtype,
-                bool channels_last) {
-  return like.dim() == 5 ? empty_volume(n, c, d, h, w, dtype, channels_last)
-                         : empty_activation(n, c, h, w, dtype, channels_last);
+// Memory for a volume of 5 dimensions, or for an image of 4.
+Tensor empty_of(int64_t dims, int64_t n, int64_t c, int64_t d, int64_t h, int64_t w, DType dtype, bool channels_last) {
+  return dims == 5 ? empty_volume(n, c, d, h, w, dtype, channels_last)
+                   : empty_activation(n, c, h, w, dtype, channels_last);
 }
 
 // {D or T, or 1 of an image; H or R; W or S}.
@@ -137,75 +139,51 @@ void check_dy(const View& dy, const ConvProblem& p) {
       "convext_cpu: dy must be (", p.n, ", ", p.k, ", ", p.z(), ", ", p.p(), ", ", p.q(), ")");
 }
 
-// ---- ops -----------------------------------------------------------------------------------------------------------
+// ---- of views --------------------------------------------------------------------------------------------------------
 
-Tensor fprop(int64_t variant_index, const Tensor& x, const Tensor& w, int64_t packed, int64_t version,
-             const OptionalTensor& bias, const OptionalTensor& mean, const OptionalTensor& var,
-             const OptionalTensor& gamma, const OptionalTensor& beta, const OptionalTensor& residual,
-             std::vector<int64_t> geom, double eps, int64_t activation, bool channels_last) {
-  const View xv = view_of_any(x, "x"), wv = view_of_any(w, "w");
+// y, of `dims` dimensions.
+Tensor fprop_of(int64_t variant_index, int64_t dims, const View& xv, const View& wv, int64_t packed, int64_t version,
+                const Tail& tail, const Geom& g, bool channels_last) {
   STD_TORCH_CHECK(xv.dtype == wv.dtype || (wv.dtype == DType::kFloat32 && dtype_size(xv.dtype) == 2),
                   "convext_cpu: x and w must have one dtype, or w be float32 and x in half precision");
-  const Geom g = geom_of(geom);
   ConvProblem problem = make_problem(xv.size[0], xv.size[1], xv.rows(), xv.size[3], wv.size[0], wv.rows(), wv.size[3],
                                      g, xv.dtype, xv.planes, wv.planes);
   STD_TORCH_CHECK(wv.size[1] == problem.c_per_group(), "convext_cpu: w holds ", wv.size[1],
                   " input channels a group, x ", problem.c_per_group());
   const Variant& variant = checked_variant(variant_index, Pass::kFprop, problem);
-  Tensor y = empty_as(x, problem.n, problem.k, problem.z(), problem.p(), problem.q(), xv.dtype, channels_last);
+  Tensor y = empty_of(dims, problem.n, problem.k, problem.z(), problem.p(), problem.q(), xv.dtype, channels_last);
   if (problem.y_size() == 0) return y;
-  convolve(variant, problem, xv, wv, packed, version, {{bias, mean, var, gamma, beta, eps}, residual, activation},
-           view_of_any(y, "y"));
+  convolve(variant, problem, xv, wv, packed, version, tail, view_of_any(y, "y"));
   return y;
 }
 
-// dx, with what follows its sums.
-Tensor dgrad_with(int64_t variant_index, const Tensor& dy, const Tensor& w, int64_t packed, int64_t version,
-                  const Tail& tail, const std::vector<int64_t>& input_size, const std::vector<int64_t>& geom,
-                  bool channels_last) {
-  const View dyv = view_of_any(dy, "dy"), wv = view_of_any(w, "w");
+// dx, with what follows its sums. `input_size`: D, H, W.
+Tensor dgrad_of(int64_t variant_index, int64_t dims, const View& dyv, const View& wv, int64_t packed, int64_t version,
+                const Tail& tail, const std::array<int64_t, 3>& input_size, const Geom& g, bool channels_last) {
   STD_TORCH_CHECK(dyv.dtype == wv.dtype, "convext_cpu: dy and w must have one dtype");
-  const Geom g = geom_of(geom);
-  const auto [depth, height, width] = extents_of(input_size, "input_size");
+  const auto [depth, height, width] = input_size;
   ConvProblem problem = make_problem(dyv.size[0], wv.size[1] * g.groups, height, width, wv.size[0], wv.rows(),
                                      wv.size[3], g, dyv.dtype, depth, wv.planes);
   check_dy(dyv, problem);
   const Variant& variant = checked_variant(variant_index, Pass::kDgrad, problem);
-  Tensor dx = empty_as(dy, problem.n, problem.c, depth, height, width, dyv.dtype, channels_last);
+  Tensor dx = empty_of(dims, problem.n, problem.c, depth, height, width, dyv.dtype, channels_last);
   if (problem.x_size() == 0) return dx;
   STD_TORCH_CHECK(problem.y_size() > 0, "convext_cpu: dy must not be empty");
   convolve(variant, problem, dyv, wv, packed, version, tail, view_of_any(dx, "dx"));
   return dx;
 }
 
-Tensor dgrad(int64_t variant_index, const Tensor& dy, const Tensor& w, int64_t packed, int64_t version,
-             std::vector<int64_t> input_size, std::vector<int64_t> geom, bool channels_last) {
-  const OptionalTensor none;
-  return dgrad_with(variant_index, dy, w, packed, version, {{none, none, none, none, none, 0.0}, none, 0}, input_size,
-                    geom, channels_last);
-}
-
-// dgrad(x, w) + bias, of C channels.
-Tensor conv_transpose(int64_t variant_index, const Tensor& x, const Tensor& w, int64_t packed, int64_t version,
-                      const OptionalTensor& bias, std::vector<int64_t> size, std::vector<int64_t> geom,
-                      bool channels_last) {
-  const OptionalTensor none;
-  return dgrad_with(variant_index, x, w, packed, version, {{bias, none, none, none, none, 0.0}, none, 0}, size, geom,
-                    channels_last);
-}
-
-Tensor wgrad(int64_t variant_index, const Tensor& dy, const Tensor& x, std::vector<int64_t> kernel_size,
-             std::vector<int64_t> geom, bool channels_last) {
-  const View dyv = view_of_any(dy, "dy"), xv = view_of_any(x, "x");
+// dw. `kernel_size`: T, R, S.
+Tensor wgrad_of(int64_t variant_index, int64_t dims, const View& dyv, const View& xv,
+                const std::array<int64_t, 3>& kernel_size, const Geom& g, bool channels_last) {
   STD_TORCH_CHECK(dyv.dtype == xv.dtype, "convext_cpu: dy and x must have one dtype");
-  const Geom g = geom_of(geom);
-  const auto [t, r, s] = extents_of(kernel_size, "kernel_size");
+  const auto [t, r, s] = kernel_size;
   ConvProblem problem =
       make_problem(xv.size[0], xv.size[1], xv.rows(), xv.size[3], dyv.size[1], r, s, g, xv.dtype, xv.planes, t);
   check_dy(dyv, problem);
   const Variant& variant = checked_variant(variant_index, Pass::kWgrad, problem);
   const DType compute = problem.dtype;
-  Tensor dw = empty_as(x, problem.k, problem.c_per_group(), t, r, s, xv.dtype, channels_last);
+  Tensor dw = empty_of(dims, problem.k, problem.c_per_group(), t, r, s, xv.dtype, channels_last);
   if (problem.w_size() == 0) return dw;
   if (problem.y_size() == 0 || problem.x_size() == 0) return torch::stable::zero_(dw);
 
@@ -233,6 +211,40 @@ Tensor wgrad(int64_t variant_index, const Tensor& dy, const Tensor& x, std::vect
   return dw;
 }
 
+// ---- ops -----------------------------------------------------------------------------------------------------------
+
+Tensor fprop(int64_t variant_index, const Tensor& x, const Tensor& w, int64_t packed, int64_t version,
+             const OptionalTensor& bias, const OptionalTensor& mean, const OptionalTensor& var,
+             const OptionalTensor& gamma, const OptionalTensor& beta, const OptionalTensor& residual,
+             std::vector<int64_t> geom, double eps, int64_t activation, bool channels_last) {
+  return fprop_of(variant_index, x.dim(), view_of_any(x, "x"), view_of_any(w, "w"), packed, version,
+                  {{bias, mean, var, gamma, beta, eps}, residual, activation}, geom_of(geom), channels_last);
+}
+
+Tensor dgrad(int64_t variant_index, const Tensor& dy, const Tensor& w, int64_t packed, int64_t version,
+             std::vector<int64_t> input_size, std::vector<int64_t> geom, bool channels_last) {
+  const OptionalTensor none;
+  return dgrad_of(variant_index, dy.dim(), view_of_any(dy, "dy"), view_of_any(w, "w"), packed, version,
+                  {{none, none, none, none, none, 0.0}, none, 0}, extents_of(input_size, "input_size"), geom_of(geom),
+                  channels_last);
+}
+
+// dgrad(x, w) + bias, of C channels.
+Tensor conv_transpose(int64_t variant_index, const Tensor& x, const Tensor& w, int64_t packed, int64_t version,
+                      const OptionalTensor& bias, std::vector<int64_t> size, std::vector<int64_t> geom,
+                      bool channels_last) {
+  const OptionalTensor none;
+  return dgrad_of(variant_index, x.dim(), view_of_any(x, "x"), view_of_any(w, "w"), packed, version,
+                  {{bias, none, none, none, none, 0.0}, none, 0}, extents_of(size, "input_size"), geom_of(geom),
+                  channels_last);
+}
+
+Tensor wgrad(int64_t variant_index, const Tensor& dy, const Tensor& x, std::vector<int64_t> kernel_size,
+             std::vector<int64_t> geom, bool channels_last) {
+  return wgrad_of(variant_index, x.dim(), view_of_any(dy, "dy"), view_of_any(x, "x"),
+                  extents_of(kernel_size, "kernel_size"), geom_of(geom), channels_last);
+}
+
 // x in the order NCHW. torch's own copy from channels-last reads as many cache lines as there are channels at a time.
 Tensor to_nchw(const Tensor& x) {
   const View from = view_of(x, "x");
@@ -243,11 +255,68 @@ Tensor to_nchw(const Tensor& x) {
   return y;
 }
 
+// ---- the same for convext/_call ------------------------------------------------------------------------------------
+
+constexpr int64_t kImage = 4;  // dimensions
+
+// A reference of our own to the tensor of somebody else's handle.
+Tensor borrowed(void* handle) {
+  AtenTensorHandle own;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(static_cast<AtenTensorHandle>(handle), &own));
+  return Tensor(own);
+}
+
+// What `compute` returns, as a handle of the caller's own; or the words of what it throws.
+template <class F>
+const char* directly(void** result, F&& compute) {
+  static thread_local std::string wrong;
+  try {
+    const Tensor computed = compute();
+    AtenTensorHandle handle;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(computed.get(), &handle));
+    *result = handle;
+    return nullptr;
+  } catch (const std::exception& error) {
+    wrong = error.what();
+    return wrong.c_str();
+  }
+}
+
+const char* direct_fprop(int64_t variant, const View& x, const View& w, int64_t packed, int64_t version, void* bias,
+                         const Geom& geom, bool channels_last, void** result) {
+  return directly(result, [&] {
+    const OptionalTensor none, shift = bias != nullptr ? OptionalTensor(borrowed(bias)) : none;
+    return fprop_of(variant, kImage, x, w, packed, version, {{shift, none, none, none, none, 0.0}, none, 0}, geom,
+                    channels_last);
+  });
+}
+
+const char* direct_dgrad(int64_t variant, const View& dy, const View& w, int64_t packed, int64_t version,
+                         int64_t height, int64_t width, const Geom& geom, bool channels_last, void** result) {
+  return directly(result, [&] {
+    const OptionalTensor none;
+    return dgrad_of(variant, kImage, dy, w, packed, version, {{none, none, none, none, none, 0.0}, none, 0},
+                    {1, height, width}, geom, channels_last);
+  });
+}
+
+const char* direct_wgrad(int64_t variant, const View& dy, const View& x, int64_t r, int64_t s, const Geom& geom,
+                         bool channels_last, void** result) {
+  return directly(result, [&] { return wgrad_of(variant, kImage, dy, x, {1, r, s}, geom, channels_last); });
+}
+
 }  // namespace
+
+const DirectCalls& direct_calls() {
+  static const DirectCalls calls{&direct_fprop, &direct_dgrad, &direct_wgrad};
+  return calls;
+}
+
 }  // namespace convext
 
-// geom is stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups, and of volumes stride_d, pad_d, dil_d behind them. `packed` is the number of the PackedWeight that
-// keeps the weight's packings, or 0; `version` the weight's version counter: see packed_weight.h.
+// geom is stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups, and of volumes stride_d, pad_d, dil_d behind them.
+// `packed` is the number of the PackedWeight that keeps the weight's packings, or 0; `version` the weight's version
+// counter: see packed_weight.h.
 STABLE_TORCH_LIBRARY(convext_cpu, m) {
   m.def(
       "fprop(int variant, Tensor x, Tensor w, int packed, int version, Tensor? bias, Tensor? mean, Tensor? var, "

@@ -12,7 +12,7 @@ import torch
 import convext
 from convext import backends
 from convext.backends.aten import AtenBackend
-from convext.problem import ConvProblem, Pass
+from convext.problem import ConvProblem, Geom, Pass
 
 X, W = torch.ones(1, 2, 5, 5), torch.ones(3, 2, 3, 3)
 PROBLEM = ConvProblem(1, 2, 5, 5, 3, 3, 3, 1, 1, 0, 0, 1, 1, 1)
@@ -245,7 +245,7 @@ def test_a_strided_1x1_weight_gradient_reads_only_what_the_filter_reads(monkeypa
     for stride, shape in (((2, 2), (1, 2, 3, 3)), ((1, 3), (1, 2, 5, 2)), ((1, 1), (1, 2, 5, 5))):
         w = torch.ones(3, 2, 1, 1, requires_grad=True)
         with convext.backend("aten"):
-            convext.conv2d(X, w, stride=stride).sum().backward()
+            convext.dilated_conv2d(X, w, stride=stride, dilation=1).sum().backward()  # in Python
         assert seen.pop() == (shape, (1, 1))
         assert torch.equal(w.grad, torch.full_like(w, shape[2] * shape[3]))
 
@@ -319,3 +319,12 @@ for status in convext.backends():
         ]
         assert "circular" not in ran.stdout and "not built" in line, line
         assert "from source" in line if name == "_CUDA" else "pip install ." in line
+
+
+@pytest.mark.parametrize("served_in_cpp", [True, False])
+def test_a_pointwise_convolution_of_few_products_is_atens_where_calls_go_through_python(monkeypatch, served_in_cpp):
+    if backends.unavailable("native", "cpu"):
+        pytest.skip("the compiled library is not there")
+    monkeypatch.setattr(backends.compiled_calls, "library", object() if served_in_cpp else None)
+    problem = ConvProblem.of_fprop(torch.empty(1, 16, 8, 8), torch.empty(16, 16, 1, 1), Geom())
+    assert (backends.get("native").slower(Pass.FPROP, problem) is None) == served_in_cpp

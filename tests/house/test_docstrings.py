@@ -145,7 +145,7 @@ def modules(package: str, *but: str) -> list[str]:
 
 MODULES = (
     modules(
-        *("convext", "__main__", "_C", "_CUDA", "libconvext", "libconvext_cuda", "libconvext_storage"),
+        *("convext", "__main__", "_C", "_CUDA", "_call", "libconvext", "libconvext_cuda", "libconvext_storage"),
         *("bench", "demo", "swap", "triton", "tune"),
     )
     + modules("convext.swap", "capture")

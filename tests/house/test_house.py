@@ -30,14 +30,15 @@ ARROWS = {
     **{f"cuda/{family}": ["core", "cuda", "cuda/ptx", "cuda/tile"]
        for family in ("batch_norm", "depthwise", "igemm", "simt")},
     "torch": ["core", "cpu/kernels/elementwise", "cpu/runtime"],
+    "call": ["core", "cpu/runtime"],
     "storage": ["core"],
     "python": ["core", "cpu/runtime", "cuda", "cuda/batch_norm"],
 }  # fmt: skip
 
 # A pattern of headers from outside -> the only folders that may include them.
 OUTSIDE = {
-    r"(torch|ATen|c10)/": ["torch", "storage"],
-    r"(pybind11/|Python\.h)": ["python"],
+    r"(torch|ATen|c10)/": ["torch", "storage", "call"],
+    r"(pybind11/|Python\.h)": ["python", "call"],
     r"cuda(_\w+)?\.h": ["cuda"],
     r"immintrin\.h": ["cpu/simd"],
 }
