@@ -9,6 +9,7 @@ convext.refresh(model)               after weights were changed behind torch's b
 convext.tune(model, x)               who computes is measured here, and kept; tuning("off"), explain(model, layer)
 convext.output_pool(0)               how much memory of dropped results is kept for the next
 convext.layer_by_layer()             no two layers of a swapped model in one call, for profilers
+convext.export_ops()                 torch.export records convext's operators for a swapped model
 torch.ops.convext.*                  the operators
 """
 
@@ -30,7 +31,7 @@ from .output_pool import output_pool
 from .refresh import refresh
 
 # From here on `convext.swap` and `convext.tune` are the functions, not the packages.
-from .swap import layer_by_layer, report, revert, swap, verify
+from .swap import export_ops, layer_by_layer, report, revert, swap, verify
 from .transposed import conv_transpose1d, conv_transpose2d, conv_transpose3d
 from .tune import explain, tune
 from .tuning import tuning
@@ -54,6 +55,7 @@ __all__ = [
     "depthwise_conv2d",
     "dilated_conv2d",
     "explain",
+    "export_ops",
     "functional",
     "layer_by_layer",
     "nn",

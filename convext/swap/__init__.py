@@ -19,13 +19,13 @@ import types
 import torch
 
 from .conv_forward import ConvForward, TransposedForward
-from .layer_by_layer import layer_by_layer
 from .planned import PlannedForward
 from .report import Report, report
 from .swapping import revert, swap
+from .switches import export_ops, layer_by_layer
 from .verify import Verification, verify
 
-__all__ = ["Report", "Verification", "layer_by_layer", "report", "revert", "swap", "verify"]
+__all__ = ["Report", "Verification", "export_ops", "layer_by_layer", "report", "revert", "swap", "verify"]
 
 # Nothing but who their module is.
 torch.serialization.add_safe_globals([ConvForward, PlannedForward, TransposedForward])

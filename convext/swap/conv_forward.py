@@ -14,6 +14,7 @@ from .. import nn as convext_nn
 from ..nn import LAST_INPUTS
 from .method import InstanceMethod
 from .modes import function_mode_watches
+from .switches import export_ops
 
 # torch's layers -> convext's
 KINDS: dict[type[nn.Module], type[nn.Module]] = {
@@ -54,8 +55,8 @@ _is_tracing = torch._C._get_tracing_state
 
 class ConvForward(InstanceMethod):
     """`_conv_forward(input, weight, bias)` of an nn.Conv1d, Conv2d or Conv3d by convext's kernels. torch's own runs
-    where torch.export and TorchScript record it, where a function mode watches, and where somebody has put another in
-    the place of it or of F.conv1d, F.conv2d or F.conv3d."""
+    where TorchScript records it and, but for `export_ops`, torch.export, where a function mode watches, and where
+    somebody has put another in the place of it or of F.conv1d, F.conv2d or F.conv3d."""
 
     name = "_conv_forward"
 
@@ -73,7 +74,7 @@ class ConvForward(InstanceMethod):
                 return type(conv)._conv_forward(conv, input, weight, bias)
             if type(input) is torch.Tensor:
                 LAST_INPUTS[conv] = input.shape, input.stride(), input.dtype, input.device
-        elif torch.compiler._is_exporting_flag:  # is_exporting() is True under every torch.compile
+        elif torch.compiler._is_exporting_flag and not export_ops.on:  # is_exporting(): under torch.compile, too
             return type(conv)._conv_forward(conv, input, weight, bias)
         if conv.padding_mode != "zeros":
             input = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
@@ -97,7 +98,7 @@ class TransposedForward(InstanceMethod):
             conv = self.called()
             if _is_tracing() is not None or function_mode_watches():
                 return method(conv, input, output_size)
-        elif torch.compiler._is_exporting_flag:  # is_exporting() is True under every torch.compile
+        elif torch.compiler._is_exporting_flag and not export_ops.on:
             return method(conv, input, output_size)
         return ours(conv, input, output_size)
 

@@ -185,6 +185,7 @@ def settings() -> tuple[object, ...]:
         convext.backends.forced(),
         convext.backends.native.accuracy(),
         convext.layer_by_layer.on,
+        convext.export_ops.on,
         convext.backends.tuned.mode,
     )
 

@@ -126,7 +126,7 @@ def test_what_points_another_way_is_found(tmp_path, name, line, said):
 # ---- convext/swap/ ---------------------------------------------------------------------------------------------------
 
 # From the bottom up: a module, or a folder of modules, imports of the swap what stands before it, and its own folder.
-SWAP = ["refusal", "method", "modes", "layer_by_layer", "conv_forward", "calls", "capture", "units", "match",
+SWAP = ["refusal", "method", "modes", "switches", "conv_forward", "calls", "capture", "units", "match",
         "schedule", "lower", "plan", "planned", "eligible", "swapping", "report", "verify", "__init__"]  # fmt: skip
 # Who of the rest of the package may import the swap, and is not imported by it.
 ABOVE_THE_SWAP = {"__init__", "__main__", "cli", "bench", "demo", "tune"}

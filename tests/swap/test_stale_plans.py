@@ -741,19 +741,6 @@ def test_torchscript_says_to_revert_first():
         torch.jit.script(convext.swap(Net().eval()))
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_a_swapped_model_exports_as_the_plain_one(strict):
-    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
-    model, x = convext.swap(copy.deepcopy(plain)), torch.randn(2, 3, 8, 8)
-    with torch.no_grad():
-        model(x)
-    exported = torch.export.export(model, (x,), strict=strict)
-    assert {str(n.target) for n in exported.graph.nodes if n.op == "call_function"} == {
-        str(n.target) for n in torch.export.export(plain, (x,), strict=strict).graph.nodes if n.op == "call_function"
-    }
-    torch.testing.assert_close(exported.module()(x), plain(x), rtol=1e-5, atol=1e-5)
-
-
 def test_a_wrapped_forward_is_unwrapped_in_any_order():
     plain = Net().eval().double()
     model, x = convext.swap(copy.deepcopy(plain)), torch.randn(1, 3, 8, 8, dtype=torch.float64)

@@ -10,8 +10,8 @@ from torch import fx
 
 from ... import ops
 from ...problem import DTYPES
-from ..layer_by_layer import layer_by_layer
 from ..schedule.sequence import inputs_of
+from ..switches import layer_by_layer
 from ..units.functions import found
 from .program import Program, prepared
 
