@@ -1,6 +1,7 @@
 """convext: convolutions for PyTorch.
 
 convext.conv2d(x, w, ...)            functions, with the meaning of torch.nn.functional: conv1d, conv_transpose2d, ...
+convext.causal_conv1d(x, w)          depthwise, with an activation, a state and causal_conv1d_update for streams
 convext.nn.Conv2d(...)               layers, drop-in for torch.nn
 convext.swap(model)                  a whole model, in place
 convext.backend("native"), backends  who computes, and why
@@ -26,6 +27,7 @@ from . import (
 )
 from .accuracy import accuracy
 from .backends import backend
+from .causal import causal_conv1d, causal_conv1d_update
 from .functional import conv1d, conv2d, conv3d, conv_act, conv_bn_act, conv_bn_relu, depthwise_conv2d, dilated_conv2d
 from .output_pool import output_pool
 from .refresh import refresh
@@ -43,6 +45,8 @@ __all__ = [
     "autograd",
     "backend",
     "backends",
+    "causal_conv1d",
+    "causal_conv1d_update",
     "conv1d",
     "conv2d",
     "conv3d",
