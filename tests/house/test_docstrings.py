@@ -128,7 +128,7 @@ def test_tensors_have_their_shapes(name):
     if value in (convext.verify, convext.tune):
         return  # whose tensors are what the model takes
     if "Tensor" in str(signature_of(value)) or inspect.isclass(value) and issubclass(value, torch.nn.Module):
-        shapes = r"\(N, K, P, Q\)|\(N, K, Q\)|\(N, K, Z, P, Q\)|\(N, C ?\* ?m\w*, P, Q\)|as `conv2d`"
+        shapes = r"\(N, K, P, Q\)|\(N, C, L\)|\(N, K, Q\)|\(N, K, Z, P, Q\)|\(N, C ?\* ?m\w*, P, Q\)|as `conv2d`"
         assert re.search(shapes, value.__doc__)
 
 

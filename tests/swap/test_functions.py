@@ -395,6 +395,47 @@ def test_timms_batch_norm_has_code_of_its_own(monkeypatch):
     check(First, steps)
 
 
+FACTORIES = {
+    "tensor": lambda z: torch.tensor(0.3, device=z.device, dtype=z.dtype),
+    "tensor_of_a_size": lambda z: torch.tensor(z.shape[0]) + torch.tensor([z.shape[1], 1]).sum(),
+    "as_tensor": lambda z: torch.as_tensor([[0.3]], dtype=z.dtype, device=z.device),
+    "scalar_tensor": lambda z: torch.scalar_tensor(z.shape[0], device=z.device),
+    "full": lambda z: torch.full((z.shape[0], 1, 1, 1), 0.3, dtype=z.dtype),
+    "zeros": lambda z: torch.zeros(z.shape[0], 1, 1, 1, device=z.device),
+    "ones": lambda z: torch.ones(1, z.size(1), 1, 1, dtype=z.dtype),
+    "empty": lambda z: torch.empty(z.shape[1:], device=z.device).fill_(0.3),
+    "arange": lambda z: torch.arange(z.shape[3], device=z.device),
+    "linspace": lambda z: torch.linspace(0, 1, z.shape[3]),
+    "eye": lambda z: torch.eye(z.shape[2], z.shape[3]),
+    "no_values": lambda z: torch.tensor(0.3),
+}
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_tensors_made_from_what_a_value_is_do_not_stop_a_capture(name):
+    """Their sizes, dtype and device are those of each call."""
+
+    class Makes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            z = F.relu(self.bn(self.conv(x)))
+            return torch.minimum(z, FACTORIES[name](z).to(z.dtype))
+
+    assert _fused(convext.swap(Makes().double().eval()))[0][:2] == ["bn", "relu"]
+
+    def steps(model):
+        for training in (False, True):
+            yield model.train(training)(X)
+            yield model(torch.cat([X, X])[:, :, 1:])
+            yield model.float()(X.float()).dtype
+            model.double()
+
+    check(Makes, steps)
+
+
 @pytest.mark.parametrize("name", ["mobilenetv2_100", "efficientnet_b0", "mobilenetv4_conv_small", "repvgg_a0"])
 def test_timms_networks_fuse(name):
     import timm

@@ -28,6 +28,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from ..method import ForwardMethod
 from ..refusal import Untraceable
@@ -48,6 +49,10 @@ _C_FUNCTIONS = (
     operator.methodcaller,
     torch._ops.OpOverloadPacket,
     torch._ops.OpOverload,
+)
+_FACTORIES = frozenset(
+    (torch.tensor, torch.as_tensor, torch.scalar_tensor, torch.full, torch.zeros, torch.ones, torch.empty)
+    + (torch.arange, torch.linspace, torch.eye, torch.rand, torch.randn)
 )
 Place = tuple[Any, Any]  # where a value was found: (dictionary or list, key)
 _GETATTRIBUTE: Any = object.__getattribute__
@@ -185,6 +190,21 @@ class NamespaceStandIn(StandIn):
         return recorder.wrap(value)
 
 
+class _Factory:
+    """That of a function of torch's that makes tensors of numbers, dtypes and devices, and so refuses the proxies of
+    those before a trace hears of the call."""
+
+    __slots__ = "_recorder", "_real"
+
+    def __init__(self, recorder: Recorder, real: Callable[..., Any]):
+        self._recorder, self._real = recorder, real
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(value, fx.Proxy) for value in tree_leaves((args, kwargs))):
+            return self._recorder.tracer.create_proxy("call_function", self._real, args, kwargs)
+        return self._real(*args, **kwargs)
+
+
 class ClassStandIn(type):
     """Metaclass of what stands for a class of the user's."""
 
@@ -293,6 +313,7 @@ class Tracer(Protocol):
 
     def call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Proxy: ...
     def tensor(self, tensor: torch.Tensor, place: Place | None) -> fx.Proxy: ...
+    def create_proxy(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Proxy: ...
     def type_of(self, proxy: fx.Proxy) -> type | None: ...
 
 
@@ -392,7 +413,7 @@ class Recorder:
             or type(owner) in _PLAIN
             or type(owner).__module__ in ("torch._C", "torch")
         ):
-            return value
+            return _Factory(self, value) if value in _FACTORIES else value
         raise Untraceable(f"its forward uses {value.__name__}() of a {type(owner).__name__}")
 
     def _container(self, value: Any, kind: type) -> Any:
