@@ -1,25 +1,15 @@
-"""convext.conv3d against float64's definition and torch.nn.functional.conv3d: values, strides, errors, derivatives; and
-the layer."""
+"""convext.conv3d against float64's definition; causal volumes, operators and kernels. What it shares with conv1d is in
+test_conv1d_conv3d.py."""
 
-import copy
-import itertools
 import os
-import pickle
-import warnings
-from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import MEMORY, Case
 from passes import DTYPES, EVEN_SAME, run
-from places import BACKENDS
 from reference import Nest
 from torch import nn
-from torch._subclasses import FakeTensorMode
-from torch.autograd import gradcheck, gradgradcheck
-from torch.func import grad, jvp, vmap
-from torch.utils.flop_counter import FlopCounterMode
 
 import convext
 from convext import backends
@@ -151,216 +141,9 @@ def test_results_do_not_depend_on_the_number_of_threads(name, threads):
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
 
 
-# ---- as ATen's -------------------------------------------------------------------------------------------------------
-
-
-def strides(t):
-    """Strides, but for extents of 1, where any stride means the same."""
-    return [stride for size, stride in zip(t.shape, t.stride()) if size > 1]
-
-
-def _dense(shape, form, dtype):
-    """Random values: contiguous, the channels together, a part of something larger, or one volume for all."""
-    values = rand(*shape).to(dtype)
-    if form == "ndhwc":
-        return values.contiguous(memory_format=torch.channels_last_3d)
-    if form == "part":
-        larger = torch.zeros(shape[0], *(n + 1 for n in shape[1:]), dtype=dtype)
-        return larger[(slice(None), *(slice(n) for n in shape[1:]))].copy_(values)
-    return values[:1].expand(shape) if form == "expanded" else values
-
-
-@pytest.mark.parametrize("backend", [None, "native", "aten"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("s", [1, 3])
-def test_strides_of_results_and_gradients_are_atens(backend, dtype, s):
-    for (n, c, width), (k, groups) in itertools.product(((1, 1, 1), (2, 4, 3), (2, 4, 1)), ((1, 1), (4, 1), (4, 4))):
-        if c % groups:
-            continue
-        for x_form, w_form, dy_form in itertools.product(
-            ("ncdhw", "ndhwc", "part", "expanded"), ("ncdhw", "ndhwc"), ("ncdhw", "ndhwc", "expanded")
-        ):
-            x = _dense((n, c, *(width,) * 3), x_form, dtype)
-            w = _dense((k, c // groups, *(s,) * 3), w_form, dtype)
-            found = []
-            for conv3d in (F.conv3d, convext.conv3d):
-                leaves = x.detach().requires_grad_(), w.detach().requires_grad_(), rand(k).to(dtype).requires_grad_()
-                with convext.backend(backend):
-                    y = conv3d(*leaves, 1, s // 2, 1, groups)
-                    gradients = torch.autograd.grad(y, leaves, _dense(y.shape, dy_form, dtype))
-                    with torch.no_grad():
-                        unrecorded = conv3d(*leaves, 1, s // 2, 1, groups)
-                found.append([strides(t) for t in (y, unrecorded, *gradients)])
-            assert found[0] == found[1], (x.shape, x_form, w.shape, w_form, dy_form)
-
-
-@pytest.mark.parametrize("recorded", [False, True])
-def test_a_result_is_no_view_and_can_be_written(recorded):
-    x, w = rand(2, 4, 3, 4, 5), rand(6, 4, 3, 3, 3).requires_grad_()
-    with torch.set_grad_enabled(recorded):
-        y = convext.conv3d(x, w)
-    with torch.no_grad():
-        expected = F.relu(F.conv3d(x, w) + 1)
-    assert not y._is_view()
-    y.add_(torch.ones(1, dtype=torch.float64, requires_grad=True)).relu_()
-    torch.testing.assert_close(y.detach(), expected)
-    y.backward(torch.ones_like(y))
-    assert w.grad is None if not recorded else not w.grad._is_view()
-    y.detach_()
-
-
-@pytest.mark.parametrize("mode", [FlopCounterMode, FakeTensorMode, None], ids=str)
-@pytest.mark.parametrize("recorded", [False, True])
-def test_a_result_under_a_mode_is_no_view(recorded, mode):
-    shapes = (2, 4, 3, 4, 5), (6, 4, 3, 3, 3), (6,)
-    given, ours = [rand(*s).requires_grad_(recorded) for s in shapes], convext.conv3d
-    with nullcontext() if mode is None else mode(**{"display": False} if mode is FlopCounterMode else {}) as inside:
-        if mode is FakeTensorMode:
-            given = [inside.from_tensor(t) for t in given]
-        y = ours(*given)
-        assert not y._is_view()
-        y.relu_()
-        if recorded:
-            assert not any(t._is_view() for t in torch.autograd.grad(y.sum(), given))
-
-
-def test_floating_point_operations_are_counted_as_pytorchs():
-    counted = []
-    for conv3d in (F.conv3d, convext.conv3d):
-        x, w = rand(2, 4, 3, 4, 5).requires_grad_(), rand(6, 4, 3, 3, 3).requires_grad_()
-        with FlopCounterMode(display=False) as mode:
-            conv3d(x, w, padding=1).sum().backward()
-        counted.append(mode.get_total_flops())
-    assert counted[0] == counted[1] > 0
-
-
-X, W, B = rand(2, 4, 5, 4, 6), rand(6, 2, 3, 3, 3), rand(6)
-BAD = {
-    "padding_is_no_known_word": ((X, W, B), dict(groups=2, padding="full"), "padding.*'full'.*'same' or 'valid'"),
-    "same_with_a_stride": ((X, W, B), dict(groups=2, padding="same", stride=2), r"same.*strid.*is \(2, 2, 2\)"),
-    "stride_0": ((X, W, B), dict(groups=2, stride=0), r"stride.*\(0, 0, 0\)"),
-    "stride_float": ((X, W, B), dict(groups=2, stride=1.5), "stride.*1.5"),
-    "stride_bool": ((X, W, B), dict(groups=2, stride=True), "stride.*True"),
-    "stride_of_two": ((X, W, B), dict(groups=2, stride=(1, 1)), r"stride.*three.*\[1, 1\]"),
-    "stride_of_none": ((X, W, B), dict(groups=2, stride=()), r"stride.*\[\]"),
-    "padding_negative": ((X, W, B), dict(groups=2, padding=(0, -1, 0)), r"padding.*\(0, -1, 0\)"),
-    "padding_none": ((X, W, B), dict(groups=2, padding=None), "padding.*None"),
-    "dilation_0": ((X, W, B), dict(groups=2, dilation=(0, 1, 1)), r"dilation.*\(0, 1, 1\)"),
-    "groups_0": ((X, W, B), dict(groups=0), "groups is 0"),
-    "groups_float": ((X, W, B), dict(groups=2.0), "groups.*2.0"),
-    "k_not_multiple_of_groups": ((X, rand(5, 2, 3, 3, 3)), dict(groups=2), r"weight.*groups=2.*\[5, 2, 3, 3, 3\]"),
-    "k_0": ((X, rand(0, 4, 3, 3, 3)), {}, r"weight.*at least 1 .*\[0, 4, 3, 3, 3\]"),
-    "c_does_not_fit": ((X, rand(6, 3, 3, 3, 3)), dict(groups=2), r"input.*\[2, 4, 5, 4, 6\].*6 channels.*got 4"),
-    "kernel_past_the_depth": ((X, rand(6, 4, 6, 3, 3)), {}, "input.*channel: 5 x 4 x 6.*dilation: 6 x 3 x 3"),
-    "kernel_past_the_depth_by_dilation": ((X, W, B), dict(groups=2, dilation=(3, 1, 1)), "5 x 4 x 6.*7 x 3 x 3"),
-    "kernel_of_0": ((X, rand(6, 4, 0, 3, 3)), {}, r"weight.*\[6, 4, 0, 3, 3\]"),
-    "bias_of_another_size": ((X, W, rand(5)), dict(groups=2), r"bias.*6.*\[5\]"),
-    "bias_two_dimensional": ((X, W, rand(1, 6)), dict(groups=2), r"bias.*6.*\[1, 6\]"),
-    "bias_of_another_dtype": ((X, W, B.float()), dict(groups=2), "bias.*float64.*float32.*should be the same"),
-    "weight_of_another_dtype": ((X, W.float()), dict(groups=2), "weight.*float64.*float32.*should be the same"),
-    "weight_two_dimensional": ((X, rand(6, 2)), dict(groups=2), r"weight.*\[6, 2\]"),
-    "weight_of_an_image": ((X, rand(6, 2, 1, 3)), dict(groups=2), r"weight.*\[6, 2, 1, 3\]"),
-    "input_one_dimensional": ((rand(4), W), dict(groups=2), r"input.*4D.*5D.*conv3d.*\[4\]"),
-    "input_an_image": ((rand(4, 4, 4), W), dict(groups=2), r"input.*4D.*5D.*\[4, 4, 4\]"),
-    "input_a_list": (([1.0], W), {}, "input.*Tensor.*list"),
-    "weight_none": ((X, None), {}, "weight.*Tensor.*NoneType"),
-    "bias_an_int": ((X, W, 3), dict(groups=2), "bias.*Tensor or None.*int"),
-}
-
-
-@pytest.mark.parametrize("gradient", [False, True])
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_raises_as_pytorch_and_names_the_argument(name, gradient):
-    args, kwargs, message = BAD[name]
-    if gradient:
-        args = [t.detach().requires_grad_() if isinstance(t, torch.Tensor) else t for t in args]
-    with pytest.raises(Exception) as theirs:
-        F.conv3d(*args, **kwargs)
-    for _ in range(2):  # nothing may be remembered of a call that failed
-        with pytest.raises(type(theirs.value), match=f"(?s)\nconvext: .*{message}") as ours:
-            convext.conv3d(*args, **kwargs)
-        assert type(ours.value) is type(theirs.value)
-        first = str(theirs.value).split(" - got ")[0]  # the list of arguments that follows counts keywords
-        assert str(ours.value).startswith(first) and len(first) > 10
-
-
-@pytest.mark.parametrize("on_meta", list(itertools.product((0, 1), repeat=3)), ids=str)
-def test_meta_tensors_beside_others_are_taken_as_pytorch_takes_them(on_meta):
-    args = [t.to("meta") if meta else t for t, meta in zip((X, W, B), on_meta)]
-    theirs, ours = F.conv3d(*args, groups=2), convext.conv3d(*args, groups=2)
-    assert (ours.shape, ours.device, ours.stride()) == (theirs.shape, theirs.device, theirs.stride())
-
-
-EMPTY = {
-    "no_volumes": ((0, 4, 3, 3, 3), (6, 4, 3, 3, 3), 1), "no_input_channels": ((2, 0, 3, 3, 3), (6, 0, 3, 3, 3), 1),
-    "no_input_channels_in_groups": ((2, 0, 3, 3, 3), (6, 0, 3, 3, 3), 2),
-    "one_volume_without_channels": ((0, 3, 3, 3), (6, 0, 3, 3, 3), 1),
-    "no_filters": ((2, 4, 3, 3, 3), (0, 4, 3, 3, 3), 1), "no_planes": ((2, 4, 0, 3, 3), (6, 4, 1, 1, 1), 1),
-    "no_taps": ((2, 4, 3, 3, 3), (6, 4, 0, 3, 3), 1), "nothing": ((0, 0, 0, 0, 0), (0, 0, 0, 0, 0), 1),
-}  # fmt: skip
-
-
-def _outcome(function, name, bias):
-    x_shape, w_shape, groups = EMPTY[name]
-    leaves = [torch.ones(shape, requires_grad=True) for shape in (x_shape, w_shape, w_shape[:1])]
-    try:
-        y = function(*leaves[:2], leaves[2] if bias else None, 1, 1, 1, groups)
-    except RuntimeError as error:
-        return type(error)
-    y.sum().backward()
-    return [(t.shape, t.stride(), t.tolist()) for t in (y, *(t.grad for t in leaves[: 3 if bias else 2]))]
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("name", EMPTY)
-def test_nothing_to_convolve_is_as_in_pytorch(name, bias):
-    assert _outcome(convext.conv3d, name, bias) == _outcome(F.conv3d, name, bias)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        dict(stride=(2,)), dict(stride=[2, 1, 2]), dict(padding=torch.Size([1, 0, 1])), dict(stride=torch.tensor(2)),
-        dict(padding="valid"), dict(dilation=(2, 1, 1), padding=(2,)),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_every_spelling_of_three_ints(arguments):
-    torch.testing.assert_close(convext.conv3d(X, W, B, groups=2, **arguments), F.conv3d(X, W, B, groups=2, **arguments))
-
-
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
-def test_other_dtypes_are_atens(dtype):
-    x, w = torch.ones(1, 2, 3, 4, 5, dtype=dtype), torch.ones(3, 2, 2, 2, 2, dtype=dtype)
-    assert torch.equal(convext.conv3d(x, w), F.conv3d(x, w))
-
-
-def test_tensor_subclasses_are_heard():
-    class Listening(torch.Tensor):
-        heard = []
-
-        @classmethod
-        def __torch_function__(cls, function, types, args=(), kwargs=None):
-            cls.heard.append(function)
-            return super().__torch_function__(function, types, args, kwargs or {})
-
-    y = convext.conv3d(X.as_subclass(Listening), W, B, groups=2, causal=True)
-    assert Listening.heard[0] is convext.conv3d and type(y) is Listening and y.shape[2] == X.shape[2]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_follows_the_context(dtype):
-    x, w, b = X.float().requires_grad_(), W.float().requires_grad_(), B.float().requires_grad_()
-    with torch.autocast("cpu", dtype):
-        y = convext.conv3d(x, w, b, groups=2)
-        assert y.dtype == dtype == F.conv3d(x, w, b, groups=2).dtype
-        assert convext.conv3d(X, W, B, groups=2).dtype == torch.float64
-    y.sum().backward()
-    assert {x.grad.dtype, w.grad.dtype, b.grad.dtype} == {torch.float32}
-    assert convext.conv3d(x, w, b, groups=2).dtype == torch.float32
-
-
 # ---- causal ----------------------------------------------------------------------------------------------------------
+
+X, W = rand(2, 4, 5, 4, 6), rand(6, 2, 3, 3, 3)
 
 
 @pytest.mark.parametrize("stride", [1, (2, 1, 2), (3, 2, 1)])
@@ -403,96 +186,11 @@ def test_causal_takes_no_padding_of_the_depth_and_raises_as_the_other_form():
             convext.conv3d(*args, **kwargs, causal=True)
 
 
-# ---- derivatives and compilers ---------------------------------------------------------------------------------------
-
-FUNCTIONS = {
-    "groups": lambda x, w, b: convext.conv3d(x, w, b, (1, 2, 1), 1, 1, 2),
-    "same": lambda x, w, b: convext.conv3d(x, w, b, 1, "same", (2, 1, 1), 2),
-    "causal": lambda x, w, b: convext.conv3d(x, w, b, 1, (0, 1, 0), 1, 2, causal=True),
-    "unbatched": lambda x, w, b: convext.conv3d(x[0], w, b, 1, 1, (2, 1, 2), 2),
-}
-
-
-def leaves(*tensors):
-    return tuple(t.clone().requires_grad_() for t in tensors)
-
-
-SMALL = rand(2, 4, 3, 3, 3), rand(6, 2, 2, 2, 2), rand(6)
-
-
-@BACKENDS
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_gradients_of_both_modes_and_second_order(name, backend):
-    if backend not in ("native", "aten") or torch.get_default_device().type != "cpu":
-        pytest.skip("volumes are ATen's there")
-    inputs = leaves(*SMALL)
-    with convext.backend(backend):
-        assert gradcheck(FUNCTIONS[name], inputs, check_forward_ad=True, check_batched_grad=True, fast_mode=True)
-        assert gradgradcheck(FUNCTIONS[name], inputs, check_fwd_over_rev=True, fast_mode=True)
-
-
-@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 2)], ids=str)
-def test_gradients_of_some_inputs_alone(needed):
-    inputs = [t.clone().requires_grad_(i in needed) for i, t in enumerate(SMALL)]
-    assert gradcheck(FUNCTIONS["groups"], inputs, check_forward_ad=True)
-
-
-@pytest.mark.parametrize("form", ["ncdhw", "ndhwc"])
-def test_transforms(form):
-    x = SMALL[0] if form == "ncdhw" else SMALL[0].contiguous(memory_format=torch.channels_last_3d)
-    one = x, *SMALL[1:]
-    many = [torch.stack([t, -t, 2 * t]) for t in one]
-
-    def theirs(x, w, b):
-        return F.conv3d(x, w, b, (1, 2, 1), 1, 1, 2)
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="There is a performance drop")
-        for in_dims in itertools.product((0, None), repeat=3):
-            operands = [several if d == 0 else single for d, several, single in zip(in_dims, many, one)]
-            if in_dims != (None,) * 3:
-                close = torch.testing.assert_close
-                close(vmap(FUNCTIONS["groups"], in_dims)(*operands), vmap(theirs, in_dims)(*operands))
-        of_each = [
-            vmap(grad(lambda x, w, f=f: f(x, w, one[2]).square().sum(), (0, 1)), (0, None))(many[0], one[1])
-            for f in (theirs, FUNCTIONS["groups"])
-        ]
-        torch.testing.assert_close(*of_each)
-    tangents = [jvp(f, one, tuple(t + 1 for t in one)) for f in (theirs, FUNCTIONS["groups"])]
-    torch.testing.assert_close(*tangents)
-    vmap(FUNCTIONS["groups"], (0, None, None))(many[0], *one[1:]).add_(1)  # no view of what a Function returned
-
-
-@pytest.mark.parametrize("recorded", [False, True])
-@pytest.mark.parametrize("form", ["ncdhw", "ndhwc"])
-def test_no_tensor_needs_data(form, recorded):
-    given = [_dense((2, 4, 5, 4, 6), form, torch.float32), W.float(), B.float()]
-    given = [t.requires_grad_(recorded) for t in given]
-    expected = F.conv3d(*given, groups=2)
-    with torch._subclasses.FakeTensorMode() as mode:
-        fake = [mode.from_tensor(t) for t in given]
-        y = convext.conv3d(*fake, groups=2)
-        assert (y.shape, y.stride(), y.dtype) == (expected.shape, expected.stride(), expected.dtype)
-        assert not recorded or [t.shape for t in torch.autograd.grad(y.sum(), fake)] == [t.shape for t in fake]
-
-
-@pytest.mark.parametrize("form", ["ncdhw", "ndhwc"])
-@pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compiles_without_a_graph_break(name, form):
-    torch._dynamo.reset()
-    compiled = torch.compile(FUNCTIONS[name], backend="aot_eager", fullgraph=True, dynamic=True)
-    for width in (3, 5, 8):
-        found = []
-        for function in (FUNCTIONS[name], compiled):
-            inputs = leaves(_dense((2, 4, width, width + 1, width), form, torch.float64), *SMALL[1:])
-            y = function(*inputs)
-            found.append((y, *torch.autograd.grad(y.sin().sum(), inputs)))
-        torch.testing.assert_close(*found, check_stride=False)
+# ---- operators and kernels ------------------------------------------------------------------------------------------
 
 
 def test_the_operators_pass_opcheck():
-    x, w, b = (t.clone().requires_grad_() for t in SMALL)
+    x, w, b = (t.clone().requires_grad_() for t in (rand(2, 4, 3, 3, 3), rand(6, 2, 2, 2, 2), rand(6)))
     geom = (1, 2, 1), (1, 1, 0), (1, 1, 1), 2
     y = convext.conv3d(x, w, b, *geom).detach()
     for op, args in (
@@ -502,19 +200,6 @@ def test_the_operators_pass_opcheck():
         (torch.ops.convext.wgrad, (y, x, w.shape[2:], *geom)),
     ):
         torch.library.opcheck(op.default, args)
-
-
-def test_weights_that_change_between_calls_are_seen():
-    w, x = nn.Parameter(rand(32, 64, 3, 3, 3).float()), rand(1, 64, 4, 5, 6).float()
-    with torch.no_grad(), convext.backend("native"):
-        convext.conv3d(x, w)
-        kept = backends.native.packed_bytes()
-        for change in (lambda: w.mul_(2), lambda: w.data.add_(1), lambda: w[3].zero_()):
-            change()
-            torch.testing.assert_close(convext.conv3d(x, w), F.conv3d(x, w), rtol=1e-4, atol=1e-3)
-        for _ in range(3):
-            convext.conv3d(x, w)
-        assert backends.native.packed_bytes() == kept >= w.numel() * 4
 
 
 def test_filters_of_other_planes_of_the_same_memory_are_packed_anew():
@@ -540,29 +225,3 @@ def test_the_kernels_serve_and_name_what_they_reject():
     for name in ("native", "triton"):
         why = backends.get(name, "cuda").reject(convext.problem.Pass.FPROP, problem)
         assert "not for volumes" in why
-
-
-# ---- the layer -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate", "circular"])
-@pytest.mark.parametrize("padding", [1, (2, 1, 0), "same", "valid"], ids=str)
-def test_every_padding_mode(padding_mode, padding):
-    theirs = nn.Conv3d(4, 6, 3, padding=padding, groups=2, padding_mode=padding_mode, dilation=(1, 2, 1)).double()
-    ours = copy.deepcopy(theirs)
-    ours.__class__ = convext.nn.Conv3d
-    x = rand(2, 4, 5, 6, 5)
-    torch.testing.assert_close(ours(x), theirs(x))
-    torch.testing.assert_close(ours(x[0]), theirs(x[0]))
-
-
-def test_the_layer_is_torchs_in_all_but_who_computes(tmp_path):
-    layer, theirs = convext.nn.Conv3d(4, 6, 3), nn.Conv3d(4, 6, 3)
-    assert isinstance(layer, nn.Conv3d) and repr(layer) == repr(theirs)
-    theirs.load_state_dict(layer.state_dict())
-    x = rand(2, 4, 4, 5, 6).float()
-    torch.testing.assert_close(layer(x), theirs(x), rtol=1e-5, atol=1e-5)
-    for again in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
-        assert type(again) is convext.nn.Conv3d and torch.equal(again(x), layer(x))
-    torch.save(layer, tmp_path / "layer.pt")
-    assert torch.equal(torch.load(tmp_path / "layer.pt", weights_only=True)(x), layer(x))
