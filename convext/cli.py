@@ -378,6 +378,46 @@ def bench_kernelbench(
     raise typer.Exit(0 if all(outcome.ok for outcome in outcomes) else 1)
 
 
+@bench.command("networks")
+def bench_networks(
+    names: Annotated[
+        Optional[list[str]],
+        typer.Argument(
+            metavar="[NETWORK]...", help="torchvision's, or timm/NAME; default: one of each family."
+        ),
+    ] = None,
+    threads: Threads = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="To time each network for; 0 for not at all.")] = 0.0,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    output: Json = None,
+) -> None:
+    """Networks at batch 1, swapped beside unswapped: how many layers are served, and whether the results are right.
+
+    Exit status 1: a network raised or is wrong.
+    """
+    _needs("bench", "torchvision", "timm")
+    from . import zoo
+    from .bench import coverage, machine, results
+
+    options.output("--json", output)
+    chosen = names or [*coverage.TORCHVISION, *coverage.TIMM]
+    for name in chosen:
+        zoo.check(name)
+    outcomes = []
+    with _threads(threads), _progress() as progress:
+        record = machine.record() | {"threads": torch.get_num_threads()}
+        task = progress.add_task("", total=len(chosen))
+        for name in chosen:
+            progress.update(task, description=name)
+            outcomes.append(coverage.run(name, seconds))
+            progress.advance(task)
+    _print_table(coverage.table(outcomes), markdown)
+    print(coverage.summary(outcomes))
+    _print_machine(record)
+    results.write(output, record, [outcome.as_json() for outcome in outcomes])
+    raise typer.Exit(0 if all(outcome.ok for outcome in outcomes) else 1)
+
+
 @bench.command("sass")
 def bench_sass(
     files: Annotated[

@@ -1,4 +1,4 @@
-"""The networks that the demo, the benchmarks and the reports speak of: torchvision's, by name.
+"""The networks that the demo, the benchmarks and the reports speak of: torchvision's, by name, and timm's as timm/NAME.
 
 Weights are the pretrained ones where they lie in torch's cache or can be downloaded, otherwise seeded ones whose batch
 norms have seen data, so that activations have the scale of a trained network's.
@@ -10,6 +10,7 @@ import socket
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,31 +33,43 @@ SEED = 2024
 DOWNLOAD_TIMEOUT = 3.0  # seconds of silence from the server after which seeded weights do
 
 
-def check(name: str) -> None:
-    """Raises `OptionError` for a network that torchvision does not have."""
-    import torchvision
+TIMM = "timm/"
+DETECTION = ("fasterrcnn", "fcos", "keypointrcnn", "maskrcnn", "retinanet", "ssd")  # take images of any sizes
 
-    if name not in torchvision.models.list_models():
-        raise OptionError("model", name, f"a network of torchvision's, such as {', '.join(SIZES)}")
+
+def check(name: str) -> None:
+    """Raises `OptionError` for a network that torchvision, or timm, does not have."""
+    if name.startswith(TIMM):
+        if find_spec("timm") is None:
+            raise OptionError("model", name, "timm to be installed: pip install timm")
+        import timm
+
+        known = name.removeprefix(TIMM) in timm.list_models()
+    else:
+        import torchvision
+
+        known = name in torchvision.models.list_models()
+    if not known:
+        raise OptionError("model", name, f"a network of torchvision's, such as {', '.join(SIZES)}, or timm/NAME")
 
 
 def build(name: str, *, pretrained: bool = False, seed: int = SEED) -> tuple[nn.Module, str]:
     """The network `name` in eval mode, float32 on the CPU, and one phrase that says where its weights come from.
+    timm's are seeded, whatever `pretrained` says.
 
-    Raises `OptionError` for a name that torchvision does not have.
+    Raises `OptionError` for a name that neither torchvision nor timm has.
     """
-    import torchvision
-
     check(name)
-    weights = torchvision.models.get_model_weights(name).DEFAULT if pretrained else None
-    state = _pretrained_state(weights.url) if weights else None
-    arguments = {"weights": None}
-    if name.startswith(("deeplabv3", "fcn", "lraspp")):
-        arguments["weights_backbone"] = None
+    weights = state = None
+    if pretrained and not name.startswith(TIMM):
+        import torchvision
+
+        weights = torchvision.models.get_model_weights(name).DEFAULT
+        state = _pretrained_state(weights.url)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = torchvision.models.get_model(name, **arguments)
-        if state is None:
+        model = _architecture(name)
+        if state is None and not name.startswith(DETECTION):  # in training those want boxes
             _calibrate(model, sample(name, 2, seed=seed))
     if state is None:
         return model.eval(), f"seeded weights (seed {seed})"
@@ -64,8 +77,29 @@ def build(name: str, *, pretrained: bool = False, seed: int = SEED) -> tuple[nn.
     return model.eval(), f"pretrained weights ({weights})"
 
 
+def _architecture(name: str) -> nn.Module:
+    model: nn.Module
+    if name.startswith(TIMM):
+        import timm
+
+        model = timm.create_model(name.removeprefix(TIMM))
+    else:
+        import torchvision
+
+        arguments = {"weights": None}
+        if name.startswith(("deeplabv3", "fcn", "lraspp", *DETECTION)):
+            arguments["weights_backbone"] = None
+        model = torchvision.models.get_model(name, **arguments)
+    return model
+
+
 def sample(name: str, batch: int, *, size: int | None = None, seed: int = SEED) -> torch.Tensor:
     """(batch, 3, size, size) float32 standard normal numbers, the same at every call; `size` defaults to the usual."""
+    if size is None and name.startswith(TIMM):
+        import timm
+
+        cfg = timm.get_pretrained_cfg(name.removeprefix(TIMM), allow_unregistered=True)
+        size = cfg.input_size[-1] if cfg is not None else None
     size = size or SIZES.get(name, 224)
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed), device="cpu")
 
