@@ -137,12 +137,19 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     return _DRAWING.sub(one, html)
 
 
+def parsed_as_meant(docstring: str) -> str:
+    docstring = re.sub(r"^Example:$", "Examples:", docstring, flags=re.M)
+    returns = r"^Returns: (.*\n?(?: +\S.*\n?)*)"
+    return re.sub(returns, lambda found: f"**Returns:** {' '.join(found[1].split())}\n", docstring, flags=re.M)
+
+
 class Docstrings(Extension):
-    """The examples of docstrings by the name that the parser has for them."""
+    """Docstrings with the words that the parser knows: examples by the name that it has for them, and what is returned,
+    which stands on the line of its title here, as a paragraph."""
 
     def on_instance(self, *, obj: Object, **_: object) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.M)
+            obj.docstring.value = parsed_as_meant(obj.docstring.value)
 
 
 class _Loads(HTMLParser):

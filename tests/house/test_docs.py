@@ -350,6 +350,17 @@ def test_what_a_page_would_load_is_found(hooks):
     assert hooks.loads_from_elsewhere('<link rel="stylesheet" href="https://x.org/a.css">') == ["https://x.org/a.css"]
 
 
+def test_docstrings_are_parsed_as_they_are_meant(hooks):
+    """By the parser of the site: what it makes sections of, and what it leaves as text."""
+    griffe = pytest.importorskip("griffe")
+    text = (
+        "A.\n\nArgs:\n    x: one.\n\nReturns: (N, K), as\n    it was.\n\nRaises nothing.\n\nExample:\n    >>> 1\n    1"
+    )
+    sections = griffe.Docstring(hooks.parsed_as_meant(text)).parse("google")
+    assert [section.kind.value for section in sections] == ["text", "parameters", "text", "examples"]
+    assert sections[2].value == "**Returns:** (N, K), as it was.\n\nRaises nothing."
+
+
 BROKEN = {
     "nothing": ("[a](../README.md#here), [b](../code.py)", None),
     "a link": ("[a](../gone.py)", "../gone.py"),

@@ -79,7 +79,7 @@ def test_the_command_is_installed():
 
 def test_dev_names_every_verb_it_has():
     text = dev("help").stdout
-    for verb in ("demo", "test", "sanitize", "gpu-check", "lint", "wheel", "test-other-torch", "setup"):
+    for verb in ("demo", "test", "sanitize", "gpu-check", "lint", "docs", "wheel", "test-other-torch", "setup"):
         assert re.search(rf"^  {verb}\b", text, re.M)
 
 
