@@ -1,4 +1,4 @@
 # Every target only calls ./dev, which says what each does: ./dev help
-.PHONY: demo test lint sanitize gpu-check test-other-torch
-demo test lint sanitize gpu-check test-other-torch:
+.PHONY: demo test lint docs sanitize gpu-check test-other-torch
+demo test lint docs sanitize gpu-check test-other-torch:
 	@./dev $@

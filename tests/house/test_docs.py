@@ -207,6 +207,50 @@ def test_constants_have_their_values(page, name, link, value):
     assert defined_as(name, (page.parent / link).read_text()) == [value]
 
 
+def table(page: str, first: str) -> list[list[str]]:
+    """The rows of the table on a page whose head begins with that column."""
+    text = (DOCS / "kernels" / page).read_text()
+    rows = re.search(rf"^\| {first} \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", text, re.M)[1]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows.splitlines()]
+
+
+def test_the_tiles_of_igemm_are_those_of_its_source():
+    source = (ROOT / "csrc" / "cuda" / "igemm" / "igemm_tiles.h").read_text()
+    expected = []
+    for numbers in re.findall(r"^using Tile\w+ = Tile<T, ([\d, ]+)>;", source, re.M):
+        m, n, warps_m, warps_n, stages, _ = map(int, numbers.split(", "))
+        kib, sums = stages * (m + n) * 128 // 1024, m * n // (warps_m * warps_n * 32)
+        tile = [f"{m}×{n}", f"{warps_m}×{warps_n}", f"{m // warps_m}×{n // warps_n}"]
+        expected.append([*tile, str(stages), f"{kib} KiB", str(sums)])
+    assert len(expected) == 5 and table("cuda-igemm.md", "tile") == expected
+
+
+def test_the_configurations_of_triton_are_those_of_its_source():
+    source = (ROOT / "convext" / "triton" / "configs.py").read_text()
+    families = re.search(r"^_GEMM = \{\n(.*?)^\}", source, re.M | re.S)[1]
+    tiles = re.split(r'^    "\w+": ', families.partition('    "interpreter"')[0], flags=re.M)[1:]
+    expected = [re.findall(r"_config\((\d+), (\d+), (\d+), \d+, (\d+)\)", family) for family in tiles]
+    found = []
+    for _, tiles in table("triton.md", "family"):
+        sizes = re.findall(r"(\d+)×(\d+)×(\d+)(?: in (\d+))?", tiles)
+        found.append([(m, n, k, stages or sizes[-1][3]) for m, n, k, stages in sizes])
+    assert len(expected) == 5 and found == expected
+
+
+def test_the_register_tiles_are_those_of_their_source():
+    """gemm.h's max_rows, for each number of vectors: with 32 registers and with 16."""
+    source = (ROOT / "csrc" / "cpu" / "kernels" / "gemm" / "gemm.h").read_text()
+    body = re.search(r"constexpr int max_rows\(int vectors\) \{\n(.*?)^\}", source, re.M | re.S)[1]
+    many, few = (re.findall(r"\? (\d+)|: (\d+);", line) for line in body.splitlines() if "return" in line)
+    most = {"32": 4, "16": 2}
+    for (registers, tiles, _), rows in zip(table("cpu-direct.md", "registers"), (many, few), strict=True):
+        by_vectors = {vectors: int(a or b) for vectors, (a, b) in enumerate(rows, 1)}
+        assert len(by_vectors) == most[registers[:2]]
+        assert {(int(n), int(v)) for n, v in re.findall(r"(\d+)×(\d+)", tiles)} == {
+            (n, v) for v, n in by_vectors.items()
+        }
+
+
 # ---- drawings --------------------------------------------------------------------------------------------------------
 
 DRAWINGS = sorted((DOCS / "img").glob("*.svg"))
@@ -388,7 +432,8 @@ def test_a_site_with_something_broken_is_not_made(hooks, tmp_path, case):
     )
     (tmp_path / "theme").mkdir()
     (tmp_path / "theme" / "main.html").write_text("{{ page.content }}")
-    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site")]
+    (build,) = re.findall(r"build\) \$VENV/bin/mkdocs (.*?) ;;", (ROOT / "dev").read_text())
+    command = [sys.executable, "-m", "mkdocs", *build.split(), "--site-dir", str(tmp_path / "site")]
     built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (built.returncode == 0) == (said is None), built.stderr
     assert said is None or said in built.stderr
