@@ -75,6 +75,14 @@ def test_a_path_that_is_nowhere_is_found():
     assert missing_paths(text) == ["csrc/core/gone.h", "gone.py", "csrc/gone/"]
 
 
+@every_page
+def test_footnotes_are_defined_once_and_used(page):
+    text = FENCED.sub("", page.read_text())
+    defined = re.findall(r"^\[\^(\w+)\]:", text, re.M)
+    assert len(defined) == len(set(defined))
+    assert set(re.findall(r"\[\^(\w+)\](?!:)", text)) == set(defined)
+
+
 # ---- names of the package --------------------------------------------------------------------------------------------
 
 
