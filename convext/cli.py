@@ -382,9 +382,7 @@ def bench_kernelbench(
 def bench_networks(
     names: Annotated[
         Optional[list[str]],
-        typer.Argument(
-            metavar="[NETWORK]...", help="torchvision's, or timm/NAME; default: one of each family."
-        ),
+        typer.Argument(metavar="[NETWORK]...", help="torchvision's, or timm/NAME; default: one of each family."),
     ] = None,
     threads: Threads = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="To time each network for; 0 for not at all.")] = 0.0,
