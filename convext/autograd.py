@@ -30,7 +30,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 from . import ops, reference
 from .activation import BACKWARD, FORWARD, TABLE
-from .backends import compiled_calls
+from .backends import compiled_calls, tuned
 from .memory_format import (
     fits_both_formats,
     memory_format,
@@ -156,7 +156,8 @@ class _Function(Function):
     @classmethod
     def apply(cls, *args: Any) -> Any:
         if ops._functorch_active():
-            return super().apply(*args)
+            with tuned.unmeasured():
+                return super().apply(*args)
         return cls.on_one_level.apply(*unwrap_dead_wrappers(args))
 
 
@@ -937,10 +938,16 @@ def _run_below(op, args, kwargs):
 def _register(name: str, differentiable, tensor_count: int) -> None:
     op = getattr(torch.ops.convext, name).default
 
-    def kernel(*args, **kwargs):
+    def run(*args, **kwargs):
         if needs_function(*args[:tensor_count]):
             return differentiable(*args, **kwargs)
         return _run_below(op, args, kwargs)
+
+    def kernel(*args, **kwargs):
+        if not (ops._functorch_active() or _level.recording):
+            return run(*args, **kwargs)
+        with tuned.unmeasured():
+            return run(*args, **kwargs)
 
     ops.LIBRARY.impl(name, kernel, "Autograd")
 

@@ -24,8 +24,8 @@ from .problem import ConvProblem, Epilogue, Geom, Pass
 _KNOWN = frozenset((torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor))
 
 
-def _serves(pass_: Pass, problem: ConvProblem) -> bool:
-    return backends.select(pass_, problem).backend.name == "triton"
+def _serves(pass_: Pass, problem: ConvProblem, kind: str = "") -> bool:
+    return backends.would_serve(pass_, problem, kind).backend.name == "triton"
 
 
 def _serves_batch_norm(y) -> bool:
@@ -50,7 +50,7 @@ def _conv_bn_act(x, w, *arguments):
     checks.check_activation(epilogue.activation)
     checks.check_conv(x, w, epilogue.bias, geom)
     checks.check_batch_norm(x.dtype, w.shape[0], *epilogue.norm)
-    if not _serves(Pass.FPROP, ConvProblem.of_fprop(x, w, geom, *channels_last)):
+    if not _serves(Pass.FPROP, ConvProblem.of_fprop(x, w, geom, *channels_last), epilogue.kind):
         return None
     return _triton().fprop(x, w, *epilogue, *geom, *channels_last)
 

@@ -102,14 +102,28 @@ def _backends() -> list[str]:
 
 def _choices() -> list[str]:
     """What was measured here and is kept, and which kernels were put aside."""
-    kept = tuned.of("cpu")
+    here = torch.accelerator.current_accelerator(check_available=True)
+    return [line for device in dict.fromkeys(["cpu", here.type if here else "cpu"]) for line in _choices_on(device)]
+
+
+def _choices_on(device: str) -> list[str]:
+    kept = tuned.of(device)
     path = kept.path()
     if path is None:
         where = "nowhere, platformdirs is not installed; fix: pip install platformdirs, or set CONVEXT_CACHE"
     else:
         where = f"in {path}" if path.exists() else f"none, {path.parent} is where they would be"
-    aside = [f"  put aside: {name}, {reason}" for name, reason in kept.aside.items()]
-    return [f"choices measured by convext.tune: {len(kept.choices)}, kept {where}", *aside]
+    lines = [
+        f"choices measured on {device}: {len(kept.choices)}, kept {where}; convext.tuning: {tuned.mode_on(device)}"
+    ]
+    for name, reason in kept.aside.items():
+        about = tuned.machine(device)
+        lines.append(f"  put aside: {name}, {reason}")
+        lines.append(
+            f"    please report this line: {name} on {about['name']} ({about['isa']}), build {about['build']}, "
+            f"torch {about['torch']}: {reason}"
+        )
+    return lines
 
 
 def _caches() -> list[str]:

@@ -22,6 +22,7 @@ dispatcher has nothing to add, and through the operator where it has.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,8 +32,9 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from . import backends, checks, reference
 from .activation import BACKWARD
+from .backends import tuned
 from .memory_format import fits_both_formats, memory_format, suggests_channels_last
-from .problem import ConvProblem, Epilogue, Geom, Pass, accumulate_dtype
+from .problem import STATISTICS, ConvProblem, Epilogue, Geom, Pass, accumulate_dtype
 
 LIBRARY = torch.library.Library("convext", "DEF")
 
@@ -125,12 +127,7 @@ def _remember(key: tuple[Any, ...], choice: backends.Choice) -> backends.Choice:
     return choice
 
 
-def _choose_fprop(x, w, bias, geom, channels_last) -> backends.Choice:
-    checks.check_conv(x, w, bias, geom)
-    return backends.select(Pass.FPROP, ConvProblem.of_fprop(x, w, geom, channels_last))
-
-
-def _fprop_choice(x, w, bias, geom, channels_last) -> backends.Choice:
+def _fprop_choice(x, w, bias, geom, channels_last, kind="") -> backends.Choice:
     key = (
         x.shape,
         x.stride(),
@@ -143,10 +140,13 @@ def _fprop_choice(x, w, bias, geom, channels_last) -> backends.Choice:
         None if bias is None else (bias.shape, bias.dtype, bias.device),
         geom,
         channels_last,
+        kind,
     )
     choice = _calls.get(key)
     if choice is None:
-        choice = _remember(key, _choose_fprop(x, w, bias, geom, channels_last))
+        checks.check_conv(x, w, bias, geom)
+        problem = ConvProblem.of_fprop(x, w, geom, channels_last)
+        choice = _remember(key, backends.select(Pass.FPROP, problem, kind=kind, device=x.device))
     choice.counter[0] += 1
     return choice
 
@@ -158,7 +158,7 @@ def _run_fprop(x, w, bias, geom, channels_last):
 
 def _run_fprop_batch_stats(x, w, bias, geom):
     """fprop, and batch_stats of what it returns."""
-    choice = _fprop_choice(x, w, bias, geom, False)
+    choice = _fprop_choice(x, w, bias, geom, False, STATISTICS)
     found = choice.backend.fprop_batch_stats(choice.problem, x, w, bias)
     if found is not None:
         backends.counter(choice.backend.name, "batch_stats", choice.variant)[0] += 1
@@ -199,9 +199,11 @@ def _run_conv_bn_act(x, w, epilogue, geom, channels_last):
     choice = _calls.get(key)
     if choice is None:
         checks.check_activation(epilogue.activation)
-        choice = _choose_fprop(x, w, epilogue.bias, geom, channels_last)
+        checks.check_conv(x, w, epilogue.bias, geom)
+        problem = ConvProblem.of_fprop(x, w, geom, channels_last)
         checks.check_batch_norm(x.dtype, w.shape[0], *epilogue.norm)
-        _check_residual(epilogue.residual, choice.problem.y_shape, x.dtype)
+        _check_residual(epilogue.residual, problem.y_shape, x.dtype)
+        choice = backends.select(Pass.FPROP, problem, kind=epilogue.kind, device=x.device)
         _remember(key, choice)
     choice.counter[0] += 1
     return choice.run(choice.problem, x, w, epilogue)
@@ -230,7 +232,7 @@ def _dgrad_choice(dy, w, input_size, geom, channels_last) -> backends.Choice:
         _check_gradient("dgrad", dy, w, "w")
         problem = ConvProblem.of_dgrad(dy, w, input_size, geom, channels_last)
         _check_y_shape("dgrad", dy, problem)
-        choice = _remember(key, backends.select(Pass.DGRAD, problem))
+        choice = _remember(key, backends.select(Pass.DGRAD, problem, device=dy.device))
     return choice
 
 
@@ -247,7 +249,7 @@ def _run_wgrad(dy, x, kernel_size, geom, channels_last):
         _check_gradient("wgrad", dy, x, "x")
         problem = ConvProblem.of_wgrad(dy, x, kernel_size, geom)
         _check_y_shape("wgrad", dy, problem)
-        choice = _remember(key, backends.select(Pass.WGRAD, problem))
+        choice = _remember(key, backends.select(Pass.WGRAD, problem, device=dy.device))
     choice.counter[0] += 1
     if channels_last is None:
         channels_last = guess_dw_format(x, choice.problem.w_shape)
@@ -263,9 +265,9 @@ def _run_dgrad_and_wgrad(dy, x, w, geom, dx_channels_last, dw_channels_last):
     input_size, kernel_size = tuple(x.shape[2:]), tuple(w.shape[2:])
     if geom.groups == x.shape[1] > 1:
         problem = ConvProblem.of_dgrad(dy, w, input_size, geom, dx_channels_last)
-        choice = backends.select(Pass.DGRAD, problem)
+        choice = backends.select(Pass.DGRAD, problem, device=dy.device)
         if problem.is_depthwise:
-            other = backends.select(Pass.WGRAD, problem)
+            other = backends.select(Pass.WGRAD, problem, device=dy.device)
             if other.backend is choice.backend:
                 choice.counter[0] += 1
                 other.counter[0] += 1
@@ -639,7 +641,16 @@ _register_autocast("conv_bn_act_train", _conv_bn_act_train, (0, 1, 2, 7))
 
 
 def _vmap(name):
-    return torch.library.register_vmap(f"convext::{name}", lib=LIBRARY)
+    def register(function):
+        @functools.wraps(function)
+        def rule(*arguments):
+            with tuned.unmeasured():
+                return function(*arguments)
+
+        torch.library.register_vmap(f"convext::{name}", rule, lib=LIBRARY)
+        return rule
+
+    return register
 
 
 def _front(t, dim, size):

@@ -159,6 +159,20 @@ class Epilogue(NamedTuple):
         """mean, var, gamma, beta."""
         return self[1:5]
 
+    @property
+    def kind(self) -> str:
+        """What follows the convolution, in words: "bn add relu"; "" where nothing does but a bias."""
+        return epilogue_kind(self.mean is not None, self.residual is not None, self.activation)
+
+
+def epilogue_kind(normalises: bool, adds: bool, activation: str) -> str:
+    """`Epilogue.kind` of what it is made of."""
+    words = "bn" * normalises, "add" * adds, "" if activation == "identity" else activation
+    return " ".join(filter(None, words))
+
+
+STATISTICS = "statistics"  # the kind of an fprop in training, which gives mean and variance of its channels besides
+
 
 _IMAGE = (1, 1, 1, 0, 1)  # d, t, stride, padding, dilation
 

@@ -16,7 +16,7 @@ import torch
 
 from ..problem import ConvProblem, Pass
 from . import compiled_calls, tuned
-from .base import Absent, Backend
+from .base import Absent, Backend, Candidate
 
 # THE table of backends: type of device -> those that serve it in order of preference, name -> module in this folder.
 # None stands for every other type. On the CPU, Triton is there to be asked for by name only: ATen takes everything.
@@ -41,25 +41,38 @@ class BackendStatus(NamedTuple):
 
 
 class Choice:
-    """What serves a pass over a problem: the backend, the name of its kernel, and why the ones before it were passed
-    over. `counter` is a list of one number, the calls of that (backend, pass, variant)."""
+    """What serves a pass over a problem, with what follows it (`Epilogue.kind`): the backend, the name of its kernel,
+    and why the ones before it were passed over. `counter` is a list of one number, the calls of that (backend, pass,
+    variant). `measured`: the candidate that was measured to be the fastest, where one was."""
 
-    __slots__ = ("backend", "pass_", "problem", "variant", "passed_over", "counter", "run")
+    __slots__ = ("backend", "pass_", "problem", "kind", "variant", "passed_over", "counter", "run")
 
-    def __init__(self, backend: Backend, passed_over: dict[str, str], pass_: Pass, problem: ConvProblem):
+    def __init__(
+        self,
+        backend: Backend,
+        passed_over: dict[str, str],
+        pass_: Pass,
+        problem: ConvProblem,
+        kind: str = "",
+        measured: Candidate | None = None,
+    ):
         self.backend = backend
         self.pass_ = pass_
         self.problem = problem
-        self.variant = backend.variant(pass_, problem)
+        self.kind = kind
+        self.run: Callable[..., torch.Tensor]
+        if measured is None or measured.backend != backend.name:
+            self.variant, self.run = backend.served(pass_, problem, kind)
+        else:
+            self.variant, self.run = measured.variant, measured.run
         self.passed_over = passed_over
         self.counter = counter(backend.name, pass_.name.lower(), self.variant)
-        self.run: Callable[..., torch.Tensor] = getattr(backend, pass_.name.lower())
 
     def prepared_fprop(self, activation: str, rounds_weights: bool = False) -> Callable[..., torch.Tensor]:
         """call(x, w, bias, mean, var, gamma, beta, residual, eps) -> y of this problem, for who calls it again and
         again. It checks nothing, and must not be kept beyond the present `epoch`. `rounds_weights`: w and bias may be
         float32 where the problem is in half precision."""
-        call = self.backend.prepared_fprop(self.problem, activation)
+        call = self.backend.prepared_fprop(self.problem, activation, self.kind, self.run)
         if not rounds_weights or self.backend.takes_float_weights(self.problem):
             return call
         return lambda x, w, bias, *others: call(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype), *others)
@@ -71,7 +84,7 @@ class Choice:
 _lock = threading.RLock()
 _loaded: dict[str, Backend] = {}  # by module
 _unavailable: dict[tuple[str, str], str | None] = {}
-_choices: dict[tuple[Pass, ConvProblem, bool], Choice] = {}
+_choices: dict[tuple[Pass, ConvProblem, bool, str], Choice] = {}
 _batch_norm: dict[tuple[torch.dtype, str, int], Backend] = {}
 _counters: dict[tuple[str, str, str], list[int]] = {}
 _forced: str | None = None
@@ -191,12 +204,22 @@ def forced() -> str | None:
     return _forced
 
 
-def select(pass_: Pass, problem: ConvProblem, alone: bool = True) -> Choice:
-    """Who serves a pass over a problem. `alone` False: as a part of a larger call, where a backend that could is not
-    passed over because another's call is faster. Cached; raises RuntimeError with every reason where nobody does."""
-    key = pass_, problem, alone
+def select(
+    pass_: Pass, problem: ConvProblem, alone: bool = True, kind: str = "", device: torch.device | None = None
+) -> Choice:
+    """Who serves a pass over a problem, for a call that is about to run.
+
+    `alone` False: as a part of a larger call, where a backend that could is not passed over because another's call is
+    faster. `kind`: what follows an fprop (`Epilogue.kind`). `device`: where the tensors are. Where it was never seen
+    before, it may be measured (`convext.tuning`). Cached; raises RuntimeError with every reason where nobody serves."""
+    key = pass_, problem, alone, kind
     choice = _choices.get(key)
     if choice is None:
+        if _forced is None and not _is_empty(problem):
+            if alone:
+                tuned.see(pass_, problem, kind, torch.device(problem.device) if device is None else device)
+            else:
+                tuned.settle(pass_, problem, kind)
         with _lock:
             choice = _select(*key)
             if len(_choices) >= CACHE_LIMIT:
@@ -204,6 +227,12 @@ def select(pass_: Pass, problem: ConvProblem, alone: bool = True) -> Choice:
                 CALL_CACHE.clear()
             _choices[key] = choice
     return choice
+
+
+def would_serve(pass_: Pass, problem: ConvProblem, kind: str = "") -> Choice:
+    """Who served, or would serve now: for reports. Nothing is measured or kept; else as `select`."""
+    choice = _choices.get((pass_, problem, True, kind))
+    return _select(pass_, problem, True, kind) if choice is None else choice
 
 
 def _first(device_type: str, why_not: Callable[[Backend], str | None], what: str) -> tuple[Backend, dict[str, str]]:
@@ -227,11 +256,12 @@ def _is_empty(problem: ConvProblem) -> bool:
     return 0 in problem.x_shape or 0 in problem.w_shape or 0 in problem.y_shape
 
 
-def _select(pass_: Pass, problem: ConvProblem, alone: bool) -> Choice:
+def _select(pass_: Pass, problem: ConvProblem, alone: bool, kind: str) -> Choice:
     if _is_empty(problem):  # nothing to compute, so no kernel to choose, whatever the setting
         return Choice(get("aten", problem.device), {"native": "nothing to compute: an extent is 0"}, pass_, problem)
 
-    fastest = _measured(pass_, problem) if alone and _forced is None else None
+    measured = _measured(pass_, problem, kind) if alone and _forced is None else None
+    fastest = None if measured is None else measured.backend
 
     def why_not(candidate: Backend) -> str | None:
         reason = candidate.reject(pass_, problem)
@@ -242,18 +272,20 @@ def _select(pass_: Pass, problem: ConvProblem, alone: bool) -> Choice:
                 reason = f"{fastest} was measured to be faster"
         return reason
 
-    return Choice(*_first(problem.device, why_not, f"{pass_.name.lower()} of {problem}"), pass_, problem)
+    what = f"{pass_.name.lower()} of {problem}"
+    return Choice(*_first(problem.device, why_not, what), pass_, problem, kind, measured)
 
 
-def _measured(pass_: Pass, problem: ConvProblem) -> str | None:
-    """The backend that was measured to be the fastest and can still serve, or None."""
-    choice = tuned.lookup(pass_, problem)
+def _measured(pass_: Pass, problem: ConvProblem, kind: str) -> Candidate | None:
+    """What was measured to be the fastest and can still serve, or None."""
+    choice = tuned.lookup(pass_, problem, kind)
     if choice is None or choice.backend not in row(problem.device) or unavailable(choice.backend, problem.device):
         return None
     backend = get(choice.backend, problem.device)
-    if backend.reject(pass_, problem) is not None or backend.variant(pass_, problem) != choice.variant:
+    if backend.reject(pass_, problem) is not None:
         return None
-    return choice.backend
+    able = backend.candidates(pass_, problem, kind)
+    return next((candidate for candidate in able if candidate.variant == choice.variant), None)
 
 
 def select_batch_norm(y: torch.Tensor) -> Backend:

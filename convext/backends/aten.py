@@ -1,4 +1,9 @@
-"""The aten backend: PyTorch's own operations. Complete on every device and for every dtype, so it is the reference."""
+"""The aten backend: PyTorch's own operations. Complete on every device and for every dtype, so it is the reference.
+
+What follows a convolution has up to three forms here, of which the first serves unless another was measured to be the
+fastest: PyTorch's operations one by one; one pass over the convolution's result, by the backend that serves batch norms
+(`_in_one_pass`); and cuDNN's fused convolution (`_fused_by_cudnn`). docs/design.md says how far their results may be
+apart. In training the convolution alone is chosen, and the batch norm behind it is one pass already (ops.py)."""
 
 from __future__ import annotations
 
@@ -6,8 +11,9 @@ import torch
 
 from ..activation import BACKWARD, TABLE
 from ..memory_format import laid_out, memory_format, suggests_channels_last
-from ..problem import ConvProblem, Epilogue, Pass, accumulate_dtype
-from .base import Backend
+from ..problem import ConvProblem, DType, Epilogue, Pass, accumulate_dtype
+from . import tuned
+from .base import Backend, Candidate
 
 _aten = torch.ops.aten
 
@@ -66,8 +72,82 @@ def works_around(pass_: Pass, problem: ConvProblem) -> bool:
     return dtype is torch.float16
 
 
+# Kinds of epilogues that cuDNN fuses.
+_CUDNN_KINDS = "relu", "add relu", "bn relu", "bn add relu"
+
+
+def _cudnn_fuses(problem: ConvProblem, kind: str) -> bool:
+    """A batch norm has to be folded into the weights for it. float16 is left out there: a weight times its scale may
+    leave the range in which that type keeps its precision, 6e-5 to 65504, although the result does not. The range of
+    float32 and bfloat16 is wide enough for any network that trains in them: 1e-38 to 3e38."""
+    dtypes = (DType.FLOAT32, DType.BFLOAT16, *(() if "bn" in kind.split() else (DType.FLOAT16,)))
+    return (
+        problem.device == "cuda"
+        and torch.backends.cudnn.is_available()  # type: ignore[no-untyped-call]
+        and torch.backends.cudnn.enabled
+        and problem.axes == 2
+        and kind in _CUDNN_KINDS
+        and problem.dtype in dtypes
+    )
+
+
+def _folded(w: torch.Tensor, epilogue: Epilogue) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weights and bias of a convolution that is followed by what is left of the epilogue without its batch norm."""
+    mean, var, gamma, beta = epilogue.norm
+    if mean is None or var is None:
+        return w, epilogue.bias
+    acc = accumulate_dtype(w.dtype)
+    scale = (var.to(acc) + epilogue.eps).rsqrt_()
+    if gamma is not None:
+        scale.mul_(gamma)
+    shift = -mean.to(acc) if epilogue.bias is None else epilogue.bias.to(acc) - mean.to(acc)
+    shift.mul_(scale)
+    if beta is not None:
+        shift.add_(beta)
+    return (w.to(acc) * scale.view(-1, 1, 1, 1)).to(w.dtype), shift.to(w.dtype)
+
+
 class AtenBackend(Backend):
     name = "aten"
+
+    def candidates(self, pass_: Pass, problem: ConvProblem, kind: str = "") -> list[Candidate]:
+        from . import row, unavailable
+
+        found = super().candidates(pass_, problem, kind)
+        others = [name for name in row(problem.device) if name != self.name]
+        if pass_ is Pass.FPROP and "bn" in kind.split():
+            if problem.axes == 2 and any(unavailable(name, problem.device) is None for name in others):
+                found.append(Candidate(self.name, f"{self.name}_fprop_one_pass", None, self._in_one_pass))
+        if pass_ is Pass.FPROP and _cudnn_fuses(problem, kind):
+            found.append(Candidate(self.name, f"{self.name}_fprop_cudnn_fused", None, self._fused_by_cudnn))
+        aside = tuned.aside(problem.device)
+        return found[:1] + [candidate for candidate in found[1:] if candidate.variant not in aside]
+
+    def _in_one_pass(self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
+        """The convolution, and batch norm, residual and activation in one pass over its result."""
+        from . import select_batch_norm
+
+        mean, var = epilogue.mean, epilogue.var
+        assert mean is not None and var is not None
+        y = self.fprop(problem, x, w, Epilogue(epilogue.bias))
+        acc = accumulate_dtype(y.dtype)
+        out = select_batch_norm(y).bn_act(y, epilogue._replace(bias=None, mean=mean.to(acc), var=var.to(acc)))
+        return out.contiguous(memory_format=memory_format(bool(problem.y_layout)))
+
+    def _fused_by_cudnn(
+        self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue
+    ) -> torch.Tensor:
+        """Convolution, bias, residual and ReLU as one kernel of cuDNN's, the batch norm folded into the weights."""
+        stride, padding, dilation, groups = problem.geom
+        form = memory_format(bool(problem.y_layout))
+        w, bias = _folded(w, epilogue)
+        x, w = x.contiguous(memory_format=form), w.contiguous(memory_format=form)
+        if epilogue.residual is None:
+            y = torch.cudnn_convolution_relu(x, w, bias, stride, padding, dilation, groups)
+        else:
+            residual = epilogue.residual.contiguous(memory_format=form)
+            y = torch.cudnn_convolution_add_relu(x, w, residual, 1.0, bias, stride, padding, dilation, groups)
+        return y.contiguous(memory_format=form)
 
     def fprop(self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
         stride, padding, dilation, groups = problem.geom

@@ -18,12 +18,14 @@ NO_VOLUMES = "it has kernels for images, not for volumes"
 
 class Candidate(NamedTuple):
     """A kernel that could serve a pass over a problem. cost: what the cost model expects, in units of its own, or None.
-    run: called as the pass's method of the backend is."""
+    run: called as the pass's method of the backend is. with_statistics: as `Backend.fprop_batch_stats`, where the
+    kernel gives them."""
 
     backend: str
     variant: str
     cost: float | None
     run: Callable[..., torch.Tensor]
+    with_statistics: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
 
     def __str__(self) -> str:
         return f"{self.backend} {self.variant}"
@@ -60,8 +62,12 @@ class Backend:
         """Name of the kernel that would run."""
         return f"{self.name}_{pass_.name.lower()}"
 
-    def candidates(self, pass_: Pass, problem: ConvProblem) -> list[Candidate]:
-        """What it could run, the most promising first."""
+    def served(self, pass_: Pass, problem: ConvProblem, kind: str) -> tuple[str, Callable[..., torch.Tensor]]:
+        """The name of the kernel that would run with what follows an fprop (`Epilogue.kind`), and the method."""
+        return self.variant(pass_, problem), getattr(self, pass_.name.lower())
+
+    def candidates(self, pass_: Pass, problem: ConvProblem, kind: str = "") -> list[Candidate]:
+        """What it could run, the most promising first. `kind`: what follows an fprop (`Epilogue.kind`)."""
         return [Candidate(self.name, self.variant(pass_, problem), None, getattr(self, pass_.name.lower()))]
 
     def fprop(self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
@@ -91,9 +97,12 @@ class Backend:
         """dgrad(dy, w) and wgrad(dy, x, channels_last) of a depthwise problem, in one pass where a kernel does both."""
         return self.dgrad(problem, dy, w), self.wgrad(problem, dy, x, channels_last)
 
-    def prepared_fprop(self, problem: ConvProblem, activation: str) -> Callable[..., torch.Tensor]:
-        """`Choice.prepared_fprop`, with everything looked up beforehand that does not depend on the tensors."""
-        return lambda x, w, bias, mean, var, gamma, beta, residual, eps: self.fprop(
+    def prepared_fprop(
+        self, problem: ConvProblem, activation: str, kind: str, run: Callable[..., torch.Tensor]
+    ) -> Callable[..., torch.Tensor]:
+        """`Choice.prepared_fprop`, with everything looked up beforehand that does not depend on the tensors. `kind`:
+        what the choice was made for; `run`: its fprop."""
+        return lambda x, w, bias, mean, var, gamma, beta, residual, eps: run(
             problem, x, w, Epilogue(bias, mean, var, gamma, beta, residual, eps, activation)
         )
 

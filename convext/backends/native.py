@@ -96,21 +96,22 @@ def _fields(problem: ConvProblem) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(pass_: Pass, problem: ConvProblem) -> _Plan | None:
-    choice, aside = tuned.lookup(pass_, problem), tuned.aside("cpu")
-    if choice is None and not aside:
+def _plan(pass_: Pass, problem: ConvProblem, kind: str = "") -> _Plan | None:
+    """`kind`: what follows an fprop (`Epilogue.kind`), which another kernel may have been measured to be best at."""
+    choice = tuned.lookup(pass_, problem, kind)
+    if choice is None and not tuned.aside("cpu"):
         index = _C.select(_CPU, int(pass_), _fields(problem))
         return None if index < 0 else _plan_of(pass_, problem, index)
-    ranked = [index for index, _ in _ranked(pass_, problem)]
-    usable = [index for index in ranked if kernels()[index]["name"] not in aside]
+    usable = [index for index, _ in _ranked(pass_, problem)]
     measured = [index for index in usable if choice is not None and kernels()[index]["name"] == choice.variant]
     return _plan_of(pass_, problem, (measured or usable)[0]) if usable else None
 
 
 def _ranked(pass_: Pass, problem: ConvProblem) -> list[tuple[int, float]]:
-    """(index, modelled cost) of the kernels that take a problem, the cheapest first."""
+    """(index, modelled cost) of the kernels that take a problem and were not put aside, the cheapest first."""
     taken: list[tuple[int, float]] = _C.accepted(_CPU, int(pass_), _fields(problem))
-    return sorted(taken, key=lambda found: found[1])
+    aside = tuned.aside("cpu")
+    return sorted((found for found in taken if kernels()[found[0]]["name"] not in aside), key=lambda found: found[1])
 
 
 def _plan_of(pass_: Pass, problem: ConvProblem, index: int) -> _Plan:
@@ -134,10 +135,16 @@ def _rejects_block(block: native_sequence.Block) -> bool:
 
 def forget_plans() -> None:
     """Drops cached selections; call after a setting that selection depends on has changed."""
-    _plan.cache_clear()
+    forget_measured()
     compiled_calls.forget()
-    native_cuda.forget_plans()
     _has_bf16_dot.cache_clear()
+
+
+def forget_measured() -> None:
+    """Drops what was cached of selections; call after a choice was kept of a problem that nothing ran of. All that ran
+    stays what it was, and so do the calls that compiled_calls keeps."""
+    _plan.cache_clear()
+    native_cuda.forget_plans()
 
 
 # Packed weights by the storage of the weight: id -> (weak reference to the storage, {TensorImpl's address:
@@ -394,8 +401,7 @@ class NativeCpu(Backend):
         why = native_cuda.beyond_all_kernels(problem)
         if why is None and _plan(pass_, problem) is None:
             reasons = _C.reject_reasons(_CPU, int(pass_), _fields(problem))
-            reasons += [(name, f"it was put aside: {reason}") for name, reason in tuned.aside("cpu").items()]
-            why = native_cuda.in_words(reasons)
+            why = native_cuda.in_words(reasons + tuned.why_aside("cpu"))
         return why
 
     def slower(self, pass_: Pass, problem: ConvProblem) -> str | None:
@@ -437,7 +443,19 @@ class NativeCpu(Backend):
         assert plan is not None
         return plan.name
 
-    def candidates(self, pass_: Pass, problem: ConvProblem) -> list[Candidate]:
+    def served(self, pass_: Pass, problem: ConvProblem, kind: str) -> tuple[str, Callable[..., torch.Tensor]]:
+        if not kind:
+            return super().served(pass_, problem, kind)
+        plan = _plan(pass_, problem, kind)
+        assert plan is not None
+        return plan.name, functools.partial(self._fprop_of_kind, kind)
+
+    def _fprop_of_kind(
+        self, kind: str, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue
+    ) -> torch.Tensor:
+        return _fprop(_plan(Pass.FPROP, problem, kind), problem, x, w, epilogue)
+
+    def candidates(self, pass_: Pass, problem: ConvProblem, kind: str = "") -> list[Candidate]:
         ranked = _ranked(pass_, problem)
         launch: Callable[..., torch.Tensor] = (_fprop, _dgrad, _wgrad)[pass_]
         plans = [(_plan_of(pass_, problem, index), cost) for index, cost in ranked[:_MOST_CANDIDATES]]
@@ -454,8 +472,10 @@ class NativeCpu(Backend):
         """They are rounded as they are packed, once, and not at every call."""
         return True
 
-    def prepared_fprop(self, problem: ConvProblem, activation: str) -> Callable[..., torch.Tensor]:
-        plan = _plan(Pass.FPROP, problem)
+    def prepared_fprop(
+        self, problem: ConvProblem, activation: str, kind: str, run: Callable[..., torch.Tensor]
+    ) -> Callable[..., torch.Tensor]:
+        plan = _plan(Pass.FPROP, problem, kind)
         assert plan is not None
         op, code = torch.ops.convext_cpu.fprop.default._op, ACTIVATIONS[activation]
         variant, geom = plan.variant, plan.geom
@@ -482,7 +502,9 @@ class NativeCpu(Backend):
     def prepared_sequence(self, blocks: list[native_sequence.Block]) -> native_sequence.Prepared | None:
         steps = [step for block in blocks for step in block.steps]
         convolution = native_sequence.StepKind.CONVOLUTION
-        plans = [_plan(Pass.FPROP, step.problem) if step.kind is convolution else None for step in steps]
+        plans = [
+            _plan(Pass.FPROP, step.problem, step.epilogue_kind) if step.kind is convolution else None for step in steps
+        ]
         chosen = [None if plan is None else kernels()[plan.variant] for plan in plans]
         if (
             any(

@@ -11,14 +11,25 @@ either read as they are or transposed first, whatever the model of the costs say
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from ..memory_format import laid_out
-from ..problem import ACTIVATIONS, ConvProblem, DType, Epilogue, Layout, Pass, accumulate_dtype, tf32_is_allowed
-from . import bindings
-from .base import NO_VOLUMES, Backend
+from ..problem import (
+    ACTIVATIONS,
+    STATISTICS,
+    ConvProblem,
+    DType,
+    Epilogue,
+    Layout,
+    Pass,
+    accumulate_dtype,
+    tf32_is_allowed,
+)
+from . import bindings, tuned
+from .base import NO_VOLUMES, Backend, Candidate
 
 _CUDA: Any = None
 try:
@@ -55,24 +66,53 @@ def _fields(problem: ConvProblem, x_layout: Layout, y_layout: Layout) -> list[in
     ]
 
 
+# Kernels that are worth measuring beside the one that the cost model takes. The costs are of an order of magnitude
+# alone (csrc/cuda/cost.h).
+_MOST_CANDIDATES, _WITHIN_REACH = 4, 4.0
+
+
 @functools.lru_cache(maxsize=4096)
-def _plan_for(pass_: Pass, problem: ConvProblem, tf32: bool) -> _Plan | None:
-    size = problem.dtype.torch.itemsize
-    best = None
+def _plan_for(pass_: Pass, problem: ConvProblem, tf32: bool, kind: str = "") -> _Plan | None:
+    """`kind`: what follows an fprop, which another kernel may have been measured to be best at."""
+    ranked, kept = _ranked(pass_, problem, tf32), tuned.lookup(pass_, problem, kind)
+    measured = [way for way in ranked if kept is not None and _variants()[way.kernel]["name"] == kept.variant]
+    return _plan_of(problem, (measured or ranked)[0]) if ranked else None
+
+
+class _Way(NamedTuple):
+    """A kernel, and the layouts that it reads and writes."""
+
+    cost: float
+    kernel: int
+    x_layout: Layout
+    y_layout: Layout
+
+
+@functools.cache
+def _variants() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = _CUDA.variants()
+    return found
+
+
+def _ranked(pass_: Pass, problem: ConvProblem, tf32: bool) -> list[_Way]:
+    """The kernels that take a problem and were not put aside, each in its cheapest way, the cheapest first."""
+    size, aside = problem.dtype.torch.itemsize, tuned.aside("cuda")
+    best: dict[int, _Way] = {}
     for x_layout in {problem.x_layout, Layout.NHWC}:
         for y_layout in {problem.y_layout, Layout.NHWC}:
-            index, cost = _CUDA.select(int(pass_), _fields(problem, x_layout, y_layout), tf32)
-            if index < 0:
-                continue
-            cost += (x_layout != problem.x_layout) * _CUDA.copy_cost(problem.x_size * size)
-            cost += (y_layout != problem.y_layout) * _CUDA.copy_cost(problem.y_size * size)
-            if best is None or cost < best[0]:
-                best = cost, index, x_layout, y_layout
-    if best is None:
-        return None
-    _, index, x_layout, y_layout = best
+            copies = (x_layout != problem.x_layout) * _CUDA.copy_cost(problem.x_size * size)
+            copies += (y_layout != problem.y_layout) * _CUDA.copy_cost(problem.y_size * size)
+            for index, cost in _CUDA.accepted(int(pass_), _fields(problem, x_layout, y_layout), tf32):
+                way = _Way(cost + copies, index, x_layout, y_layout)
+                if _variants()[index]["name"] not in aside and (index not in best or way.cost < best[index].cost):
+                    best[index] = way
+    return sorted(best.values(), key=lambda way: way.cost)
+
+
+def _plan_of(problem: ConvProblem, way: _Way) -> _Plan:
+    _, index, x_layout, y_layout = way
     fields = _fields(problem, x_layout, y_layout)
-    known = _CUDA.variants()[index]
+    known = _variants()[index]
     return _Plan(
         index,
         known["name"],
@@ -92,13 +132,13 @@ def _tf32(problem: ConvProblem) -> bool:
     return problem.dtype is not DType.FLOAT32 or tf32_is_allowed()
 
 
-def _plan_or_none(pass_: Pass, problem: ConvProblem) -> _Plan | None:
-    return _plan_for(pass_, problem, _tf32(problem))
+def _plan_or_none(pass_: Pass, problem: ConvProblem, kind: str = "") -> _Plan | None:
+    return _plan_for(pass_, problem, _tf32(problem), kind)
 
 
-def _plan(pass_: Pass, problem: ConvProblem) -> _Plan:
+def _plan(pass_: Pass, problem: ConvProblem, kind: str = "") -> _Plan:
     """Of a problem that is not rejected."""
-    plan = _plan_or_none(pass_, problem)
+    plan = _plan_or_none(pass_, problem, kind)
     assert plan is not None
     return plan
 
@@ -106,6 +146,7 @@ def _plan(pass_: Pass, problem: ConvProblem) -> _Plan:
 def forget_plans() -> None:
     """Drops cached selections; call after a setting that selection depends on has changed."""
     _plan_for.cache_clear()
+    _variants.cache_clear()
 
 
 def _dense(t: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -232,6 +273,50 @@ def beyond_all_kernels(problem: ConvProblem) -> str | None:
     return "an extent exceeds 32 bits" if max(problem.extents()) >= 2**31 else None
 
 
+def _run_fprop(plan: _Plan, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
+    y = _empty(x, problem.y_shape, plan.y_layout)
+    scale, shift = _folded(epilogue, problem.k, x)
+    residual = None if epilogue.residual is None else _dense(epilogue.residual, plan.y_layout)
+    _launch(plan, _dense(x, plan.x_layout), _weights(w, plan), y, scale, shift, residual, epilogue.activation)
+    return y.contiguous(memory_format=_FORMATS[problem.y_layout])
+
+
+def _run_fprop_batch_stats(
+    plan: _Plan, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """With a plan that writes statistics."""
+    y = _empty(x, problem.y_shape, plan.y_layout)
+    acc = accumulate_dtype(x.dtype)
+    stats = torch.empty(plan.stats_rows * (2 * problem.k + 1), dtype=acc, device=x.device)
+    mean, var = (torch.empty(problem.k, dtype=acc, device=x.device) for _ in range(2))
+    _launch(plan, _dense(x, plan.x_layout), _weights(w, plan), y, shift=_channels(bias, acc), stats=stats)
+    _CUDA.merge_stats(
+        problem.k, plan.stats_rows, _number(acc), *_where(y), _address(stats), _address(mean), _address(var)
+    )
+    return y.contiguous(memory_format=_FORMATS[problem.y_layout]), mean, var
+
+
+def _run_dgrad(plan: _Plan, problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    dx = _empty(dy, problem.x_shape, plan.x_layout)
+    _launch(plan, _dense(dy, plan.y_layout), _weights(w, plan), dx)
+    return dx.contiguous(memory_format=_FORMATS[problem.x_layout])
+
+
+def _run_wgrad(
+    plan: _Plan, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, channels_last: bool = False
+) -> torch.Tensor:
+    dw = _empty_dw(problem, plan, x, channels_last)
+    _launch(plan, _dense(dy, plan.y_layout), _dense(x, plan.x_layout), dw)
+    return laid_out(dw, channels_last)
+
+
+_RUN: dict[Pass, Callable[..., torch.Tensor]] = {
+    Pass.FPROP: _run_fprop,
+    Pass.DGRAD: _run_dgrad,
+    Pass.WGRAD: _run_wgrad,
+}
+
+
 def _empty_dw(problem: ConvProblem, plan: _Plan, x: torch.Tensor, channels_last: bool) -> torch.Tensor:
     """Memory for dw in the order that the kernel writes, with the strides asked for where both mean the same order."""
     either = problem.is_pointwise or problem.c_per_group == 1
@@ -269,50 +354,57 @@ class NativeCuda(Backend):
     def reject(self, pass_: Pass, problem: ConvProblem) -> str | None:
         why = NO_VOLUMES if problem.axes == 3 else beyond_all_kernels(problem)
         if why is None and _plan_or_none(pass_, problem) is None:
-            why = in_words(_CUDA.reject_reasons(int(pass_), _fields(problem, Layout.NHWC, Layout.NHWC), _tf32(problem)))
+            reasons = _CUDA.reject_reasons(int(pass_), _fields(problem, Layout.NHWC, Layout.NHWC), _tf32(problem))
+            why = in_words(reasons + tuned.why_aside("cuda"))
         return why
 
     def variant(self, pass_: Pass, problem: ConvProblem) -> str:
         return _plan(pass_, problem).name
 
+    def served(self, pass_: Pass, problem: ConvProblem, kind: str) -> tuple[str, Callable[..., torch.Tensor]]:
+        if not kind:
+            return super().served(pass_, problem, kind)
+        return _plan(pass_, problem, kind).name, functools.partial(self._fprop_of_kind, kind)
+
+    def _fprop_of_kind(
+        self, kind: str, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue
+    ) -> torch.Tensor:
+        return _run_fprop(_plan(Pass.FPROP, problem, kind), problem, x, w, epilogue)
+
+    def candidates(self, pass_: Pass, problem: ConvProblem, kind: str = "") -> list[Candidate]:
+        ranked = _ranked(pass_, problem, _tf32(problem))
+        found = []
+        for way in ranked[:_MOST_CANDIDATES]:
+            if way.cost <= _WITHIN_REACH * ranked[0].cost:
+                plan = _plan_of(problem, way)
+                run = functools.partial(self._run_allowed, plan, pass_, kind)
+                statistics = functools.partial(_run_fprop_batch_stats, plan) if plan.stats_rows else None
+                found.append(Candidate(self.name, plan.name, way.cost, run, statistics))
+        return found
+
+    def _run_allowed(self, plan: _Plan, pass_: Pass, kind: str, problem: ConvProblem, *arguments: Any) -> torch.Tensor:
+        """A plan's kernel, or where it rounds to tf32 and that is allowed no more, one that does not."""
+        if plan.facts["arithmetic"] == "tf32" and not _tf32(problem):
+            plan = _plan(pass_, problem, kind)
+        return _RUN[pass_](plan, problem, *arguments)
+
     def fprop(self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
-        plan = _plan(Pass.FPROP, problem)
-        y = _empty(x, problem.y_shape, plan.y_layout)
-        scale, shift = _folded(epilogue, problem.k, x)
-        residual = None if epilogue.residual is None else _dense(epilogue.residual, plan.y_layout)
-        _launch(plan, _dense(x, plan.x_layout), _weights(w, plan), y, scale, shift, residual, epilogue.activation)
-        return y.contiguous(memory_format=_FORMATS[problem.y_layout])
+        return _run_fprop(_plan(Pass.FPROP, problem), problem, x, w, epilogue)
 
     def fprop_batch_stats(
         self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """The statistics come out of the kernel's registers."""
-        plan = _plan(Pass.FPROP, problem)
-        if not plan.stats_rows:
-            return None
-        y = _empty(x, problem.y_shape, plan.y_layout)
-        acc = accumulate_dtype(x.dtype)
-        stats = torch.empty(plan.stats_rows * (2 * problem.k + 1), dtype=acc, device=x.device)
-        mean, var = (torch.empty(problem.k, dtype=acc, device=x.device) for _ in range(2))
-        _launch(plan, _dense(x, plan.x_layout), _weights(w, plan), y, shift=_channels(bias, acc), stats=stats)
-        _CUDA.merge_stats(
-            problem.k, plan.stats_rows, _number(acc), *_where(y), _address(stats), _address(mean), _address(var)
-        )
-        return y.contiguous(memory_format=_FORMATS[problem.y_layout]), mean, var
+        plan = _plan(Pass.FPROP, problem, STATISTICS)
+        return _run_fprop_batch_stats(plan, problem, x, w, bias) if plan.stats_rows else None
 
     def dgrad(self, problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        plan = _plan(Pass.DGRAD, problem)
-        dx = _empty(dy, problem.x_shape, plan.x_layout)
-        _launch(plan, _dense(dy, plan.y_layout), _weights(w, plan), dx)
-        return dx.contiguous(memory_format=_FORMATS[problem.x_layout])
+        return _run_dgrad(_plan(Pass.DGRAD, problem), problem, dy, w)
 
     def wgrad(
         self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, channels_last: bool = False
     ) -> torch.Tensor:
-        plan = _plan(Pass.WGRAD, problem)
-        dw = _empty_dw(problem, plan, x, channels_last)
-        _launch(plan, _dense(dy, plan.y_layout), _dense(x, plan.x_layout), dw)
-        return laid_out(dw, channels_last)
+        return _run_wgrad(_plan(Pass.WGRAD, problem), problem, dy, x, channels_last)
 
     def depthwise_backward(
         self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, channels_last: bool = False

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..problem import ACTIVATIONS, ConvProblem
+from ..problem import ACTIVATIONS, ConvProblem, epilogue_kind
 
 
 class StepKind(enum.Enum):
@@ -38,6 +38,11 @@ class Step(NamedTuple):
     present: tuple[bool, ...]
     kind: StepKind = StepKind.CONVOLUTION
     excite: tuple[int, int] | None = None
+
+    @property
+    def epilogue_kind(self) -> str:
+        """What follows a convolution (`Epilogue.kind`)."""
+        return epilogue_kind(self.present[2], self.residual is not None, self.activation)
 
 
 class Block(NamedTuple):

@@ -17,6 +17,7 @@ import torch
 
 from ..memory_format import laid_out, memory_format, suggests_channels_last
 from ..problem import ConvProblem, Epilogue, Layout, Pass, accumulate_dtype
+from . import tuned
 from .base import NO_VOLUMES, Backend
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ class TritonBackend(Backend):
         tiles = max(problem.x_size, problem.y_size) // 16 * max(1, problem.r * problem.s)
         if tiles >= 2**31:
             return "more tiles than the 2^31 - 1 that one launch holds"
-        return None
+        why = tuned.aside(problem.device).get(self.variant(pass_, problem))
+        return None if why is None else f"it was put aside: {why}"
 
     def reject_batch_norm(self, y: torch.Tensor) -> str | None:
         if y.dim() != 4:

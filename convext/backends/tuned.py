@@ -3,16 +3,21 @@
 One JSON file for each kind of machine, build of convext and release of torch, in the user's cache folder:
 
     {"format": 1, "machine": {...},
-     "choices": {"fprop 1 64 56 56 64 3 3 1 1 1 1 1 1 1 FLOAT32 NCHW NHWC, 2 threads, fast":
+     "choices": {"fprop 1 64 56 56 64 3 3 1 1 1 1 1 1 1 FLOAT32 NCHW NHWC, bn relu, 2 threads, accuracy 0":
                  {"backend": "native", "variant": "...", "seconds": {"native ...": 1e-4, "aten ...": 2e-4}}},
      "aside": {"name of a kernel": "what was wrong with it"}}
 
 It is read as data, never run, and replaced as a whole. A file that is broken, or of another machine or build, is put
 aside under another name with one warning. Where the folder cannot be written, choices live as long as the process.
+
+In mode "measure", a problem is measured where the selection first sees it (`see`, tune/first_sight.py). What was used
+once stays in that mode, measured or not: `_settled` holds the keys, and a file that another process has added to since
+is not read again. Only a kernel that is put aside goes.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import importlib
@@ -20,21 +25,28 @@ import json
 import math
 import os
 import platform
+import re
 import tempfile
 import threading
+import time
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from ..problem import ConvProblem, Pass
+from ..problem import ConvProblem, DType, Pass, tf32_is_allowed
 
 FORMAT = 1
-MODES = "cached", "off"
+MODES = "measure", "cached", "off"
 _LOCK = threading.RLock()
 _LOCK_SECONDS = 10.0  # to wait for another process that writes
+_LOCK_SECONDS_AT_EXIT = 2.0
+# In mode "measure", how many choices wait to be written, and for how many seconds after the first of them.
+_BATCH, _BATCH_SECONDS = 16, 2.0
+_MOST_SETTLED = 1 << 16  # keys, beyond which the process measures no more
 
 
 class KeptChoice(NamedTuple):
@@ -58,6 +70,8 @@ class Kept:
         self.choices: dict[str, KeptChoice] = {}
         self.aside: dict[str, str] = {}
         self._read = False
+        self.unwritten, self._since = 0, 0.0
+        self._complained = False
 
     def path(self) -> Path | None:
         """Where they are kept, or None where there is no such place."""
@@ -71,6 +85,8 @@ class Kept:
         """Reads the file, once. Never raises."""
         with _LOCK:
             if self._read:
+                return
+            if not _is_here(self.device_type):
                 return
             self._read = True
             if not _any_files(self.device_type):
@@ -87,19 +103,47 @@ class Kept:
         if path is None:
             return None
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with _file_lock(path), _LOCK:
-                if path.exists():
-                    choices, aside = _contents_or_nothing(path, self.device_type)
-                    self.choices = {**choices, **self.choices}
-                    self.aside = {**aside, **self.aside}
-                _replace(path, self.as_json())
+            self._write(path, _LOCK_SECONDS)
         except (OSError, TimeoutError) as error:
-            warnings.warn(
-                f"convext: {path} cannot be written, choices live as long as this process: {error}", stacklevel=3
-            )
+            warnings.warn(f"convext: {_cannot_write(path, error)}", stacklevel=3)
             return None
         return path
+
+    def write_later(self) -> None:
+        """`write`, once there is a batch, or at exit. It waits for no other process, and says once where it cannot."""
+        with _LOCK:
+            if not self.unwritten:
+                self._since = time.monotonic()
+            self.unwritten += 1
+            waited = time.monotonic() - self._since
+        if self.unwritten >= _BATCH or waited > _BATCH_SECONDS:
+            self.flush(0.0)
+
+    def flush(self, wait: float) -> None:
+        """Writes what waits to be written, and waits as many seconds for others. Never raises."""
+        path = self.path() if self.unwritten and not self._complained else None
+        if path is None:
+            return
+        try:
+            self._write(path, wait)
+        except TimeoutError:  # the next batch, or the end of the process, takes it along
+            self._since = time.monotonic()
+        except OSError as error:
+            self._complained = True
+            say(_cannot_write(path, error))
+
+    def _write(self, path: Path, wait: float) -> None:
+        """What others have added since stays in the file and is none of this process's: what it has used stays."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _file_lock(path, wait), _LOCK:
+            found = self.as_json()
+            if path.exists():
+                choices, aside = _contents_or_nothing(path, self.device_type)
+                others = Kept(self.device_type)
+                others.choices, others.aside = {**choices, **self.choices}, {**aside, **self.aside}
+                found = others.as_json()
+            _replace(path, found)
+            self.unwritten = 0
 
     def add(self, path: Path) -> int:
         """Adds the choices of a file that another machine of the kind wrote; returns how many. Raises ValueError and
@@ -120,7 +164,18 @@ class Kept:
 
 
 _kept: dict[str, Kept] = {}
-mode = "cached"  # convext.tuning sets it
+mode: str | None = None  # convext.tuning sets it
+_settled: set[str] = set()  # keys of what was used in mode "measure"
+
+# What tune/ does for those whom it imports. measure_at_first_sight(pass, problem, kind, device): in bounded time and
+# memory, where that may be done now; keeps what it finds and never raises.
+measure_at_first_sight: Callable[[Pass, ConvProblem, str, torch.device], object] | None = None
+
+
+def mode_on(device_type: str) -> str:
+    """The mode for a type of device. Without a setting it is "measure" but on the CPU, where the cost model knows more
+    and a measurement takes the time of who waits for it: there it is "cached"."""
+    return mode or ("cached" if device_type == "cpu" else "measure")
 
 
 def of(device_type: str) -> Kept:
@@ -133,33 +188,133 @@ def of(device_type: str) -> Kept:
     return kept
 
 
-def lookup(pass_: Pass, problem: ConvProblem) -> KeptChoice | None:
-    """The choice that is kept for a pass over a problem, or None."""
-    if mode == "off":
+def lookup(pass_: Pass, problem: ConvProblem, kind: str = "") -> KeptChoice | None:
+    """The choice that is kept for a pass over a problem with what follows it (`Epilogue.kind`), or None.
+
+    Where nothing is measured at first sight, what is kept of the pass alone stands for each kind that nothing is kept
+    of: it was measured with a batch norm and a ReLU, too."""
+    how = mode_on(problem.device)
+    if how == "off":
         return None
     choices = of(problem.device).choices
-    return choices.get(key(pass_, problem)) if choices else None
+    if not choices:
+        return None
+    found = choices.get(key(pass_, problem, kind))
+    return choices.get(key(pass_, problem)) if found is None and kind and how == "cached" else found
 
 
 def aside(device_type: str) -> dict[str, str]:
     """Kernels that were measured to be wrong, to raise or to be far slower than expected -> why, in words."""
-    return {} if mode == "off" else of(device_type).aside
+    return {} if mode_on(device_type) == "off" else of(device_type).aside
+
+
+def why_aside(device_type: str) -> list[tuple[str, str]]:
+    """(kernel, reason) of those, as other reasons against a kernel are told."""
+    return [(name, f"it was put aside: {reason}") for name, reason in aside(device_type).items()]
 
 
 def forget() -> None:
-    """Drops what was read, so that files are read anew."""
+    """Drops what was read, so that files are read anew, and what was used, so that it may change."""
     with _LOCK:
         _kept.clear()
+        _settled.clear()
 
 
-def key(pass_: Pass, problem: ConvProblem) -> str:
+def key(pass_: Pass, problem: ConvProblem, kind: str = "") -> str:
     """What a choice depends on besides machine and build."""
     from . import native
 
     layouts = f"{problem.x_layout.name} {problem.y_layout.name}"
     extents = " ".join(map(str, problem.extents()))
-    where = f", {torch.get_num_threads()} threads" if problem.device == "cpu" else ""
-    return f"{pass_.name.lower()} {extents} {problem.dtype.name} {layouts}{where}, accuracy {native.accuracy()}"
+    what = f"{pass_.name.lower()} {extents} {problem.dtype.name} {layouts}" + (f", {kind}" if kind else "")
+    if problem.device == "cpu":
+        where = f"{torch.get_num_threads()} threads"
+    else:  # what torch lets cuDNN do, which is ATen's
+        tf32 = "tf32" if problem.dtype is DType.FLOAT32 and tf32_is_allowed() else "no tf32"
+        where = f"{tf32}, cudnn.benchmark {torch.backends.cudnn.benchmark}"
+    return f"{what}, {where}, accuracy {native.accuracy()}"
+
+
+# ---- what the selection sees
+
+
+class _Thread(threading.local):
+    """Whether this thread's calls are those of a transform, of which nothing is measured."""
+
+    transforms = 0
+
+
+_thread = _Thread()
+_recorder: Counter[tuple[Pass, ConvProblem, str]] | None = None
+
+
+def see(pass_: Pass, problem: ConvProblem, kind: str, device: torch.device) -> None:
+    """Told by the selection before it chooses, for a call on that device that is about to run. It may measure."""
+    if _recorder is not None:
+        _recorder[pass_, problem, kind] += 1
+    elif mode_on(problem.device) == "measure":
+        named = key(pass_, problem, kind)
+        if named in _settled or len(_settled) >= _MOST_SETTLED:
+            return
+        if measure_at_first_sight is not None and not _thread.transforms and named not in of(problem.device).choices:
+            measure_at_first_sight(pass_, problem, kind, device)
+        _settled.add(named)
+
+
+def settle(pass_: Pass, problem: ConvProblem, kind: str) -> None:
+    """Told of what is used without having been measured."""
+    if _recorder is None and mode_on(problem.device) == "measure" and len(_settled) < _MOST_SETTLED:
+        _settled.add(key(pass_, problem, kind))
+
+
+def is_settled(pass_: Pass, problem: ConvProblem, kind: str) -> bool:
+    """Whether it was used in mode "measure", or is known: then it is measured no more."""
+    named = key(pass_, problem, kind)
+    return named in _settled or named in of(problem.device).choices
+
+
+@contextlib.contextmanager
+def unmeasured() -> Iterator[None]:
+    """Calls inside, on this thread, are measured nowhere: those of torch.func's transforms."""
+    _thread.transforms += 1
+    try:
+        yield
+    finally:
+        _thread.transforms -= 1
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[Counter[tuple[Pass, ConvProblem, str]]]:
+    """What the selection sees inside, on all threads; nothing of it is measured at first sight. What is cached of the
+    selection, it does not see."""
+    global _recorder
+    former, _recorder = _recorder, Counter()
+    try:
+        yield _recorder
+    finally:
+        _recorder = former
+
+
+def say(text: str) -> None:
+    """Warns; where a filter makes an error of it, it says nothing: the call that it happens in is the user's."""
+    with contextlib.suppress(Warning):
+        warnings.warn(f"convext: {text}", stacklevel=3)
+
+
+def _at_exit() -> None:
+    for kept in [*_kept.values()]:
+        kept.flush(_LOCK_SECONDS_AT_EXIT)
+
+
+def _in_a_forked_child() -> None:
+    """What waits to be written is the parent's to write."""
+    for kept in _kept.values():
+        kept.unwritten = 0
+
+
+atexit.register(_at_exit)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_a_forked_child)
 
 
 # ---- files
@@ -188,7 +343,27 @@ def machine(device_type: str) -> dict[str, str]:
         properties = torch.get_device_module(device_type).get_device_properties(0)
         name, isa = str(properties.name), f"{torch.version.cuda} {torch.version.hip}"
         build += f" {_triton_kernels()}"
+        cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        isa += f", cuDNN {cudnn}, driver {_driver()}"
     return {"device": device_type, "name": name, "isa": isa, "build": build, "torch": torch.__version__}
+
+
+def _driver() -> str:
+    """Release of NVIDIA's driver, "" where the system does not tell."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"\d+(\.\d+)+", Path("/proc/driver/nvidia/version").read_text())
+        return found.group() if found else ""
+    return ""
+
+
+def _is_here(device_type: str) -> bool:
+    """Whether there is such a device: kernels can be asked about without."""
+    if device_type == "cpu":
+        return True
+    try:
+        return bool(torch.get_device_module(device_type).is_available())
+    except RuntimeError:  # a type that has no module, such as meta
+        return False
 
 
 def cpu_name() -> str:
@@ -290,8 +465,12 @@ def _replace(path: Path, found: dict[str, Any]) -> None:
         raise
 
 
+def _cannot_write(path: Path, error: Exception) -> str:
+    return f"{path} cannot be written, choices live as long as this process: {error}"
+
+
 @contextlib.contextmanager
-def _file_lock(path: Path) -> Iterator[None]:
+def _file_lock(path: Path, wait: float) -> Iterator[None]:
     filelock = importlib.import_module("filelock")  # torch requires it
-    with filelock.FileLock(str(path) + ".lock", timeout=_LOCK_SECONDS):
+    with filelock.FileLock(str(path) + ".lock", timeout=wait):
         yield

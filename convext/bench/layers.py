@@ -101,7 +101,7 @@ def measure(problem: ConvProblem, count: int, pass_: Pass, seconds: float, fused
     """Times one pass with every backend that serves it, in turns, on seeded operands."""
     operands = operands_of(pass_, problem)
     names, off = contenders(problem, pass_)
-    choice = backends.select(pass_, problem)
+    choice = backends.would_serve(pass_, problem)
     if choice.backend.name not in names:
         names.append(choice.backend.name)
     calls = {name: _call(name, pass_, problem, operands, fused) for name in names}

@@ -91,6 +91,23 @@ def interleave(
 FLUSH_BYTES = 1 << 30
 
 
+def gpu_clock(device: torch.device, flush_bytes: int | None = None) -> Callable[[Callable[[], object]], float]:
+    """time(call) -> seconds of one call on the device, its caches cold, by events on the present stream."""
+    gpu = torch.get_device_module(device)
+    flush = torch.empty(FLUSH_BYTES if flush_bytes is None else flush_bytes, dtype=torch.uint8, device=device)
+
+    def seconds(call: Callable[[], object]) -> float:
+        start, end = gpu.Event(enable_timing=True), gpu.Event(enable_timing=True)
+        flush.fill_(0)
+        start.record()
+        call()
+        end.record()
+        gpu.synchronize(device)
+        return float(start.elapsed_time(end)) / 1e3
+
+    return seconds
+
+
 def interleave_on_gpu(
     calls: Mapping[str, Callable[[], object]],
     device: torch.device,
@@ -104,11 +121,10 @@ def interleave_on_gpu(
     A figure is one call's time on the device, its caches cold. What the host spends on launching does not count, as it
     does not in a network that keeps the device busy.
     """
-    gpu = torch.get_device_module(device)
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+    clock = gpu_clock(device)
     for call in calls.values():
         call()  # compiles, tunes, loads
-    gpu.synchronize(device)
+    torch.get_device_module(device).synchronize(device)
     names, begin = list(calls), time.perf_counter()
     taken: dict[str, list[float]] = {name: [] for name in names}
     for rounds in range(max_rounds):
@@ -116,11 +132,5 @@ def interleave_on_gpu(
             break
         shift = rounds % len(names)
         for name in names[shift:] + names[:shift]:
-            start, end = gpu.Event(enable_timing=True), gpu.Event(enable_timing=True)
-            flush.fill_(rounds % 256)
-            start.record()
-            calls[name]()
-            end.record()
-            gpu.synchronize(device)
-            taken[name].append(start.elapsed_time(end) / 1e3)
+            taken[name].append(clock(calls[name]))
     return {name: Timing(tuple(values)) for name, values in taken.items()}

@@ -215,9 +215,10 @@ def _why_no_plan(model: nn.Module, name: str) -> str:
     return ""
 
 
-def last_problem(model: nn.Module, name: str) -> ConvProblem | None:
-    """The problem of the last call of a swapped model's convolution, by its name; None where convext has not run it.
-    Of a transposed one, it is the problem whose dgrad it is. Raises KeyError where there is no such convolution."""
+def last_problem(model: nn.Module, name: str) -> tuple[ConvProblem, str] | None:
+    """The problem of the last call of a swapped model's convolution, by its name, and what followed it there
+    (`Epilogue.kind`); None where convext has not run it. Of a transposed one, it is the problem whose dgrad it is.
+    Raises KeyError where there is no such convolution."""
     module = dict(model.named_modules()).get(name)
     if not isinstance(module, _ConvNd):
         known = [n for n, m in model.named_modules() if isinstance(m, _ConvNd)]
@@ -225,7 +226,13 @@ def last_problem(model: nn.Module, name: str) -> ConvProblem | None:
     place = _places(model).get(module)
     last = place and place.last or calls.last_input(module)
     call = None if last is None else _call(module, last, place and place.op)
-    return None if call is None else call[1]
+    return None if call is None else (call[1], _kind(place and place.op))
+
+
+def _kind(op: Any) -> str:
+    """What followed the convolution in the last call of an op, or by itself."""
+    kind: str = "" if op is None else op.state.kind
+    return kind
 
 
 def _call(module: _ConvNd, last: tuple[Any, ...], op: Any) -> tuple[Pass, ConvProblem] | None:
@@ -244,7 +251,7 @@ def _serving(module: _ConvNd, last: tuple[Any, ...], op: Any) -> tuple[str, str,
     if call is None:
         return ("aten", "", f"{last[2]} has no kernels") if last[2] not in DTYPES else ("", "", "")
     try:
-        choice = backends.select(*call)
+        choice = backends.would_serve(*call, _kind(op) if call[0] is Pass.FPROP else "")
     except RuntimeError as error:
         return "", "", str(error)
     slower = choice.backend.slower_transposed(choice.problem) if call[0] is Pass.DGRAD else None

@@ -30,8 +30,9 @@ class Line(NamedTuple):
 class Explanation:
     """Who computes one pass of a layer, and why: prints as a table; `lines` has one `Line` for each kernel."""
 
-    def __init__(self, title: str, pass_: Pass, problem: ConvProblem, lines: list[Line], why: str):
+    def __init__(self, title: str, pass_: Pass, problem: ConvProblem, lines: list[Line], why: str, kind: str = ""):
         self.title, self.pass_, self.problem, self.lines, self.why = title, pass_, problem, lines, why
+        self.kind = kind  # what follows an fprop, such as "bn relu"
 
     @property
     def serves(self) -> Line:
@@ -44,6 +45,7 @@ class Explanation:
             seconds = "–" if line.seconds is None else f"{line.seconds * 1e3:.3f}"
             grid.rows.append([line.backend, line.variant, expected, seconds, line.verdict])
         about = f"{self.title}: {self.pass_.name.lower()} of {problems.title(self.problem)}, batch {self.problem.n}"
+        about += f", with {self.kind}" if self.kind else ""
         return "\n".join([about, grid.text(), self.why])
 
     __repr__ = __str__
@@ -71,15 +73,16 @@ def explain(model: nn.Module, name: str, pass_: str = "fprop") -> Explanation:
     names = {p.name.lower(): p for p in Pass}
     if pass_ not in names:
         raise ValueError(f"pass_: unknown pass {pass_!r}, expected one of {', '.join(map(repr, names))}")
-    problem = last_problem(model, name)
-    if problem is None:
+    last = last_problem(model, name)
+    if last is None:
         raise RuntimeError(f"name: {name!r} has not run by convext yet: swap the model and run it first")
-    return explain_problem(name, names[pass_], problem)
+    problem, kind = last
+    return explain_problem(name, names[pass_], problem, kind if names[pass_] is Pass.FPROP else "")
 
 
-def explain_problem(title: str, pass_: Pass, problem: ConvProblem) -> Explanation:
-    """The same of a problem."""
-    choice, measured = backends.select(pass_, problem), tuned.lookup(pass_, problem)
+def explain_problem(title: str, pass_: Pass, problem: ConvProblem, kind: str = "") -> Explanation:
+    """The same of a problem. `kind`: what follows an fprop (`Epilogue.kind`)."""
+    choice, measured = backends.would_serve(pass_, problem, kind), tuned.lookup(pass_, problem, kind)
     seconds = measured.seconds if measured is not None else {}
     lines = []
     for name in backends.row(problem.device):
@@ -88,7 +91,7 @@ def explain_problem(title: str, pass_: Pass, problem: ConvProblem) -> Explanatio
             reason = backends.get(name, problem.device).reject(pass_, problem)
         if reason is not None:
             lines.append(Line(name, "", None, None, reason))
-    found = candidates(pass_, problem)
+    found = candidates(pass_, problem, kind)
     for candidate in found:
         costs = [other.cost for other in found if other.backend == candidate.backend and other.cost]
         expected = candidate.cost / min(costs) if candidate.cost else None
@@ -99,7 +102,7 @@ def explain_problem(title: str, pass_: Pass, problem: ConvProblem) -> Explanatio
         lines.append(Line(candidate.backend, candidate.variant, expected, seconds.get(str(candidate)), verdict))
     if not any(line.verdict == "serves" for line in lines):  # forced, or nothing to compute
         lines.append(Line(choice.backend.name, choice.variant, None, None, "serves"))
-    return Explanation(title, pass_, problem, lines, _why(choice, measured is not None))
+    return Explanation(title, pass_, problem, lines, _why(choice, measured is not None), kind)
 
 
 def _beside(candidate: Candidate, choice: backends.Choice, seconds: dict[str, float]) -> str:
@@ -115,7 +118,7 @@ def _why(choice: backends.Choice, was_measured: bool) -> str:
     if backends.forced() is not None:
         return f"{name}: convext.backend({backends.forced()!r}) is set"
     if was_measured:
-        return f"{name}: it was measured to be the fastest on this machine (convext.tune)"
+        return f"{name}: it was measured to be the fastest on this machine"
     if choice.passed_over:
         return f"{name}: " + "; ".join(f"{other} {reason}" for other, reason in choice.passed_over.items())
     return f"{name}: it comes first and takes the problem; the cost model chose the kernel (convext.tune measures)"

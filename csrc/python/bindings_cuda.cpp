@@ -150,6 +150,17 @@ PYBIND11_MODULE(_CUDA, m) {
   }, py::arg("pass_"), py::arg("fields"), py::arg("tf32"),
       "(index of the kernel that serves the problem, its modelled cost), or (-1, 0). tf32: whether operands of float32 "
       "may be rounded to it.");
+  m.def("accepted",
+        [](int pass, const Fields& fields, bool tf32) {
+    const ConvProblem problem = problem_of(fields);
+    std::vector<std::pair<int, double>> taken;
+    for (int i = 0; i < static_cast<int>(variants().size()); ++i) {
+      const Variant& v = *variants()[i];
+      if (!reject(v, Device::kCUDA, static_cast<Pass>(pass), problem, tf32)) taken.emplace_back(i, v.cost(v, problem));
+    }
+    return taken;
+  }, py::arg("pass_"), py::arg("fields"), py::arg("tf32"),
+        "(index, modelled cost) of every kernel that takes the problem.");
   m.def("copy_cost", &cuda::copy_cost, "Modelled cost of a copy that changes the memory order of so many bytes.");
   m.def("reject_reasons",
         [](int pass, const Fields& fields, bool tf32) {

@@ -18,8 +18,11 @@ import torch.nn.functional as F
 
 import convext
 from convext import backends
-from convext.backends import native_cuda
-from convext.problem import ConvProblem, DType, Epilogue, Geom, Layout, Pass
+from convext.backends import native_cuda, tuned
+from convext.bench.timing import Timing
+from convext.problem import STATISTICS, ConvProblem, DType, Epilogue, Geom, Layout, Pass
+from convext.tune import measure
+from convext.tune.measure import candidates
 
 pytestmark = [
     pytest.mark.skipif(harness.why_not() is not None, reason=str(harness.why_not())),
@@ -222,6 +225,80 @@ def test_training_takes_the_statistics_from_the_convolution(cuda, monkeypatch):
     torch.testing.assert_close(out, y.relu())
     for g, want in zip(got, torch.autograd.grad(y.relu(), leaves, dy)):
         torch.testing.assert_close(g, want)
+
+
+# ---- measured
+
+
+@pytest.fixture
+def measurable(cuda, monkeypatch, tmp_path):
+    """The emulated kernels and ATen serve "cuda", and are measured on tensors of the CPU."""
+    monkeypatch.setenv("CONVEXT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(backends, "_unavailable", {("native", "cuda"): None, ("triton", "cuda"): "not here"})
+    monkeypatch.setattr(tuned, "_is_here", lambda device_type: False)  # no file is looked for
+    tuned.forget()
+    yield cuda
+    tuned.forget()
+
+
+def times(fastest):
+    return lambda calls: {name: Timing((1.0 if name == fastest else 2.0,) * 4) for name in calls}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", Layout)
+@pytest.mark.parametrize("name", ["direct", "pointwise", "first_layer", "depthwise_stride_2", "odd_channels"])
+def test_every_candidate_is_right(measurable, name, dtype, layout):
+    problem = make(name, dtype, layout)[0]
+    cpu = torch.device("cpu")
+    asked = [*((pass_, "") for pass_ in Pass), (Pass.FPROP, "bn add silu"), (Pass.FPROP, STATISTICS)]
+    for pass_, kind in asked:
+        among = [str(candidate) for candidate in candidates(pass_, problem, kind)]
+        assert among[0] == f"native {measurable.variant(pass_, problem)}" and among[-1].startswith("aten ")
+        found = measure(pass_, problem, kind, timer=times(""), device=cpu)
+        assert not found.wrong and [*found.timings] == among
+
+
+def test_the_kernel_that_was_measured_to_be_the_fastest_serves(measurable):
+    problem, x, w, dy, geom = make("direct", torch.bfloat16, Layout.NHWC)
+    names = [candidate.variant for candidate in measurable.candidates(Pass.FPROP, problem)]
+    assert len(names) > 1 and names[0] == backends.would_serve(Pass.FPROP, problem).variant
+    assert len(names) == len(set(names)) <= 4
+    for kind in ("", "bn relu", STATISTICS):
+        tuned.of("cuda").choices[tuned.key(Pass.FPROP, problem, kind)] = tuned.KeptChoice("native", names[1], {})
+        native_cuda.forget_plans()
+        choice = backends.would_serve(Pass.FPROP, problem, kind)
+        assert choice.variant == names[1] == native_cuda._plan(Pass.FPROP, problem, kind).name
+        y = choice.run(problem, x, w, Epilogue())
+        assert_close(y, F.conv2d(x.double(), w.double(), None, *geom), 144.0, 144, torch.bfloat16)
+    assert native_cuda._plan(Pass.FPROP, problem, "relu").name == names[0]
+    assert backends.would_serve(Pass.FPROP, problem, "relu").variant == names[0]
+
+
+def test_no_kernel_that_was_put_aside_serves(measurable):
+    problem = make("direct", torch.bfloat16, Layout.NHWC)[0]
+    first = measurable.variant(Pass.FPROP, problem)
+    tuned.of("cuda").aside[first] = "its result is wrong"
+    native_cuda.forget_plans()
+    assert measurable.variant(Pass.FPROP, problem) != first
+    assert first not in [candidate.variant for candidate in measurable.candidates(Pass.FPROP, problem)]
+    tuned.of("cuda").aside.update({facts["name"]: "its result is wrong" for facts in native_cuda._variants()})
+    native_cuda.forget_plans()
+    assert f"it was put aside: its result is wrong ({first}" in measurable.reject(Pass.FPROP, problem)
+    assert backends.would_serve(Pass.FPROP, problem).backend.name == "aten"
+
+
+def test_a_measured_kernel_of_tf32_serves_only_while_that_is_allowed(measurable):
+    problem, x, w, *_ = make("direct", torch.float32, Layout.NHWC)
+    with torch.backends.cudnn.flags(allow_tf32=True):
+        found = measurable.candidates(Pass.FPROP, problem)
+        (name, run), *_ = [(c.variant, c.run) for c in found if "tf32" in c.variant]
+        rounded = run(problem, x, w, Epilogue())
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        assert name not in [c.variant for c in measurable.candidates(Pass.FPROP, problem)]
+        exact = run(problem, x, w, Epilogue())
+    want = F.conv2d(x.double(), w.double(), None, *problem.geom)
+    assert (exact - want).abs().max() < 1e-5 < (rounded - want).abs().max()
 
 
 def test_what_kernels_say_of_themselves_is_what_their_names_say(emulated):

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from places import GPU, on_gpu
 
 import convext
-from convext.problem import ConvProblem, Geom, Pass
+from convext.backends import native, tuned
+from convext.problem import STATISTICS, ConvProblem, Geom, Pass
+from convext.tune import measure
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPU != "cuda", reason="there is no GPU")]
 BACKENDS = pytest.mark.parametrize("backend", on_gpu("native", "triton"))
@@ -210,5 +212,66 @@ def test_every_layer_of_a_network_is_served_by_the_compiled_library():
     for name in LAYERS:
         x, w, geom = layer(name)
         for pass_ in Pass:
-            choice = convext.backends.select(pass_, ConvProblem.of_fprop(x, w, geom))
+            with convext.tuning("off"):
+                choice = convext.backends.select(pass_, ConvProblem.of_fprop(x, w, geom))
             assert choice.backend.name == "native", choice.passed_over
+
+
+@pytest.fixture
+def unmeasured(tmp_path, monkeypatch):
+    """A cache of the test's own, in which nothing is known yet."""
+    monkeypatch.setenv("CONVEXT_CACHE", str(tmp_path / "cache"))
+    _forget()
+    yield
+    monkeypatch.undo()
+    _forget()
+
+
+def _forget():
+    tuned.forget()
+    native.forget_plans()
+    convext.backends.forget()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_problem_is_measured_at_first_sight(name, dtype, unmeasured):
+    """By the default of the device: every pass, every kernel right, and nothing of the caller's state moved."""
+    x, w, geom = layer(name, dtype)
+    state, stream = torch.cuda.get_rng_state(), torch.cuda.current_stream()
+    first = passes(x, w, geom)
+    assert torch.equal(state, torch.cuda.get_rng_state()) and stream == torch.cuda.current_stream()
+    kept = tuned.of("cuda")
+    assert {key.split()[0] for key in kept.choices} == {"fprop", "dgrad", "wgrad"} and not kept.aside
+    for choice in kept.choices.values():
+        assert {variant.split()[0] for variant in choice.seconds} >= {"native", "aten"}
+    known = dict(kept.choices)
+    for a, b in zip(first, passes(x, w, geom), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * float(a.abs().max()))
+    assert kept.choices == known
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["bn relu", "bn add relu", "bn add silu", STATISTICS])
+def test_every_form_of_a_fused_call_is_right(kind, dtype, unmeasured):
+    """cuDNN's fused convolutions among them, which must pass NaN on."""
+    x, w, geom = layer("direct", dtype)
+    found = measure(Pass.FPROP, ConvProblem.of_fprop(x, w, geom), kind, seconds=0.05)
+    assert not found.wrong
+    names = [name.split()[1] for name in found.timings]
+    assert ("aten_fprop_cudnn_fused" in names) == kind.endswith("relu")
+    assert ("aten_fprop_one_pass" in names) == kind.startswith("bn")
+
+
+def test_nothing_is_measured_in_a_capture(unmeasured):
+    x, w, geom = layer("direct")
+    convext.ops.fprop(x[:1].contiguous(), w[:16].contiguous(), None, geom)
+    known, graph = len(tuned.of("cuda").choices), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = convext.ops.fprop(x, w, None, geom)
+    graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(y.double(), F.conv2d(x.double(), w.double(), None, *geom), rtol=2e-2, atol=0.1)
+    assert len(tuned.of("cuda").choices) == known
+    convext.ops.fprop(x, w, None, geom)
+    assert len(tuned.of("cuda").choices) == known  # what was used stays

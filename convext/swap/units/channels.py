@@ -22,7 +22,7 @@ from torch import fx, nn
 from ... import autograd, backends, functional, ops
 from ...autograd import Recomputable
 from ...backends.native_sequence import Step, StepKind
-from ...problem import ConvProblem, Epilogue, Geom, Layout, Pass
+from ...problem import ConvProblem, Epilogue, Geom, Layout, Pass, epilogue_kind
 from . import AnyLayout, Call, Op, Tensors
 from .functions import NOWHERE, Place
 
@@ -61,7 +61,8 @@ class _ChannelOp(Op):
         n, c, h, w = before.y_shape
         problem = ConvProblem(n, c, h, w, *filters, before.dtype, before.y_layout, Layout.NHWC, before.device)
         if self.kind is StepKind.CONVOLUTION:
-            self.choice = backends.select(Pass.FPROP, problem, alone=False)
+            kind = epilogue_kind(False, residual is not None, self.activation)
+            self.choice = backends.select(Pass.FPROP, problem, alone=False, kind=kind)
         return Step(problem, self.activation, residual, tuple(t is not None for t in tensors), self.kind)
 
 

@@ -19,7 +19,7 @@ from ... import autograd, backends, checks, functional, ops
 from ...autograd import Recomputable
 from ...backends.native_sequence import Step
 from ...memory_format import dense_strides, suggests_channels_last, where_copied
-from ...problem import DTYPES, ConvProblem, Epilogue, Geom, Pass
+from ...problem import DTYPES, STATISTICS, ConvProblem, Epilogue, Geom, Pass, epilogue_kind
 from ..capture.signature import TENSOR_TYPES as PLAIN
 from . import AnyLayout, Call, Op
 from .functions import NOWHERE, BatchNorm, Convolution, Place, found
@@ -101,9 +101,12 @@ class _Prepared:
 
     __slots__ = ("problem", "weight", "kinds", "y_shape", "y_strides", "pixel", "choice", "call", "counter")
 
-    def __init__(self, x: torch.Tensor, w: torch.Tensor, given: Any, geom: Geom, channels_last: bool, activation: str):
+    def __init__(
+        self, x: torch.Tensor, w: torch.Tensor, given: Any, adds: bool, geom: Geom, channels_last: bool, activation: str
+    ):
         """For calls like this one, which has gone well. Under autocast x is in its dtype, and w may be as it was."""
-        self.choice = choice = backends.select(Pass.FPROP, ConvProblem.of_fprop(x, w, geom, channels_last))
+        problem, kind = ConvProblem.of_fprop(x, w, geom, channels_last), epilogue_kind(bool(given[1]), adds, activation)
+        self.choice = choice = backends.select(Pass.FPROP, problem, kind=kind, device=x.device)
         self.problem = x.shape, x.stride(), x.dtype, x.device
         self.weight, self.kinds = (w.shape, w.stride(), w.dtype), given
         self.y_shape = torch.Size(choice.problem.y_shape)
@@ -119,13 +122,15 @@ class _Calls:
     """A convolution's geometry, and its last call.
 
     last      shape, strides, dtype and device of the last input
+    kind      what followed the convolution then (`Epilogue.kind`)
     prepared  what was looked up for calls like it, or None"""
 
-    __slots__ = ("geom", "channels_last", "last", "prepared")
+    __slots__ = ("geom", "channels_last", "last", "kind", "prepared")
 
     def __init__(self, geom: Geom, channels_last: bool):
         self.geom, self.channels_last = geom, channels_last
         self.last: tuple[Any, ...] | None = None
+        self.kind = ""
         self.prepared: _Prepared | None = None
 
     @property
@@ -181,7 +186,8 @@ def _direct(op: Conv, fused: Call, fallback: Call, autocast: torch.dtype | None)
             and x.device.type in backends.PRIORITY
             and x.dtype is ops.autocast_dtype(w)
         ):
-            state.prepared = _Prepared(x, w, given, state.geom, state.channels_last, activation)
+            adds = residual is not None
+            state.prepared = _Prepared(x, w, given, adds, state.geom, state.channels_last, activation)
             state.last = state.prepared.problem
         return y
 
@@ -210,6 +216,7 @@ def _recorded_or_not(op: Conv, fallback: Call) -> Call:
         ):
             return fallback(functional.ordinary(given), residual)
         state.last = x.shape, x.stride(), x.dtype, x.device
+        state.kind = STATISTICS if by_batch else epilogue_kind(norm is not None, residual is not None, activation)
         if (
             not by_batch
             and forward_ad._current_level < 0
