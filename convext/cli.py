@@ -93,7 +93,8 @@ def tune(
 ) -> None:
     """Measure who computes each convolution of a network fastest here, and keep it for every process.
 
-    An interrupted run goes on where it stopped. `convext explain` says what was found of a layer. --export and --import
+    Each is measured by itself, and with the batch norm, sum and activation that a swapped network fuses with it. An
+    interrupted run goes on where it stopped. `convext explain` says what was found of a layer. --export and --import
     carry what was found to other machines of the kind, with the same build.
     """
     from .backends import tuned
@@ -132,14 +133,18 @@ def _tune(
     from . import zoo
 
     with _threads(threads), _progress() as progress:
-        network = zoo.build(name)[0].to(place, dtype.torch, memory_format=memory_format.torch)  # type: ignore[call-overload]
+        network = zoo.build(name, calibrated=False)[0].to(place, dtype.torch, memory_format=memory_format.torch)  # type: ignore[call-overload]
         x = zoo.sample(name, images).to(place, dtype.torch, memory_format=memory_format.torch)
         task = progress.add_task(name, total=1)
 
         def advance(done: int, total: int, what: str) -> None:
             progress.update(task, completed=done, total=max(total, 1), description=what or name)
 
-        tuned = convext.tune(network, x, on_progress=advance, **how)
+        try:
+            tuned = convext.tune(convext.swap(network), x, on_progress=advance, **how)
+        except KeyboardInterrupt:
+            print("convext: stopped; what was measured is kept, the same command goes on from there", file=sys.stderr)
+            raise typer.Exit(130) from None
     print(tuned)
 
 

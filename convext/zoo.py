@@ -53,9 +53,10 @@ def check(name: str) -> None:
         raise OptionError("model", name, f"a network of torchvision's, such as {', '.join(SIZES)}, or timm/NAME")
 
 
-def build(name: str, *, pretrained: bool = False, seed: int = SEED) -> tuple[nn.Module, str]:
+def build(name: str, *, pretrained: bool = False, seed: int = SEED, calibrated: bool = True) -> tuple[nn.Module, str]:
     """The network `name` in eval mode, float32 on the CPU, and one phrase that says where its weights come from.
-    timm's are seeded, whatever `pretrained` says.
+    timm's are seeded, whatever `pretrained` says. `calibrated` False: the batch norms of seeded weights have seen
+    nothing, for those who only want the layers.
 
     Raises `OptionError` for a name that neither torchvision nor timm has.
     """
@@ -69,7 +70,7 @@ def build(name: str, *, pretrained: bool = False, seed: int = SEED) -> tuple[nn.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _architecture(name)
-        if state is None and not name.startswith(DETECTION):  # in training those want boxes
+        if state is None and calibrated and not name.startswith(DETECTION):  # in training those want boxes
             _calibrate(model, sample(name, 2, seed=seed))
     if state is None:
         return model.eval(), f"seeded weights (seed {seed})"

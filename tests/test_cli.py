@@ -209,6 +209,28 @@ def test_bench_shapes_says_how_good_the_choice_is(tmp_path, capsys):
     assert all(one["by the cost model"] in one["seconds"] for one in found["results"])
 
 
+def test_tune_stops_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CONVEXT_CACHE", str(tmp_path / "cache"))
+    tuned.forget()
+    module = sys.modules["convext.tune.tuner"]
+    real, count = module.measure, []
+
+    def interrupted(*arguments, **how):
+        count.append(1)
+        if len(count) == 12:
+            raise KeyboardInterrupt
+        return real(*arguments, **how)
+
+    monkeypatch.setattr(module, "measure", interrupted)
+    arguments = ["tune", "resnet18", "--seconds", "0", "--threads", "1"]
+    assert cli.main(arguments) == 130
+    assert "stopped; what was measured is kept" in capsys.readouterr().err
+    tuned.forget()
+    assert cli.main(arguments) == 0
+    assert ", 11 known before" in capsys.readouterr().out
+    tuned.forget()
+
+
 def test_tune_and_explain(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CONVEXT_CACHE", str(tmp_path / "cache"))
     tuned.forget()

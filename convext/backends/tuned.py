@@ -168,8 +168,9 @@ mode: str | None = None  # convext.tuning sets it
 _settled: set[str] = set()  # keys of what was used in mode "measure"
 
 # What tune/ does for those whom it imports. measure_at_first_sight(pass, problem, kind, device): in bounded time and
-# memory, where that may be done now; keeps what it finds and never raises.
+# memory, where that may be done now; keeps what it finds and never raises. tune(model, x, train=...): convext.tune.
 measure_at_first_sight: Callable[[Pass, ConvProblem, str, torch.device], object] | None = None
+tune: Callable[..., object] | None = None
 
 
 def mode_on(device_type: str) -> str:

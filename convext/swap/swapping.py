@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
+from ..backends import tuned
 from .calls import is_swapped
 from .capture import signature as signatures
 from .conv_forward import KINDS, ConvForward, TransposedForward, own_method
@@ -13,11 +15,14 @@ from .eligible import left_alone, why_unplanned
 from .planned import PlannedForward
 
 
-def swap(model: nn.Module) -> nn.Module:
+def swap(model: nn.Module, *, tune: torch.Tensor | None = None) -> nn.Module:
     """Exchanges the convolutions of a model for convext's, in place.
 
     Args:
         model: any torch.nn.Module, in training or evaluation, on any device.
+        tune: a sample input, on which `convext.tune(model, tune)` then measures who computes each layer fastest on this
+            machine, which takes a while where it is not known yet; of a model in training the gradients, too. Default:
+            None, nothing is measured now.
 
     Returns: the model.
 
@@ -31,7 +36,8 @@ def swap(model: nn.Module) -> nn.Module:
     `copy.copy` and torch.nn.DataParallel share a module's dictionary between objects and must not be used on a swapped
     model; use copy.deepcopy and DistributedDataParallel. torch.jit.script wants a reverted model.
 
-    Raises TypeError if `model` is not an nn.Module. Whatever it raises, the model is as it was.
+    Raises TypeError if `model` is not an nn.Module or `tune` no tensor that `convext.tune` takes. Whatever it raises,
+    the model is as it was.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
@@ -55,6 +61,9 @@ def swap(model: nn.Module) -> nn.Module:
             conv.__dict__[name] = TransposedForward(conv) if name == "forward" else ConvForward(conv)
         for module in before:
             module.__dict__["forward"].plan(module, signatures.default(module))
+        if tune is not None:
+            assert tuned.tune is not None  # convext/__init__.py imports who sets it
+            tuned.tune(model, tune, train=model.training)
     except BaseException:
         for conv in convs:
             conv.__dict__.pop(own_method(conv)[0], None)

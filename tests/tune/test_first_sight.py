@@ -851,3 +851,27 @@ def test_a_gpus_choices_are_kept_by_driver_and_libraries(gpu, monkeypatch):
     monkeypatch.setattr(tuned, "_driver", lambda: "999.1")
     assert "driver 999.1" in tuned.machine("cuda")["isa"] and tuned.machine("cuda") != before
     assert f"cuDNN {torch.backends.cudnn.version()}" in before["isa"]
+
+
+def test_tune_measures_what_first_sight_left_out(gpu):
+    """Triton's kernels, which are compiled first."""
+    gpu.plant("triton", {"fprop_direct_float32_triton": (1e-3, _same, None)})
+    job = (Pass.FPROP, ON_GPU, "")
+    is_known = sys.modules["convext.tune.tuner"]._is_known
+    assert not is_known(*job)
+    backends.select(Pass.FPROP, ON_GPU, device=CUDA)
+    assert not is_known(*job)
+    gpu.plant("triton", {})
+    assert is_known(*job)
+
+
+def test_tune_is_disturbed_by_no_first_sight(measured):
+    """The forwards that it makes to see what runs measure nothing themselves."""
+    model = convext.swap(nn.Sequential(nn.Conv2d(16, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU()).eval())
+    with convext.tuning("measure"):
+        found = convext.tune(model, _tensors()[0], seconds=0.0)
+        assert not measured.seen and found.known == 0
+        assert {one.kind for one in found.measured} == {"", "bn relu"}
+        with torch.no_grad():
+            model(_tensors()[0])
+    assert not measured.seen

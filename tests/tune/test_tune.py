@@ -297,7 +297,54 @@ def test_an_interrupted_run_goes_on_where_it_stopped(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         convext.tune(_network(), torch.randn(1, 8, 10, 10), seconds=0.0, on_progress=stop)
     _forget()
-    assert convext.tune(_network(), torch.randn(1, 8, 10, 10), seconds=0.0).known == 4
+    assert convext.tune(_network(), torch.randn(1, 8, 10, 10), seconds=0.0).known == 5
+
+
+def test_a_swapped_network_is_measured_as_it_calls(monkeypatch):
+    """Each convolution with what is fused with it, and by itself; a 1-D and a transposed one are among them."""
+    network = nn.Sequential(
+        nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.SiLU(), nn.ConvTranspose2d(16, 8, 3), nn.Conv2d(8, 4, 1)
+    )
+    model, x = convext.swap(network.eval()), torch.randn(1, 8, 10, 10)
+    with torch.no_grad():
+        model(x)  # what is cached of the selection hides nothing
+    found = convext.tune(model, x, seconds=0.0)
+    kinds = [(one.pass_, one.problem.c, one.kind) for one in found.measured if one.kind or one.pass_ is not Pass.FPROP]
+    assert kinds == [(Pass.FPROP, 8, "bn silu"), (Pass.DGRAD, 8, "")]
+    assert "8×10×10 -> 16, 3×3, bn silu" not in found.summary() and convext.tune(model, x).measured == []
+    choice = tuned.lookup(Pass.FPROP, found.measured[0].problem, "bn silu")
+    assert found.measured[0].kind == "bn silu" and {f"{choice.backend} {choice.variant}"} <= set(choice.seconds)
+    assert "aten aten_fprop_one_pass" in choice.seconds
+    # What runs with something behind it counts once in the sum.
+    per_call = {one.problem: one for one in found.measured if one.kind}
+    counted = sum(
+        one.timings[one.choice.name].median
+        for one in found.measured
+        if one.kind or one.pass_ is not Pass.FPROP or one.problem not in per_call
+    )
+    assert found.seconds()[1] == pytest.approx(counted)
+
+
+def test_swap_tunes_on_a_sample():
+    x = torch.randn(1, 8, 10, 10)
+    model = convext.swap(_network().eval(), tune=x)
+    assert {key.split()[0] for key in tuned.of("cpu").choices} == {"fprop"}
+    assert convext.tune(model, x).measured == [] and not model.training
+    trained = convext.swap(_network(), tune=x)
+    assert {key.split()[0] for key in tuned.of("cpu").choices} == {"fprop", "dgrad", "wgrad"} and trained.training
+    assert convext.tune(trained, x, train=True).measured == []
+
+
+@pytest.mark.parametrize("sample", [torch.ones(1, 8, 10, 10, dtype=torch.int64), "x", torch.randn(1, 3, 10, 10)])
+def test_a_swap_whose_tuning_fails_leaves_the_model_as_it_was(sample):
+    model = _network().eval()
+    with pytest.raises((TypeError, RuntimeError)):
+        convext.swap(model, tune=sample)
+    assert not any("forward" in m.__dict__ or "_conv_forward" in m.__dict__ for m in model.modules())
+    convext.swap(model)
+    with pytest.raises((TypeError, RuntimeError)):
+        convext.swap(model, tune=sample)
+    assert all("_conv_forward" in m.__dict__ for m in model if isinstance(m, nn.Conv2d))
 
 
 def test_a_swapped_network_is_tuned_as_it_runs():
