@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -238,8 +239,17 @@ def bench_model(
 
 @bench.command("layers")
 def bench_layers(
-    name: Annotated[str, typer.Argument(metavar="MODEL")],
-    batch: Batch = "1",
+    files: Annotated[
+        Optional[list[str]],
+        typer.Argument(metavar="[FILE]...", help="Shape files, or short names of those that convext brings."),
+    ] = None,
+    from_model: Annotated[
+        Optional[list[str]],
+        typer.Option("--from-model", metavar="MODEL", help="A network of torchvision's; may be given more than once."),
+    ] = None,
+    batch: Annotated[
+        Optional[str], typer.Option(metavar="N", help="Images at a time; default: 1, and of a file what it says.")
+    ] = None,
     threads: Threads = None,
     device: Device = "cpu",
     dtype: DTypeOption = DType.float32,
@@ -249,12 +259,11 @@ def bench_layers(
     seconds: Seconds = 0.3,
     output: Json = None,
 ) -> None:
-    """Time every distinct convolution of a network, convext's backends beside ATen, and check who is selected.
+    """Time every convolution of shape files or networks, convext's backends beside ATen, and check who is selected.
 
+    Results are checked before they are timed. On the CPU caches are warm: a visit begins with a call that is not timed.
     On a GPU: ATen with cuDNN's benchmark mode, caches cold, time on the device; fprop also with batch norm and ReLU.
     """
-    _needs("demo", "torchvision")
-    from . import zoo
     from .bench import layers, machine, problems, results
     from .problem import Pass
 
@@ -262,11 +271,22 @@ def bench_layers(
     wanted = [p for p in Pass if p.name.lower() in passes.split(",")]
     if not wanted or len(wanted) != len(set(passes.split(","))):
         raise OptionError("--passes", passes, "some of fprop, dgrad, wgrad, with commas")
-    place, images = options.device(device), options.integer("--batch", batch)
+    place = options.device(device)
+    images = None if batch is None else options.integer("--batch", batch)
+    if not files and not from_model:
+        raise UsageError(f"bench layers: expected FILE, such as {', '.join(problems.names())}, or --from-model MODEL")
+    collected: Counter[problems.Layer] = Counter()
+    for path in [problems.find(name) for name in files or ()]:
+        collected.update(problems.read(path))
+    for name in from_model or ():
+        _needs("demo", "torchvision")
+        collected.update(_layers_of_model(name))
+    channels_last = memory_format is MemoryFormat.channels_last
     with _threads(threads), machine.current(place):
-        x = zoo.sample(name, images).to(place, dtype.torch, memory_format=memory_format.torch)
-        network = zoo.build(name)[0].to(place, dtype.torch, memory_format=memory_format.torch)  # type: ignore[call-overload]
-        found = problems.collect(network, x)
+        found: Counter[problems.Layer] = Counter()
+        for layer, count in collected.items():
+            how: dict[str, Any] = {"dtype": dtype.torch, "device": place.type, "channels_last": channels_last}
+            found[problems.placed(layer, batch=images, **how)] += count
         if place.type == "cpu":
             ceilings = machine.ceilings(torch.get_num_threads(), dtype.torch)
         else:
@@ -275,18 +295,54 @@ def bench_layers(
         measured = []
         with _progress() as progress:
             todo = list(layers.jobs(found, wanted))
-            task = progress.add_task(name, total=len(todo))
-            for problem, count, pass_, fused in todo:
-                progress.update(task, description=f"{pass_.name.lower()} {problems.title(problem)}")
-                measured.append(layers.measure(problem, count, pass_, seconds, fused))
+            task = progress.add_task("", total=len(todo))
+            for layer, count, pass_, fused in todo:
+                progress.update(task, description=f"{pass_.name.lower()} {problems.title(*layer)}")
+                try:
+                    measured.append(layers.measure(layer, count, pass_, seconds, fused))
+                except layers.WrongResult as error:
+                    raise UsageError(f"bench layers: {error}") from error
                 progress.advance(task)
-        setting = {"model": name, "batch": images, "dtype": dtype.value, "memory_format": memory_format.value}
+        caches = "warm" if place.type == "cpu" else "cold"
+        setting = {
+            "model": ", ".join([*(from_model or ()), *(Path(name).stem for name in files or ())]),
+            "batch": images,
+            "dtype": dtype.value,
+            "memory_format": memory_format.value,
+            "threads": torch.get_num_threads(),
+            "caches": caches,
+        }
         record = machine.record(place) | {"setting": setting, "ceilings": dataclasses.asdict(ceilings)}
         _print_table(layers.table(measured, ceilings), markdown)
         print(layers.summary(measured))
-        print(ceilings)
+        print(f"{ceilings}; medians, caches {caches}")
     _print_machine(record)
     results.write(output, record, [m.as_json() for m in measured])
+
+
+def _layers_of_model(name: str) -> dict[Any, int]:
+    from . import zoo
+    from .bench import problems
+
+    return problems.collect_layers(zoo.build(name)[0], zoo.sample(name, 1))
+
+
+@bench.command("shape-files")
+def bench_shape_files(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]")] = Path("benchmarks/shapes"),
+    kernelbench: Annotated[
+        Optional[Path], typer.Option(metavar="PATH", help="A checkout of KernelBench, to renew its file as well.")
+    ] = None,
+) -> None:
+    """Write the shape files of `bench layers` anew, from the networks whose layers they hold."""
+    _needs("demo", "torchvision")
+    from .bench import networks
+
+    if not folder.is_dir():
+        raise OptionError("FOLDER", folder, "an existing folder")
+    for name, text in networks.files(kernelbench):
+        (folder / name).write_text(text)
+        print(f"{folder / name}: {text.count(chr(10)) - 2} layers")
 
 
 @bench.command("shapes")

@@ -57,8 +57,7 @@ class Outcome:
     def as_json(self) -> dict:
         candidates = {
             name: {
-                "median_s": timing.median,
-                "iqr_s": timing.iqr,
+                **timing.as_json(),
                 "rounds": len(timing.seconds),
                 "times_eager": self.ratio(name),
                 "distance": self.agreement[name].distance if name in self.agreement else 0.0,

@@ -16,7 +16,7 @@ from ..backends import tuned
 from ..backends.base import Candidate
 from ..bench.timing import Timing, interleave, interleave_on_gpu
 from ..memory_format import memory_format
-from ..problem import ConvProblem, Epilogue, Layout, Pass, accumulate_dtype
+from ..problem import ConvProblem, Epilogue, Layout, Pass, accumulate_dtype, tf32_is_allowed
 
 SECONDS = 0.15  # for a pass over a problem
 _VISIT = 0.003  # to each candidate in each round
@@ -86,7 +86,7 @@ def measure(
     before = f"{choice.backend.name} {choice.variant}"
     operands = operands_of(pass_, problem)
     with torch.no_grad():
-        reference, bound = _reference(pass_, problem, operands), _bound(pass_, problem)
+        reference, bound = reference_of(pass_, problem, operands), bound_of(pass_, problem)
         right, wrong = [], {}
         for candidate in among:
             why = _why_wrong(candidate, pass_, problem, operands, reference, bound)
@@ -143,7 +143,7 @@ def operands_of(pass_: Pass, problem: ConvProblem) -> tuple[torch.Tensor, torch.
 
     def drawn(shape: tuple[int, ...], layout: Layout) -> torch.Tensor:
         values = torch.randn(shape, generator=generator, device=problem.device).to(problem.dtype.torch)
-        return values.contiguous(memory_format=memory_format(layout == Layout.NHWC))
+        return values.contiguous(memory_format=memory_format(layout == Layout.NHWC, len(shape)))
 
     x, dy = drawn(problem.x_shape, problem.x_layout), drawn(problem.y_shape, problem.y_layout)
     # As `model.to(memory_format=torch.channels_last)` leaves them; on the CPU no kernel cares.
@@ -167,24 +167,29 @@ def _call(
     return lambda: candidate.run(problem, *operands, epilogue)
 
 
-def _reference(pass_: Pass, problem: ConvProblem, operands: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def reference_of(pass_: Pass, problem: ConvProblem, operands: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """What ATen computes of the operands in float64."""
     a, b = (t.to(torch.float64) for t in operands)
     stride, padding, dilation, groups = problem.geom
+    none = (0,) * problem.axes
     if pass_ is Pass.FPROP:
-        return torch.convolution(a, b, None, stride, padding, dilation, False, (0, 0), groups)
+        return torch.convolution(a, b, None, stride, padding, dilation, False, none, groups)
     shapes = (problem.x_shape, b.shape) if pass_ is Pass.DGRAD else (b.shape, problem.w_shape)
     x = b if pass_ is Pass.WGRAD else a.new_empty(shapes[0])
     w = b if pass_ is Pass.DGRAD else a.new_empty(shapes[1])
     mask = [pass_ is Pass.DGRAD, pass_ is Pass.WGRAD, False]
-    grads = torch.ops.aten.convolution_backward(a, x, w, None, stride, padding, dilation, False, (0, 0), groups, mask)
+    grads = torch.ops.aten.convolution_backward(a, x, w, None, stride, padding, dilation, False, none, groups, mask)
     found: torch.Tensor = grads[0 if pass_ is Pass.DGRAD else 1]
     return found
 
 
-def _bound(pass_: Pass, problem: ConvProblem) -> float:
+def bound_of(pass_: Pass, problem: ConvProblem) -> float:
+    """How far a right result may be from that, relative to the whole."""
     stored = problem.dtype.torch
     length = problem.gemm_shape(pass_)[2]
     summed = torch.finfo(accumulate_dtype(stored)).eps
+    if problem.device == "cuda" and stored is torch.float32 and tf32_is_allowed():
+        stored = torch.float16  # operands are rounded to tf32, which has as many bits
     return _SAFETY * (summed * math.sqrt(length)) + torch.finfo(stored).eps
 
 
