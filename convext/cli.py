@@ -43,6 +43,10 @@ Threads = Annotated[Optional[str], typer.Option(metavar="N", help="Threads; defa
 Batch = Annotated[str, typer.Option(metavar="N", help="Images at a time.")]
 Model = Annotated[str, typer.Option(help="A network of torchvision's.")]
 Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the figures to this file.")]
+Csv = Annotated[Optional[Path], typer.Option("--csv", help="Also write the figures as a table to this file.")]
+Html = Annotated[
+    Optional[Path], typer.Option("--html", help="Also write a page with charts and all figures to this file.")
+]
 Seconds = Annotated[float, typer.Option(min=0.0, help="Time to spend on each comparison.")]
 
 
@@ -193,6 +197,8 @@ def bench_model(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     seconds: Seconds = 10.0,
     output: Json = None,
+    table: Csv = None,
+    page: Html = None,
 ) -> None:
     """Time whole networks, swapped beside unswapped, in turns in one run, after checking that results agree.
 
@@ -206,7 +212,7 @@ def bench_model(
     from .bench import machine, model, results
 
     batches, counts = options.integers("--batch", batch), options.integers("--threads", threads)
-    options.output("--json", output)
+    _written_to(output, table, page)
     known = model.peers(train)
     for name in peer or ():
         if name not in known:
@@ -234,7 +240,7 @@ def bench_model(
     for reason in dict.fromkeys(f"skipped {name}: {why}" for o in outcomes for name, why in o.skipped.items()):
         print(reason)
     _print_machine(record)
-    results.write(output, record, [outcome.as_json() for outcome in outcomes])
+    results.publish(record, [outcome.as_json() for outcome in outcomes], json=output, csv=table, html=page)
 
 
 @bench.command("layers")
@@ -258,6 +264,8 @@ def bench_layers(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     seconds: Seconds = 0.3,
     output: Json = None,
+    table: Csv = None,
+    page: Html = None,
 ) -> None:
     """Time every convolution of shape files or networks, convext's backends beside ATen, and check who is selected.
 
@@ -267,7 +275,7 @@ def bench_layers(
     from .bench import layers, machine, problems, results
     from .problem import Pass
 
-    options.output("--json", output)
+    _written_to(output, table, page)
     wanted = [p for p in Pass if p.name.lower() in passes.split(",")]
     if not wanted or len(wanted) != len(set(passes.split(","))):
         raise OptionError("--passes", passes, "some of fprop, dgrad, wgrad, with commas")
@@ -317,7 +325,7 @@ def bench_layers(
         print(layers.summary(measured))
         print(f"{ceilings}; medians, caches {caches}")
     _print_machine(record)
-    results.write(output, record, [m.as_json() for m in measured])
+    results.publish(record, [m.as_json() for m in measured], json=output, csv=table, html=page)
 
 
 def _layers_of_model(name: str) -> dict[Any, int]:
@@ -393,6 +401,8 @@ def bench_kernelbench(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     seconds: Annotated[float, typer.Option(min=0.0, help="For each problem.")] = 1.0,
     output: Json = None,
+    table: Csv = None,
+    page: Html = None,
 ) -> None:
     """Run KernelBench's problems with a convolution: check the swapped model by its rule, time it beside eager's.
 
@@ -400,7 +410,7 @@ def bench_kernelbench(
     """
     from .bench import kernelbench, machine, results
 
-    options.output("--json", output)
+    _written_to(output, table, page)
     levels = options.integers("--level", level)
     if not set(levels) <= set(kernelbench.LEVELS):
         raise OptionError("--level", level, "some of 1, 2, 3, with commas")
@@ -430,7 +440,7 @@ def bench_kernelbench(
     for line in kernelbench.skipped(outcomes):
         print(line)
     _print_machine(record)
-    results.write(output, record, [outcome.as_json() for outcome in outcomes])
+    results.publish(record, [outcome.as_json() for outcome in outcomes], json=output, csv=table, html=page)
     raise typer.Exit(0 if all(outcome.ok for outcome in outcomes) else 1)
 
 
@@ -556,6 +566,29 @@ def bench_host(
     results.write(output, record, [cost.as_json() for cost in found])
 
 
+@bench.command("page")
+def bench_page(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="What --json wrote.")],
+    page: Annotated[Path, typer.Option("--html", help="Where the page goes.")],
+) -> None:
+    """Draw a page of files of results: of bench layers, model and kernelbench."""
+    from .bench import results
+
+    _written_to(None, None, page)
+    from .bench import page as pages
+
+    contents = []
+    for file in files:
+        try:
+            contents.append(results.read(file))
+            pages.sections(contents[-1])
+        except (OSError, ValueError, KeyError) as error:
+            expected = f"a file that --json of bench layers, model or kernelbench wrote ({error})"
+            raise OptionError("FILE", file, expected) from error
+    page.write_text(pages.render(contents), encoding="utf-8")
+    print(f"{page}: {len(contents)} files of results")
+
+
 @bench.command("results")
 def bench_results(
     folder: Annotated[Path, typer.Argument(metavar="[FOLDER]")] = Path("benchmarks/results"),
@@ -643,6 +676,13 @@ def _needs(extra: str, *modules: str) -> None:
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         raise UsageError(f'{", ".join(missing)} not installed: pip install "convext[{extra}]"')
+
+
+def _written_to(output: Path | None, table: Path | None, page: Path | None) -> None:
+    for option, path in (("--json", output), ("--csv", table), ("--html", page)):
+        options.output(option, path)
+    if page is not None:
+        _needs("bench", "matplotlib", "jinja2")
 
 
 @contextmanager
