@@ -589,6 +589,16 @@ def bench_page(
     print(f"{page}: {len(contents)} files of results")
 
 
+@bench.command("figures")
+def bench_figures() -> None:
+    """Write the figures and pictures of README.md anew, from benchmarks/results, in the source tree."""
+    _needs("bench", "matplotlib", "jinja2")
+    from .bench import figures
+
+    for path in figures.write():
+        print(path)
+
+
 @bench.command("results")
 def bench_results(
     folder: Annotated[Path, typer.Argument(metavar="[FOLDER]")] = Path("benchmarks/results"),

@@ -158,13 +158,12 @@ def _finish(figure: Figure, axes: Any, theme: Theme, title: str, columns: int = 
     figure.legend(labelcolor=theme.ink, fontsize=_FONT - 1, columnspacing=1.0, handletextpad=0.5, **where)
 
 
-def _drawn(figure: Figure, format_: str, **how: Any) -> bytes:
+def _drawn(figure: Figure, format_: str, metadata: dict[str, str | None], **how: Any) -> bytes:
     import matplotlib
 
     written = io.BytesIO()
     # The same figures give the same bytes: no date, and names of parts that follow from what they are.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "convext", "font.family": "sans-serif"}):
-        metadata = {"Date": None, "Creator": None} if format_ == "svg" else {"Software": None}
         figure.savefig(written, format=format_, metadata=metadata, facecolor=figure.get_facecolor(), **how)
     return written.getvalue()
 
@@ -172,7 +171,7 @@ def _drawn(figure: Figure, format_: str, **how: Any) -> bytes:
 def inline(chart: Chart, name: str, told: str) -> str:
     """An <svg> element for a page: `name` is in front of every id, and `told` is what it says to those who do not see
     it."""
-    text = _drawn(chart.figure(_VARIABLES), "svg").decode()
+    text = _drawn(chart.figure(_VARIABLES), "svg", {"Date": None, "Creator": None}).decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
@@ -194,7 +193,14 @@ def _escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def write(chart: Chart, path: Path, theme: Theme) -> None:
-    """A picture file: SVG or PNG, by its suffix."""
-    how = {"dpi": 160} if path.suffix == ".png" else {}
-    path.write_bytes(_drawn(chart.figure(theme), path.suffix[1:], **how))
+def write(chart: Chart, path: Path, theme: Theme, description: str) -> None:
+    """A PNG, with a description that `description_of` reads."""
+    path.write_bytes(_drawn(chart.figure(theme), "png", {"Software": None, "Description": description}, dpi=200))
+
+
+def description_of(path: Path) -> str:
+    """What `write` wrote into a picture besides the picture. Raises ValueError where there is nothing."""
+    found = re.search(rb"tEXtDescription\0([0-9a-f]+)", path.read_bytes())
+    if found is None:
+        raise ValueError(f"{path} has no description")
+    return found[1].decode()

@@ -48,7 +48,8 @@ def layer_of(row: dict[str, Any]) -> problems.Layer:
     return problems.Layer(problems.parse(row["problem"]).problem, row.get("transposed", False))
 
 
-def _before_after(row: dict[str, Any]) -> tuple[float, float]:
+def before_after(row: dict[str, Any]) -> tuple[float, float]:
+    """Seconds that ATen took for a row of `bench layers`, and those of the selected kernel."""
     return row["seconds"]["aten"]["median_s"], row["seconds"][row["selected"]]["median_s"]
 
 
@@ -59,7 +60,7 @@ def _bytes(p: Any) -> float:
 def roofline(contents: Contents) -> Roofline:
     points: dict[str, list[tuple[float, float, float]]] = {}
     for row in contents["results"]:
-        problem, (before, after) = layer_of(row).problem, _before_after(row)
+        problem, (before, after) = layer_of(row).problem, before_after(row)
         point = problem.flops / _bytes(problem), problem.flops / before, problem.flops / after
         points.setdefault(row["pass"], []).append(point)
     return Roofline(f"Roofline: {_setting(contents)}", contents["machine"]["ceilings"], points)
@@ -67,7 +68,7 @@ def roofline(contents: Contents) -> Roofline:
 
 def bars_by_layer(contents: Contents, pass_: str) -> Bars:
     rows = [row for row in contents["results"] if row["pass"] == pass_]
-    pairs = [_before_after(row) for row in rows]
+    pairs = [before_after(row) for row in rows]
     labels = [problems.title(*layer_of(row)).replace("->", "→") for row in rows]
     return Bars(
         f"{pass_} by layer: {contents['machine']['setting']['model']}",
@@ -111,7 +112,7 @@ def _layers(contents: Contents) -> list[Section]:
     section.grid = Grid([*columns, "kernel"])
     lost = set()
     for number, row in enumerate(rows):
-        layer, (before, after) = layer_of(row), _before_after(row)
+        layer, (before, after) = layer_of(row), before_after(row)
         flops, moved = layer.problem.flops / after, _bytes(layer.problem) / after
         share, which = max((flops / ceilings["flops"], "FLOP"), (moved / ceilings["copy_bytes"], "copy"))
         if after > before:
@@ -139,7 +140,7 @@ def _ms(timing: dict[str, Any]) -> str:
 
 
 def _sum_of_pass(name: str, rows: Sequence[dict[str, Any]]) -> str:
-    pairs = [(row["count"], *_before_after(row)) for row in rows if row["pass"] == name]
+    pairs = [(row["count"], *before_after(row)) for row in rows if row["pass"] == name]
     before, after = (sum(pair[0] * pair[place] for pair in pairs) for place in (1, 2))
     behind = sum(b < a for _, b, a in pairs)
     return (
@@ -169,11 +170,11 @@ def bars_by_network(contents: Contents, names: dict[str, str] | None = None) -> 
                 series[name].append(found and found["times_eager"])
                 share = found and found["iqr_s"] / found["median_s"] / 2
                 spread[name].append(share and share * found["times_eager"])
-        what = "training step" if train else "inference"
+        what = "Training step" if train else "Inference"
         setting = f"{what}, batch {batch}, {threads} thread{'s' if threads > 1 else ''}, {dtype}"
         labels = [(names or {}).get(row["case"]["model"], row["case"]["model"]) for row in here]
         yield Bars(
-            f"Speed-up by network: {setting}",
+            setting,
             "times as fast as eager PyTorch",
             labels,
             series,
