@@ -202,8 +202,8 @@ def bench_model(
 ) -> None:
     """Time whole networks, swapped beside unswapped, in turns in one run, after checking that results agree.
 
-    Default networks: resnet50 and mobilenet_v2. A cell reads median ± distance between the quartiles. Of a training
-    step, a second table has what it needs of memory.
+    Default networks: resnet50 and mobilenet_v2. A cell reads median ± distance between the quartiles; a second table
+    has the memory that eager and convext take. Weights are warm, as they are in a program that runs a network.
     """
     _needs("demo", "torchvision")
     import convext
@@ -232,9 +232,9 @@ def bench_model(
             progress.console.print(model.images_per_second(outcomes[-1]), soft_wrap=True)
             progress.advance(task)
     _print_table(model.table(outcomes), markdown)
-    if train:
-        print("Memory of a step: saved for the backward pass, and the most that its tensors take at once.")
-        _print_table(model.memory_table([o for o in outcomes if o.case.threads == counts[0]]), markdown)
+    what = "a step: saved for the backward pass, and the most" if train else "a call: the most"
+    print(f"Memory of {what} that its tensors take at once.")
+    _print_table(model.memory_table([o for o in outcomes if o.case.threads == counts[0]]), markdown)
     for count in counts:
         print(machine.ceilings(count))
     for reason in dict.fromkeys(f"skipped {name}: {why}" for o in outcomes for name, why in o.skipped.items()):

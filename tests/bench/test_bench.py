@@ -240,10 +240,14 @@ def test_a_case_gives_timings_of_eager_and_convext(train):
     assert outcome.agreement["convext"].ok
     assert "resnet18" in model.images_per_second(outcome)
     assert model.table([outcome]).rows[0][:3] == ["resnet18", str(1 + train), "1"]
-    assert ("memory" in outcome.as_json()) is train
-    assert [row[:2] for row in model.memory_table([outcome]).rows] == [["resnet18", "2"]] * train
+    (row,) = model.memory_table([outcome]).rows
+    assert row[:2] == ["resnet18", str(1 + train)] and len(row) == (6 if train else 4)
+    eager, ours = (outcome.as_json()["memory"][name] for name in ("eager", "convext"))
+    if not train:
+        assert eager["saved_bytes"] == ours["saved_bytes"] == 0
+        assert ours["peak_bytes"] > 0
+        assert eager["peak_bytes"] >= 2 * 4 * 64 * 112 * 112  # the first convolution's result, and its batch norm's
     if train:
-        eager, ours = (outcome.as_json()["memory"][name] for name in ("eager", "convext"))
         assert 0 < ours["saved_bytes"] < eager["saved_bytes"] < eager["peak_bytes"]
         assert ours["saved_bytes"] < ours["peak_bytes"] < eager["peak_bytes"]
 
@@ -298,7 +302,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
         model.run(model.Case("resnet18", 1, 1), seconds=0.0)
 
 
-@pytest.mark.parametrize("name", ["eager channels-last", "ONNX Runtime", "OpenVINO"])
+@pytest.mark.parametrize("name", ["eager channels-last", "ONNX Runtime", "OpenVINO", "ncnn", "MNN"])
 def test_peers_compute_the_same(name):
     network, x = small_network().eval(), torch.randn(2, 3, 16, 16)
     expected = inference.prepare(network, x).result()
@@ -311,8 +315,49 @@ def test_peers_compute_the_same(name):
 
 def test_a_peer_that_is_not_installed_is_skipped_with_the_reason(monkeypatch):
     monkeypatch.setattr(inference.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(Skipped, match="openvino not installed"):
-        inference.PEERS["OpenVINO"](small_network(), torch.randn(1, 3, 8, 8), 1)
+    for name, install in {
+        "OpenVINO": "openvino not installed: pip install openvino",
+        "zentorch": "zentorch, deprecated, safetensors not installed: pip install zentorch deprecated safetensors",
+        "ncnn": "ncnn, pnnx not installed: pip install ncnn pnnx",
+        "MNN": "onnx, MNN not installed: pip install onnx MNN",
+        "ExecuTorch": "executorch not installed: pip install executorch",
+    }.items():
+        with pytest.raises(Skipped, match=install):
+            inference.PEERS[name](small_network(), torch.randn(1, 3, 8, 8), 1)
+
+
+def test_a_zentorch_for_another_torch_is_skipped_with_both_releases(monkeypatch):
+    monkeypatch.setattr(inference, "_require", lambda *packages: None)
+    monkeypatch.setattr(inference.importlib.metadata, "version", lambda name: "1.99.0.1")
+    with pytest.raises(Skipped, match=r"zentorch 1.99.0.1 is for torch 1.99, this is torch \d"):
+        inference.PEERS["zentorch"](small_network(), torch.randn(1, 3, 8, 8), 1)
+
+
+@pytest.mark.parametrize("name", ["ncnn", "MNN", "ExecuTorch"])
+def test_an_engine_that_would_take_another_type_is_not_asked(name):
+    with pytest.raises(Skipped, match="float32 alone, not bfloat16"):
+        inference.PEERS[name](small_network(), torch.randn(1, 3, 8, 8, dtype=torch.bfloat16), 1)
+
+
+def test_a_converter_that_fails_is_told_in_one_line(tmp_path):
+    with pytest.raises(Skipped, match="^its converter failed with status 3: no such thing$"):
+        inference._run([sys.executable, "-c", "import sys; print('no such thing'); sys.exit(3)"], str(tmp_path))
+
+
+def test_a_peer_that_raises_or_errs_is_told_and_the_others_go_on(monkeypatch):
+    def raises(network, x, threads):
+        raise ValueError("no\nsuch luck")
+
+    def errs(network, x, threads):
+        right = inference.prepare(network, x)
+        return dataclasses.replace(right, result=lambda: right.result() * 1.1)
+
+    monkeypatch.setitem(inference.PEERS, "ncnn", raises)
+    monkeypatch.setitem(inference.PEERS, "MNN", errs)
+    outcome = model.run(model.Case("resnet18", 1, 1), peers=["ncnn", "MNN", "eager channels-last"], seconds=0.0)
+    assert set(outcome.timings) == {"eager", "convext", "eager channels-last"}
+    assert outcome.skipped["ncnn"] == f"it raised ValueError: no (torch {torch.__version__})"
+    assert outcome.skipped["MNN"].startswith("its result is 1.0e-01 away")
 
 
 def test_a_training_step_moves_weights_and_result_puts_them_back():
