@@ -47,6 +47,7 @@ from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
@@ -610,9 +611,22 @@ class BuildWithNinja(build_ext):
         say(f"CPU library built ({isas}) with torch {torch.version}; {cuda_line}")
 
 
+class BuildWithShapes(build_py):
+    """The package as it stands, and in it the shape files of `convext bench layers`, which lie beside it here."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            for file in sorted((ROOT / "benchmarks" / "shapes").glob("*.txt")):
+                target = Path(self.build_lib) / "convext" / "bench" / "shape_files" / file.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self.copy_file(str(file), str(target))
+
+
 if __name__ == "__main__":  # csrc/tests/run.py imports the flags
+    commands = {"build_ext": BuildWithNinja, "build_py": BuildWithShapes}
     try:
-        setup(ext_modules=[Extension("convext._C", sources=[])], cmdclass={"build_ext": BuildWithNinja})
+        setup(ext_modules=[Extension("convext._C", sources=[])], cmdclass=commands)
     except (BuildError, subprocess.CalledProcessError) as error:
         sys.exit(f"convext: the build failed: {error}")
     except OSError as error:

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,10 @@ Threads = Annotated[Optional[str], typer.Option(metavar="N", help="Threads; defa
 Batch = Annotated[str, typer.Option(metavar="N", help="Images at a time.")]
 Model = Annotated[str, typer.Option(help="A network of torchvision's.")]
 Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the figures to this file.")]
+Csv = Annotated[Optional[Path], typer.Option("--csv", help="Also write the figures as a table to this file.")]
+Html = Annotated[
+    Optional[Path], typer.Option("--html", help="Also write a page with charts and all figures to this file.")
+]
 Seconds = Annotated[float, typer.Option(min=0.0, help="Time to spend on each comparison.")]
 
 
@@ -197,11 +202,13 @@ def bench_model(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     seconds: Seconds = 10.0,
     output: Json = None,
+    table: Csv = None,
+    page: Html = None,
 ) -> None:
     """Time whole networks, swapped beside unswapped, in turns in one run, after checking that results agree.
 
-    Default networks: resnet50 and mobilenet_v2. A cell reads median ± distance between the quartiles. Of a training
-    step, a second table has what it needs of memory.
+    Default networks: resnet50 and mobilenet_v2. A cell reads median ± distance between the quartiles; a second table
+    has the memory that eager and convext take. Weights are warm, as they are in a program that runs a network.
     """
     _needs("demo", "torchvision")
     import convext
@@ -210,7 +217,7 @@ def bench_model(
     from .bench import machine, model, results
 
     batches, counts = options.integers("--batch", batch), options.integers("--threads", threads)
-    options.output("--json", output)
+    _written_to(output, table, page)
     known = model.peers(train)
     for name in peer or ():
         if name not in known:
@@ -230,21 +237,30 @@ def bench_model(
             progress.console.print(model.images_per_second(outcomes[-1]), soft_wrap=True)
             progress.advance(task)
     _print_table(model.table(outcomes), markdown)
-    if train:
-        print("Memory of a step: saved for the backward pass, and the most that its tensors take at once.")
-        _print_table(model.memory_table([o for o in outcomes if o.case.threads == counts[0]]), markdown)
+    what = "a step: saved for the backward pass, and the most" if train else "a call: the most"
+    print(f"Memory of {what} that its tensors take at once.")
+    _print_table(model.memory_table([o for o in outcomes if o.case.threads == counts[0]]), markdown)
     for count in counts:
         print(machine.ceilings(count))
     for reason in dict.fromkeys(f"skipped {name}: {why}" for o in outcomes for name, why in o.skipped.items()):
         print(reason)
     _print_machine(record)
-    results.write(output, record, [outcome.as_json() for outcome in outcomes])
+    results.publish(record, [outcome.as_json() for outcome in outcomes], json=output, csv=table, html=page)
 
 
 @bench.command("layers")
 def bench_layers(
-    name: Annotated[str, typer.Argument(metavar="MODEL")],
-    batch: Batch = "1",
+    files: Annotated[
+        Optional[list[str]],
+        typer.Argument(metavar="[FILE]...", help="Shape files, or short names of those that convext brings."),
+    ] = None,
+    from_model: Annotated[
+        Optional[list[str]],
+        typer.Option("--from-model", metavar="MODEL", help="A network of torchvision's; may be given more than once."),
+    ] = None,
+    batch: Annotated[
+        Optional[str], typer.Option(metavar="N", help="Images at a time; default: 1, and of a file what it says.")
+    ] = None,
     threads: Threads = None,
     device: Device = "cpu",
     dtype: DTypeOption = DType.float32,
@@ -253,25 +269,37 @@ def bench_layers(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     seconds: Seconds = 0.3,
     output: Json = None,
+    table: Csv = None,
+    page: Html = None,
 ) -> None:
-    """Time every distinct convolution of a network, convext's backends beside ATen, and check who is selected.
+    """Time every convolution of shape files or networks, convext's backends beside ATen, and check who is selected.
 
+    Results are checked before they are timed. On the CPU caches are warm: a visit begins with a call that is not timed.
     On a GPU: ATen with cuDNN's benchmark mode, caches cold, time on the device; fprop also with batch norm and ReLU.
     """
-    _needs("demo", "torchvision")
-    from . import zoo
     from .bench import layers, machine, problems, results
     from .problem import Pass
 
-    options.output("--json", output)
+    _written_to(output, table, page)
     wanted = [p for p in Pass if p.name.lower() in passes.split(",")]
     if not wanted or len(wanted) != len(set(passes.split(","))):
         raise OptionError("--passes", passes, "some of fprop, dgrad, wgrad, with commas")
-    place, images = options.device(device), options.integer("--batch", batch)
+    place = options.device(device)
+    images = None if batch is None else options.integer("--batch", batch)
+    if not files and not from_model:
+        raise UsageError(f"bench layers: expected FILE, such as {', '.join(problems.names())}, or --from-model MODEL")
+    collected: Counter[problems.Layer] = Counter()
+    for path in [problems.find(name) for name in files or ()]:
+        collected.update(problems.read(path))
+    for name in from_model or ():
+        _needs("demo", "torchvision")
+        collected.update(_layers_of_model(name))
+    channels_last = memory_format is MemoryFormat.channels_last
     with _threads(threads), machine.current(place):
-        x = zoo.sample(name, images).to(place, dtype.torch, memory_format=memory_format.torch)
-        network = zoo.build(name)[0].to(place, dtype.torch, memory_format=memory_format.torch)  # type: ignore[call-overload]
-        found = problems.collect(network, x)
+        found: Counter[problems.Layer] = Counter()
+        for layer, count in collected.items():
+            how: dict[str, Any] = {"dtype": dtype.torch, "device": place.type, "channels_last": channels_last}
+            found[problems.placed(layer, batch=images, **how)] += count
         if place.type == "cpu":
             ceilings = machine.ceilings(torch.get_num_threads(), dtype.torch)
         else:
@@ -280,18 +308,54 @@ def bench_layers(
         measured = []
         with _progress() as progress:
             todo = list(layers.jobs(found, wanted))
-            task = progress.add_task(name, total=len(todo))
-            for problem, count, pass_, fused in todo:
-                progress.update(task, description=f"{pass_.name.lower()} {problems.title(problem)}")
-                measured.append(layers.measure(problem, count, pass_, seconds, fused))
+            task = progress.add_task("", total=len(todo))
+            for layer, count, pass_, fused in todo:
+                progress.update(task, description=f"{pass_.name.lower()} {problems.title(*layer)}")
+                try:
+                    measured.append(layers.measure(layer, count, pass_, seconds, fused))
+                except layers.WrongResult as error:
+                    raise UsageError(f"bench layers: {error}") from error
                 progress.advance(task)
-        setting = {"model": name, "batch": images, "dtype": dtype.value, "memory_format": memory_format.value}
+        caches = "warm" if place.type == "cpu" else "cold"
+        setting = {
+            "model": ", ".join([*(from_model or ()), *(Path(name).stem for name in files or ())]),
+            "batch": images,
+            "dtype": dtype.value,
+            "memory_format": memory_format.value,
+            "threads": torch.get_num_threads(),
+            "caches": caches,
+        }
         record = machine.record(place) | {"setting": setting, "ceilings": dataclasses.asdict(ceilings)}
         _print_table(layers.table(measured, ceilings), markdown)
         print(layers.summary(measured))
-        print(ceilings)
+        print(f"{ceilings}; medians, caches {caches}")
     _print_machine(record)
-    results.write(output, record, [m.as_json() for m in measured])
+    results.publish(record, [m.as_json() for m in measured], json=output, csv=table, html=page)
+
+
+def _layers_of_model(name: str) -> dict[Any, int]:
+    from . import zoo
+    from .bench import problems
+
+    return problems.collect_layers(zoo.build(name)[0], zoo.sample(name, 1))
+
+
+@bench.command("shape-files")
+def bench_shape_files(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]")] = Path("benchmarks/shapes"),
+    kernelbench: Annotated[
+        Optional[Path], typer.Option(metavar="PATH", help="A checkout of KernelBench, to renew its file as well.")
+    ] = None,
+) -> None:
+    """Write the shape files of `bench layers` anew, from the networks whose layers they hold."""
+    _needs("demo", "torchvision")
+    from .bench import networks
+
+    if not folder.is_dir():
+        raise OptionError("FOLDER", folder, "an existing folder")
+    for name, text in networks.files(kernelbench):
+        (folder / name).write_text(text)
+        print(f"{folder / name}: {text.count(chr(10)) - 2} layers")
 
 
 @bench.command("shapes")
@@ -342,6 +406,8 @@ def bench_kernelbench(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     seconds: Annotated[float, typer.Option(min=0.0, help="For each problem.")] = 1.0,
     output: Json = None,
+    table: Csv = None,
+    page: Html = None,
 ) -> None:
     """Run KernelBench's problems with a convolution: check the swapped model by its rule, time it beside eager's.
 
@@ -349,7 +415,7 @@ def bench_kernelbench(
     """
     from .bench import kernelbench, machine, results
 
-    options.output("--json", output)
+    _written_to(output, table, page)
     levels = options.integers("--level", level)
     if not set(levels) <= set(kernelbench.LEVELS):
         raise OptionError("--level", level, "some of 1, 2, 3, with commas")
@@ -379,7 +445,7 @@ def bench_kernelbench(
     for line in kernelbench.skipped(outcomes):
         print(line)
     _print_machine(record)
-    results.write(output, record, [outcome.as_json() for outcome in outcomes])
+    results.publish(record, [outcome.as_json() for outcome in outcomes], json=output, csv=table, html=page)
     raise typer.Exit(0 if all(outcome.ok for outcome in outcomes) else 1)
 
 
@@ -505,6 +571,39 @@ def bench_host(
     results.write(output, record, [cost.as_json() for cost in found])
 
 
+@bench.command("page")
+def bench_page(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="What --json wrote.")],
+    page: Annotated[Path, typer.Option("--html", help="Where the page goes.")],
+) -> None:
+    """Draw a page of files of results: of bench layers, model and kernelbench."""
+    from .bench import results
+
+    _written_to(None, None, page)
+    from .bench import page as pages
+
+    contents = []
+    for file in files:
+        try:
+            contents.append(results.read(file))
+            pages.sections(contents[-1])
+        except (OSError, ValueError, KeyError) as error:
+            expected = f"a file that --json of bench layers, model or kernelbench wrote ({error})"
+            raise OptionError("FILE", file, expected) from error
+    page.write_text(pages.render(contents), encoding="utf-8")
+    print(f"{page}: {len(contents)} files of results")
+
+
+@bench.command("figures")
+def bench_figures() -> None:
+    """Write the figures and pictures of README.md anew, from benchmarks/results, in the source tree."""
+    _needs("bench", "matplotlib", "jinja2")
+    from .bench import figures
+
+    for path in figures.write():
+        print(path)
+
+
 @bench.command("results")
 def bench_results(
     folder: Annotated[Path, typer.Argument(metavar="[FOLDER]")] = Path("benchmarks/results"),
@@ -592,6 +691,13 @@ def _needs(extra: str, *modules: str) -> None:
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         raise UsageError(f'{", ".join(missing)} not installed: pip install "convext[{extra}]"')
+
+
+def _written_to(output: Path | None, table: Path | None, page: Path | None) -> None:
+    for option, path in (("--json", output), ("--csv", table), ("--html", page)):
+        options.output(option, path)
+    if page is not None:
+        _needs("bench", "matplotlib", "jinja2")
 
 
 @contextmanager

@@ -90,7 +90,7 @@ class Outcome:
 
     def as_json(self) -> dict[str, Any]:
         problem = {"level": self.problem.level, "number": self.problem.number, "name": self.problem.name}
-        seconds = {name: {"median_s": t.median, "iqr_s": t.iqr} for name, t in self.timings.items()}
+        seconds = {name: timing.as_json() for name, timing in self.timings.items()}
         rest = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("problem", "timings")}
         ratios = {f"times_{name}": self.ratio(name) for name in self.timings if name != OURS}
         return problem | rest | {"ok": self.ok, "seconds": seconds} | ratios

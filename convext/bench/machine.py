@@ -23,6 +23,9 @@ from ..problem import DType
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
+# Distributions of the engines that people measure against, besides those of the extra `bench`.
+PEERS = ("zentorch", "ncnn", "pnnx", "MNN", "executorch")
+
 # What the figures of a type of device depend on: the library's kernels and their selection. For a GPU, Triton's too.
 KERNEL_SOURCES = {
     "cpu": ("csrc/core/*", "csrc/cpu/**/*", "csrc/torch/*", "csrc/storage/*", "csrc/python/*"),
@@ -94,7 +97,7 @@ def _driver() -> str | None:
 
 def record(device: torch.device = CPU, root: Path = ROOT) -> dict:
     """Machine, versions, and the commit and kernels of the source tree `root`, ready for JSON."""
-    packages = ("convext", "torch", "torchvision", "triton", "onnxruntime", "openvino")
+    packages = ("convext", "torch", "torchvision", "triton", "onnxruntime", "openvino", *PEERS)
     return {
         "device": device.type,
         "gpu": None if device.type == "cpu" else gpu(device),

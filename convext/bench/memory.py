@@ -32,6 +32,12 @@ def of_step(model: nn.Module, x: torch.Tensor, step: Callable[[], object]) -> Me
     return Memory(saved_bytes(model, x), peak)
 
 
+def of_inference(call: Callable[[], object]) -> Memory:
+    """That of one call without gradients, which saves nothing."""
+    call()
+    return Memory(0, peak_bytes(call))
+
+
 def saved_bytes(model: nn.Module, *inputs: torch.Tensor) -> int:
     """Bytes that model(*inputs) saves for its backward pass, as hooks on saved tensors see it: each storage once, those
     of parameters and buffers left out."""

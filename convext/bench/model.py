@@ -41,8 +41,8 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What one case gave: timings and distances from eager's result by candidate, who was skipped and why, and of a
-    training step what memory eager and convext need."""
+    """What one case gave: timings and distances from eager's result by candidate, who was skipped and why, and what
+    memory eager and convext need."""
 
     case: Case
     timings: dict[str, Timing] = field(default_factory=dict)
@@ -57,8 +57,7 @@ class Outcome:
     def as_json(self) -> dict:
         candidates = {
             name: {
-                "median_s": timing.median,
-                "iqr_s": timing.iqr,
+                **timing.as_json(),
                 "rounds": len(timing.seconds),
                 "times_eager": self.ratio(name),
                 "distance": self.agreement[name].distance if name in self.agreement else 0.0,
@@ -124,16 +123,23 @@ def _run(case: Case, peers: Collection[str], seconds: float, on_round: Callable[
         )
     if case.train:
         outcome.memory = {n: memory.of_step(network, x, candidates[n].call) for n, network in models.items()}
+    else:
+        outcome.memory = {n: memory.of_inference(candidates[n].call) for n in models}
     if peers:
         torch._dynamo.reset()  # compiled code bakes in the number of threads
         for name in peers:
             prepare = mode.PEERS[name]
             try:
                 candidate = prepare(copy.deepcopy(model), x, case.threads)
+                found = candidate.result()
             except Skipped as reason:
                 outcome.skipped[name] = str(reason)
                 continue
-            outcome.agreement[name] = agreement = Agreement(distance(candidate.result(), reference), limit)
+            except Exception as error:  # whatever an engine raises: the others go on
+                said = (str(error).strip().splitlines() or [""])[0][:100]
+                outcome.skipped[name] = f"it raised {type(error).__name__}: {said} (torch {torch.__version__})"
+                continue
+            outcome.agreement[name] = agreement = Agreement(distance(found, reference), limit)
             if agreement.ok:
                 candidates[name] = candidate
             else:
@@ -162,15 +168,17 @@ def table(outcomes: Sequence[Outcome]) -> Grid:
 
 
 def memory_table(outcomes: Sequence[Outcome]) -> Grid:
-    """One row a training case: what eager and convext save for the backward pass, and the most that a step's tensors
-    take at once, in MiB, and the second's share of the first's."""
-    grid = Grid(["network", "batch", "saved, MiB, eager", "convext", "peak, MiB, eager", "convext"])
+    """One row a case: what eager and convext save for the backward pass where it is a training step, and the most that
+    its tensors take at once, in MiB, and the second's share of the first's."""
+    train = any(outcome.case.train for outcome in outcomes)
+    saved = ["saved, MiB, eager", "convext"] if train else []
+    grid = Grid(["network", "batch", *saved, "peak, MiB, eager", "convext"])
     for outcome in outcomes:
         if not outcome.memory:
             continue
         eager, ours = outcome.memory[BASELINE], outcome.memory[OURS]
         cells = [outcome.case.model, str(outcome.case.batch)]
-        for before, after in ((eager.saved, ours.saved), (eager.peak, ours.peak)):
+        for before, after in ((eager.saved, ours.saved), (eager.peak, ours.peak))[0 if train else 1 :]:
             cells += [f"{before / 2**20:.1f}", f"{after / 2**20:.1f} ({after / before:.2f}×)"]
         grid.rows.append(cells)
     return grid

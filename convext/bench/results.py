@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from . import machine
 
@@ -12,6 +16,44 @@ def write(path: Path | None, record: dict, results: list[dict]) -> None:
     """Writes the file, or nothing where there is no path."""
     if path is not None:
         path.write_text(json.dumps({"machine": record, "results": results}, indent=1, default=str) + "\n")
+
+
+def as_csv(results: list[dict]) -> str:
+    """One line a result, with a header; what is nested has a column each, such as `seconds.native.median_s`. Where a
+    result has no such value, the cell is empty."""
+    rows = [dict(_flat(result)) for result in json.loads(json.dumps(results, default=str))]
+    written = io.StringIO()
+    writer = csv.DictWriter(written, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return written.getvalue()
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        yield name, value
+        return
+    for key, part in items:
+        yield from _flat(part, f"{name}.{key}" if name else str(key))
+
+
+def publish(record: dict, results: list[dict], *, json: Path | None, csv: Path | None, html: Path | None) -> None:
+    """Writes the files that are asked for: the figures with what they were measured on, the figures as a table, and a
+    page (`page.render`)."""
+    write(json, record, results)
+    if csv is not None:
+        csv.write_text(as_csv(results))
+    if html is not None:
+        from . import page
+
+        html.write_text(page.render([as_read(record, results)]), encoding="utf-8")
+
+
+def as_read(record: dict, results: list[dict]) -> dict:
+    """What `read` gives of a file that `write` wrote."""
+    contents: dict = json.loads(json.dumps({"machine": record, "results": results}, default=str))
+    return contents
 
 
 def read(path: Path) -> dict:

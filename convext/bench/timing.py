@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -28,12 +29,22 @@ class Timing:
         return statistics.median(self.seconds)
 
     @property
+    def quartiles(self) -> tuple[float, float]:
+        """The first and the third, in seconds; of a single round its figure."""
+        if len(self.seconds) < 2:
+            return self.seconds[0], self.seconds[0]
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return low, high
+
+    @property
     def iqr(self) -> float:
         """Distance between the quartiles, in seconds; 0 for a single round."""
-        if len(self.seconds) < 2:
-            return 0.0
-        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        low, high = self.quartiles
         return high - low
+
+    def as_json(self) -> dict[str, Any]:
+        """Median, distance between the quartiles, and both of them, in seconds."""
+        return {"median_s": self.median, "iqr_s": self.iqr, "quartiles_s": list(self.quartiles)}
 
     def times_faster_than(self, other: Timing) -> float:
         """Median over rounds of other's seconds / own seconds: above 1 means faster."""

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import sys
 import types
 
 import pytest
@@ -10,15 +11,16 @@ import torch
 from torch import nn
 
 import convext
-from convext import zoo
+from convext import backends, zoo
 from convext.bench import inference, layers, machine, memory, model, problems, results, timing, training
 from convext.bench.agreement import Agreement, bound, distance
 from convext.bench.candidate import Skipped
 from convext.bench.machine import Ceilings
+from convext.bench.problems import Layer
 from convext.bench.tables import Grid
 from convext.bench.timing import Timing
 from convext.problem import ConvProblem, Pass
-from convext.tune.measure import operands_of
+from convext.tune.measure import bound_of, operands_of, reference_of
 
 
 def small_network() -> nn.Module:
@@ -140,13 +142,74 @@ def test_collect_resolves_padding_given_as_a_word():
 @pytest.mark.parametrize("pass_", list(Pass))
 def test_measuring_a_layer_names_who_is_selected(pass_):
     problem = ConvProblem(1, 8, 7, 7, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1)
-    measured = layers.measure(problem, 2, pass_, seconds=0.0)
+    measured = layers.measure(Layer(problem), 2, pass_, seconds=0.0)
     assert {"aten", measured.selected} <= set(measured.timings)
     assert measured.regret >= 0.0
     assert ("native" in measured.timings) == ("native" not in measured.off) == (measured.ratio("native") is not None)
     assert layers.table([measured]).rows[0][:3] == ["8×7×7 -> 8, 3×3", "2", pass_.name.lower()]
     assert pass_.name.lower() in layers.summary([measured])
     assert measured.as_json()["pass"] == pass_.name.lower()
+
+
+TRANSPOSED = [
+    "transposed x 2x8x5x6, w 8x2x3x2, stride 2x1, padding 1x0, output padding 1x0, groups 2",
+    "transposed x 2x8x20, w 8x4x3, dilation 2",
+    "transposed x 1x4x3x4x5, w 4x6x2x3x2, stride 2, output padding 1",
+]
+PLAIN = [
+    "x 2x8x9x7, w 4x4x3x3, padding 1, groups 2",
+    "x 2x8x20, w 6x8x3, stride 2",
+    "x 1x4x5x6x7, w 6x4x3x3x3, padding 1",
+]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("pass_", list(Pass))
+@pytest.mark.parametrize("line", TRANSPOSED + PLAIN)
+def test_a_pass_of_a_layer_is_what_autograd_computes(line, pass_, channels_last):
+    """By every backend that serves it: the result of the layer as torch.nn.functional has it, or a gradient of that."""
+    how = dict(batch=None, dtype=torch.float32, device="cpu", channels_last=channels_last)
+    layer = problems.placed(problems.parse(line), **how)
+    a, b = (t.double().requires_grad_() for t in operands_of(layer.computes(pass_), layer.problem))
+    longer = layer.output_padding if layer.transposed else (0,) * layer.problem.axes
+    setting = (*layer.problem.geom[:3], layer.transposed, longer, layer.problem.groups)
+    if pass_ == Pass.FPROP:
+        expected = torch.convolution(a, b, None, *setting)
+    else:
+        p = layer.problem
+        dy, other = (b, a) if layer.transposed and pass_ == Pass.WGRAD else (a, b)
+        x = other if pass_ == Pass.WGRAD else torch.zeros(p.y_shape if layer.transposed else p.x_shape).double()
+        w = other if pass_ == Pass.DGRAD else torch.zeros(p.w_shape).double()
+        of = x if pass_ == Pass.DGRAD else w
+        of.requires_grad_()
+        (expected,) = torch.autograd.grad(torch.convolution(x, w, None, *setting), of, dy)
+    assert distance(reference_of(layer.computes(pass_), layer.problem, (a, b)), expected) < 1e-12
+    operands = operands_of(layer.computes(pass_), layer.problem)
+    with torch.no_grad():
+        for name in layers.contenders(layer.problem, layer.computes(pass_))[0]:
+            found = layers._call(name, pass_, layer, operands)()
+            if isinstance(found, tuple):
+                (found,) = (t for t in found if t is not None)
+            assert distance(found, expected) < 1e-6, name
+        measured = layers.measure(layer, 1, pass_, seconds=0.0)
+    assert measured.as_json()["transposed"] is layer.transposed
+    assert measured.name == pass_.name.lower()
+
+
+def test_a_kernel_that_computes_something_else_is_not_timed(monkeypatch):
+    native = backends.get("native", "cpu")
+    monkeypatch.setattr(type(native), "dgrad", lambda self, problem, dy, w: torch.zeros(problem.x_shape))
+    with pytest.raises(layers.WrongResult, match="dgrad of .* by native is 1.0e[+]00 away .* rounding explains"):
+        layers.measure(problems.parse("x 1x8x9x9, w 8x8x3x3"), 1, Pass.DGRAD, seconds=0.0)
+
+
+def test_the_bound_knows_of_tf32(monkeypatch):
+    on_cpu = ConvProblem(1, 8, 7, 7, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1)
+    on_gpu, strict = dataclasses.replace(on_cpu, device="cuda"), bound_of(Pass.FPROP, on_cpu)
+    monkeypatch.setattr(sys.modules[bound_of.__module__], "tf32_is_allowed", lambda: True)
+    assert bound_of(Pass.FPROP, on_cpu) == strict < 2**-11 < bound_of(Pass.FPROP, on_gpu)
+    monkeypatch.setattr(sys.modules[bound_of.__module__], "tf32_is_allowed", lambda: False)
+    assert bound_of(Pass.FPROP, on_gpu) == strict
 
 
 def test_regret_is_what_the_selection_gives_away():
@@ -177,10 +240,14 @@ def test_a_case_gives_timings_of_eager_and_convext(train):
     assert outcome.agreement["convext"].ok
     assert "resnet18" in model.images_per_second(outcome)
     assert model.table([outcome]).rows[0][:3] == ["resnet18", str(1 + train), "1"]
-    assert ("memory" in outcome.as_json()) is train
-    assert [row[:2] for row in model.memory_table([outcome]).rows] == [["resnet18", "2"]] * train
+    (row,) = model.memory_table([outcome]).rows
+    assert row[:2] == ["resnet18", str(1 + train)] and len(row) == (6 if train else 4)
+    eager, ours = (outcome.as_json()["memory"][name] for name in ("eager", "convext"))
+    if not train:
+        assert eager["saved_bytes"] == ours["saved_bytes"] == 0
+        assert ours["peak_bytes"] > 0
+        assert eager["peak_bytes"] >= 2 * 4 * 64 * 112 * 112  # the first convolution's result, and its batch norm's
     if train:
-        eager, ours = (outcome.as_json()["memory"][name] for name in ("eager", "convext"))
         assert 0 < ours["saved_bytes"] < eager["saved_bytes"] < eager["peak_bytes"]
         assert ours["saved_bytes"] < ours["peak_bytes"] < eager["peak_bytes"]
 
@@ -235,7 +302,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
         model.run(model.Case("resnet18", 1, 1), seconds=0.0)
 
 
-@pytest.mark.parametrize("name", ["eager channels-last", "ONNX Runtime", "OpenVINO"])
+@pytest.mark.parametrize("name", ["eager channels-last", "ONNX Runtime", "OpenVINO", "ncnn", "MNN"])
 def test_peers_compute_the_same(name):
     network, x = small_network().eval(), torch.randn(2, 3, 16, 16)
     expected = inference.prepare(network, x).result()
@@ -248,8 +315,49 @@ def test_peers_compute_the_same(name):
 
 def test_a_peer_that_is_not_installed_is_skipped_with_the_reason(monkeypatch):
     monkeypatch.setattr(inference.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(Skipped, match="openvino not installed"):
-        inference.PEERS["OpenVINO"](small_network(), torch.randn(1, 3, 8, 8), 1)
+    for name, install in {
+        "OpenVINO": "openvino not installed: pip install openvino",
+        "zentorch": "zentorch, deprecated, safetensors not installed: pip install zentorch deprecated safetensors",
+        "ncnn": "ncnn, pnnx not installed: pip install ncnn pnnx",
+        "MNN": "onnx, MNN not installed: pip install onnx MNN",
+        "ExecuTorch": "executorch not installed: pip install executorch",
+    }.items():
+        with pytest.raises(Skipped, match=install):
+            inference.PEERS[name](small_network(), torch.randn(1, 3, 8, 8), 1)
+
+
+def test_a_zentorch_for_another_torch_is_skipped_with_both_releases(monkeypatch):
+    monkeypatch.setattr(inference, "_require", lambda *packages: None)
+    monkeypatch.setattr(inference.importlib.metadata, "version", lambda name: "1.99.0.1")
+    with pytest.raises(Skipped, match=r"zentorch 1.99.0.1 is for torch 1.99, this is torch \d"):
+        inference.PEERS["zentorch"](small_network(), torch.randn(1, 3, 8, 8), 1)
+
+
+@pytest.mark.parametrize("name", ["ncnn", "MNN", "ExecuTorch"])
+def test_an_engine_that_would_take_another_type_is_not_asked(name):
+    with pytest.raises(Skipped, match="float32 alone, not bfloat16"):
+        inference.PEERS[name](small_network(), torch.randn(1, 3, 8, 8, dtype=torch.bfloat16), 1)
+
+
+def test_a_converter_that_fails_is_told_in_one_line(tmp_path):
+    with pytest.raises(Skipped, match="^its converter failed with status 3: no such thing$"):
+        inference._run([sys.executable, "-c", "import sys; print('no such thing'); sys.exit(3)"], str(tmp_path))
+
+
+def test_a_peer_that_raises_or_errs_is_told_and_the_others_go_on(monkeypatch):
+    def raises(network, x, threads):
+        raise ValueError("no\nsuch luck")
+
+    def errs(network, x, threads):
+        right = inference.prepare(network, x)
+        return dataclasses.replace(right, result=lambda: right.result() * 1.1)
+
+    monkeypatch.setitem(inference.PEERS, "ncnn", raises)
+    monkeypatch.setitem(inference.PEERS, "MNN", errs)
+    outcome = model.run(model.Case("resnet18", 1, 1), peers=["ncnn", "MNN", "eager channels-last"], seconds=0.0)
+    assert set(outcome.timings) == {"eager", "convext", "eager channels-last"}
+    assert outcome.skipped["ncnn"] == f"it raised ValueError: no (torch {torch.__version__})"
+    assert outcome.skipped["MNN"].startswith("its result is 1.0e-01 away")
 
 
 def test_a_training_step_moves_weights_and_result_puts_them_back():
@@ -318,18 +426,18 @@ def test_what_stands_for_aten_on_a_gpu_computes_the_pass(pass_, fused, depthwise
         return
     problem = ConvProblem(2, 8, 7, 6, 8, 3, 3, 2, 1, 1, 1, 1, 1, 8 if depthwise else 1)
     operands = operands_of(pass_, problem)
-    theirs = layers._aten_call(pass_, problem, operands, fused)()
+    theirs = layers._aten_call(pass_, Layer(problem), operands, fused)()
     if isinstance(theirs, tuple):
         theirs = next(t for t in theirs if t is not None)
-    ours = layers._call("native", pass_, problem, operands, fused)()
+    ours = layers._call("native", pass_, Layer(problem), operands, fused)()
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
 
 
 def test_fused_rows_are_for_gpus():
     on_cpu = ConvProblem(1, 8, 7, 7, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1)
     on_gpu = dataclasses.replace(on_cpu, device="cuda")
-    assert [fused for *_, fused in layers.jobs({on_cpu: 1}, list(Pass))] == [False] * 3
-    assert [(p, fused) for _, _, p, fused in layers.jobs({on_gpu: 2}, list(Pass))] == [
+    assert [fused for *_, fused in layers.jobs({Layer(on_cpu): 1}, list(Pass))] == [False] * 3
+    assert [(p, fused) for _, _, p, fused in layers.jobs({Layer(on_gpu): 2}, list(Pass))] == [
         (Pass.FPROP, False),
         (Pass.FPROP, True),
         (Pass.DGRAD, False),
@@ -344,8 +452,8 @@ def test_table_has_a_column_for_each_backend_and_leaves_out_what_was_not_measure
     grid = layers.table([row], Ceilings("X", "products", flops=problem.flops / 0.5, copy_bytes=1e12))
     assert dict(zip(grid.columns, grid.rows[0])) == {
         "layer": "8×7×7 -> 8, 3×3", "n": "3", "pass": "fprop + bn + relu", "aten, ms": "2000.000", "native, ms": "–",
-        "native, ×": "–", "triton, ms": "1000.000", "triton, ×": "2.00", "GFLOP/s": "0", "of ceiling": "50% flops",
-        "selected": "v"}  # fmt: skip
+        "native, ×": "–", "triton, ms": "1000.000", "triton, ×": "2.00", "GFLOP/s": "0", "GB/s": "0.0",
+        "of ceiling": "50% flops", "selected": "v"}  # fmt: skip
     assert "behind ATen on 0 of 1 layers" in layers.summary([row])
 
 

@@ -1,0 +1,233 @@
+"""The figures of README.md, out of the files in benchmarks/results: tables, sentences and pictures, so that none of
+them is typed by hand.
+
+In the README each part stands between `<!-- figures: NAME -->` and `<!-- end of NAME -->`; `convext bench figures`
+writes what is in between anew, and the pictures in benchmarks/pictures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import statistics
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..options import UsageError
+from . import charts, page, results
+from .page import Contents
+from .problems import ROOT
+from .shapes import NOISE
+from .tables import Grid
+
+NAMES = {
+    "resnet18": "ResNet-18",
+    "resnet50": "ResNet-50",
+    "deeplabv3_resnet50": "DeepLabV3-ResNet-50",
+    "mobilenet_v2": "MobileNetV2",
+    "mobilenet_v3_large": "MobileNetV3-Large",
+    "efficientnet_b0": "EfficientNet-B0",
+    "convnext_tiny": "ConvNeXt-T",
+}
+ENGINES = ("convext", "ONNX Runtime", "OpenVINO")
+
+
+def contents(name: str, root: Path = ROOT) -> Contents:
+    """A file of benchmarks/results."""
+    return results.read(root / "benchmarks" / "results" / f"{name}.json")
+
+
+def _rows(found: Contents, **wanted: Any) -> Iterator[dict[str, Any]]:
+    return (row for row in found["results"] if all(row["case"][key] == value for key, value in wanted.items()))
+
+
+def _models(found: Contents) -> list[str]:
+    return list(dict.fromkeys(row["case"]["model"] for row in found["results"]))
+
+
+def _times(row: dict[str, Any], name: str, over: str = "eager") -> float:
+    """How many times as fast one contender is as another: the median over rounds beside eager, else of both medians."""
+    candidates = row["candidates"]
+    if over == "eager":
+        return float(candidates[name]["times_eager"])
+    return float(candidates[over]["median_s"] / candidates[name]["median_s"])
+
+
+def inference(root: Path = ROOT) -> str:
+    """Times as fast as eager, a row a network and batch, on one thread and on two; the fastest in bold."""
+    found = contents("cpu_inference", root)
+    two = [f"{ENGINES[0]}, 2 threads", *ENGINES[1:]]
+    grid = Grid(["network", "batch", *ENGINES, *two])
+    for model in _models(found):
+        for batch in sorted({row["case"]["batch"] for row in _rows(found, model=model)}):
+            cells = [NAMES[model], str(batch)]
+            for threads in (1, 2):
+                (row,) = _rows(found, model=model, batch=batch, threads=threads)
+                ratios = [_times(row, name) if name in row["candidates"] else None for name in ENGINES]
+                best = max(ratio for ratio in ratios if ratio is not None)
+                bold = ["**" * (ratio == best) for ratio in ratios]
+                cells += ["–" if r is None else f"{mark}{r:.2f}{mark}" for r, mark in zip(ratios, bold)]
+            grid.rows.append(cells)
+    return grid.markdown()
+
+
+def training(root: Path = ROOT) -> str:
+    """A step's times as fast as eager's in channels_last, a row a number of threads."""
+    found = contents("cpu_training", root)
+    grid = Grid(["threads", *(NAMES[model] for model in _models(found))], names=0)
+    for threads in sorted({row["case"]["threads"] for row in found["results"]}):
+        rows = [row for model in _models(found) for row in _rows(found, model=model, threads=threads)]
+        grid.rows.append([str(threads), *(f"{_times(row, 'convext', 'eager channels-last'):.2f}" for row in rows)])
+    return grid.markdown()
+
+
+_COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def compiled(root: Path = ROOT) -> str:
+    found = contents("cpu_torch_compile", root)
+    ratios = [_times(row, "convext", "torch.compile, freezing") for row in found["results"]]
+    return (
+        "On one thread, with one and eight images, "
+        f"{_COUNTS[len(_models(found))]} of these networks are {statistics.geometric_mean(ratios):.2f} times as fast "
+        f"as under `torch.compile` with freezing in geometric mean, each {min(ratios):.2f} to {max(ratios):.2f} times "
+        "([figures](benchmarks/results/cpu_torch_compile.json))."
+    )
+
+
+def bfloat16(root: Path = ROOT) -> str:
+    found, told = contents("cpu_bfloat16", root), []
+    for model in _models(found):
+        ratios = [_times(row, "convext", "OpenVINO") for row in _rows(found, model=model)]
+        told.append(f"{NAMES[model]} at {min(ratios):.2f} to {max(ratios):.2f}")
+    return (
+        f"In `bfloat16`, on a CPU that multiplies it, convext runs {' and '.join(told)} times the speed of "
+        "OpenVINO's `bfloat16`, over one and eight images and one and two threads "
+        "([figures](benchmarks/results/cpu_bfloat16.json))."
+    )
+
+
+def shapes(root: Path = ROOT) -> str:
+    """Of `convext bench shapes`."""
+    found = contents("cpu_shapes", root)
+    within, by_model, tuned = 0, [], []
+    for row in found["results"]:
+        seconds = row["seconds"]
+        aten = next(value for name, value in seconds.items() if name.startswith("aten "))
+        within += min(seconds.values()) >= 0.9 * seconds[row["by the cost model"]]
+        by_model.append(aten / seconds[row["by the cost model"]])
+        tuned.append(aten / seconds[row["tuned"]])
+    count = len(by_model)
+    behind = [sum(ratio < 1 - NOISE for ratio in ratios) for ratios in (by_model, tuned)]
+    return (
+        "Single convolutions of shapes drawn at random, all three passes, both memory formats, one thread, `convext "
+        f"bench shapes {count}` ([figures](benchmarks/results/cpu_shapes.json)): "
+        f"{statistics.geometric_mean(by_model):.2f} times as fast as ATen in geometric mean, and "
+        f"{statistics.geometric_mean(tuned):.2f} times after `convext.tune`. The cost model's choice is within 10 % of "
+        f"the best in {within / count * 100:.0f} %; it is slower than ATen by more than {NOISE * 100:.0f} % in "
+        f"{behind[0]} of {count} (at worst {min(by_model):.2f} times as fast), the tuned one in {behind[1]} "
+        f"({min(tuned):.2f}): it is ATen only where that is faster in three rounds of four, alone and with a batch "
+        "norm and an activation behind it."
+    )
+
+
+def layers(root: Path = ROOT) -> str:
+    """Of `convext bench layers`: each file's sums, losses counted."""
+    told = []
+    for model in ("resnet50", "mobilenet_v2"):
+        found = contents(f"cpu_layers_{model}", root)
+        link = f"[{NAMES[model]}](benchmarks/results/cpu_layers_{model}.json)"
+        ratios, behind = {}, sum(before < after for before, after in map(page.before_after, found["results"]))
+        for name in dict.fromkeys(row["pass"] for row in found["results"]):
+            pairs = [(row["count"], *page.before_after(row)) for row in found["results"] if row["pass"] == name]
+            ratios[name] = sum(n * before for n, before, _ in pairs) / sum(n * after for n, _, after in pairs)
+        passes = ", ".join(f"{ratio:.2f} in {name}" for name, ratio in ratios.items())
+        told.append(f"{link} {passes}, behind ATen on {behind} of {len(found['results'])}")
+    return (
+        "Layer by layer beside ATen, `convext bench layers`, one thread, times as fast over all layers as often as "
+        f"they run: {'; '.join(told)}. The command prints each layer's share of the FMA units' or the memory's speed."
+    )
+
+
+PARTS: dict[str, Callable[[Path], str]] = {
+    "inference": inference,
+    "torch.compile": compiled,
+    "training": training,
+    "bfloat16": bfloat16,
+    "layers": layers,
+    "shapes": shapes,
+}
+
+
+def _between(name: str) -> re.Pattern[str]:
+    name = re.escape(name)
+    return re.compile(rf"(<!-- figures: {name} -->\n)(.*?)(\n<!-- end of {name} -->)", re.S)
+
+
+def parts(root: Path = ROOT) -> dict[str, str]:
+    """What stands in the README between the marks of each name."""
+    made = {name: make(root) for name, make in PARTS.items()}
+    filled = {name: text if text.startswith("|") else _filled(text) for name, text in made.items()}
+    return filled | {name: _embedded(name) for name in PICTURES}
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+# Name of a picture -> (what it says to those who do not see it, the chart).
+PICTURES: dict[str, tuple[str, Callable[[Path], charts.Chart]]] = {
+    "speed_up": (
+        "Times as fast as eager PyTorch of seven networks, batch 1, one thread: convext, ONNX Runtime, OpenVINO, and "
+        "eager channels-last; the figures are those of the table below",
+        lambda root: next(page.bars_by_network(contents("cpu_inference", root), NAMES)),
+    ),
+    "roofline": (
+        "GFLOP/s of every layer and pass of ResNet-50, ATen's and the selected kernel's, under the roof of the machine",
+        lambda root: page.roofline(contents("cpu_layers_resnet50", root)),
+    ),
+}
+THEMES = {"light": charts.LIGHT, "dark": charts.DARK}
+
+
+def _embedded(name: str) -> str:
+    place, told = f"benchmarks/pictures/{name}", PICTURES[name][0]
+    return "\n".join(
+        (
+            "<picture>",
+            f'<source media="(prefers-color-scheme: dark)" srcset="{place}_dark.png">',
+            f'<img alt="{told}" src="{place}_light.png" width="560">',
+            "</picture>",
+        )
+    )
+
+
+def digest(chart: charts.Chart) -> str:
+    """Of all that a chart says: a picture carries it, so that one that is out of date is found."""
+    return hashlib.sha256(repr(chart).encode()).hexdigest()[:16]
+
+
+def write(root: Path = ROOT) -> list[Path]:
+    """Writes README.md and the pictures anew; returns the files. Raises UsageError where there is no source tree, or a
+    part has no place in the README."""
+    readme = root / "README.md"
+    if not (root / "benchmarks" / "results").is_dir() or not readme.exists():
+        raise UsageError(
+            "bench figures: README.md and benchmarks/results are in the sources: run it in the source tree"
+        )
+    text = readme.read_text(encoding="utf-8")
+    for name, part in parts(root).items():
+        text, count = _between(name).subn(lambda found, part=part: found[1] + part + found[3], text)
+        if count != 1:
+            raise UsageError(f"bench figures: README.md has {count} places for {name!r}, expected one")
+    readme.write_text(text, encoding="utf-8")
+    written = [readme]
+    (root / "benchmarks" / "pictures").mkdir(exist_ok=True)
+    for name, (_, make) in PICTURES.items():
+        chart = make(root)
+        for theme, colours in THEMES.items():
+            written.append(root / "benchmarks" / "pictures" / f"{name}_{theme}.png")
+            charts.write(chart, written[-1], colours, digest(chart))
+    return written
