@@ -80,8 +80,13 @@ def demo(
 
 @app.command()
 def tune(
-    name: Annotated[Optional[str], typer.Argument(metavar="[MODEL]")] = None,
-    batch: Batch = "1",
+    name: Annotated[
+        Optional[str],
+        typer.Argument(metavar="[MODEL|FILE]", help="A network of torchvision's, or a shape file (bench layers)."),
+    ] = None,
+    batch: Annotated[
+        Optional[str], typer.Option(metavar="N", help="Images at a time; default: 1, and of a file what it says.")
+    ] = None,
     threads: Threads = None,
     device: Device = "cpu",
     dtype: DTypeOption = DType.float32,
@@ -98,16 +103,16 @@ def tune(
 ) -> None:
     """Measure who computes each convolution of a network fastest here, and keep it for every process.
 
-    Each is measured by itself, and with the batch norm, sum and activation that a swapped network fuses with it. An
-    interrupted run goes on where it stopped. `convext explain` says what was found of a layer. --export and --import
-    carry what was found to other machines of the kind, with the same build.
+    Each is measured by itself, and with the batch norm, sum and activation that a swapped network fuses with it; the
+    layers of a shape file by themselves. An interrupted run goes on where it stopped. `convext explain` says what was
+    found of a layer. --export and --import carry what was found to other machines of the kind, with the same build.
     """
     from .backends import tuned
 
     if name is None and export is None and import_ is None:
-        raise UsageError("tune: expected a MODEL, --export FILE or --import FILE")
+        raise UsageError("tune: expected a MODEL, a FILE, --export FILE or --import FILE")
     options.output("--export", export)
-    place, images = options.device(device), options.integer("--batch", batch)
+    place, images = options.device(device), None if batch is None else options.integer("--batch", batch)
     choices = tuned.of(place.type)
     if import_ is not None:
         try:
@@ -125,32 +130,53 @@ def tune(
 
 def _tune(
     name: str,
-    images: int,
+    images: Optional[int],
     threads: Optional[str],
     place: torch.device,
     dtype: DType,
     memory_format: MemoryFormat,
     **how: Any,
 ) -> None:
-    _needs("demo", "torchvision")
-    import convext
-
-    from . import zoo
-
     with _threads(threads), _progress() as progress:
-        network = zoo.build(name, calibrated=False)[0].to(place, dtype.torch, memory_format=memory_format.torch)  # type: ignore[call-overload]
-        x = zoo.sample(name, images).to(place, dtype.torch, memory_format=memory_format.torch)
         task = progress.add_task(name, total=1)
 
         def advance(done: int, total: int, what: str) -> None:
             progress.update(task, completed=done, total=max(total, 1), description=what or name)
 
         try:
-            tuned = convext.tune(convext.swap(network), x, on_progress=advance, **how)
+            run = _tune_file if Path(name).is_file() else _tune_network
+            tuned = run(name, images, place, dtype, memory_format, on_progress=advance, **how)
         except KeyboardInterrupt:
             print("convext: stopped; what was measured is kept, the same command goes on from there", file=sys.stderr)
             raise typer.Exit(130) from None
     print(tuned)
+
+
+def _tune_network(
+    name: str, images: Optional[int], place: torch.device, dtype: DType, memory_format: MemoryFormat, **how: Any
+) -> object:
+    _needs("demo", "torchvision")
+    import convext
+
+    from . import zoo
+
+    network = zoo.build(name, calibrated=False)[0].to(place, dtype.torch, memory_format=memory_format.torch)  # type: ignore[call-overload]
+    x = zoo.sample(name, images or 1).to(place, dtype.torch, memory_format=memory_format.torch)
+    return convext.tune(convext.swap(network), x, **how)
+
+
+def _tune_file(
+    name: str, images: Optional[int], place: torch.device, dtype: DType, memory_format: MemoryFormat, **how: Any
+) -> object:
+    from .bench import problems
+    from .tune import tune_layers
+
+    channels_last = memory_format is MemoryFormat.channels_last
+    layers = {
+        problems.placed(layer, batch=images, dtype=dtype.torch, device=place.type, channels_last=channels_last): count
+        for layer, count in problems.read(Path(name)).items()
+    }
+    return tune_layers(layers, place, **how)
 
 
 @app.command()

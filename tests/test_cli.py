@@ -53,7 +53,7 @@ def test_options_take_several_integers(given, joined):
         ("bench layers --from-model resnet51", "got 'resnet51', expected a network of torchvision's"),
         ("bench shape-files nowhere", "FOLDER: got 'nowhere', expected an existing folder"),
         ("tune resnet51", "got 'resnet51', expected a network of torchvision's"),
-        ("tune", "tune: expected a MODEL, --export FILE or --import FILE"),
+        ("tune", "tune: expected a MODEL, a FILE, --export FILE or --import FILE"),
         ("tune --import nowhere.json", "--import: got 'nowhere.json', expected a file that --export wrote"),
         ("tune resnet18 --batch 0", "--batch: got '0', expected an integer of at least 1"),
         ("explain resnet18 nowhere", "LAYER: no convolution 'nowhere'; there are conv1, layer1.0.conv1"),
@@ -211,6 +211,32 @@ def test_bench_shapes_says_how_good_the_choice_is(tmp_path, capsys):
     assert len(found["results"]) == 6 and found["machine"]["seed"] == 0 and found["machine"]["threads"] == 1
     assert list(shapes.draw(6)) == list(shapes.draw(6)) != list(shapes.draw(6, seed=1))
     assert all(one["by the cost model"] in one["seconds"] for one in found["results"])
+
+
+def test_tune_reads_shape_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CONVEXT_CACHE", str(tmp_path / "cache"))
+    tuned.forget()
+    file = tmp_path / "shapes.txt"
+    file.write_text(
+        "3: x 1x8x10x10, w 16x8x3x3, padding 1\n"
+        "1: x 2x8x32, w 16x8x3  # a row\n"
+        "1: transposed x 1x8x9x9, w 8x4x3x3, stride 2\n"
+    )
+    arguments = ["tune", str(file), "--seconds", "0", "--threads", "1"]
+    assert cli.main(arguments) == 0
+    assert "3 measured, 0 known before" in capsys.readouterr().out
+    keys = [*tuned.of("cpu").choices]
+    assert [key.split()[:4] for key in keys] == [
+        ["fprop", "1", "8", "10"], ["fprop", "2", "8", "1"], ["dgrad", "1", "4", "19"],
+    ]  # fmt: skip
+    assert cli.main([*arguments, "--train"]) == 0
+    assert "6 measured, 3 known before" in capsys.readouterr().out
+    assert cli.main([*arguments, "--batch", "4", "--memory-format", "channels-last"]) == 0
+    assert any(key.startswith("fprop 4 8 10 10 16") and "NHWC NHWC" in key for key in tuned.of("cpu").choices)
+    file.write_text("x 1x8x10x10\n")
+    assert cli.main(arguments) == 2
+    assert f"FILE: got '{file}:1', expected a line of a shape file" in capsys.readouterr().err
+    tuned.forget()
 
 
 def test_tune_stops_and_goes_on(tmp_path, monkeypatch, capsys):

@@ -151,6 +151,27 @@ def layers(root: Path = ROOT) -> str:
     )
 
 
+# Kind of call in a file of `convext bench host` -> how the README calls it.
+_CALLS = {
+    "conv2d": "`conv2d`",
+    "conv2d, recorded": "with its graph recorded",
+    "conv2d and its backward": "and its backward pass run",
+    "layer, recorded": "`Conv2d`, recorded",
+    "swapped layer, recorded": "a swapped `torch.nn.Conv2d`, recorded",
+    "swapped layer": "without gradients",
+}
+
+
+def host(root: Path = ROOT) -> str:
+    """Of `convext bench host`: microseconds a call."""
+    rows = {row["what"]: row for row in contents("cpu_host", root)["results"]}
+    grid = Grid(["", "PyTorch", "convext", "times PyTorch's"])
+    for what, told in _CALLS.items():
+        pytorch, convext = (f"{rows[what][name]['seconds'] * 1e6:.2f}" for name in ("pytorch", "convext"))
+        grid.rows.append([told, pytorch, convext, f"{rows[what]['ratio']:.2f}"])
+    return grid.markdown()
+
+
 PARTS: dict[str, Callable[[Path], str]] = {
     "inference": inference,
     "torch.compile": compiled,
@@ -158,6 +179,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "bfloat16": bfloat16,
     "layers": layers,
     "shapes": shapes,
+    "host": host,
 }
 
 

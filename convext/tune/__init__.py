@@ -3,6 +3,6 @@
 from . import first_sight  # noqa: F401 (tells the selection who measures)
 from .explain import Explanation, explain
 from .measure import Measured, measure
-from .tuner import Tuned, tune
+from .tuner import Tuned, tune, tune_layers
 
-__all__ = ["Explanation", "Measured", "Tuned", "explain", "measure", "tune"]
+__all__ = ["Explanation", "Measured", "Tuned", "explain", "measure", "tune", "tune_layers"]

@@ -127,6 +127,22 @@ def tune(
     return _tuned(list(dict.fromkeys([*runs, *jobs])), counts, x.device, again, seconds, on_progress)
 
 
+def tune_layers(
+    layers: dict[problems.Layer, int],
+    device: torch.device,
+    *,
+    train: bool = False,
+    again: bool = False,
+    seconds: float = SECONDS,
+    on_progress: Callable[[int, int, str], object] = lambda done, total, what: None,
+) -> Tuned:
+    """The same of layers by themselves, with how often each runs (`bench.problems.read`), as they are."""
+    passes = Pass if train else (Pass.FPROP,)
+    jobs = [(layer.computes(pass_), layer.problem, "") for layer in layers for pass_ in passes]
+    counts = {layer.problem: count for layer, count in layers.items()}
+    return _tuned(list(dict.fromkeys(jobs)), counts, device, again, seconds, on_progress)
+
+
 def _tuned(
     jobs: list[Job],
     counts: dict[ConvProblem, int],
