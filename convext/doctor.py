@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 from . import __version__, backends
-from .backends import bindings, compiled_calls, native, tuned
+from .backends import bindings, compiled_calls, costs, native, tuned
 from .backends.tuned import cpu_name
 from .bench.machine import commit, version
 
@@ -19,7 +19,7 @@ PACKAGES = ("torchvision", "triton", "numpy", "onnxruntime", "openvino")
 
 def report() -> str:
     """The whole report, one `section: value` or indented line each."""
-    sections = [_versions(), _build(), _cpu(), _gpus(), _backends(), _choices(), _caches()]
+    sections = [_versions(), _build(), _cpu(), _gpus(), _backends(), _choices(), _costs(), _caches()]
     return "\n".join(line for section in sections for line in section)
 
 
@@ -110,6 +110,13 @@ def _choices() -> list[str]:
         where = f"in {path}" if path.exists() else f"none, {path.parent} is where they would be"
     aside = [f"  put aside: {name}, {reason}" for name, reason in kept.aside.items()]
     return [f"choices measured by convext.tune: {len(kept.choices)}, kept {where}", *aside]
+
+
+def _costs() -> list[str]:
+    """The tables by which the CPU's kernels and ATen are chosen where nothing was measured."""
+    if native.BACKEND.unavailable("cpu") is not None:
+        return ["tables of costs: none, the compiled library is off"]
+    return ["tables of costs, the first before the others:", *(f"  {source}" for source in costs.sources())]
 
 
 def _caches() -> list[str]:

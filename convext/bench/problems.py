@@ -36,6 +36,20 @@ def collect(model: nn.Module, x: torch.Tensor) -> dict[ConvProblem, int]:
     return dict(seen)
 
 
+def unet(images: int, dtype: torch.dtype = torch.float32) -> list[ConvProblem]:
+    """The distinct convolutions of a U-Net in channels_last, over pictures of 256x256: four levels of 64 filters and
+    twice as many each, two 3x3 a level and side, padded."""
+    filters, found = (64, 128, 256, 512, 1024), []
+    down = [(c, k, level) for level, (c, k) in enumerate(zip((3, *filters), filters))]
+    up = [(2 * k, k, level) for level, k in reversed([*enumerate(filters[:-1])])]
+    for channels, k, level in down + up:
+        for c in (channels, k):
+            x = torch.empty(images, c, 256 >> level, 256 >> level, dtype=dtype, device="cpu")
+            w = torch.empty(k, c, 3, 3, dtype=dtype, device="cpu")
+            found.append(ConvProblem.of_fprop(x.to(memory_format=torch.channels_last), w, Geom((1, 1), (1, 1))))
+    return list(dict.fromkeys(found))
+
+
 def title(problem: ConvProblem) -> str:
     """The problem in a few characters: `64×56×56 -> 64, 3×3 /2 d1 g1`, ones left out."""
     text = f"{problem.c}×{problem.h}×{problem.w} -> {problem.k}, {problem.r}×{problem.s}"
