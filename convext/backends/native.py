@@ -420,20 +420,22 @@ class NativeCpu(Backend):
         p = problem
         plan = _plan(pass_, p)
         assert plan is not None
-        kernel = kernels()[plan.variant]
-        if p.dtype is DType.BFLOAT16 and _has_bf16_dot() and not p.is_depthwise:
-            plain = kernel["dtype"] != p.dtype and kernel["algorithm"] != "winograd"
-            if plain and (p.npq > costs.table().limits["bfloat16_pixels"] or pass_ is Pass.WGRAD):
-                return "ATen multiplies bfloat16 with this CPU's bfloat16 instructions, twice as fast as float32"
-        if p.axes == 3:
-            return None if p.is_depthwise else _slower_volume(pass_, p)
-        theirs = costs.aten_seconds(pass_, p)
+        theirs = None if p.axes == 3 else costs.aten_seconds(pass_, p)
         if theirs is None:
-            return None
+            return self._slower_by_limits(pass_, p, kernels()[plan.variant])
         own = _C.cost(plan.variant, _arriving(p))
         if pass_ is Pass.FPROP and compiled_calls.library is not None:
             own -= costs.table().limits["call_saving"]
         return None if own <= theirs else f"{own * 1e6:.1f} µs expected, ATen's {theirs * 1e6:.1f}"
+
+    @staticmethod
+    def _slower_by_limits(pass_: Pass, p: ConvProblem, kernel: dict[str, Any]) -> str | None:
+        """Where no table says what ATen takes."""
+        if p.dtype is DType.BFLOAT16 and _has_bf16_dot() and not p.is_depthwise:
+            plain = kernel["dtype"] != p.dtype and kernel["algorithm"] != "winograd"
+            if plain and (p.npq > costs.table().limits["bfloat16_pixels"] or pass_ is Pass.WGRAD):
+                return "ATen multiplies bfloat16 with this CPU's bfloat16 instructions, twice as fast as float32"
+        return None if p.axes == 2 or p.is_depthwise else _slower_volume(pass_, p)
 
     def slower_transposed(self, problem: ConvProblem) -> str | None:
         p = problem

@@ -1,7 +1,8 @@
 """The table of costs of this machine (backends/costs.py): what it is measured on, how it is fitted, how good it is.
 
-Measured are problems drawn at random: shapes of every kind and the layers that networks are made of, in turns. Of each,
-every kernel that takes it and ATen are timed in turns, by the thread's own clock, on one thread.
+Measured are problems drawn at random: shapes of every kind, layers that networks are made of, and groups of few
+channels, in turns. Of each, every kernel that takes it and ATen are timed in turns, by the thread's own clock, on one
+thread.
 
 A row of the table, a kernel's or a way of ATen's, is what makes
 
@@ -92,10 +93,11 @@ def read_samples(path: Path) -> list[Sample]:
 
 
 def problems(seed: int) -> Iterator[tuple[Pass, ConvProblem]]:
-    """Without end, the same for each seed: shapes of every kind and layers of networks, in turns. Two of ten are in
-    float64 and bfloat16."""
+    """Without end, the same for each seed: shapes of every kind, layers of networks and groups of few channels, in
+    turns. Two of ten are in float64 and bfloat16."""
     dtypes = [*[torch.float32] * 4, torch.float64, *[torch.float32] * 4, torch.bfloat16]
-    by_dtype = {dtype: (shapes.draw(None, seed, dtype), shapes.draw_layers(None, seed, dtype)) for dtype in dtypes}
+    draws = shapes.draw, shapes.draw_layers, shapes.draw_groups
+    by_dtype = {dtype: [draw(None, seed, dtype) for draw in draws] for dtype in dtypes}
     for pair in itertools.cycle([by_dtype[dtype] for dtype in dtypes]):
         for kind in pair:
             yield next(kind)

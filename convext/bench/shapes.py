@@ -84,6 +84,25 @@ def draw_layers(
             yield pass_, problem
 
 
+def draw_groups(
+    count: int | None, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[Pass, ConvProblem]]:
+    """The same of 2 to 32 groups of one to 16 channels, which have kernels of their own."""
+    rng, drawn = random.Random(seed), 0
+    while count is None or drawn < count:
+        groups, n, side = rng.choice((2, 4, 8, 16, 32)), rng.choice((1, 4, 8)), rng.choice((4, 7, 14, 28, 56))
+        c, k = (groups * rng.choice((1, 2, 4, 4, 8, 8, 16)) for _ in range(2))
+        taps, stride, dilation = rng.choice((1, 3, 3, 5, 7)), rng.choice((1, 1, 1, 2)), rng.choice((1, 1, 1, 2))
+        layout, pass_, padding = rng.choice((Layout.NCHW, Layout.NHWC)), rng.choice(list(Pass)), taps // 2 * dilation
+        problem = ConvProblem(
+            n, c, side, side, k, taps, taps, stride, stride, padding, padding, dilation, dilation, groups,
+            DTYPES[dtype], layout, layout, "cpu",
+        )  # fmt: skip
+        if problem.flops <= MOST_FLOPS:
+            drawn += 1
+            yield pass_, problem
+
+
 def _shares(measured: Sequence[Measured]) -> list[tuple[float, float, float]]:
     """Of each problem: the best's time over that of who serves without tuning, ATen's over that, ATen's over the tuned
     choice's."""

@@ -74,7 +74,7 @@ def test_on_every_instruction_set_all_kernels_and_limits_have_a_number():
 
 def test_no_problem_of_images_is_chosen_without_knowing_what_aten_takes():
     known = costs.table().aten
-    for draw in (shapes.draw, shapes.draw_layers):
+    for draw in (shapes.draw, shapes.draw_layers, shapes.draw_groups):
         assert {costs.aten_row(pass_, problem) for pass_, problem in draw(400, 3)} <= known.keys()
 
 

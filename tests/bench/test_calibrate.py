@@ -63,7 +63,7 @@ def test_a_table_is_fitted_from_synthetic_timings_and_chooses_by_them():
         {row: {term: s * 3 ** draw.uniform(-1, 1) for term, s in terms.items()} for row, terms in rows.items()}
         for rows in (here.kernels, here.aten)
     )
-    jobs = [*shapes.draw(600, 11), *shapes.draw_layers(600, 11)]
+    jobs = [job for draw in (shapes.draw, shapes.draw_layers, shapes.draw_groups) for job in draw(500, 11)]
     samples, compared = [], costs.compared_isas()
     try:
         costs.use(here._replace(kernels=kernels, aten=aten))
@@ -158,6 +158,12 @@ def test_layers_are_drawn_as_networks_have_them():
     assert drawn == [problem for _, problem in shapes.draw_layers(300, 4)]
     assert any(p.is_depthwise for p in drawn) and any(p.is_dilated for p in drawn) and any(p.c == 3 for p in drawn)
     assert {p.n for p in drawn} == {1, 8} and max(p.flops for p in drawn) <= shapes.MOST_LAYER_FLOPS
+
+
+def test_groups_are_drawn_of_few_channels():
+    drawn = [problem for _, problem in shapes.draw_groups(100, 4)]
+    assert all(1 < p.groups and p.c_per_group <= 16 and p.k_per_group <= 16 for p in drawn)
+    assert any(p.is_depthwise for p in drawn) and any(p.is_pointwise for p in drawn)
 
 
 def test_a_unet_has_its_papers_convolutions():
