@@ -25,8 +25,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from ..problem import ConvProblem, DType, Pass
 from . import tuned
 
@@ -280,13 +278,13 @@ def _hand_over(kernels: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def aten_row(pass_: Pass, p: ConvProblem) -> str:
-    """The row that speaks of what ATen does for a pass over images on the CPU.
+    """The row that speaks of what ATen does for a pass over images on one thread. With more it takes oneDNN's
+    kernels for some small 1x1 filters, too; but who serves, and so the result's last bits, must not depend on that.
 
     In float32 it takes oneDNN's kernels, or unfolds and multiplies (torch/csrc's use_mkldnn, in
     aten/src/ATen/native/Convolution.cpp): tests/backends/test_costs.py compares with what torch says."""
-    threads = torch.get_num_threads()
     strided = not p.is_unit_stride or p.dil_h > 1 or p.dil_w > 1
-    suits = strided or p.n >= 16 or not p.is_pointwise or threads > 1
+    suits = strided or p.n >= 16 or not p.is_pointwise
     large = p.groups > 1 or (p.r > 3 and p.s > 3) or p.n > 1 or p.x_size > _ONEDNN_LEAST
     onednn = p.dtype is DType.BFLOAT16 or p.dtype is DType.FLOAT32 and suits and large
     if onednn:
