@@ -363,11 +363,7 @@ def bench_calibrate(
             progress.update(task, completed=share, description=f"{done} problems")
 
         if not check:
-            jobs = calibrate.problems(1 if seed is None else seed)
-            try:
-                found = calibrate.collect(jobs, seconds, samples, advance)
-            except ValueError as error:
-                raise OptionError("--samples", str(samples), f"a file that this command wrote ({error})") from error
+            found = _samples(samples, calibrate.problems(1 if seed is None else seed), seconds, advance)
             fitted = calibrate.fit(found, costs.table().limits | {"call_saving": calibrate.call_saving()})
             assert path is not None
             calibrate.write(fitted, path)
@@ -377,13 +373,13 @@ def bench_calibrate(
             finally:
                 costs.use(None)
         else:
-            record = machine.record() | {"threads": 1, "dtype": dtype.value, "tables": costs.sources()}
+            record = machine.record() | {"threads": 1, "dtype": dtype.value, "tables": [*map(_name, costs.sources())]}
             asked = {f"{n} at a time": _layers(names or [], n, dtype) for n in options.integers("--batch", batch)}
             asked["shapes at random"] = list(shapes.draw(count, seed or 0, dtype.torch))
             todo = [(name, job) for name, jobs_of in asked.items() for job in jobs_of]
-            found = calibrate.collect(
-                (job for _, job in todo), math.inf, on_progress=lambda _, done: advance(done / len(todo), done)
-            )
+            found = _samples(samples, (job for _, job in todo), math.inf, lambda _, n: advance(n / len(todo), n))
+            if [(one.pass_, one.problem) for one in found] != [job for _, job in todo]:
+                raise OptionError("--samples", str(samples), "a file that the same command wrote, or none")
             groups = {name: [] for name in asked}
             besides = [calibrate.beside(problem) for _, problem in progress.track(asked["shapes at random"])]
             for (group, _), one in zip(todo, calibrate.check(found), strict=True):
@@ -399,6 +395,19 @@ def bench_calibrate(
         print(calibrate.said_of(besides))
     counts = f"{path} counts from now on" if not check and destination is None else ""
     print(counts or f"tables: {', '.join(costs.sources())}")
+
+
+def _name(path: str) -> str:
+    return Path(path).name
+
+
+def _samples(path: Optional[Path], jobs: Any, seconds: float, advance: Any) -> list[Any]:
+    from .bench import calibrate
+
+    try:
+        return calibrate.collect(jobs, seconds, path, advance)
+    except ValueError as error:
+        raise OptionError("--samples", str(path), f"a file that this command wrote ({error})") from error
 
 
 def _layers(names: list[str], images: int, dtype: DType) -> list[tuple[Any, Any]]:

@@ -64,7 +64,7 @@ ATEN_TERMS = {
     "full": "a multiplication and addition of blocks of channels on both sides",
     "tap": "a tap of an output pixel",
 }
-_UNMEASURED = 1e-9  # seconds of any term of a kernel that no table speaks of: fewer is better
+_UNMEASURED = 1e-6  # seconds of a term of a kernel that no table speaks of: one that was measured is preferred
 _NEVER = 1.0  # of a kernel that another always beats
 _EVERY = ("call", "product", "deep", "output", "x", "y", "weight")
 _BLOCK = 16  # channels that oneDNN and MKL lay side by side
@@ -263,14 +263,23 @@ def compared_isas() -> tuple[str, ...]:
 def _hand_over(kernels: Mapping[str, Mapping[str, float]]) -> None:
     from . import native
 
-    terms, compared = native_terms(), compared_isas()
+    terms, compared, known = native_terms(), compared_isas(), native.kernels()
+    # What the library does to operands before any kernel sees them, by what a kernel is for.
+    staging = {
+        (kernel["pass"], kernel["dtype"], kernel["isa"]): kernels[kernel["name"]]
+        for kernel in known
+        if kernel["algorithm"] == "direct" and kernel["name"] in kernels
+    }
     seconds = []
-    for kernel in native.kernels():
-        row = kernels.get(kernel["name"])
+    for kernel in known:
         if isa_class(kernel["isa"]) not in compared:
             seconds.append([_NEVER] * len(terms))
-        else:
-            seconds.append([_UNMEASURED if row is None else row.get(term, 0.0) for term in terms])
+            continue
+        row = kernels.get(kernel["name"])
+        if row is None:
+            staged = staging.get((kernel["pass"], kernel["dtype"], kernel["isa"]), {})
+            row = dict.fromkeys(terms, _UNMEASURED) | {term: staged.get(term, 0.0) for term in ("copy", "convert")}
+        seconds.append([row.get(term, 0.0) for term in terms])
     native._C.set_costs(seconds)
 
 

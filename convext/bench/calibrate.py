@@ -160,7 +160,7 @@ def call_saving() -> float:
             calls = {"bare": call, "served": lambda: conv2d(x, w)}
             timed = interleave(calls, seconds=0.3, min_rounds=20, visit=VISIT, clock=time.thread_time)
         saved[name] = timed["bare"].median - timed["served"].median
-    return max(0.0, saved["native"] - saved["aten"])
+    return float(f"{max(0.0, saved['native'] - saved['aten']):.3g}")
 
 
 def _bound(pass_: Pass, problem: ConvProblem) -> float:

@@ -218,6 +218,23 @@ def test_copies_count_where_the_kernel_does_not_read_the_order_that_arrives():
     assert native.work(direct, half)[convert] == half.x_size + half.y_size and native.work(direct, nchw)[convert] == 0
 
 
+def test_a_kernel_that_was_measured_comes_before_one_that_was_not():
+    """Whatever the problem, where the first has seconds as they are; of copies both have what the first's row says."""
+    isa = costs.compared_isas()[-1]
+    seconds = {"call": 5e-6, "product": 1e-9, "tap": 1e-9, "output": 1e-9, "operand": 1e-9, "copy": 1e-9}
+    known = {k["name"]: seconds for k in native.kernels() if k["algorithm"] == "direct"}
+    for lower in costs.compared_isas()[:-1]:
+        known |= {k["name"]: {"call": 1.0} for k in native.kernels() if k["isa"] == lower}
+    costs._hand_over(known)
+    try:
+        for pass_, problem in shapes.draw(100, 8):
+            index = native._C.select(0, int(pass_), native._arriving(problem))
+            assert native.kernels()[index]["name"] == f"{pass_.name.lower()}_direct_f32_{isa}"
+    finally:
+        costs.forget()
+        costs.table()
+
+
 def test_kernels_two_instruction_sets_below_are_not_chosen(use):
     """Where they are expected to take no time at all."""
     compared = costs.compared_isas()

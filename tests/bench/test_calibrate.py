@@ -196,6 +196,21 @@ def test_the_command_checks_and_keeps_the_figures(tmp_path, capsys):
     assert len(besides) == 3 and all(one["speed"] > 0 for one in besides)
 
 
+def test_the_command_judges_what_it_measured_before(tmp_path, capsys):
+    samples, path = tmp_path / "samples.jsonl", tmp_path / "choice.json"
+    arguments = ["bench", "calibrate", "--check", "--count", "2", "--samples", str(samples), "--json", str(path)]
+    assert cli.main(arguments) == 0
+    first = samples.read_text()
+    assert cli.main(arguments) == 0
+    assert samples.read_text() == first and len(first.splitlines()) == 2
+    assert [one["seconds"] for one in json.loads(path.read_text())["results"][:2]] == [
+        json.loads(line)["seconds"] for line in first.splitlines()
+    ]
+    capsys.readouterr()
+    assert cli.main([*arguments, "--seed", "9"]) == 2
+    assert "--samples" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
