@@ -308,20 +308,33 @@ def aten_work(pass_: Pass, p: ConvProblem) -> tuple[str, dict[str, float]]:
     row = aten_row(pass_, p)
     dgrad = pass_ is Pass.DGRAD
     columns, depth = (p.c_per_group, p.k_per_group) if dgrad else (p.k_per_group, p.c_per_group)
-    pixel_taps = p.npq * p.r * p.s
+    how = row.split(" ")[2]
+    pixel_taps: float = p.npq * p.r * p.s
+    if how.startswith("onednn"):  # its kernels skip taps that meet padding
+        pixel_taps *= _inside(p.h, p.p, p.r, p.stride_h, p.pad_h, p.dil_h)
+        pixel_taps *= _inside(p.w, p.q, p.s, p.stride_w, p.pad_w, p.dil_w)
     work: dict[str, float] = dict.fromkeys(_EVERY, 1.0)
     work["product"] = pixel_taps * p.groups * depth * _blocks(columns)
     work["deep"] = pixel_taps * p.groups * columns * _blocks(depth)
     work["output"] = (p.n * p.h * p.w if dgrad else p.npq) * p.groups * _blocks(columns)
     work["x"], work["y"], work["weight"] = p.x_size, p.y_size, p.w_size
-    how = row.split(" ")[2]
     if how.startswith("gemm"):
         work |= {"column": pixel_taps * p.c, "image": p.n, "group": p.n * p.groups, "flop": p.flops / 2}
     elif how == "onednn_groups":
-        work |= {"column": pixel_taps * p.c, "group": p.n * p.groups, "flop": p.flops / 2}
+        work |= {"column": pixel_taps * p.c, "group": p.n * p.groups, "flop": pixel_taps * p.k * p.c_per_group}
     elif how == "onednn":
         work |= {"full": pixel_taps * _blocks(p.c) * _blocks(p.k) * _BLOCK, "tap": pixel_taps}
     return row, {term: float(count) for term, count in work.items()}
+
+
+def _inside(extent: int, out: int, taps: int, stride: int, pad: int, dilation: int) -> float:
+    """Share of an axis' taps that meet the input and not the padding, over all outputs."""
+    met = 0
+    for tap in range(taps):
+        shift = tap * dilation - pad  # 0 <= i * stride + shift < extent
+        first, last = max(0, -(shift // stride)), min(out - 1, (extent - 1 - shift) // stride)
+        met += max(0, last - first + 1)
+    return met / (out * taps)
 
 
 def _blocks(channels: int) -> int:

@@ -61,15 +61,15 @@ def test_terms_are_those_of_the_library():
     assert tuple(costs.KERNEL_TERMS) == costs.native_terms()
 
 
-def test_on_every_instruction_set_all_kernels_and_limits_have_a_number():
-    lowest = costs.read(costs.PACKAGED / "portable.json")
-    assert lowest.limits.keys() == costs.LIMITS.keys()
+def test_on_every_instruction_set_the_kernels_and_limits_have_a_number():
+    """But for two that hardly any problem has where a vector is of four floats; such come last."""
+    convolutions = ("direct", "dilated", "winograd", "stem", "pointwise", "grouped", "depthwise")
     for isa in costs.ISAS:
-        known = costs.read(costs.PACKAGED / f"{isa}.json").kernels
-        convolutions = ("direct", "dilated", "winograd", "stem", "pointwise", "grouped", "depthwise")
+        found = costs.read(costs.PACKAGED / f"{isa}.json")
         mine = [k for k in native.kernels() if k["isa"] == isa and k["algorithm"] in convolutions]
-        missing = [kernel["name"] for kernel in mine if kernel["name"] not in known]
-        assert mine and not missing
+        missing = [kernel for kernel in mine if kernel["name"] not in found.kernels]
+        rare = [k for k in missing if k["algorithm"] in ("grouped", "depthwise")] if isa == "portable" else []
+        assert mine and missing == rare and found.limits.keys() == costs.LIMITS.keys()
 
 
 def test_no_problem_of_images_is_chosen_without_knowing_what_aten_takes():
@@ -312,6 +312,18 @@ def test_the_row_is_that_of_the_kernels_that_torch_takes(dtype):
                 assert native._is_onednns(problem) == ("onednn" in row), (row, problem)
     finally:
         torch.set_num_threads(before)
+
+
+def test_taps_that_meet_padding_are_not_atens_where_onednn_computes():
+    """One output in the middle of the image of one pixel has one tap of 7x7 inside; ATen's unfolded matrix has all."""
+    inside = costs.aten_work(Pass.FPROP, problem_of(2, 16, 1, 16, 7))
+    assert inside[0] == "float32 fprop onednn NHWC" and inside[1]["product"] == 2 * 16
+    unfolded = costs.aten_work(Pass.FPROP, problem_of(1, 16, 1, 16, 3))
+    assert unfolded[0] == "float32 fprop gemm NHWC" and unfolded[1]["product"] == 9 * 16
+    for extent, taps, stride, pad, dilation in ((5, 3, 1, 1, 1), (7, 5, 2, 3, 2), (4, 7, 3, 8, 1), (9, 1, 2, 0, 1)):
+        out = (extent + 2 * pad - dilation * (taps - 1) - 1) // stride + 1
+        met = sum(0 <= i * stride + t * dilation - pad < extent for i in range(out) for t in range(taps))
+        assert costs._inside(extent, out, taps, stride, pad, dilation) == met / (out * taps)
 
 
 def test_who_serves_does_not_depend_on_the_number_of_threads():
