@@ -207,10 +207,15 @@ def isa(request):
         _C.set_isa(request.param)
     except ValueError as error:
         pytest.skip(str(error))
-    # Nor is a kernel of the next instruction set below chosen, which half a vector may suit better.
-    never, wanted = dict.fromkeys(costs.native_terms(), 1.0), (request.param, request.param.removesuffix("_bf16"))
-    others = {kernel["name"]: never for kernel in native.kernels() if kernel["isa"] not in wanted}
-    costs.use(costs.Table({}, {}, others, {}))
+    # Nor is a kernel of the next instruction set below chosen, which half a vector may suit better, or one of AVX-512
+    # where AVX512-BF16 has its own.
+    next_best = request.param.removesuffix("_bf16")
+    seconds = {
+        kernel["name"]: dict.fromkeys(costs.native_terms(), 1e-3 if kernel["isa"] == next_best else 1.0)
+        for kernel in native.kernels()
+        if kernel["isa"] != request.param
+    }
+    costs.use(costs.Table({}, {}, seconds, {}))
     yield request.param
     _C.set_isa(None)
     costs.use(None)
