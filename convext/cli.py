@@ -373,7 +373,8 @@ def bench_calibrate(
             finally:
                 costs.use(None)
         else:
-            record = machine.record() | {"threads": 1, "dtype": dtype.value, "tables": [*map(_name, costs.sources())]}
+            record = machine.record() | {"threads": 1, "dtype": dtype.value, "seed": seed or 0}
+            record |= {"tables": [Path(source).name for source in costs.sources()]}
             asked = {f"{n} at a time": _layers(names or [], n, dtype) for n in options.integers("--batch", batch)}
             asked["shapes at random"] = list(shapes.draw(count, seed or 0, dtype.torch))
             todo = [(name, job) for name, jobs_of in asked.items() for job in jobs_of]
@@ -395,10 +396,6 @@ def bench_calibrate(
         print(calibrate.said_of(besides))
     counts = f"{path} counts from now on" if not check and destination is None else ""
     print(counts or f"tables: {', '.join(costs.sources())}")
-
-
-def _name(path: str) -> str:
-    return Path(path).name
 
 
 def _samples(path: Optional[Path], jobs: Any, seconds: float, advance: Any) -> list[Any]:
