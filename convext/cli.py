@@ -412,6 +412,118 @@ def bench_shapes(
     results.write(output, record, [shapes.as_json(one) for one in measured])
 
 
+@bench.command("calibrate")
+def bench_calibrate(
+    seconds: Annotated[float, typer.Option(min=0.0, help="Time to measure for, at most.")] = 600.0,
+    destination: Annotated[
+        Optional[Path], typer.Option("--output", metavar="FILE", help="Write the table there; default: your own.")
+    ] = None,
+    samples: Annotated[
+        Optional[Path],
+        typer.Option(metavar="FILE", help="Keep what is measured there, and go on where such a file ends."),
+    ] = None,
+    dtype: Annotated[DType, typer.Option(help="With --check: of weights and activations.")] = DType.float32,
+    seed: Annotated[Optional[int], typer.Option(help="The same problems for each; default: 1, with --check 0.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Measure how good the choice is; write no table.")] = False,
+    names: Annotated[
+        Optional[list[str]],
+        typer.Option("--model", metavar="MODEL", help="With --check: its layers, or unet's; more than once."),
+    ] = None,
+    batch: Annotated[str, typer.Option(metavar="N...", help="Of those, one or more, such as: 1 8.")] = "1,8",
+    count: Annotated[int, typer.Option(min=0, help="With --check: as many shapes drawn at random.")] = 500,
+    output: Json = None,
+) -> None:
+    """Measure what convolutions cost on this CPU, and write the table by which kernels and ATen are chosen.
+
+    One thread. The table is fitted to shapes drawn at random and counts in every process from then on. With --check:
+    how often the choice is within 10 % of the best, of other shapes and of networks' layers, every pass.
+    """
+    import convext
+
+    from .backends import costs, native
+    from .bench import calibrate, machine, results, shapes
+
+    options.output("--json", output), options.output("--output", destination)
+    if (reason := native.BACKEND.unavailable("cpu")) is not None:
+        raise UsageError(f"bench calibrate: {reason}")
+    if not check and (names or output is not None):
+        raise UsageError("bench calibrate: --model and --json go with --check")
+    path = destination or costs.user_path()
+    if not check and path is None:
+        raise UsageError("bench calibrate: there is no folder for it: name a file by --output, or set CONVEXT_CACHE")
+    with convext.tuning("off"), _threads("1"), _progress() as progress:
+        task = progress.add_task("measured", total=1.0)
+
+        def advance(share: float, done: int) -> None:
+            progress.update(task, completed=share, description=f"{done} problems")
+
+        if not check:
+            found = _samples(samples, calibrate.problems(1 if seed is None else seed), seconds, advance)
+            fitted = calibrate.fit(found, costs.table().limits | {"call_saving": calibrate.call_saving()})
+            assert path is not None
+            calibrate.write(fitted, path)
+            costs.use(fitted)
+            try:
+                groups = {"what it was fitted to": calibrate.check(found)}
+            finally:
+                costs.use(None)
+        else:
+            record = machine.record() | {"threads": 1, "dtype": dtype.value, "seed": seed or 0}
+            record |= {"tables": [Path(source).name for source in costs.sources()]}
+            asked = {f"{n} at a time": _layers(names or [], n, dtype) for n in options.integers("--batch", batch)}
+            asked["shapes at random"] = list(shapes.draw(count, seed or 0, dtype.torch))
+            todo = [(name, job) for name, jobs_of in asked.items() for job in jobs_of]
+            found = _samples(samples, (job for _, job in todo), math.inf, lambda _, n: advance(n / len(todo), n))
+            if [(one.pass_, one.problem) for one in found] != [job for _, job in todo]:
+                raise OptionError("--samples", str(samples), "a file that the same command wrote, or none")
+            groups = {name: [] for name in asked}
+            besides = [calibrate.beside(problem) for _, problem in progress.track(asked["shapes at random"])]
+            for (group, _), one in zip(todo, calibrate.check(found), strict=True):
+                groups[group].append(one)
+            results.write(
+                output,
+                record | {"summary": {name: calibrate.summary(found) for name, found in groups.items() if found}},
+                [one.as_json() | {"group": name} for name, found in groups.items() for one in found]
+                + [one.as_json() | {"group": calibrate.BESIDE} for one in besides],
+            )
+    _print_table(calibrate.table(groups))
+    if check and besides:
+        print(calibrate.said_of(besides))
+    counts = f"{path} counts from now on" if not check and destination is None else ""
+    print(counts or f"tables: {', '.join(costs.sources())}")
+
+
+def _samples(path: Optional[Path], jobs: Any, seconds: float, advance: Any) -> list[Any]:
+    from .bench import calibrate
+
+    try:
+        return calibrate.collect(jobs, seconds, path, advance)
+    except ValueError as error:
+        raise OptionError("--samples", str(path), f"a file that this command wrote ({error})") from error
+
+
+def _layers(names: list[str], images: int, dtype: DType) -> list[tuple[Any, Any]]:
+    """Every pass over every distinct convolution of the networks, in channels_last."""
+    _needs("demo", "torchvision")
+    from . import zoo
+    from .bench import problems
+    from .problem import Pass
+
+    found: dict[Any, None] = {}
+    for name in names:
+        if name == "unet":
+            for layer in problems.read(problems.find(name)):
+                if not layer.transposed:
+                    at = problems.placed(layer, batch=images, dtype=dtype.torch, device="cpu", channels_last=True)
+                    found[at.problem] = None
+            continue
+        x = zoo.sample(name, 1).to(dtype.torch, memory_format=torch.channels_last)
+        network = zoo.build(name)[0].to(dtype.torch)
+        for problem in problems.collect(network, x):
+            found[dataclasses.replace(problem, n=images)] = None
+    return [(pass_, problem) for problem in found for pass_ in Pass]
+
+
 @bench.command("kernelbench")
 def bench_kernelbench(
     folder: Annotated[Path, typer.Argument(metavar="PATH", help="A checkout of KernelBench.")],

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 from . import __version__, backends
-from .backends import bindings, compiled_calls, native, tuned
+from .backends import bindings, compiled_calls, costs, native, tuned
 from .backends.tuned import cpu_name
 from .bench.machine import commit, version
 
@@ -19,7 +19,7 @@ PACKAGES = ("torchvision", "triton", "numpy", "onnxruntime", "openvino")
 
 def report() -> str:
     """The whole report, one `section: value` or indented line each."""
-    sections = [_versions(), _build(), _cpu(), _gpus(), _backends(), _choices(), _caches()]
+    sections = [_versions(), _build(), _cpu(), _gpus(), _backends(), _choices(), _costs(), _caches()]
     return "\n".join(line for section in sections for line in section)
 
 
@@ -124,6 +124,13 @@ def _choices_on(device: str) -> list[str]:
             f"torch {about['torch']}: {reason}"
         )
     return lines
+
+
+def _costs() -> list[str]:
+    """The tables by which the CPU's kernels and ATen are chosen where nothing was measured."""
+    if native.BACKEND.unavailable("cpu") is not None:
+        return ["tables of costs: none, the compiled library is off"]
+    return ["tables of costs, the first before the others:", *(f"  {source}" for source in costs.sources())]
 
 
 def _caches() -> list[str]:

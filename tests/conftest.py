@@ -201,16 +201,24 @@ def served_by():
 def isa(request):
     """Each instruction set that this CPU and build offer, in turn, with the kernels capped to it."""
     from convext import _C
-    from convext.backends import native
+    from convext.backends import costs, native
 
     try:
         _C.set_isa(request.param)
     except ValueError as error:
         pytest.skip(str(error))
-    native.forget_plans()
+    # Nor is a kernel of the next instruction set below chosen, which half a vector may suit better, or one of AVX-512
+    # where AVX512-BF16 has its own.
+    next_best = request.param.removesuffix("_bf16")
+    seconds = {
+        kernel["name"]: dict.fromkeys(costs.native_terms(), 1e-3 if kernel["isa"] == next_best else 1.0)
+        for kernel in native.kernels()
+        if kernel["isa"] != request.param
+    }
+    costs.use(costs.Table({}, {}, seconds, {}))
     yield request.param
     _C.set_isa(None)
-    native.forget_plans()
+    costs.use(None)
 
 
 @pytest.fixture

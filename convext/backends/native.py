@@ -19,7 +19,7 @@ import torch
 
 from ..memory_format import memory_format, suggests_channels_last
 from ..problem import ACTIVATIONS, ConvProblem, DType, Epilogue, Pass
-from . import bindings, compiled_calls, native_cuda, native_sequence, tuned
+from . import bindings, compiled_calls, costs, native_cuda, native_sequence, tuned
 from .base import Backend, Candidate
 
 _C: Any = None
@@ -61,24 +61,6 @@ class _Plan(NamedTuple):
     kernel_size: list[int]
 
 
-# What `slower` goes by, measured over shapes drawn at random on one thread of a CPU with AVX-512 (`tune/measure.py`).
-_BF16_PIXELS = 64  # of the output: with more, products in float32 lose to those of bfloat16
-# Columns a group of channels-last images, at stride 1 and above: with as many or fewer ATen's kernels for groups win.
-_FEW_COLUMNS = {Pass.FPROP: (8, 0), Pass.DGRAD: (8, 0), Pass.WGRAD: (16, 4)}
-_FEW_POINTWISE_COLUMNS = 2  # of NCHW images, whose pixels of a group lie side by side
-# Of a pointwise convolution: with fewer, the way through Python takes longer than ATen's call. In C++ (csrc/call) it
-# does not: these kernels were then 3.4 times as fast as F.conv2d over 120 shapes drawn at random, in geometric mean.
-_FEW_FLOPS = 1.2e5
-_FEW_TRANSPOSED = 4  # channels of a transposed convolution's result
-# Of volumes, of whose filters planes, rows and columns meet each other, where ATen has oneDNN's kernels: with as many
-# columns or fewer those win.
-_FEW_VOLUME_COLUMNS, _FEW_VOLUME_CHANNELS = 16, 32
-# Of 1x1x1 filters over NCDHW, which ATen multiplies as it lies: as many filters, channels or FLOP or fewer.
-_FEW_VOLUME_FILTERS, _FEW_VOLUME_INPUTS, _FEW_VOLUME_FLOPS = 8, {Pass.FPROP: 2, Pass.DGRAD: 4, Pass.WGRAD: 1}, 4e5
-# Kernels that are worth measuring beside the one that the cost model takes.
-_MOST_CANDIDATES, _WITHIN_REACH = 4, 2.5
-
-
 @functools.cache
 def kernels() -> list[dict[str, Any]]:
     """What every CPU kernel says about itself, in the order of their indices."""
@@ -95,23 +77,36 @@ def _fields(problem: ConvProblem) -> tuple[int, ...]:
     return (*problem.image_extents(), int(problem.dtype), _NHWC, _NHWC, *problem.depth_extents())
 
 
+def _arriving(problem: ConvProblem) -> tuple[int, ...]:
+    """The same with the layouts that the tensors arrive in, for what follows from what a call costs."""
+    layouts = int(problem.x_layout), int(problem.y_layout)
+    return (*problem.image_extents(), int(problem.dtype), *layouts, *problem.depth_extents())
+
+
 @functools.lru_cache(maxsize=4096)
 def _plan(pass_: Pass, problem: ConvProblem, kind: str = "") -> _Plan | None:
     """`kind`: what follows an fprop (`Epilogue.kind`), which another kernel may have been measured to be best at."""
     choice = tuned.lookup(pass_, problem, kind)
     if choice is None and not tuned.aside("cpu"):
-        index = _C.select(_CPU, int(pass_), _fields(problem))
+        costs.table()  # the library has it then
+        index = _C.select(_CPU, int(pass_), _arriving(problem))
         return None if index < 0 else _plan_of(pass_, problem, index)
-    usable = [index for index, _ in _ranked(pass_, problem)]
+    usable = [index for index, _ in _usable(pass_, problem)]
     measured = [index for index in usable if choice is not None and kernels()[index]["name"] == choice.variant]
     return _plan_of(pass_, problem, (measured or usable)[0]) if usable else None
 
 
-def _ranked(pass_: Pass, problem: ConvProblem) -> list[tuple[int, float]]:
-    """(index, modelled cost) of the kernels that take a problem and were not put aside, the cheapest first."""
-    taken: list[tuple[int, float]] = _C.accepted(_CPU, int(pass_), _fields(problem))
+def ranked(pass_: Pass, problem: ConvProblem) -> list[tuple[int, float]]:
+    """(index, expected seconds) of the kernels that take a problem, the fastest first."""
+    costs.table()  # the library has it then
+    taken: list[tuple[int, float]] = _C.accepted(_CPU, int(pass_), _arriving(problem))
+    return sorted(taken, key=lambda found: found[1])
+
+
+def _usable(pass_: Pass, problem: ConvProblem) -> list[tuple[int, float]]:
+    """Those of them that were not put aside."""
     aside = tuned.aside("cpu")
-    return sorted((found for found in taken if kernels()[found[0]]["name"] not in aside), key=lambda found: found[1])
+    return [found for found in ranked(pass_, problem) if kernels()[found[0]]["name"] not in aside]
 
 
 def _plan_of(pass_: Pass, problem: ConvProblem, index: int) -> _Plan:
@@ -122,6 +117,35 @@ def _plan_of(pass_: Pass, problem: ConvProblem, index: int) -> _Plan:
     packs = pass_ is not Pass.WGRAD
     pack_format = _C.pack_format(index, fields) if packs else None
     return _Plan(index, kernels()[index]["name"], geom, pack_format, [*p.x_shape[2:]], [*p.w_shape[2:]])
+
+
+def bare_calls(
+    pass_: Pass, problem: ConvProblem, a: torch.Tensor, b: torch.Tensor
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """Name -> a call of each kernel that takes the pass on these operands, with as little around it as can be: for
+    timing. fprop has its weights packed before, dgrad packs them at every call, as training does."""
+    ops, names = torch.ops.convext_cpu, kernels()
+
+    def call_of(index: int) -> Callable[[], torch.Tensor]:
+        plan = _plan_of(pass_, problem, index)
+        geom, nhwc = plan.geom, problem.y_layout == _NHWC
+        if pass_ is Pass.WGRAD:
+            return functools.partial(ops.wgrad.default._op, index, a, b, plan.kernel_size, geom, False)
+        if pass_ is Pass.DGRAD:
+            nhwc = problem.x_layout == _NHWC
+            return functools.partial(ops.dgrad.default._op, index, a, b, 0, 0, plan.input_size, geom, nhwc)
+        packed, version, none = _packed_weight(b, plan), _version(b), ACTIVATIONS[Epilogue().activation]
+        return lambda: ops.fprop.default._op(
+            index, a, b, packed.number, version, None, None, None, None, None, None, geom, 0.0, none, nhwc
+        )
+
+    return {names[index]["name"]: call_of(index) for index, _ in ranked(pass_, problem)}
+
+
+def work(index: int, problem: ConvProblem) -> list[float]:
+    """What a launch of a kernel does, a count for each of `costs.native_terms()`."""
+    counts: list[float] = _C.work(index, _arriving(problem))
+    return counts
 
 
 def _rejects_block(block: native_sequence.Block) -> bool:
@@ -352,27 +376,25 @@ def _wgrad(
 
 
 def _slower_volume(pass_: Pass, p: ConvProblem) -> str | None:
-    """The rules of volumes, measured as those above."""
-    columns = p.c_per_group if pass_ is Pass.DGRAD else p.k_per_group
+    """The rules of volumes, by the limits that were measured."""
+    limits, columns = costs.table().limits, p.c_per_group if pass_ is Pass.DGRAD else p.k_per_group
     if p.is_pointwise:
         if p.x_layout == _NHWC or p.groups > 1:
             return None
-        few = p.k <= _FEW_VOLUME_FILTERS and pass_ is not Pass.DGRAD or p.c <= _FEW_VOLUME_INPUTS[pass_]
-        if few or pass_ is Pass.FPROP and p.flops <= _FEW_VOLUME_FLOPS:
+        few = p.k <= limits["volume_pointwise_filters"] and pass_ is not Pass.DGRAD
+        few = few or p.c <= limits[f"volume_pointwise_channels_{pass_.name.lower()}"]
+        if few or pass_ is Pass.FPROP and p.flops <= limits["volume_pointwise_flops"]:
             return "ATen multiplies so few channels as they lie, without a copy"
         return None
     flat = p.t == 1 or p.r == p.s == 1
     if flat or p.is_dilated or not _is_onednns(p):
         return None
-    if p.groups > 1:
-        few = columns <= _FEW_VOLUME_COLUMNS
-    elif pass_ is Pass.WGRAD:
+    few = columns <= limits["volume_columns"]
+    if p.groups == 1 and pass_ is Pass.WGRAD:
         overlap = p.stride_d < p.t or p.stride_h < p.r or p.stride_w < p.s
-        few = p.c <= _FEW_VOLUME_CHANNELS and overlap
-    elif pass_ is Pass.DGRAD:
-        few = p.is_unit_stride and (columns <= _FEW_VOLUME_COLUMNS or p.x_layout == _NHWC and p.k <= 8)
-    else:
-        few = columns <= _FEW_VOLUME_COLUMNS
+        few = p.c <= limits["volume_channels"] and overlap
+    elif p.groups == 1 and pass_ is Pass.DGRAD:
+        few = p.is_unit_stride and (few or p.x_layout == _NHWC and p.k <= limits["volume_filters"])
     return "oneDNN's kernels for volumes were measured to be faster with so few channels" if few else None
 
 
@@ -405,36 +427,32 @@ class NativeCpu(Backend):
         return why
 
     def slower(self, pass_: Pass, problem: ConvProblem) -> str | None:
-        """Each rule stands for a class of problems that was measured to lose to ATen."""
+        """Of images, where ATen's expected time is less than that of the kernel that would run; of volumes, the classes
+        of problems that were measured to lose."""
         p = problem
-        if p.is_depthwise:
-            return None
         plan = _plan(pass_, p)
         assert plan is not None
-        kernel = kernels()[plan.variant]
-        if p.dtype is DType.BFLOAT16 and _has_bf16_dot():
+        theirs = None if p.axes == 3 else costs.aten_seconds(pass_, p)
+        if theirs is None:
+            return self._slower_by_limits(pass_, p, kernels()[plan.variant])
+        own = _C.cost(plan.variant, _arriving(p))
+        if pass_ is Pass.FPROP and compiled_calls.library is not None:
+            own -= costs.table().limits["call_saving"]
+        return None if own <= theirs else f"{own * 1e6:.1f} µs expected, ATen's {theirs * 1e6:.1f}"
+
+    @staticmethod
+    def _slower_by_limits(pass_: Pass, p: ConvProblem, kernel: dict[str, Any]) -> str | None:
+        """Where no table says what ATen takes."""
+        if p.dtype is DType.BFLOAT16 and _has_bf16_dot() and not p.is_depthwise:
             plain = kernel["dtype"] != p.dtype and kernel["algorithm"] != "winograd"
-            if plain and (p.npq > _BF16_PIXELS or pass_ is Pass.WGRAD):
+            if plain and (p.npq > costs.table().limits["bfloat16_pixels"] or pass_ is Pass.WGRAD):
                 return "ATen multiplies bfloat16 with this CPU's bfloat16 instructions, twice as fast as float32"
-        if p.axes == 3:
-            return _slower_volume(pass_, p)
-        if p.groups > 1 and kernel["algorithm"] != "grouped":
-            columns = p.c_per_group if pass_ is Pass.DGRAD else p.k_per_group
-            if p.is_pointwise:
-                few = p.x_layout != _NHWC and pass_ is Pass.FPROP and p.is_unit_stride
-                few = few and columns <= _FEW_POINTWISE_COLUMNS
-            else:
-                few = p.x_layout == _NHWC and columns <= _FEW_COLUMNS[pass_][not p.is_unit_stride]
-            if few:
-                return f"{columns} channels a group leave most lanes of a vector empty"
-        if p.is_pointwise and p.flops <= _FEW_FLOPS and pass_ is Pass.FPROP and compiled_calls.library is None:
-            return "so few multiplications cost less than the call"
-        return None
+        return None if p.axes == 2 or p.is_depthwise else _slower_volume(pass_, p)
 
     def slower_transposed(self, problem: ConvProblem) -> str | None:
         p = problem
         measured = p.dtype is DType.FLOAT32 and p.groups == 1 and p.y_layout == p.x_layout == _NHWC
-        if measured and p.axes == 2 and p.h > 1 and p.c <= _FEW_TRANSPOSED:
+        if measured and p.axes == 2 and p.h > 1 and p.c <= costs.table().limits["transposed_channels"]:
             return f"{p.c} channels leave most lanes of a vector empty"
         return None
 
@@ -456,13 +474,13 @@ class NativeCpu(Backend):
         return _fprop(_plan(Pass.FPROP, problem, kind), problem, x, w, epilogue)
 
     def candidates(self, pass_: Pass, problem: ConvProblem, kind: str = "") -> list[Candidate]:
-        ranked = _ranked(pass_, problem)
+        found, limits = _usable(pass_, problem), costs.table().limits
         launch: Callable[..., torch.Tensor] = (_fprop, _dgrad, _wgrad)[pass_]
-        plans = [(_plan_of(pass_, problem, index), cost) for index, cost in ranked[:_MOST_CANDIDATES]]
+        plans = [(_plan_of(pass_, problem, index), cost) for index, cost in found[: int(limits["candidates"])]]
         return [
             Candidate(self.name, plan.name, cost, functools.partial(launch, plan))
             for plan, cost in plans
-            if cost <= _WITHIN_REACH * ranked[0][1]
+            if cost <= limits["within_reach"] * found[0][1]
         ]
 
     def fprop(self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:

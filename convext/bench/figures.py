@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..options import UsageError
-from . import charts, page, results
+from . import calibrate, charts, page, results
 from .page import Contents
 from .problems import ROOT
 from .shapes import NOISE
@@ -109,27 +109,31 @@ def bfloat16(root: Path = ROOT) -> str:
     )
 
 
-def shapes(root: Path = ROOT) -> str:
-    """Of `convext bench shapes`."""
-    found = contents("cpu_shapes", root)
-    within, by_model, tuned = 0, [], []
-    for row in found["results"]:
+def choice(root: Path = ROOT) -> str:
+    """Of `convext bench calibrate --check` and, of what is measured, `convext bench shapes`."""
+    drawn, networks = contents("cpu_choice", root), contents("cpu_choice_networks_1", root)
+    summary = drawn["machine"]["summary"]["shapes at random"]
+    of_networks = networks["machine"]["summary"]["1 at a time"]
+    besides = [row for row in drawn["results"] if row["group"] == calibrate.BESIDE]
+    slower = sum(row["speed"] < 1 - NOISE and row["upper"] < 1 for row in besides)
+    tuned = []
+    for row in contents("cpu_shapes", root)["results"]:
         seconds = row["seconds"]
-        aten = next(value for name, value in seconds.items() if name.startswith("aten "))
-        within += min(seconds.values()) >= 0.9 * seconds[row["by the cost model"]]
-        by_model.append(aten / seconds[row["by the cost model"]])
-        tuned.append(aten / seconds[row["tuned"]])
-    count = len(by_model)
-    behind = [sum(ratio < 1 - NOISE for ratio in ratios) for ratios in (by_model, tuned)]
+        tuned.append(next(s for name, s in seconds.items() if name.startswith("aten ")) / seconds[row["tuned"]])
     return (
-        "Single convolutions of shapes drawn at random, all three passes, both memory formats, one thread, `convext "
-        f"bench shapes {count}` ([figures](benchmarks/results/cpu_shapes.json)): "
-        f"{statistics.geometric_mean(by_model):.2f} times as fast as ATen in geometric mean, and "
-        f"{statistics.geometric_mean(tuned):.2f} times after `convext.tune`. The cost model's choice is within 10 % of "
-        f"the best in {within / count * 100:.0f} %; it is slower than ATen by more than {NOISE * 100:.0f} % in "
-        f"{behind[0]} of {count} (at worst {min(by_model):.2f} times as fast), the tuned one in {behind[1]} "
-        f"({min(tuned):.2f}): it is ATen only where that is faster in three rounds of four, alone and with a batch "
-        "norm and an activation behind it."
+        "Which kernel computes, or ATen, is chosen by the time that is expected of each, from a table that was "
+        "measured on the machine above. How good that is, `convext bench calibrate --check` measures, on one thread, over other "
+        f"shapes than the table was fitted to. Of {summary['problems']} drawn at random, all three passes and both "
+        f"memory formats, the choice is within 10 % of the best in {summary['within'] * 100:.0f} %, and "
+        f"{summary['times_as_fast_as_aten']:.2f} times as fast as ATen in geometric mean; `convext.conv2d` is slower "
+        f"than `F.conv2d` beyond noise in {slower} of {len(besides)}, at worst "
+        f"{min(row['speed'] for row in besides):.2f} times as fast ([figures](benchmarks/results/cpu_choice.json)). Of "
+        "every pass over the layers of ResNet-50, MobileNetV2, EfficientNet-B0, ConvNeXt-T, DeepLabV3 and a U-Net, one "
+        f"image, it is within 10 % in {of_networks['within'] * 100:.0f} % "
+        "([figures](benchmarks/results/cpu_choice_networks_1.json)). `convext.tune` measures the layers of a network "
+        f"themselves: of {len(tuned)} shapes drawn at random its choice was slower than ATen by more than "
+        f"{NOISE * 100:.0f} % in {sum(ratio < 1 - NOISE for ratio in tuned)}, at worst {min(tuned):.2f} times as fast "
+        "([figures](benchmarks/results/cpu_shapes.json))."
     )
 
 
@@ -178,7 +182,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "training": training,
     "bfloat16": bfloat16,
     "layers": layers,
-    "shapes": shapes,
+    "choice": choice,
     "host": host,
 }
 

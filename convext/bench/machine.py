@@ -28,7 +28,8 @@ PEERS = ("zentorch", "ncnn", "pnnx", "MNN", "executorch")
 
 # What the figures of a type of device depend on: the library's kernels and their selection. For a GPU, Triton's too.
 KERNEL_SOURCES = {
-    "cpu": ("csrc/core/*", "csrc/cpu/**/*", "csrc/torch/*", "csrc/storage/*", "csrc/python/*"),
+    "cpu": ("csrc/core/*", "csrc/cpu/**/*", "csrc/torch/*", "csrc/storage/*", "csrc/python/*",
+            "convext/backends/costs.py", "convext/backends/tables/*.json"),
     "cuda": ("csrc/core/*", "csrc/cuda/**/*", "csrc/python/*", "convext/triton/*.py",
              "convext/backends/native_cuda.py", "convext/backends/triton.py"),
 }  # fmt: skip

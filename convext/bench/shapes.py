@@ -13,16 +13,18 @@ from ..tune import Measured
 from .problems import title
 from .tables import Grid
 
-MOST_FLOPS = 1.5e9
+MOST_FLOPS, MOST_LAYER_FLOPS = 1.5e9, 4e9
+MOST_ELEMENTS = 1 << 23  # of a layer's input and output
 NOISE = 0.05  # what two measurements of one kernel may be apart
 
 
-def draw(count: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Iterator[tuple[Pass, ConvProblem]]:
-    """As many problems on the CPU, of 1 to 512 channels, 4² to 56² pixels, 1 to 8 groups, 1 to 8 images, filters of 1²
-    to 7², strides, dilations and both memory formats, each with one of the passes; the same for each seed."""
+def draw(count: int | None, seed: int = 0, dtype: torch.dtype = torch.float32) -> Iterator[tuple[Pass, ConvProblem]]:
+    """As many problems on the CPU, without end for None, of 1 to 512 channels, 4² to 56² pixels, 1 to 8 groups, 1 to 8
+    images, filters of 1² to 7², strides, dilations and both memory formats, each with one of the passes; the same for
+    each seed."""
     rng, drawn = random.Random(seed), 0
     widths = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
-    while drawn < count:
+    while count is None or drawn < count:
         groups = rng.choice((1, 1, 1, 1, 2, 4, 8))
         c, k = groups * rng.choice(widths), groups * rng.choice(widths)
         n, side, taps = (
@@ -37,6 +39,66 @@ def draw(count: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Itera
             DTYPES[dtype], layout, layout, "cpu",
         )  # fmt: skip
         if max(c, k) <= 512 and problem.flops <= MOST_FLOPS:
+            drawn += 1
+            yield pass_, problem
+
+
+# Kinds of layers, as often as networks have them, about.
+_LAYERS = ("pointwise",) * 4 + ("plain",) * 3 + ("depthwise",) * 3 + ("dilated", "patches", "stem")
+
+
+def draw_layers(
+    count: int | None, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[Pass, ConvProblem]]:
+    """The same of layers as networks have them: 8 to 2048 channels, 7² to 256² pixels, one and eight images; pointwise,
+    plain, depthwise and dilated filters, patches that do not overlap, and stems of three channels."""
+    rng, drawn = random.Random(seed), 0
+    while count is None or drawn < count:
+        kind, n, side = rng.choice(_LAYERS), rng.choice((1, 8)), rng.choice((7, 8, 14, 16, 28, 32, 56, 64, 112, 128))
+        c, k = (8 * round(2 ** rng.uniform(0, 8)) for _ in range(2))
+        groups, taps, stride, dilation, padding = 1, 3, 1, 1, 1
+        if kind == "pointwise":
+            taps, padding, stride = 1, 0, rng.choice((1, 1, 1, 1, 2))
+            side = 1 if rng.random() < 0.15 else side  # behind a mean over an image
+        elif kind == "plain":
+            stride = rng.choice((1, 1, 1, 2))
+        elif kind == "depthwise":
+            k = groups = c
+            taps, stride = rng.choice((3, 3, 5, 7)), rng.choice((1, 1, 2))
+            padding = taps // 2
+        elif kind == "dilated":
+            dilation = padding = rng.choice((2, 4, 12, 24))
+        elif kind == "patches":
+            taps = stride = rng.choice((2, 4))
+            padding = 0
+        else:
+            c, k, taps, stride, side = 3, rng.choice((16, 32, 64)), rng.choice((3, 7)), rng.choice((1, 2)), 224
+            padding = taps // 2
+        layout, pass_ = rng.choice((Layout.NCHW, Layout.NHWC, Layout.NHWC)), rng.choice(list(Pass))
+        problem = ConvProblem(
+            n, c, side, side, k, taps, taps, stride, stride, padding, padding, dilation, dilation, groups,
+            DTYPES[dtype], layout, layout, "cpu",
+        )  # fmt: skip
+        if problem.flops <= MOST_LAYER_FLOPS and max(problem.x_size, problem.y_size) <= MOST_ELEMENTS:
+            drawn += 1
+            yield pass_, problem
+
+
+def draw_groups(
+    count: int | None, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[Pass, ConvProblem]]:
+    """The same of 2 to 32 groups of one to 16 channels, which have kernels of their own."""
+    rng, drawn = random.Random(seed), 0
+    while count is None or drawn < count:
+        groups, n, side = rng.choice((2, 4, 8, 16, 32)), rng.choice((1, 4, 8)), rng.choice((4, 7, 14, 28, 56))
+        c, k = (groups * rng.choice((1, 2, 4, 4, 8, 8, 16)) for _ in range(2))
+        taps, stride, dilation = rng.choice((1, 3, 3, 5, 7)), rng.choice((1, 1, 1, 2)), rng.choice((1, 1, 1, 2))
+        layout, pass_, padding = rng.choice((Layout.NCHW, Layout.NHWC)), rng.choice(list(Pass)), taps // 2 * dilation
+        problem = ConvProblem(
+            n, c, side, side, k, taps, taps, stride, stride, padding, padding, dilation, dilation, groups,
+            DTYPES[dtype], layout, layout, "cpu",
+        )  # fmt: skip
+        if problem.flops <= MOST_FLOPS:
             drawn += 1
             yield pass_, problem
 

@@ -1,5 +1,7 @@
 #include "select.h"
 
+#include <algorithm>
+
 namespace convext {
 
 // Kernels define their Variant as `extern const` at namespace convext scope. This file is compiled once for each of the
@@ -54,7 +56,52 @@ bool serves(const Variant& variant, DType dtype) {
   return variant.device == Device::kCPU && variant.dtype == DType::kFloat32 && dtype_size(dtype) == 2;
 }
 
+std::vector<Work>& costs() {
+  static std::vector<Work> seconds;
+  return seconds;
+}
+
+// Index of a variant of this library.
+size_t index_of(const Variant& variant) {
+  const auto& all = variants();
+  return std::find(all.begin(), all.end(), &variant) - all.begin();
+}
+
 }  // namespace
+
+Work work_of(const Variant& variant, const ConvProblem& problem) {
+  Work work;
+  if (!variant.work) return work;
+  work[Term::call] = 1;
+  variant.work(variant, problem, work);
+  const auto stage = [&](Layout layout, bool takes_nchw, int64_t channels, int64_t pixels, int64_t size) {
+    // Of one channel, or one pixel, both orders are one.
+    const bool other_order = layout == Layout::kNCHW && !takes_nchw && channels > 1 && pixels > 1;
+    if (variant.is_staged(problem)) {
+      work[Term::convert] += static_cast<double>(size);
+    } else if (other_order) {
+      work[Term::copy] += static_cast<double>(size);
+    }
+  };
+  stage(problem.x_layout, variant.takes_nchw_x(), problem.c, int64_t{problem.d} * problem.h * problem.w,
+        problem.x_size());
+  stage(problem.y_layout, variant.takes_nchw_y(), problem.k, int64_t{problem.z()} * problem.p() * problem.q(),
+        problem.y_size());
+  return work;
+}
+
+double cost_of(const Variant& variant, const ConvProblem& problem) {
+  if (!variant.work) return variant.cost(variant, problem);
+  const Work work = work_of(variant, problem);
+  const size_t index = index_of(variant);
+  double seconds = 0;
+  for (int i = 0; i < kTerms; ++i) {
+    seconds += work.of[i] * (index < costs().size() ? costs()[index].of[i] : kUnmeasuredSeconds);
+  }
+  return seconds;
+}
+
+void set_costs(std::vector<Work> seconds) { costs() = std::move(seconds); }
 
 const char* reject(const Variant& variant, Device device, Pass pass, const ConvProblem& problem, bool tf32) {
   if (variant.device != device || variant.pass != pass) return "it serves another device or pass";
@@ -77,7 +124,7 @@ int select(Device device, Pass pass, const ConvProblem& problem, bool tf32) {
   const auto& all = variants();
   for (int i = 0; i < static_cast<int>(all.size()); ++i) {
     if (reject(*all[i], device, pass, problem, tf32)) continue;
-    const double c = all[i]->cost(*all[i], problem);
+    const double c = cost_of(*all[i], problem);
     if (best < 0 || c < best_cost) best = i, best_cost = c;
   }
   return best;

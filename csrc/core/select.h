@@ -28,6 +28,18 @@ CONVEXT_API Isa detect_cpu_isa();
 CONVEXT_API const char* reject(const Variant& variant, Device device, Pass pass, const ConvProblem& problem,
                                bool tf32 = true);
 
+// What a launch of a variant does for a problem, whose layouts are those that tensors arrive in: the kernel's own work
+// and the copies that staging makes. Zeros for a variant without `work`.
+CONVEXT_API Work work_of(const Variant& variant, const ConvProblem& problem);
+
+// What a launch costs: on the CPU the sum over its work of what each term costs, in seconds; elsewhere the variant's own.
+CONVEXT_API double cost_of(const Variant& variant, const ConvProblem& problem);
+
+// Seconds that one of each term takes in each variant, by index. Process-wide; until it is set, and for variants beyond
+// the end of what is given, every term takes `kUnmeasuredSeconds`. Not to be called beside a selection.
+constexpr double kUnmeasuredSeconds = 1e-9;
+CONVEXT_API void set_costs(std::vector<Work> seconds);
+
 // Index of the cheapest variant that takes the problem, or -1.
 CONVEXT_API int select(Device device, Pass pass, const ConvProblem& problem, bool tf32 = true);
 

@@ -1,11 +1,12 @@
 // What a kernel says about itself to the rest of convext. No torch here: raw pointers and plain data.
 //
 // A variant is one kernel for one pass, one dtype and one instruction set. It says in words which problems it rejects,
-// how much scratch memory it wants, how it likes its weights packed, what it costs beside the others, and it launches.
+// how much scratch memory it wants, how it likes its weights packed, what it does or costs beside the others, and it launches.
 // What was measured to be slower than ATen is its backend's business.
 #pragma once
 #include "conv_problem.h"
 #include "epilogue.h"
+#include "work.h"
 
 namespace convext {
 
@@ -124,7 +125,8 @@ struct Variant {
   int64_t (*packed_size)(const ConvProblem&);
   void (*pack)(const ConvProblem&, const void* w, void* packed, const Parallel&);
 
-  // What a launch costs beside the other variants of the device, in units of its own: lower is better.
+  // What a launch costs beside the other variants of the device, in units of its own: lower is better. On the CPU it is
+  // nullptr, and `work` below says what a launch does.
   double (*cost)(const Variant&, const ConvProblem&);
 
   // Runs the kernel. Returns nullptr, or what went wrong in words.
@@ -143,6 +145,7 @@ struct Variant {
   bool wgrad_writes_dx = false;                         // see LaunchArgs
   int64_t (*stats_rows)(const ConvProblem&) = nullptr;  // see LaunchArgs
   int32_t block_m = 0, block_n = 0, block_k = 0;        // the tile of a matrix-product kernel on CUDA
+  void (*work)(const Variant&, const ConvProblem&, Work&) = nullptr;  // of a CPU kernel: adds its counts
 };
 
 }  // namespace convext

@@ -4,7 +4,9 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cmath>
 #include <cstdint>
+#include <iterator>
 #include <map>
 #include <optional>
 #include <stdexcept>
@@ -28,6 +30,7 @@ namespace convext {
 namespace {
 
 #define CONVEXT_X(name) #name,
+std::vector<std::string> work_terms() { return {CONVEXT_WORK(CONVEXT_X)}; }
 std::vector<std::string> chain_operation_names() { return {CONVEXT_CHAIN_OPERATIONS(CONVEXT_X)}; }
 #undef CONVEXT_X
 
@@ -77,7 +80,7 @@ void bind_kernels(py::module_& m) {
   }, "Every compiled kernel, as dicts, in the order of their indices.");
   m.def("select", [](int device, int pass, const Fields& problem) {
     return select(static_cast<Device>(device), static_cast<Pass>(pass), served(problem));
-  }, "Index of the kernel that serves the problem, or -1.");
+  }, "Index of the kernel that serves the problem, whose layouts are those it arrives in, or -1.");
   m.def("reject_reasons", [](int device, int pass, const Fields& problem) {
     return reject_reasons(static_cast<Device>(device), static_cast<Pass>(pass), served(problem));
   }, "(kernel, reason) for every kernel of the device and pass that does not take the problem.");
@@ -87,11 +90,35 @@ void bind_kernels(py::module_& m) {
     for (int i = 0; i < static_cast<int>(variants().size()); ++i) {
       const Variant& v = *variants()[i];
       if (!reject(v, static_cast<Device>(device), static_cast<Pass>(pass), problem)) {
-        taken.emplace_back(i, v.cost(v, problem));
+        taken.emplace_back(i, cost_of(v, problem));
       }
     }
     return taken;
-  }, "(index, modelled cost) of every kernel that takes the problem.");
+  }, "(index, modelled seconds) of every kernel that takes the problem, whose layouts are those it arrives in.");
+  m.def("cost", [](int index, const Fields& fields) { return cost_of(variant_at(index), served(fields)); },
+        "Modelled seconds of a kernel that takes the problem, whose layouts are those it arrives in.");
+  m.def("work", [](int index, const Fields& fields) {
+    const Work work = work_of(variant_at(index), served(fields));
+    return std::vector<double>(std::begin(work.of), std::end(work.of));
+  }, "What a launch of the kernel does, a count for each of work_terms(); the problem's layouts are those it arrives in.");
+  m.def("work_terms", &work_terms, "Names of the terms of a kernel's work (core/work.h).");
+  m.def("set_costs", [](const std::vector<std::array<double, kTerms>>& seconds) {
+    if (seconds.size() != variants().size()) {
+      throw std::invalid_argument("seconds must have a row for each of " + std::to_string(variants().size()) +
+                                  " kernels, got " + std::to_string(seconds.size()));
+    }
+    std::vector<Work> costs(seconds.size());
+    for (size_t i = 0; i < seconds.size(); ++i) {
+      for (int term = 0; term < kTerms; ++term) {
+        if (!(seconds[i][term] >= 0) || std::isinf(seconds[i][term])) {
+          throw std::invalid_argument("seconds of a term must be finite and not negative, got " +
+                                      std::to_string(seconds[i][term]) + " for " + variants()[i]->name);
+        }
+        costs[i].of[term] = seconds[i][term];
+      }
+    }
+    set_costs(std::move(costs));
+  }, py::arg("seconds"), "Seconds that one of each term takes, a row for each kernel in the order of variants().");
   m.def("pack_format", [](int index, const Fields& problem) { return pack_format(index, served(problem)); },
         "Name of the packed order that the kernel wants its weights in, or None for KCRS as it is.");
   m.def("packed_size", [](int index, const Fields& problem) {

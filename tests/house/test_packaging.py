@@ -422,12 +422,13 @@ def test_the_sdist_holds_every_tracked_file(published):
     assert set(tracked) - published[0] == {".gitignore"}
 
 
-def test_the_wheel_holds_the_package_its_mark_of_types_and_the_shape_files_alone(published):
+def test_the_wheel_holds_the_package_its_mark_of_types_its_shapes_and_its_tables_of_costs_alone(published):
     modules = {file.relative_to(ROOT).as_posix() for file in (ROOT / "convext").rglob("*.py")}
     shapes = {f"convext/bench/shape_files/{file.name}" for file in (ROOT / "benchmarks" / "shapes").glob("*.txt")}
     assert "convext/bench/shape_files/resnet50.txt" in shapes
-    assert published[1] == modules | shapes | {"convext/py.typed"}
-    assert "convext/py.typed" in published[0]
+    tables = {file.relative_to(ROOT).as_posix() for file in (ROOT / "convext/backends/tables").glob("*.json")}
+    assert len(tables) > 2 and published[1] == modules | shapes | tables | {"convext/py.typed"}
+    assert tables | {"convext/py.typed"} <= published[0]
 
 
 def test_the_licence_is_named_and_published(published):

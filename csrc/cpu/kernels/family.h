@@ -1,35 +1,18 @@
-// What CPU kernels say about themselves in the same words, and what they cost beside each other.
+// What CPU kernels say about themselves in the same words.
 #pragma once
 #include "cpu/simd/half.h"
 
 namespace convext::CONVEXT_ISA {
 
-// A cost is the problem's FLOP times what a kernel takes for one, in units of what the direct kernel takes in AVX-512.
-// That number stands beside each family's kernels, with a function where one number does not do. Where nothing else is
-// said, it was fitted on the layers of ResNet-50 and MobileNetV2, not derived: `convext bench layers` shows where the
-// choice loses.
-//
-// Of a FLOP in this instruction set's vectors of floats, and in its own: AVX512-BF16 adds two products at once, and
-// what does not multiply that way still reads half the bytes.
-#if defined(__AVX512F__)
-constexpr double kFloatCost = 1;
-#elif defined(__AVX2__)
-constexpr double kFloatCost = 2;
-#else
-constexpr double kFloatCost = 6;
-#endif
-#if defined(__AVX512BF16__)
-constexpr double kVectorCost = 0.5;
-#else
-constexpr double kVectorCost = kFloatCost;
-#endif
+// The lanes of a vector of what a variant computes in.
+inline int64_t lanes_of(const Variant& v) {
+  const int64_t bytes = v.isa == Isa::kPortable ? 16 : v.isa == Isa::kAVX2 ? 32 : 64;
+  return bytes / (v.arithmetic == Arithmetic::float64 ? 8 : 4);
+}
 
-// FLOP that go by while an element of an activation is copied, in or out, because it is staged in another type.
-constexpr double kStagingFlops = 50;
-
-inline double cost_of(const Variant& v, const ConvProblem& p, double per_flop, double vector_cost = kVectorCost) {
-  const double staging = v.is_staged(p) ? kStagingFlops * (p.x_size() + p.y_size()) : 0;
-  return (p.flops() * per_flop + staging) * vector_cost;
+// Vectors that so many lanes fill, the last one in part.
+inline double vectors_of(int64_t lanes, const Variant& v) {
+  return static_cast<double>((lanes + lanes_of(v) - 1) / lanes_of(v));
 }
 
 // A kernel for elements of T in this instruction set, over weights as they are.
@@ -37,12 +20,14 @@ template <class T>
 constexpr Variant cpu_variant(const char* name, Algorithm algorithm, Pass pass,
                               const char* (*reject)(const ConvProblem&),
                               const char* (*launch)(const ConvProblem&, const LaunchArgs&),
-                              double (*cost)(const Variant&, const ConvProblem&),
+                              void (*work)(const Variant&, const ConvProblem&, Work&),
                               int64_t (*workspace)(const ConvProblem&, int32_t) = nullptr,
                               Layouts layouts = Layouts::kNHWCOnly) {
   const Arithmetic arithmetic = sizeof(compute_t<T>) == 8 ? Arithmetic::float64 : Arithmetic::float32;
-  return {name,      algorithm, Device::kCPU, pass,    kDType<T>, arithmetic, CONVEXT_ISA_ENUM, layouts, reject,
-          workspace, nullptr,   nullptr,      nullptr, cost,      launch};
+  Variant v{name,      algorithm, Device::kCPU, pass,    kDType<T>, arithmetic, CONVEXT_ISA_ENUM, layouts, reject,
+            workspace, nullptr,   nullptr,      nullptr, nullptr,   launch};
+  v.work = work;
+  return v;
 }
 
 // The same of a kernel that takes three axes.

@@ -10,12 +10,20 @@ inline const char* reject_unless_depthwise(const ConvProblem& problem) {
                                 : "it is not depthwise: groups must equal the input channels and divide the output's";
 }
 
-// The direct kernel computes one channel a group: a vector's other lanes are wasted. A single channel spread over many
-// filters is what the stem kernels are for.
-constexpr double kDepthwisePerFlop = 0.1, kOneChannelPerFlop = 3;
+// Whether the tiles that load an input once for all of a row's taps serve, or the general ones.
+inline bool takes_windows(const Variant& v, const ConvProblem& p) {
+  return p.k == p.c && p.k >= lanes_of(v) && p.s <= 7 && p.stride_w <= 2 && (p.s == 1 || p.dil_w == 1);
+}
 
-inline double depthwise_cost(const Variant& v, const ConvProblem& p) {
-  return cost_of(v, p, p.groups == 1 ? kOneChannelPerFlop : kDepthwisePerFlop);
+inline void depthwise_work(const Variant& v, const ConvProblem& p, Work& work) {
+  const double vectors = vectors_of(p.k, v), pixels = static_cast<double>(p.npq());
+  const double products = pixels * p.taps() * vectors;
+  work[Term::product] += products;
+  if (!takes_windows(v, p)) work[Term::reload] += products;
+  if (p.k != p.c) work[Term::gather] += products;  // an input is spread over its filters' lanes as it is loaded
+  work[Term::output] += pixels * vectors;
+  work[Term::operand] += static_cast<double>(p.x_size());
+  work[Term::weight] += static_cast<double>(p.w_size());
 }
 
 // The packed order is the same in fprop and dgrad, so that one packed copy serves both.
@@ -46,7 +54,7 @@ template <class T>
 constexpr Variant taps_variant(const char* name, Pass pass,
                                const char* (*launch)(const ConvProblem&, const LaunchArgs&)) {
   return of_volumes(packed_by<TapPacking<T>>(
-      cpu_variant<T>(name, Algorithm::depthwise, pass, reject_unless_depthwise, launch, depthwise_cost)));
+      cpu_variant<T>(name, Algorithm::depthwise, pass, reject_unless_depthwise, launch, depthwise_work)));
 }
 
 }  // namespace convext::CONVEXT_ISA

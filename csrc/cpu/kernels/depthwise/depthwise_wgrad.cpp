@@ -266,4 +266,4 @@ const char* launch(const ConvProblem& problem, const LaunchArgs& args) {
 
 CONVEXT_DEFINE_VARIANTS(wgrad_depthwise,
                         of_volumes(cpu_variant<T>(name, Algorithm::depthwise, Pass::kWgrad, reject_unless_depthwise,
-                                                  launch<T>, depthwise_cost, workspace<T>)))
+                                                  launch<T>, depthwise_work, workspace<T>)))

@@ -8,4 +8,4 @@
 
 CONVEXT_DEFINE_VARIANTS(dgrad_dilated,
                         of_volumes(packed_variant<T, GemmDgrad<T, true>>(name, Algorithm::dilated, Pass::kDgrad,
-                                                                         reject_undilated, dilated_cost)))
+                                                                         reject_undilated, dilated_work)))

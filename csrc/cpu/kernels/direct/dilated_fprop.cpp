@@ -8,4 +8,4 @@
 
 CONVEXT_DEFINE_VARIANTS(fprop_dilated,
                         of_volumes(packed_variant<T, GemmFprop<T, true>>(name, Algorithm::dilated, Pass::kFprop,
-                                                                         reject_undilated, dilated_cost)))
+                                                                         reject_undilated, dilated_work)))

@@ -5,4 +5,4 @@
 
 CONVEXT_DEFINE_VARIANTS(wgrad_dilated,
                         of_volumes(cpu_variant<T>(name, Algorithm::dilated, Pass::kWgrad, reject_undilated,
-                                                  wgrad_launch<T>, dilated_cost, wgrad_workspace<T>)))
+                                                  wgrad_launch<T>, dilated_work, wgrad_workspace<T>)))

@@ -11,4 +11,4 @@
 
 CONVEXT_DEFINE_VARIANTS(dgrad_direct,
                         of_volumes(packed_variant<T, GemmDgrad<T, false>>(name, Algorithm::direct, Pass::kDgrad,
-                                                                          reject_none, direct_cost)))
+                                                                          reject_none, direct_work)))

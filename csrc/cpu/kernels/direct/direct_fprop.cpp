@@ -13,4 +13,4 @@
 
 CONVEXT_DEFINE_VARIANTS(fprop_direct,
                         of_volumes(packed_variant<T, GemmFprop<T, false>>(name, Algorithm::direct, Pass::kFprop,
-                                                                          reject_none, direct_cost)))
+                                                                          reject_none, direct_work)))

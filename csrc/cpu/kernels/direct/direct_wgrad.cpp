@@ -3,4 +3,4 @@
 #include "direct.h"
 
 CONVEXT_DEFINE_VARIANTS(wgrad_direct, of_volumes(cpu_variant<T>(name, Algorithm::direct, Pass::kWgrad, reject_none,
-                                                                wgrad_launch<T>, direct_cost, wgrad_workspace<T>)))
+                                                                wgrad_launch<T>, direct_work, wgrad_workspace<T>)))

@@ -137,9 +137,9 @@ struct GemmDgrad {
 template <class T, class PassImpl>
 constexpr Variant packed_variant(const char* name, Algorithm algorithm, Pass pass,
                                  const char* (*reject)(const ConvProblem&),
-                                 double (*cost)(const Variant&, const ConvProblem&)) {
+                                 void (*work)(const Variant&, const ConvProblem&, Work&)) {
   Variant v =
-      packed_by<PassImpl>(cpu_variant<T>(name, algorithm, pass, reject, PassImpl::launch, cost, PassImpl::workspace));
+      packed_by<PassImpl>(cpu_variant<T>(name, algorithm, pass, reject, PassImpl::launch, work, PassImpl::workspace));
   if (kDType<T> == DType::kBFloat16) v.arithmetic = Arithmetic::bfloat16;
   return v;
 }

@@ -39,10 +39,14 @@ struct GroupedBlocks {
   int64_t line() const { return int64_t{pitch} * Vec<float>::width; }  // elements of one phase of one channel
 };
 
-// The direct kernel fills a vector's lanes from one group alone.
-constexpr double kGroupedPerFlop = 0.3;
-
-inline double grouped_cost(const Variant& v, const ConvProblem& p) { return cost_of(v, p, kGroupedPerFlop); }
+inline void grouped_work(const Variant& v, const ConvProblem& p, Work& work) {
+  const double vectors = vectors_of(p.k, v), taps = static_cast<double>(p.taps()) * p.c_per_group();
+  work[Term::product] += static_cast<double>(p.npq()) * taps * vectors;
+  work[Term::gather] += static_cast<double>(p.nhw()) * p.c_per_group() * vectors;  // spread
+  work[Term::output] += static_cast<double>(p.npq()) * vectors;
+  work[Term::row] += static_cast<double>(p.n) * p.p() * taps * vectors;
+  work[Term::weight] += static_cast<double>(p.w_size());
+}
 
 inline const char* reject_unless_grouped(const ConvProblem& p) {
   if (p.groups == 1 || p.is_depthwise()) return "the channels are not in groups of several";

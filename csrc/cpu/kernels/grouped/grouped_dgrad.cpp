@@ -54,4 +54,4 @@ const char* launch(const ConvProblem& p, const LaunchArgs& args) {
 
 CONVEXT_DEFINE_VARIANT_OF(float, f32, dgrad_grouped,
                           packed_by<Packing>(cpu_variant<T>(name, Algorithm::grouped, Pass::kDgrad, reject, launch,
-                                                            grouped_cost)))
+                                                            grouped_work)))

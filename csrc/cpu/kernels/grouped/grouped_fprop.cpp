@@ -146,4 +146,4 @@ void run_grouped(const ConvProblem& p, const float* x, const float* packed, floa
 
 CONVEXT_DEFINE_VARIANT_OF(float, f32, fprop_grouped,
                           packed_by<Packing>(cpu_variant<T>(name, Algorithm::grouped, Pass::kFprop,
-                                                            reject_unless_grouped, launch, grouped_cost)))
+                                                            reject_unless_grouped, launch, grouped_work)))

@@ -110,4 +110,4 @@ const char* launch(const ConvProblem& p, const LaunchArgs& args) {
 
 CONVEXT_DEFINE_VARIANT_OF(float, f32, wgrad_grouped,
                           cpu_variant<T>(name, Algorithm::grouped, Pass::kWgrad, reject_unless_grouped, launch,
-                                         grouped_cost, workspace))
+                                         grouped_work, workspace))

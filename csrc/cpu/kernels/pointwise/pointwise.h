@@ -25,10 +25,14 @@ struct PointwiseGemm {
 
 void run_pointwise(const PointwiseGemm&, const Parallel&);
 
-// The direct kernel's tiles are set up for longer reductions.
-constexpr double kPointwisePerFlop = 0.9;
-
-inline double pointwise_cost(const Variant& v, const ConvProblem& p) { return cost_of(v, p, kPointwisePerFlop); }
+inline void pointwise_work(const Variant& v, const ConvProblem& p, Work& work) {
+  const bool dgrad = v.pass == Pass::kDgrad;
+  const double vectors = vectors_of(dgrad ? p.c : p.k, v), pixels = static_cast<double>(p.npq());
+  work[Term::product] += pixels * (dgrad ? p.k : p.c) * vectors;
+  work[Term::output] += pixels * vectors;
+  work[Term::operand] += static_cast<double>(dgrad ? p.y_size() : p.x_size());
+  work[Term::weight] += static_cast<double>(p.w_size());
+}
 
 inline const char* reject_unless_short_pointwise(const ConvProblem& p, int32_t depth) {
   if (!p.is_pointwise()) return "the filter is not 1x1";

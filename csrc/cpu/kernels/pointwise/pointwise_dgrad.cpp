@@ -18,4 +18,4 @@ const char* launch(const ConvProblem& p, const LaunchArgs& args) {
 
 CONVEXT_DEFINE_VARIANT_OF(float, f32, dgrad_pointwise,
                           packed_by<GemmDgrad<T, false>>(cpu_variant<T>(name, Algorithm::pointwise, Pass::kDgrad,
-                                                                        reject, launch, pointwise_cost)))
+                                                                        reject, launch, pointwise_work)))

@@ -66,4 +66,4 @@ void run_pointwise(const PointwiseGemm& g, const Parallel& parallel) {
 
 CONVEXT_DEFINE_VARIANT_OF(float, f32, fprop_pointwise,
                           packed_by<GemmFprop<T, false>>(cpu_variant<T>(name, Algorithm::pointwise, Pass::kFprop,
-                                                                        reject, launch, pointwise_cost)))
+                                                                        reject, launch, pointwise_work)))

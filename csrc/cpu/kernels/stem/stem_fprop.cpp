@@ -124,5 +124,5 @@ const char* launch(const ConvProblem& p, const LaunchArgs& args) {
 
 CONVEXT_DEFINE_VARIANT_OF(float, f32, fprop_stem,
                           packed_by<GemmFprop<T, false>>(cpu_variant<T>(name, Algorithm::stem, Pass::kFprop,
-                                                                        reject_unless_stem, launch, stem_cost, nullptr,
+                                                                        reject_unless_stem, launch, stem_work, nullptr,
                                                                         Layouts::kAny)))

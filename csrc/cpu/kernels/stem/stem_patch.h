@@ -74,10 +74,20 @@ struct StemBlocks {
   }
 };
 
-// The direct kernel's tiles are set up for longer reductions.
-constexpr double kStemPerFlop = 0.8;
-
-inline double stem_cost(const Variant& v, const ConvProblem& p) { return cost_of(v, p, kStemPerFlop); }
+inline void stem_work(const Variant& v, const ConvProblem& p, Work& work) {
+  const double vectors = vectors_of(p.k, v), pixels = static_cast<double>(p.npq()), rows = double{1} * p.n * p.p();
+  const double taps = static_cast<double>(p.taps()) * p.c;
+  work[Term::product] += pixels * taps * vectors;
+  work[Term::gather] += static_cast<double>(p.x_size());  // into patches
+  work[Term::weight] += static_cast<double>(p.w_size());
+  if (v.pass == Pass::kWgrad) {
+    work[Term::row] += rows * taps * vectors;
+    work[Term::operand] += static_cast<double>(p.y_size());
+  } else {
+    work[Term::row] += rows * p.taps() * vectors;
+    work[Term::output] += pixels * vectors;
+  }
+}
 
 inline const char* reject_unless_stem(const ConvProblem& p) {
   if (p.groups != 1) return "the channels are in groups";

@@ -164,5 +164,5 @@ const char* launch(const ConvProblem& p, const LaunchArgs& args) {
 }  // namespace convext::CONVEXT_ISA
 
 CONVEXT_DEFINE_VARIANT_OF(float, f32, wgrad_stem,
-                          cpu_variant<T>(name, Algorithm::stem, Pass::kWgrad, reject_unless_stem, launch, stem_cost,
+                          cpu_variant<T>(name, Algorithm::stem, Pass::kWgrad, reject_unless_stem, launch, stem_work,
                                          workspace, Layouts::kAnyX))

@@ -2,7 +2,7 @@
 #pragma once
 #include "cpu/kernels/gemm/gemm_passes.h"
 #include "winograd.h"
-#include "winograd_cost.h"
+#include "winograd_work.h"
 
 namespace convext::CONVEXT_ISA {
 
@@ -71,7 +71,7 @@ struct WinogradPass {
   }
 
   static constexpr Variant variant(const char* name) {
-    return winograd_variant(packed_variant<T, WinogradPass>(name, Algorithm::winograd, PASS, reject, winograd_cost), M);
+    return winograd_variant(packed_variant<T, WinogradPass>(name, Algorithm::winograd, PASS, reject, winograd_work), M);
   }
 };
 

@@ -346,6 +346,6 @@ struct WinogradWgrad {
 
 CONVEXT_DEFINE_VARIANT_OF(float, f32, wgrad_winograd4x4,
                           winograd_variant(cpu_variant<T>(name, Algorithm::winograd, Pass::kWgrad,
-                                                          WinogradWgrad::reject, WinogradWgrad::launch, winograd_cost,
+                                                          WinogradWgrad::reject, WinogradWgrad::launch, winograd_work,
                                                           WinogradWgrad::workspace),
                                            M))
