@@ -186,6 +186,9 @@ def bench_model(
     dtype: DTypeOption = DType.float32,
     memory_format: Format = MemoryFormat.contiguous,
     train: Annotated[bool, typer.Option("--train/--eval", help="A training step, or inference.")] = False,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Of a training step, also that of convext.swap(model, recompute=True).")
+    ] = False,
     peers: Annotated[bool, typer.Option("--peers", help="Also the engines that people leave PyTorch for.")] = False,
     peer: Annotated[
         Optional[list[str]], typer.Option(help="One of those alone, such as OpenVINO; may be given more than once.")
@@ -211,6 +214,8 @@ def bench_model(
 
     batches, counts = options.integers("--batch", batch), options.integers("--threads", threads)
     options.output("--json", output)
+    if recompute and not train:
+        raise UsageError("bench model --recompute: expected --train as well: inference keeps nothing")
     known = model.peers(train)
     for name in peer or ():
         if name not in known:
@@ -219,7 +224,8 @@ def bench_model(
     names = names or ["resnet50", "mobilenet_v2"]
     for name in names:
         zoo.check(name)
-    cases = list(model.cases(names, batches, counts, dtype=dtype, memory_format=memory_format, train=train))
+    setting = dict(dtype=dtype, memory_format=memory_format, train=train, recompute=recompute)
+    cases = list(model.cases(names, batches, counts, **setting))
     outcomes = []
     with _progress() as progress, convext.output_pool(convext.output_pool.limit() if output_pool else 0):
         record = machine.record()
