@@ -61,9 +61,11 @@ def demo(
     threads: Threads = None,
     image: Annotated[Optional[Path], typer.Option(help="A photograph of yours.")] = None,
     train: Annotated[bool, typer.Option("--train/--no-train", help="Train on digits as well.")] = True,
-    output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("convext-demo.png"),
+    output: Annotated[
+        Path, typer.Option(help="Where the picture goes; that of the training beside it, as NAME-digits.")
+    ] = Path("convext-demo.png"),
 ) -> None:
-    """Swap ResNet-50 and MobileNetV2, compare before and after on photographs, then train on digits."""
+    """Swap ResNet-50 and MobileNetV2, compare before and after on photographs, then train small networks on digits."""
     _needs("demo", "torchvision", "sklearn", "matplotlib", "PIL")
     from .demo import Settings, run
 
