@@ -897,8 +897,9 @@ class ConvBNActFunction(_Function):
         else:
             if ctx.sums is not None:
                 y, x = _dropped_output(ctx, x, kept, w, bias)
-            acc = accumulate_dtype(y.dtype)
-            mean, var = mean.to(acc), var.to(acc)
+            if not ctx.training:
+                acc = accumulate_dtype(y.dtype)
+                mean, var = mean.to(acc), var.to(acc)
             beta = beta if offset is None else offset
             bn_act_backward = ops.bn_act_backward
         epilogue = Epilogue(None, mean, var, gamma, beta, residual, ctx.eps, activation)
