@@ -1135,7 +1135,8 @@ def _differentiable_conv_bn_act(x, w, *arguments):
 def _differentiable_conv_bn_act_train(x, w, *arguments):
     epilogue, geom, _ = ops.take_apart(arguments)
     ops.check_of_the_batch(epilogue)
-    return conv_bn_act(x, w, epilogue, geom, _apply_at_this_level)
+    out, y, mean, var = conv_bn_act(x, w, epilogue, geom, _apply_at_this_level)
+    return out, y, mean.to(var.dtype), var
 
 
 def _apply(function, *args):
