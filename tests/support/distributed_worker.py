@@ -141,8 +141,8 @@ def before_and_after(wrap, maker=Net, x=None):
     expected = trained(wrap(network(maker)), x)
     for recompute in (False, True):
         for swapped in (
-            wrap(convext.swap(network(maker), recompute)),
-            convext.swap(wrap(network(maker)), recompute),
+            wrap(convext.swap(network(maker), recompute=recompute)),
+            convext.swap(wrap(network(maker)), recompute=recompute),
         ):
             is_swapped(swapped)
             same(trained(swapped, x), expected)
@@ -209,7 +209,11 @@ def trained_flat(use_orig_params, swapped_first):
 
     expected = trained(wrap(network()), images())
     for recompute in (False, True):
-        model = wrap(convext.swap(network(), recompute)) if swapped_first else convext.swap(wrap(network()), recompute)
+        model = (
+            wrap(convext.swap(network(), recompute=recompute))
+            if swapped_first
+            else convext.swap(wrap(network()), recompute=recompute)
+        )
         is_swapped(model)
         same(trained(model, images()), expected)
 
