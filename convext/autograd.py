@@ -11,16 +11,18 @@ The fused Functions run fused kernels backward. Where the backward pass is itsel
 they compute the same gradient from x, w and the parameters out of differentiable operations instead.
 
 What lies between two fused layers need not be kept: the first keeps its convolution's output y for its own backward
-pass, and the second can compute its input from that again (`Recomputable`).
+pass, and the second can compute its input from that again (`Recomputable`). With `recompute`, a layer with little
+arithmetic does not keep y either: it computes it again from its input (`Convolved`).
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -99,11 +101,15 @@ def _wgrad(dy, x, kernel_size, geom, channels_last=None):
     return ops.wgrad(dy, x, kernel_size, geom, channels_last)
 
 
+def _y_is_channels_last(x, w, y) -> bool:
+    if not suggests_channels_last(y) and fits_both_formats(y.shape):  # it may look the same in both
+        return suggests_channels_last(x) or suggests_channels_last(w)
+    return suggests_channels_last(y)
+
+
 def _keep_formats(ctx, x, w, y) -> None:
     """The formats of dx and dw: that of y, which x and w decide, whatever that of dy."""
-    ctx.channels_last = suggests_channels_last(y)
-    if not ctx.channels_last and fits_both_formats(y.shape):  # it may look the same in both
-        ctx.channels_last = suggests_channels_last(x) or suggests_channels_last(w)
+    ctx.channels_last = _y_is_channels_last(x, w, y)
     ctx.dw_channels_last = not _level.nchw_weights and weight_gradient_is_channels_last(w, ctx.channels_last)
 
 
@@ -516,14 +522,98 @@ def _refuse_forward_mode(name: str):
     )
 
 
+_MOST_PRODUCTS_A_BYTE = 64
+_Sums = tuple[int | None, ...]  # what `_sums_of_bits` returns
+
+
+def is_cheap(w: torch.Tensor, dtype: torch.dtype) -> bool:
+    """The rule by which `recompute` drops the output of a convolution with filters w (K, C/groups, R, S), in `dtype`:
+    an element of it takes no more than 64 products for each of its bytes, in float32 so 256. That is any usual
+    depthwise convolution, a 1x1 convolution of up to 256 channels, and a network's first layer."""
+    return w.numel() <= _MOST_PRODUCTS_A_BYTE * dtype.itemsize * w.shape[0]
+
+
+class Convolved(NamedTuple):
+    """How y = x * w + bias is computed again where nobody keeps it: x is a tensor, or the recipe of one whose own y is
+    kept. `sums` and `versions` tell whether the tensors are still those that y was computed of."""
+
+    x: Any  # torch.Tensor | Recipe, which mypy cannot have
+    w: torch.Tensor
+    bias: torch.Tensor | None
+    geom: Geom
+    channels_last: bool
+    sums: _Sums
+    versions: tuple[int, ...]
+
+    def was_written(self) -> bool:
+        """Whether one of the tensors was written since, so that a reader must keep its input itself."""
+        return _versions(self.x, self.w, self.bias) != self.versions
+
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return (*(self.x.tensors() if isinstance(self.x, Recipe) else (self.x,)), self.w, self.bias)
+
+    def holding(self, tensors: Iterator[Any]) -> Convolved:
+        x = self.x.holding(tensors) if isinstance(self.x, Recipe) else next(tensors)
+        return self._replace(x=x, w=next(tensors), bias=next(tensors))
+
+    def values(self) -> torch.Tensor:
+        x = self.x.values() if isinstance(self.x, Recipe) else self.x
+        return _convolved_again(x, self.w, self.bias, self.geom, self.channels_last, self.sums)
+
+
+def _versions(*tensors: Any) -> tuple[int, ...]:
+    return tuple(t._version for t in tensors if isinstance(t, torch.Tensor))
+
+
+def _sums_of_bits(*tensors: torch.Tensor | None) -> _Sums:
+    """Of each tensor that no dispatcher has to see, on the CPU, the sum of its elements' bits, else None."""
+    return tuple(
+        t.detach().view(_BITS[t.dtype.itemsize]).sum(dtype=torch.int64).item()  # type: ignore[misc]
+        if t is not None and t.device.type == "cpu" and not t.is_neg() and ops.all_plain(t)
+        else None
+        for t in tensors
+    )
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@torch.no_grad()
+def _convolved_again(x, w, bias, geom, channels_last, sums):
+    """x * w + bias in a backward pass, as it was computed in the forward pass: by the same kernel, if the backend is
+    the same, and in the same dtype, whatever autocast is on now. `sums`: the _sums_of_bits of w and bias at that time.
+
+    Tensors that torch knows to be written are refused as they are unpacked, by the error that any saved tensor raises.
+    What is written behind torch's back (a fused optimizer's step, `weight.data`) would give an output that never was.
+    """
+    if any(a is not None and b is not None and a != b for a, b in zip(sums, _sums_of_bits(w, bias))):
+        raise RuntimeError(
+            f"recompute=True: the weight or the bias of a convolution with weight {list(w.shape)} was modified between "
+            "its forward and its backward pass, behind autograd (by a fused optimizer or through .data), so that its "
+            "output cannot be computed again; call backward before the change, or keep the output (recompute=False)"
+        )
+    with torch._C._ExcludeDispatchKeyGuard(ops._AUTOCAST_KEYS):
+        return ops.fprop(x, w, bias, geom, channels_last)
+
+
 class Handoff:
     """From a reader of a Recomputable to the layer that computed it, within a backward pass: what the reader's pass
-    over y found about the gradient that it returns."""
+    over y found about the gradient that it returns, and y, where it had to compute that.
 
-    __slots__ = ("_given",)
+    sums_up  whether the layer begins with such sums: where mean and var are y's own
+    output   y, from the first reader that computes it until the layer takes it
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_given", "output", "sums_up")
+
+    def __init__(self, sums_up: bool) -> None:
         self._given: tuple[Any, ...] | None = None
+        self.output: torch.Tensor | None = None
+        self.sums_up = sums_up
+
+    def take_output(self) -> torch.Tensor | None:
+        output, self.output = self.output, None
+        return output
 
     def put(self, gradient: torch.Tensor, sums: Any) -> None:
         self._given = weakref.ref(gradient), gradient._version, sums
@@ -539,11 +629,11 @@ class Handoff:
 
 class Recipe(NamedTuple):
     """How a layer's result is computed again from what the layer keeps for its backward pass:
-    activation(batch_norm(y)), or activation(y) where mean is None. All are (C) but for y (N, C, H, W). gamma and beta
-    are copies, so that who writes the parameters afterwards changes nothing, as where the result itself is kept.
-    handoff: to that layer, where mean and var are y's own."""
+    activation(batch_norm(y)), or activation(y) where mean is None. All are (C) but for y (N, C, H, W), or what it is
+    computed from. gamma and beta are copies, so that who writes the parameters afterwards changes nothing, as where the
+    result itself is kept. handoff: to that layer, or None where nothing is to be handed on."""
 
-    y: torch.Tensor
+    y: torch.Tensor | Convolved
     mean: torch.Tensor | None
     var: torch.Tensor | None
     gamma: torch.Tensor | None
@@ -556,13 +646,37 @@ class Recipe(NamedTuple):
     def epilogue(self) -> Epilogue:
         return Epilogue(None, self.mean, self.var, self.gamma, self.beta, None, self.eps, self.activation)
 
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """Those to be saved."""
+        return (*(self.y.tensors() if isinstance(self.y, Convolved) else (self.y,)), *self[1:5])
+
+    def holding(self, tensors: Iterator[Any]) -> Recipe:
+        """The same of other tensors, given in the order of `tensors()`."""
+        y = self.y.holding(tensors) if isinstance(self.y, Convolved) else next(tensors)
+        return Recipe(y, next(tensors), next(tensors), next(tensors), next(tensors), *self[5:])
+
+    def with_output(self, for_the_layer: bool) -> Recipe:
+        """With y, computed again where it is not kept. `for_the_layer`: the layer's own backward pass follows, and
+        takes it."""
+        if not isinstance(self.y, Convolved):
+            return self
+        handoff = self.handoff
+        y = None if handoff is None else handoff.output
+        if y is None:
+            y = self.y.values()
+        if handoff is not None and for_the_layer:
+            handoff.output = y
+        return self._replace(y=y)
+
     @torch.no_grad()
     def values(self) -> torch.Tensor:
         """The result, by the very call of the forward pass, whose kernel does not depend on the number of threads: so
         the same to the last bit, the sign that ReLU goes by among them, as long as the backend is the same."""
+        y = self.with_output(for_the_layer=False).y
+        assert isinstance(y, torch.Tensor)
         if self.mean is None:
-            return FORWARD[self.activation](self.y)
-        return ops.bn_act(self.y, self.epilogue)
+            return FORWARD[self.activation](y)
+        return ops.bn_act(y, self.epilogue)
 
 
 class Recomputable(NamedTuple):
@@ -577,10 +691,6 @@ class Recomputable(NamedTuple):
     handle: torch.Tensor
     recipe: Recipe
     rows: tuple[int, ...] | None = None
-
-    @property
-    def source(self) -> tuple[torch.Tensor, torch.Tensor, Recipe]:
-        return self.values, self.handle, self.recipe
 
     def tensor(self) -> torch.Tensor:
         """The result as any other tensor, for any reader."""
@@ -614,10 +724,32 @@ def _handle(out):
     return out.new_empty_strided(out.shape, (0,) * out.dim())
 
 
+class Chain(NamedTuple):
+    """What a fused Function knows of its neighbours, and what it keeps.
+
+    recipe   that of the Recomputable whose values are x, or None of any other x
+    keeps    whether the result is to be the values of a Recomputable
+    handoff  that of its recipe
+    sums     None where it keeps its convolution's output, else the _sums_of_bits of weight and bias, of which the
+             output is computed again; swap/schedule/kept.py sees to it that the recipe of x is of a y that is kept
+             then, so that no layer computes another's output again in order to compute its own
+    offset   a copy of beta, where there is one already
+    """
+
+    recipe: Recipe | None = None
+    keeps: bool = False
+    handoff: Handoff | None = None
+    sums: _Sums | None = None
+    offset: torch.Tensor | None = None
+
+
+_ALONE = Chain()
+
+
 def _keep_input(ctx, x, handle, recipe) -> tuple[torch.Tensor | None, ...]:
     """What to save for x: itself, or its recipe. The handle holds no data, and so is nothing for hooks to see."""
-    ctx.handle, ctx.recipe = handle, None if recipe is None else recipe[5:]
-    return (x,) if recipe is None else recipe[:5]
+    ctx.handle, ctx.recipe = handle, None if recipe is None else recipe.holding(itertools.repeat(None))
+    return (x,) if recipe is None else recipe.tensors()
 
 
 def _kept_input(ctx, saved):
@@ -626,15 +758,27 @@ def _kept_input(ctx, saved):
         return saved[0]
     if not torch.is_grad_enabled():
         return None
-    return ReattachFunction.apply(Recipe(*saved, *ctx.recipe).values(), ctx.handle)
+    return ReattachFunction.apply(ctx.recipe.holding(iter(saved)).values(), ctx.handle)
+
+
+def _dropped_output(ctx, x, saved, w, bias):
+    """The convolution's output that was not kept, and x, where it had to be computed for that: a reader of the result
+    may just have computed it."""
+    y = None if ctx.handoff is None else ctx.handoff.take_output()
+    if y is None:
+        x = ctx.recipe.holding(iter(saved)).values() if x is None else x
+        y = _convolved_again(x, w, bias, ctx.geom, ctx.channels_last, ctx.sums)
+    return y, x
 
 
 def _gradients(ctx, dy, x, saved, w, x_needed, w_needed):
     """dx and dw of a Function's convolution, x or None as `_kept_input` has it."""
     if x is not None or not w_needed:
         return _dgrad_and_wgrad(ctx, dy, x, w, x_needed, w_needed)
-    recipe = Recipe(*saved, *ctx.recipe)
-    if x_needed and recipe.handoff is not None and torch._C._will_engine_execute_node(ctx.handle.grad_fn):
+    recipe = ctx.recipe.holding(iter(saved))
+    followed = recipe.handoff is not None and x_needed and torch._C._will_engine_execute_node(ctx.handle.grad_fn)
+    recipe = recipe.with_output(for_the_layer=followed)
+    if followed and recipe.handoff.sums_up:
         # The pass that computes x again meets y and has dx at hand: it sums up for the batch norm before as well.
         dx = ops.dgrad(dy, w, ctx.input_size, ctx.geom, ctx.channels_last)
         found = ops.bn_act_and_sums(dx, recipe.y, recipe.epilogue)
@@ -658,13 +802,13 @@ class ConvBNActFunction(_Function):
     what is saved may go to a hook that raises, as that of torch.utils.checkpoint does when it has recomputed enough,
     and by then F.batch_norm has updated its running statistics.
 
-    `handle, recipe` behind these: those of a Recomputable whose values are x, and None, None of any other. `keeps,
-    handoff`: whether `out` is to be the values of one, and the handoff of its recipe; then there is no residual, mean
-    and var are its own to keep, the last of what it returns is a handle of `out`, and that alone is differentiable.
+    `handle, chain` behind these: that of a Recomputable whose values are x, or None, and a Chain. With `chain.keeps`
+    there is no residual, mean and var are its own to keep, the last of what it returns is a handle of `out`, and that
+    alone is differentiable.
 
-    Saved are y and vectors, besides the parameters and x or its recipe: z, which the activation saw, follows from them
-    but for the residual. A ReLU's derivative follows from `out`, which PyTorch's keeps as well; others keep the
-    residual.
+    Saved are y, unless it is dropped, and vectors, besides the parameters and x or its recipe: z, which the activation
+    saw, follows from them but for the residual. A ReLU's derivative follows from `out`, which PyTorch's keeps as well;
+    others keep the residual.
     """
 
     generate_vmap_rule = True
@@ -684,9 +828,7 @@ class ConvBNActFunction(_Function):
         geom,
         update,
         handle=None,
-        recipe=None,
-        keeps=False,
-        handoff=None,
+        chain=_ALONE,
     ):
         found: tuple[torch.Tensor, ...]
         if mean is None:
@@ -700,12 +842,13 @@ class ConvBNActFunction(_Function):
             acc = accumulate_dtype(y.dtype)
             epilogue = Epilogue(None, mean.to(acc), var.to(acc), gamma, beta, residual, eps, activation)
             found = ops.bn_act(y, epilogue), y
-        return (*found, _handle(found[0])) if keeps else found
+        return (*found, _handle(found[0])) if chain.keeps else found
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, w, bias, mean, var, gamma, beta, residual, ctx.eps, ctx.activation, ctx.geom, _, *kept = inputs
-        handle, recipe, ctx.keeps, ctx.handoff = kept or (None, None, False, None)
+        handle, chain = kept or (None, _ALONE)
+        ctx.keeps, ctx.handoff, ctx.sums = chain.keeps, chain.handoff, chain.sums
         out, y = output[:2]
         ctx.training = mean is None
         ctx.mark_non_differentiable(*(output[:-1] if ctx.keeps else output[1:]))
@@ -722,8 +865,12 @@ class ConvBNActFunction(_Function):
         else:
             seen = residual
         # PyTorch's backward pass does not read beta: who writes it behind torch's back changes no gradient.
-        offset = None if beta is None or ctx.by_output or ctx.activation == "identity" else beta.detach().clone()
-        ctx.save_for_backward(w, bias, mean, var, gamma, beta, seen, y, offset, *_keep_input(ctx, x, handle, recipe))
+        offset = chain.offset
+        if offset is None and beta is not None and not ctx.by_output and ctx.activation != "identity":
+            offset = beta.detach().clone()
+        kept = _keep_input(ctx, x, handle, chain.recipe)
+        y = _needed(ctx.sums is None, y)
+        ctx.save_for_backward(w, bias, mean, var, gamma, beta, seen, y, offset, *kept)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -731,7 +878,7 @@ class ConvBNActFunction(_Function):
         if ctx.keeps:
             dout = others[-1]
         if dout is None:
-            return (None,) * 16
+            return (None,) * 14
         w, bias, mean, var, gamma, beta, seen, y, offset, *kept = ctx.saved_tensors
         x_needed, w_needed, bias_needed, _, _, gamma_needed, beta_needed, residual_needed = ctx.needs_input_grad[:8]
         x_needed = x_needed or ctx.handle is not None and ctx.needs_input_grad[12]
@@ -748,8 +895,11 @@ class ConvBNActFunction(_Function):
                 mean, var = reference.batch_stats(y)
             bn_act_backward = reference.bn_act_backward
         else:
-            acc = accumulate_dtype(y.dtype)
-            mean, var = mean.to(acc), var.to(acc)
+            if ctx.sums is not None:
+                y, x = _dropped_output(ctx, x, kept, w, bias)
+            if not ctx.training:
+                acc = accumulate_dtype(y.dtype)
+                mean, var = mean.to(acc), var.to(acc)
             beta = beta if offset is None else offset
             bn_act_backward = ops.bn_act_backward
         epilogue = Epilogue(None, mean, var, gamma, beta, residual, ctx.eps, activation)
@@ -775,8 +925,6 @@ class ConvBNActFunction(_Function):
             None,
             None,
             None if ctx.handle is None else dx,
-            None,
-            None,
             None,
         )
 
@@ -827,22 +975,24 @@ class ConvActFunction(_Function):
     NotImplementedError. `apply(x, w, bias, residual, geom, activation)` returns (out, z): z is what the activation saw,
     or `out` again where its derivative follows from that; it is not differentiable.
 
-    `handle, recipe, keeps` behind these as in ConvBNActFunction; what keeps has an activation that needs z."""
+    `handle, chain` behind these as in ConvBNActFunction; what keeps, or drops z, has an activation that needs z and no
+    residual."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, w, bias, residual, geom, activation, handle=None, recipe=None, keeps=False):
+    def forward(x, w, bias, residual, geom, activation, handle=None, chain=_ALONE):
         if TABLE[activation].by_output:  # PyTorch keeps the output as well: who writes into it is refused
             return ops.conv_bn_act(x, w, Epilogue(bias, None, None, None, None, residual, 0.0, activation), geom), None
         z = ops.conv_bn_act(x, w, Epilogue(bias, residual=residual), geom)
         out = FORWARD[activation](z)
-        return (out, z, _handle(out)) if keeps else (out, z)
+        return (out, z, _handle(out)) if chain.keeps else (out, z)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, w, bias, residual, ctx.geom, ctx.activation, *kept = inputs
-        handle, recipe, ctx.keeps = kept or (None, None, False)
+        handle, chain = kept or (None, _ALONE)
+        ctx.keeps, ctx.handoff, ctx.sums = chain.keeps, chain.handoff, chain.sums
         out, z = output[:2]
         if ctx.keeps:
             ctx.mark_non_differentiable(out, z)
@@ -853,7 +1003,8 @@ class ConvActFunction(_Function):
         _keep_formats(ctx, x, w, out)
         residual = _needed(not ctx.by_output, residual)
         seen = None if ctx.activation == "identity" else out if ctx.by_output else z
-        ctx.save_for_backward(w, bias, residual, seen, *_keep_input(ctx, x, handle, recipe))
+        seen = _needed(ctx.sums is None, seen)
+        ctx.save_for_backward(w, bias, residual, seen, *_keep_input(ctx, x, handle, chain.recipe))
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -861,13 +1012,15 @@ class ConvActFunction(_Function):
         if ctx.keeps:
             dout = others[0]
         if dout is None:
-            return (None,) * 9
+            return (None,) * 8
         w, bias, residual, z, *kept = ctx.saved_tensors
         x_needed, w_needed, bias_needed, residual_needed = ctx.needs_input_grad[:4]
         x_needed = x_needed or ctx.handle is not None and ctx.needs_input_grad[6]
         x = _kept_input(ctx, kept)
         if torch.is_grad_enabled() and not ctx.by_output:
             z = _add(_fprop(x, w, bias, ctx.geom), residual)
+        elif ctx.sums is not None:
+            z, x = _dropped_output(ctx, x, kept, w, bias)
         if ctx.activation == "identity" or torch.is_grad_enabled():
             dy, db = BACKWARD[ctx.activation](dout, z), None
         else:
@@ -883,7 +1036,6 @@ class ConvActFunction(_Function):
             None,
             None,
             None if ctx.handle is None else dx,
-            None,
             None,
         )
 
@@ -983,7 +1135,8 @@ def _differentiable_conv_bn_act(x, w, *arguments):
 def _differentiable_conv_bn_act_train(x, w, *arguments):
     epilogue, geom, _ = ops.take_apart(arguments)
     ops.check_of_the_batch(epilogue)
-    return conv_bn_act(x, w, epilogue, geom, _apply_at_this_level)
+    out, y, mean, var = conv_bn_act(x, w, epilogue, geom, _apply_at_this_level)
+    return out, y, mean.to(var.dtype), var
 
 
 def _apply(function, *args):
@@ -1018,15 +1171,61 @@ def conv_bn_act(
     return reference.bn_act(y, epilogue), y, *stats
 
 
+class _Given(NamedTuple):
+    """What a chained call takes from an x that may be Recomputable: its values, its handle and its recipe, or itself
+    alone."""
+
+    x: torch.Tensor
+    handle: torch.Tensor | None = None
+    recipe: Recipe | None = None
+
+    @classmethod
+    def of(cls, x: torch.Tensor | Recomputable) -> _Given:
+        if not isinstance(x, Recomputable):
+            return cls(x)
+        y = x.recipe.y
+        if isinstance(y, Convolved) and y.was_written():
+            return cls(x.tensor())
+        return cls(x.values, x.handle, x.recipe)
+
+    def sums_if_dropped(self, recompute: bool, w: torch.Tensor, bias: torch.Tensor | None) -> _Sums | None:
+        """`Chain.sums` for a layer that is asked to recompute."""
+        return _sums_of_bits(w, bias) if recompute and is_cheap(w, self.x.dtype) else None
+
+    def output(
+        self,
+        y: torch.Tensor,
+        w: torch.Tensor,
+        bias: torch.Tensor | None,
+        geom: Geom,
+        sums: _Sums | None,
+    ) -> torch.Tensor | Convolved:
+        """`Recipe.y`"""
+        if sums is None:
+            return y
+        x = self.x if self.recipe is None else self.recipe
+        versions = _versions(x, w, bias)
+        return Convolved(x, w, bias, geom, _y_is_channels_last(self.x, w, y), sums, versions)
+
+
 def chained_conv_act(
-    x: torch.Tensor | Recomputable, w: torch.Tensor, epilogue: Epilogue, geom: Geom, keeps: bool
+    x: torch.Tensor | Recomputable, w: torch.Tensor, epilogue: Epilogue, geom: Geom, keeps: bool, recompute: bool
 ) -> torch.Tensor | Recomputable:
-    """conv_act outside forward mode of an x that may be Recomputable, as its result is with `keeps`."""
-    given, *source = x.source if isinstance(x, Recomputable) else (x, None, None)
+    """conv_act outside forward mode of an x that may be Recomputable, as its result is with `keeps`. `recompute`: what
+    the activation sees is not kept where `is_cheap`."""
+    given = _Given.of(x)
     _, _, _, _, _, residual, _, activation = epilogue
-    keeps = keeps and residual is None and not TABLE[activation].by_output
-    out, z, *others = ConvActFunction.apply(given, w, epilogue.bias, residual, geom, activation, *source, keeps)
-    return Recomputable(out, others[0], Recipe(z, None, None, None, None, 0.0, activation, None)) if keeps else out
+    bias = epilogue.bias
+    needs_z = residual is None and not TABLE[activation].by_output
+    keeps = keeps and needs_z
+    sums = given.sums_if_dropped(recompute and needs_z, w, bias)
+    handoff = None if sums is None or not keeps else Handoff(sums_up=False)
+    chain = Chain(given.recipe, keeps, handoff, sums)
+    out, z, *others = ConvActFunction.apply(given.x, w, bias, residual, geom, activation, given.handle, chain)
+    if not keeps:
+        return out
+    y = given.output(z, w, bias, geom, sums)
+    return Recomputable(out, others[0], Recipe(y, None, None, None, None, 0.0, activation, handoff))
 
 
 def chained_conv_bn_act(
@@ -1036,24 +1235,29 @@ def chained_conv_bn_act(
     geom: Geom,
     update: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None,
     keeps: bool,
+    recompute: bool,
 ) -> torch.Tensor | Recomputable:
-    """The first of conv_bn_act outside forward mode of an x that may be Recomputable, as its result is with `keeps`."""
-    given, *source = x.source if isinstance(x, Recomputable) else (x, None, None)
+    """The first of conv_bn_act outside forward mode of an x that may be Recomputable, as its result is with `keeps`.
+    `recompute`: the convolution's output is not kept where `is_cheap`."""
+    given = _Given.of(x)
     bias, mean, var, gamma, beta, residual, eps, activation = epilogue
     keeps = keeps and residual is None
     if keeps and mean is not None and var is not None:  # they may move before the backward pass
-        acc = accumulate_dtype(given.dtype)
+        acc = accumulate_dtype(given.x.dtype)
         mean, var = mean.to(acc, copy=True), var.to(acc, copy=True)
-    handoff = Handoff() if keeps and mean is None else None
+    sums = given.sums_if_dropped(recompute, w, bias)
+    handoff = Handoff(sums_up=mean is None) if keeps and (mean is None or sums is not None) else None
+    scale, offset = (t.detach().clone() if keeps and t is not None else None for t in (gamma, beta))
+    chain = Chain(given.recipe, keeps, handoff, sums, offset)
     out, y, *others = ConvBNActFunction.apply(
-        given, w, bias, mean, var, gamma, beta, residual, eps, activation, geom, update, *source, keeps, handoff
+        given.x, w, bias, mean, var, gamma, beta, residual, eps, activation, geom, update, given.handle, chain
     )
     if not keeps:
         return out
     *found, handle = others
     mean, var = found or (mean, var)
-    gamma, beta = (None if t is None else t.detach().clone() for t in (gamma, beta))
-    return Recomputable(out, handle, Recipe(y, mean, var, gamma, beta, eps, activation, handoff))
+    y = given.output(y, w, bias, geom, sums)
+    return Recomputable(out, handle, Recipe(y, mean, var, scale, offset, eps, activation, handoff))
 
 
 _register("fprop", _differentiable_fprop, 3)

@@ -66,9 +66,11 @@ def demo(
     threads: Threads = None,
     image: Annotated[Optional[Path], typer.Option(help="A photograph of yours.")] = None,
     train: Annotated[bool, typer.Option("--train/--no-train", help="Train on digits as well.")] = True,
-    output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("convext-demo.png"),
+    output: Annotated[
+        Path, typer.Option(help="Where the picture goes; that of the training beside it, as NAME-digits.")
+    ] = Path("convext-demo.png"),
 ) -> None:
-    """Swap ResNet-50 and MobileNetV2, compare before and after on photographs, then train on digits."""
+    """Swap ResNet-50 and MobileNetV2, compare before and after on photographs, then train small networks on digits."""
     _needs("demo", "torchvision", "sklearn", "matplotlib", "PIL")
     from .demo import Settings, run
 
@@ -217,6 +219,9 @@ def bench_model(
     dtype: DTypeOption = DType.float32,
     memory_format: Format = MemoryFormat.contiguous,
     train: Annotated[bool, typer.Option("--train/--eval", help="A training step, or inference.")] = False,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Of a training step, also that of convext.swap(model, recompute=True).")
+    ] = False,
     peers: Annotated[bool, typer.Option("--peers", help="Also the engines that people leave PyTorch for.")] = False,
     peer: Annotated[
         Optional[list[str]], typer.Option(help="One of those alone, such as OpenVINO; may be given more than once.")
@@ -244,6 +249,8 @@ def bench_model(
 
     batches, counts = options.integers("--batch", batch), options.integers("--threads", threads)
     _written_to(output, table, page)
+    if recompute and not train:
+        raise UsageError("bench model --recompute: expected --train as well: inference keeps nothing")
     known = model.peers(train)
     for name in peer or ():
         if name not in known:
@@ -252,7 +259,8 @@ def bench_model(
     names = names or ["resnet50", "mobilenet_v2"]
     for name in names:
         zoo.check(name)
-    cases = list(model.cases(names, batches, counts, dtype=dtype, memory_format=memory_format, train=train))
+    setting = dict(dtype=dtype, memory_format=memory_format, train=train, recompute=recompute)
+    cases = list(model.cases(names, batches, counts, **setting))
     outcomes = []
     with _progress() as progress, convext.output_pool(convext.output_pool.limit() if output_pool else 0):
         record = machine.record()

@@ -646,12 +646,15 @@ def conv_act(
     groups: int = 1,
     activation: str = "relu",
     residual: torch.Tensor | None = None,
+    recompute: bool = False,
 ) -> torch.Tensor:
     """activation(conv2d(input, weight, bias) + residual) in one call: `conv_bn_act` without a batch norm.
 
     Args:
         input, weight, bias, stride, padding, dilation, groups: as in `conv2d`.
         activation, residual: as in `conv_bn_act`.
+        recompute: as in `conv_bn_act`, of what an activation other than ReLU and identity sees; with a residual, that
+            is kept. Default False.
 
     Returns: (N, K, P, Q), or (K, P, Q) for one image; else as `conv2d`.
 
@@ -677,13 +680,14 @@ def conv_act(
             groups=groups,
             activation=activation,
             residual=residual,
+            recompute=recompute,
         )
     epilogue = Epilogue(bias, None, None, None, None, residual, 0.0, activation)
     if _is_simple(*tensors) and (geom := plain_geom(stride, padding, dilation, groups)) is not None:
         out = ops.conv_bn_act_again(input, weight, epilogue, geom)
         if out is not None:
             return out
-    return ordinary(chained_conv_act(input, weight, epilogue, stride, padding, dilation, groups))
+    return ordinary(chained_conv_act(input, weight, epilogue, stride, padding, dilation, groups, recompute=recompute))
 
 
 def ordinary(input: torch.Tensor | Recomputable) -> torch.Tensor:
@@ -700,6 +704,7 @@ def chained_conv_act(
     dilation: Size,
     groups: int,
     keeps: bool = False,
+    recompute: bool = False,
 ) -> torch.Tensor | Recomputable:
     """conv_act with an epilogue, whose `input` may be Recomputable. `keeps`: so may be the result, where a gradient is
     recorded."""
@@ -708,17 +713,20 @@ def chained_conv_act(
     x = input.values if isinstance(input, Recomputable) else input
     fused = _prepare_fused(x, weight, epilogue, stride, padding, dilation, groups)
     if isinstance(input, Recomputable) and (fused is None or fused[0] is not x):
-        return chained_conv_act(input.tensor(), weight, epilogue, stride, padding, dilation, groups, keeps)
+        tensor = input.tensor()
+        return chained_conv_act(tensor, weight, epilogue, stride, padding, dilation, groups, keeps, recompute)
     if fused is None:
         y = conv2d(x, weight, epilogue.bias, stride, padding, dilation, groups)
         return FORWARD[activation](y if epilogue.residual is None else y + epilogue.residual)
     prepared, w, epilogue, geom = fused
     if isinstance(input, Recomputable):
-        return autograd.chained_conv_act(input, w, epilogue, geom, keeps)
+        return autograd.chained_conv_act(input, w, epilogue, geom, keeps, recompute)
     if torch.compiler.is_compiling() or not needs_function(prepared, w, epilogue.bias, epilogue.residual):
         out = ops.conv_bn_act(prepared, w, epilogue, geom)
     elif keeps and x.dim() == 4:
-        return autograd.chained_conv_act(prepared, w, epilogue, geom, keeps)
+        return autograd.chained_conv_act(prepared, w, epilogue, geom, keeps, recompute)
+    elif recompute:
+        out = ordinary(autograd.chained_conv_act(prepared, w, epilogue, geom, False, recompute))
     else:
         out = autograd.conv_act(prepared, w, epilogue, geom)
     return out.squeeze(0) if x.dim() == 3 else out
@@ -743,6 +751,7 @@ def conv_bn_act(
     activation: str = "relu",
     residual: torch.Tensor | None = None,
     num_batches_tracked: torch.Tensor | None = None,
+    recompute: bool = False,
 ) -> torch.Tensor:
     """activation(batch_norm(conv2d(input, weight, bias)) + residual) in one call. `conv_bn_relu` is the same function:
     its activation is ReLU unless another is named.
@@ -760,6 +769,11 @@ def conv_bn_act(
             None, the default.
         num_batches_tracked: a tensor of one integer, which a call with `training` counts up in place; or None, the
             default.
+        recompute: the convolution's output is not kept for the backward pass, which computes it again from input and
+            weight, if an element of it takes at most 64 products for each of its bytes: depthwise convolutions, 1x1
+            ones of up to 256 channels in float32. Gradients are the same, bit for bit as long as the same kernel
+            serves. Weight and bias must not be written before the backward pass, which raises RuntimeError otherwise.
+            It changes nothing under torch.compile and transforms of torch.func. Default False.
 
     Returns: (N, K, P, Q), or (K, P, Q) for one image, which is normalised as a batch of one.
 
@@ -789,6 +803,7 @@ def conv_bn_act(
             activation=activation,
             residual=residual,
             num_batches_tracked=num_batches_tracked,
+            recompute=recompute,
         )
     if not isinstance(momentum, (int, float)):
         raise TypeError(f"momentum: expected a float, got {momentum!r}; convext.nn.ConvBNReLU takes None")
@@ -804,7 +819,17 @@ def conv_bn_act(
             return out
     return ordinary(
         chained_conv_bn_act(
-            input, weight, epilogue, stride, padding, dilation, groups, training, momentum, num_batches_tracked
+            input,
+            weight,
+            epilogue,
+            stride,
+            padding,
+            dilation,
+            groups,
+            training,
+            momentum,
+            num_batches_tracked,
+            recompute=recompute,
         )
     )
 
@@ -821,6 +846,7 @@ def chained_conv_bn_act(
     momentum: float,
     num_batches_tracked: torch.Tensor | None,
     keeps: bool = False,
+    recompute: bool = False,
 ) -> torch.Tensor | Recomputable:
     """conv_bn_act with an epilogue, whose `input` may be Recomputable. `keeps`: so may be the result, where a gradient
     is recorded."""
@@ -829,7 +855,7 @@ def chained_conv_bn_act(
     fused = _prepare_fused(x, weight, epilogue, stride, padding, dilation, groups)
     rest = stride, padding, dilation, groups, training, momentum, num_batches_tracked
     if isinstance(input, Recomputable) and (fused is None or fused[0] is not x):
-        return chained_conv_bn_act(input.tensor(), weight, epilogue, *rest, keeps)
+        return chained_conv_bn_act(input.tensor(), weight, epilogue, *rest, keeps, recompute)
     if fused is None:
         return _unfused(x, weight, epilogue, *rest)
     running_mean, running_var = epilogue.mean, epilogue.var
@@ -852,8 +878,10 @@ def chained_conv_bn_act(
         epilogue = epilogue._replace(mean=None, var=None)
     if recorded and (keeps or isinstance(input, Recomputable)) and x.dim() == 4:
         given = input if isinstance(input, Recomputable) else prepared
-        return autograd.chained_conv_bn_act(given, w, epilogue, geom, update, keeps)
-    if recorded:
+        return autograd.chained_conv_bn_act(given, w, epilogue, geom, update, keeps, recompute)
+    if recorded and recompute:
+        out = ordinary(autograd.chained_conv_bn_act(prepared, w, epilogue, geom, update, False, recompute))
+    elif recorded:
         out = autograd.conv_bn_act(prepared, w, epilogue, geom, update=update)[0]
     elif update is None:
         out = ops.conv_bn_act(prepared, w, epilogue, geom)

@@ -271,6 +271,8 @@ class ConvBNReLU(torch.nn.Module):
         activation: "relu" (default), "relu6", "silu", "hardswish", "gelu" or "identity".
         eps, momentum, affine, track_running_stats: as in torch.nn.BatchNorm2d; momentum=None averages cumulatively.
         device, dtype: of the parameters; default: torch's.
+        recompute: whether the convolution's output is computed again in the backward pass instead of kept, as in
+            `convext.conv_bn_act`; default False. The attribute of that name may be set at any time.
 
     `forward(x, residual=None)`: (N, C, H, W) -> (N, K, P, Q), or (C, H, W) -> (K, P, Q); residual, of a size that
     broadcasts to the output's, is added before the activation.
@@ -286,6 +288,8 @@ class ConvBNReLU(torch.nn.Module):
         >>> sorted(layer.state_dict())[:2]
         ['bn.bias', 'bn.num_batches_tracked']
     """
+
+    recompute = False  # of layers that were pickled before there was one
 
     def __init__(
         self,
@@ -304,6 +308,7 @@ class ConvBNReLU(torch.nn.Module):
         track_running_stats: bool = True,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        recompute: bool = False,
     ):
         super().__init__()
         checks.check_activation(activation)
@@ -312,12 +317,13 @@ class ConvBNReLU(torch.nn.Module):
         )
         self.bn = torch.nn.BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, device, dtype)
         self.activation = activation
+        self.recompute = recompute
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        return conv_bn_act(self.conv, self.bn, x, self.activation, residual)
+        return conv_bn_act(self.conv, self.bn, x, self.activation, residual, self.recompute)
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation!r}"
+        return f"activation={self.activation!r}" + (", recompute=True" if self.recompute else "")
 
 
 def _batch_norm_arguments(
@@ -341,6 +347,7 @@ def conv_bn_act(
     x: torch.Tensor,
     activation: str,
     residual: torch.Tensor | None = None,
+    recompute: bool = False,
 ) -> torch.Tensor:
     """activation(bn(conv(x)) + residual) of two layers as one call, counting the batch as BatchNorm2d.forward does.
 
@@ -351,6 +358,7 @@ def conv_bn_act(
         x: (N, C, H, W) or (C, H, W).
         activation: as in `convext.conv_bn_act`.
         residual: added before the activation, of a size that broadcasts to the output's; or None, the default.
+        recompute: as in `convext.conv_bn_act`; default False.
 
     Returns: (N, K, P, Q), or (K, P, Q) for one image. Raises where `convext.conv_bn_act` does.
 
@@ -381,6 +389,7 @@ def conv_bn_act(
         activation=activation,
         residual=residual,
         num_batches_tracked=count,
+        recompute=recompute,
     )
 
 

@@ -297,6 +297,14 @@ def _check_y_shape(name, dy, problem) -> None:
         raise RuntimeError(f"{name}: expected dy of size {list(problem.y_shape)} for {problem}, got {list(dy.shape)}")
 
 
+def _read_by(backend, epilogue, y):
+    """The epilogue with a mean that the backend reads: of y in float32 or narrower, one alone takes a float64 mean."""
+    mean = epilogue.mean
+    if mean is None or mean.dtype is not torch.float64 or y.dtype is torch.float64 or backend.reads_exact_mean:
+        return epilogue
+    return epilogue._replace(mean=mean.to(accumulate_dtype(y.dtype)))
+
+
 def _counted(backend, name):
     backends.counter(backend.name, name, f"{backend.name}_{name}")[0] += 1
     return getattr(backend, name)
@@ -309,11 +317,13 @@ def _run_batch_stats(y):
 def _run_bn_act(y, epilogue):
     checks.check_activation(epilogue.activation)
     _check_residual(epilogue.residual, y.shape, y.dtype)
-    return _counted(backends.select_batch_norm(y), "bn_act")(y, epilogue)
+    backend = backends.select_batch_norm(y)
+    return _counted(backend, "bn_act")(y, _read_by(backend, epilogue, y))
 
 
 def _run_bn_act_backward(dout, y, epilogue, training):
-    return _counted(backends.select_batch_norm(y), "bn_act_backward")(dout, y, epilogue, training)
+    backend = backends.select_batch_norm(y)
+    return _counted(backend, "bn_act_backward")(dout, y, _read_by(backend, epilogue, y), training)
 
 
 def _run_conv_bn_act_train(x, w, epilogue, geom):
@@ -400,7 +410,8 @@ def conv_bn_act(
 def conv_bn_act_train(
     x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue, geom: Geom
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """out, y, mean, var of fprop and a batch norm by the batch's own statistics, residual and activation."""
+    """out, y, mean, var of fprop and a batch norm by the batch's own statistics, residual and activation. The mean may
+    be in float64 where the operator's is in float32: `bn_act` and the passes after it take it so."""
     if all_plain(x, w, *epilogue[:6]):
         return _run_conv_bn_act_train(x, w, epilogue, geom)
     return _conv_bn_act_train(x, w, *epilogue, *geom)
@@ -504,7 +515,8 @@ def _(x, w, *arguments):
 @_impl("conv_bn_act_train")
 def _(x, w, *arguments):
     epilogue, geom, _ = take_apart(arguments)
-    return _run_conv_bn_act_train(x, w, epilogue, geom)
+    out, y, mean, var = _run_conv_bn_act_train(x, w, epilogue, geom)
+    return out, y, mean.to(var.dtype), var
 
 
 @_impl("bn_act")
@@ -518,7 +530,11 @@ def _(dout, y, *norm_and_training):
     return _run_bn_act_backward(dout, y, Epilogue(None, *norm), training)
 
 
-_impl("batch_stats")(_run_batch_stats)
+@_impl("batch_stats")
+def _(y):
+    mean, var = _run_batch_stats(y)
+    return mean.to(var.dtype), var
+
 
 # ---- fake kernels: shapes, dtypes and strides without data -----------------------------------------------------------
 

@@ -33,6 +33,7 @@ SEED = 2024
 DOWNLOAD_TIMEOUT = 3.0  # seconds of silence from the server after which seeded weights do
 
 
+_OTHER_SIZES = {"inception_v3": 299, "ssd300_vgg16": 300, "ssdlite320_mobilenet_v3_large": 320}
 TIMM = "timm/"
 DETECTION = ("fasterrcnn", "fcos", "keypointrcnn", "maskrcnn", "retinanet", "ssd")  # take images of any sizes
 
@@ -101,7 +102,7 @@ def sample(name: str, batch: int, *, size: int | None = None, seed: int = SEED) 
 
         cfg = timm.get_pretrained_cfg(name.removeprefix(TIMM), allow_unregistered=True)
         size = cfg.input_size[-1] if cfg is not None else None
-    size = size or SIZES.get(name, 224)
+    size = size or {**SIZES, **_OTHER_SIZES}.get(name, 224)
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed), device="cpu")
 
 

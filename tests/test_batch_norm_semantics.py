@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from places import BACKENDS, backends, default_device
 
 import convext
+from convext.backends import unavailable
 
 
 def operands(dtype=torch.float64, k=5, n=3):
@@ -390,3 +391,54 @@ def test_bad_depthwise_input_names_the_argument():
         convext.depthwise_conv2d(f(1, 4, 5, 5), f(4, 2, 3, 3))
     with pytest.raises(RuntimeError, match="weight"):
         convext.depthwise_conv2d(f(1, 4, 5, 5), f(6, 1, 3, 3))
+
+
+def far_from_zero(channels_last, n=6, c=20, height=37):
+    """Data of mean 1e4 and deviation 1 in float32, and filters that turn signs and order of its channels round: each
+    product is exact, so that what errs is the batch norm."""
+    generator = torch.Generator("cpu").manual_seed(3)
+    x = torch.randn(n, c, height, 11, generator=generator, device="cpu") + 1e4
+    w = (torch.eye(c, device="cpu").flip(0) * torch.tensor([1.0, -1.0], device="cpu").repeat(c // 2)).view(c, c, 1, 1)
+    gamma, beta = torch.randn(2, c, generator=generator, device="cpu")
+    dout = torch.randn(x.shape, generator=generator, device="cpu")
+    place = torch.get_default_device()
+    x = x.to(place, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return x, *(t.to(place) for t in (w, gamma, beta, dout))
+
+
+@BACKENDS
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_statistics_of_a_mean_far_from_zero_are_within_1e_5_of_float64(channels_last, backend):
+    x, w, gamma, beta, _ = far_from_zero(channels_last)
+    mean, var = torch.zeros(2, len(gamma))
+    with convext.backend(backend):
+        convext.conv_bn_relu(x, w, None, mean, var, gamma, beta, training=True, momentum=1.0)
+    y = F.conv2d(x.double(), w.double()).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(mean.double(), y.mean(1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(var.double(), y.var(1), rtol=1e-5, atol=0)
+
+
+@pytest.mark.skipif(unavailable("native", "cpu") is not None, reason="the library is not built")
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "silu", "identity"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_results_of_a_mean_far_from_zero_are_within_1e_5_of_float64(channels_last, activation, recompute):
+    """In float32 the mean itself is rounded by 5e-4, and PyTorch's float32 results are that far off."""
+    x, w, gamma, beta, dout = (t.cpu() for t in far_from_zero(channels_last))
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        given = [t.to(dtype, copy=True).requires_grad_() for t in (x, w, gamma, beta)]
+        if dtype is torch.float32:
+            with convext.backend("native"):
+                out = convext.conv_bn_act(
+                    *given[:2], None, None, None, *given[2:], training=True, activation=activation, recompute=recompute
+                )
+        else:
+            z = F.batch_norm(F.conv2d(*given[:2]), None, None, *given[2:], training=True)
+            out = z if activation == "identity" else getattr(F, activation)(z)
+        out.backward(dout.to(dtype))
+        found.append([out.detach(), *(t.grad for t in given)])
+    for ours, exact in zip(*found, strict=True):
+        if ours is found[0][2]:
+            continue  # of the filters: a sum of products with x, each 1e4 times as large as what they come to
+        assert (ours.double() - exact).abs().max() <= 1e-5 * exact.abs().max()

@@ -116,6 +116,8 @@ class Backend:
 
     # ---- batch norm and activation of y (N, C, H, W): statistics are (C), in the accumulate dtype
 
+    reads_exact_mean = False  # whether all passes also take a mean in float64, as its batch_stats may return it then
+
     def reject_batch_norm(self, y: torch.Tensor) -> str | None:
         """Why it cannot run what follows on tensors like y, in words, or None where it can."""
         return None

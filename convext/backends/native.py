@@ -593,6 +593,8 @@ class NativeCpu(Backend):
     ) -> torch.Tensor:
         return _wgrad(_plan(Pass.WGRAD, problem), problem, dy, x, channels_last)
 
+    reads_exact_mean = True
+
     def batch_stats(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.ops.convext_cpu.batch_stats.default(y)
 

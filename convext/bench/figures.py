@@ -122,9 +122,9 @@ def choice(root: Path = ROOT) -> str:
         tuned.append(next(s for name, s in seconds.items() if name.startswith("aten ")) / seconds[row["tuned"]])
     return (
         "Which kernel computes, or ATen, is chosen by the time that is expected of each, from a table that was "
-        "measured on the machine above. How good that is, `convext bench calibrate --check` measures, on one thread, over other "
-        f"shapes than the table was fitted to. Of {summary['problems']} drawn at random, all three passes and both "
-        f"memory formats, the choice is within 10 % of the best in {summary['within'] * 100:.0f} %, and "
+        "measured on the machine above. How good that is, `convext bench calibrate --check` measures, on one thread, "
+        f"over other shapes than the table was fitted to. Of {summary['problems']} drawn at random, all three passes "
+        f"and both memory formats, the choice is within 10 % of the best in {summary['within'] * 100:.0f} %, and "
         f"{summary['times_as_fast_as_aten']:.2f} times as fast as ATen in geometric mean; `convext.conv2d` is slower "
         f"than `F.conv2d` beyond noise in {slower} of {len(besides)}, at worst "
         f"{min(row['speed'] for row in besides):.2f} times as fast ([figures](benchmarks/results/cpu_choice.json)). Of "

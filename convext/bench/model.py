@@ -20,11 +20,12 @@ from .timing import Timing, interleave
 
 BASELINE = "eager"
 OURS = "convext"
+RECOMPUTED = "convext, recompute"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One network in one setting."""
+    """One network in one setting. `recompute`: of a training step, that of a model swapped so as well."""
 
     model: str
     batch: int
@@ -32,6 +33,7 @@ class Case:
     dtype: DType = DType.float32
     memory_format: MemoryFormat = MemoryFormat.contiguous
     train: bool = False
+    recompute: bool = False
 
     def __str__(self) -> str:
         mode = "training step" if self.train else "eval"
@@ -42,7 +44,7 @@ class Case:
 @dataclass
 class Outcome:
     """What one case gave: timings and distances from eager's result by candidate, who was skipped and why, and what
-    memory eager and convext need."""
+    memory eager and convext's candidates need."""
 
     case: Case
     timings: dict[str, Timing] = field(default_factory=dict)
@@ -109,6 +111,8 @@ def _run(case: Case, peers: Collection[str], seconds: float, on_round: Callable[
     x = zoo.sample(case.model, case.batch).to(case.dtype.torch, memory_format=case.memory_format.torch)
     mode = training if case.train else inference
     models = {BASELINE: copy.deepcopy(model), OURS: convext.swap(copy.deepcopy(model))}
+    if case.train and case.recompute:
+        models[RECOMPUTED] = convext.swap(copy.deepcopy(model), recompute=True)
     candidates = {name: mode.prepare(network, x) for name, network in models.items()}
     reference, limit = candidates[BASELINE].result(), bound(model, case.dtype.torch)
     if case.train and case.dtype is not DType.float64:
@@ -116,11 +120,14 @@ def _run(case: Case, peers: Collection[str], seconds: float, on_round: Callable[
         # distance from float64.
         exact = training.prepare(copy.deepcopy(model).double(), x.double()).result()
         limit, reference = max(limit, 10 * distance(reference, exact)), exact
-    outcome.agreement[OURS] = agreement = Agreement(distance(candidates[OURS].result(), reference), limit)
-    if not agreement.ok:
-        raise Disagreement(
-            f"{case}: convext is {agreement.distance:.1e} away from the reference, rounding explains {limit:.1e}"
-        )
+    for name in models:
+        if name != BASELINE:
+            found = distance(candidates[name].result(), reference)
+            outcome.agreement[name] = agreement = Agreement(found, limit)
+            if not agreement.ok:
+                raise Disagreement(
+                    f"{case}: {name} is {found:.1e} away from the reference, rounding explains {limit:.1e}"
+                )
     if case.train:
         outcome.memory = {n: memory.of_step(network, x, candidates[n].call) for n, network in models.items()}
     else:
@@ -169,17 +176,22 @@ def table(outcomes: Sequence[Outcome]) -> Grid:
 
 def memory_table(outcomes: Sequence[Outcome]) -> Grid:
     """One row a case: what eager and convext save for the backward pass where it is a training step, and the most that
-    its tensors take at once, in MiB, and the second's share of the first's."""
-    train = any(outcome.case.train for outcome in outcomes)
-    saved = ["saved, MiB, eager", "convext"] if train else []
-    grid = Grid(["network", "batch", *saved, "peak, MiB, eager", "convext"])
+    its tensors take at once, in MiB, and convext's share of eager's."""
+    contenders = list(dict.fromkeys(name for outcome in outcomes for name in outcome.memory if name != BASELINE))
+    figures = ("saved", "peak") if any(outcome.case.train for outcome in outcomes) else ("peak",)
+    grid = Grid(["network", "batch"])
+    for what in figures:
+        grid.columns += [f"{what}, MiB, {BASELINE}", *contenders]
     for outcome in outcomes:
         if not outcome.memory:
             continue
-        eager, ours = outcome.memory[BASELINE], outcome.memory[OURS]
         cells = [outcome.case.model, str(outcome.case.batch)]
-        for before, after in ((eager.saved, ours.saved), (eager.peak, ours.peak))[0 if train else 1 :]:
-            cells += [f"{before / 2**20:.1f}", f"{after / 2**20:.1f} ({after / before:.2f}×)"]
+        for what in figures:
+            before = getattr(outcome.memory[BASELINE], what)
+            cells.append(f"{before / 2**20:.1f}")
+            for name in contenders:
+                after = getattr(outcome.memory[name], what)
+                cells.append(f"{after / 2**20:.1f} ({after / before:.2f}×)")
         grid.rows.append(cells)
     return grid
 

@@ -1,4 +1,4 @@
-"""`convext demo`: photographs through two networks before and after the swap, then training on digits."""
+"""`convext demo`: photographs through two networks before and after the swap, then training on digits likewise."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def run(settings: Settings, console: Console) -> int:
     picture.draw(settings.output, layers, pictures[0], maps)
     console.print(f"picture: {settings.output}", soft_wrap=True)
     if settings.train:
-        failures += _train(settings.device, console)
+        failures += _train(settings, console)
     for failure in failures:
         console.print(f"FAILED: {failure}", style="bold red")
     return 1 if failures else 0
@@ -109,19 +109,25 @@ def _sentence(name: str, batch: int, compared: Compared) -> str:
     )
 
 
-def _train(device: torch.device, console: Console) -> list[str]:
-    failures = []
-    for name in digits.NETWORKS:
+def _train(settings: Settings, console: Console) -> list[str]:
+    failures, runs = [], {}
+    for name, target in digits.TARGETS.items():
         with _progress(console) as progress:
-            task = progress.add_task(f"{name} on digits", total=digits.EPOCHS, unit="epochs")
-            trained = digits.train(name, device, on_epoch=partial(progress.advance, task))
+            task = progress.add_task(f"{name} on digits", total=2 * digits.EPOCHS, unit="epochs")
+            on_epoch = partial(progress.advance, task)
+            before = digits.train(name, settings.device, swapped=False, on_epoch=on_epoch)
+            after = digits.train(name, settings.device, on_epoch=on_epoch)
         console.print(
-            f"[bold]{name}[/bold], trained with swapped layers: {trained.accuracy:.1%} of 360 held-out digits "
-            f"read correctly after {trained.seconds:.1f} s",
+            f"[bold]{name}[/bold], trained before and after the swap: {before.accuracy:.1%} and {after.accuracy:.1%} "
+            f"of 360 held-out digits read correctly after {before.seconds:.1f} and {after.seconds:.1f} s",
             soft_wrap=True,
         )
-        if trained.accuracy < digits.TARGET:
-            failures.append(f"{name} reads {trained.accuracy:.1%} of the held-out digits, expected {digits.TARGET:.0%}")
+        runs[name] = before, after
+        if after.accuracy < target:
+            failures.append(f"{name} reads {after.accuracy:.1%} of the held-out digits, expected {target:.0%}")
+    path = settings.output.with_stem(f"{settings.output.stem}-digits")
+    picture.draw_losses(path, runs)
+    console.print(f"picture: {path}", soft_wrap=True)
     return failures
 
 

@@ -1,4 +1,5 @@
-"""The demo's picture: what each layer cost before and after the swap, and what the first layer sees."""
+"""The demo's pictures: what each layer cost before and after the swap, and what the first layer sees; and how networks
+learnt to read digits before and after it."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .digits import Trained
 from .profile import LayerTime
 
 BEFORE, AFTER = "#9aa5b1", "#e4572e"
@@ -62,4 +64,20 @@ def draw(
     for axes, feature in zip(right.subplots(2, MAPS // 2).flat, maps, strict=False):
         axes.imshow(feature, cmap="magma")
         axes.axis("off")
+    figure.savefig(path, dpi=110)
+
+
+def draw_losses(path: Path, runs: dict[str, tuple[Trained, Trained]]) -> None:
+    """Saves a picture of how networks were trained before and after the swap: the loss of each step, on one another."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.4 * len(runs), 3.2), layout="constrained")
+    for axes, (name, (before, after)) in zip(
+        figure.subplots(1, len(runs), squeeze=False)[0], runs.items(), strict=True
+    ):
+        axes.semilogy(before.losses, color=BEFORE, linewidth=3, label=f"before: {before.accuracy:.1%} right")
+        axes.semilogy(after.losses, color=AFTER, linewidth=0.8, label=f"after: {after.accuracy:.1%} right")
+        axes.set(title=f"{name} on digits", xlabel="step", ylabel="loss")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
     figure.savefig(path, dpi=110)

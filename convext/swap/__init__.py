@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 import types
+from typing import Any
 
 import torch
 
@@ -34,8 +35,8 @@ torch.serialization.add_safe_globals([ConvForward, PlannedForward, TransposedFor
 class _CallableModule(types.ModuleType):
     """`convext.swap` is the function; the import system puts this module there when somebody imports a part of it."""
 
-    def __call__(self, model: torch.nn.Module) -> torch.nn.Module:
-        return swap(model)
+    def __call__(self, model: torch.nn.Module, **settings: Any) -> torch.nn.Module:
+        return swap(model, **settings)
 
 
 sys.modules[__name__].__class__ = _CallableModule

@@ -35,7 +35,7 @@ _CALLS = frozenset(("_call_impl", "forward", "_conv_forward"))
 
 class InstanceMethod:
     """Base class: the method `name` of a module, which it holds weakly. A deep copy belongs to the copied module, and a
-    pickle to the unpickled one; nothing else of it is kept. `copy.copy` of the module and the replicas of
+    pickle to the unpickled one; of the rest `_settings` alone is kept. `copy.copy` of the module and the replicas of
     torch.nn.DataParallel share it, which a call through the copy notices: it raises RuntimeError."""
 
     name = "forward"
@@ -100,11 +100,17 @@ class InstanceMethod:
             return getattr(self.__func__, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    def __getstate__(self) -> dict[str, nn.Module]:
-        return {"owner": self.owner}
+    def __getstate__(self) -> dict[str, Any]:
+        return {"owner": self.owner, **self._settings()}
 
-    def __setstate__(self, state: dict[str, nn.Module]) -> None:
-        self._attach(state["owner"])
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        owner, settings = state["owner"], {name: value for name, value in state.items() if name != "owner"}
+        self._attach(owner)
+        self.__dict__.update(settings)
+
+    def _settings(self) -> dict[str, Any]:
+        """Attributes that copies and pickles have as well."""
+        return {}
 
     def __copy__(self) -> InstanceMethod:
         return self  # as a bound method: that of the same module
@@ -115,7 +121,7 @@ class InstanceMethod:
         if isinstance(own, InstanceMethod) and own._owner() is owner:
             return own
         twin = type(self).__new__(type(self))
-        twin._attach(owner)
+        twin.__setstate__({"owner": owner, **self._settings()})
         return twin
 
 

@@ -45,10 +45,10 @@ class Refusal(_Guarded):
 
 
 class Plan(_Guarded):
-    """A captured forward, compiled for each mode in which it is called."""
+    """A captured forward, compiled for each mode in which it is called. `recompute`: as `swap` was told."""
 
-    def __init__(self, owner: nn.Module, signature: Signature):
-        self.trace, self.signature = Trace(owner, signature), signature
+    def __init__(self, owner: nn.Module, signature: Signature, recompute: bool):
+        self.trace, self.signature, self.recompute = Trace(owner, signature), signature, recompute
         super().__init__(self.trace.facts)
         self.facts = self.trace.facts
         places = [(m._parameters, "weight") for m in dict.fromkeys(self.trace.leaves) if calls.is_conv(m)]
@@ -73,7 +73,8 @@ class Plan(_Guarded):
         if compiled is None:
             graph = match(self.trace, mode, strict)
             layout = Layout(graph, mode)
-            compiled = self.by_mode[mode, strict] = lower(graph, schedule(graph, layout, mode), layout, mode)
+            rows = schedule(graph, layout, mode, self.recompute)
+            compiled = self.by_mode[mode, strict] = lower(graph, rows, layout, mode)
         return compiled
 
 

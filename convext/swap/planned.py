@@ -43,7 +43,11 @@ _MOST_CAPTURES = 64  # for one signature: a forward that reads something new in 
 
 
 class PlannedForward(ForwardMethod):
-    """A container's `forward` after the swap. Copies belong to the copied container; pickles carry no plan."""
+    """A container's `forward` after the swap. Copies belong to the copied container; pickles carry no plan.
+
+    recompute  whether layers of little arithmetic compute their outputs again in the backward pass"""
+
+    recompute = False
 
     def _attach(self, owner: nn.Module) -> None:
         super()._attach(owner)
@@ -78,6 +82,9 @@ class PlannedForward(ForwardMethod):
                 return compiled.function(owner, *tensors)
         return _restored(owner, tensors)
 
+    def _settings(self) -> dict[str, Any]:
+        return {"recompute": self.recompute}
+
     # Plans.
 
     def plan(self, owner: nn.Module, signature: Signature | None) -> Plan | None:
@@ -106,7 +113,7 @@ class PlannedForward(ForwardMethod):
         if signature == signatures.ONE_TENSOR:
             signature = signatures.ONE_TENSOR
         try:
-            made: Plan | Refusal = Plan(owner, signature)
+            made: Plan | Refusal = Plan(owner, signature, self.recompute)
         except ForNow:
             return None
         except Untraceable as reason:
@@ -148,6 +155,11 @@ class PlannedForward(ForwardMethod):
             ),
             None,
         )
+
+    def set_recompute(self, recompute: bool) -> None:
+        if recompute is not self.recompute:
+            self.recompute = recompute
+            self._plans.clear()
 
     def forget_refusals(self) -> None:
         """Lets a capture that was refused be tried again."""

@@ -15,7 +15,7 @@ from .eligible import left_alone, why_unplanned
 from .planned import PlannedForward
 
 
-def swap(model: nn.Module, *, tune: torch.Tensor | None = None) -> nn.Module:
+def swap(model: nn.Module, *, tune: torch.Tensor | None = None, recompute: bool = False) -> nn.Module:
     """Exchanges the convolutions of a model for convext's, in place.
 
     Args:
@@ -23,6 +23,10 @@ def swap(model: nn.Module, *, tune: torch.Tensor | None = None) -> nn.Module:
         tune: a sample input, on which `convext.tune(model, tune)` then measures who computes each layer fastest on this
             machine, which takes a while where it is not known yet; of a model in training the gradients, too. Default:
             None, nothing is measured now.
+        recompute: in training, fused convolutions of little arithmetic (depthwise ones, 1x1 ones of up to 256 channels
+            in float32, a network's first) do not keep their output for the backward pass, which computes it again, with
+            the same gradients. As in `convext.conv_bn_act`, weights must not be written in between. Where one such
+            layer reads another's result alone, the larger of the two outputs is not kept. Default False.
 
     Returns: the model.
 
@@ -31,13 +35,13 @@ def swap(model: nn.Module, *, tune: torch.Tensor | None = None) -> nn.Module:
     3d, ConvTranspose1d, 2d or 3d (subclasses, parametrized, lazy, quantized) stay as they are; `report` says why.
     Chains of 2-D convolution, batch norm, residual add and activation run as one call wherever a container's forward
     calls them so; where one of them has hooks, is called twice or was replaced, that place runs its modules one by one,
-    decided at every call. A swap of a swapped model changes nothing but what was added since.
+    decided at every call. A swap of a swapped model changes nothing but what was added since, and `recompute`.
 
     `copy.copy` and torch.nn.DataParallel share a module's dictionary between objects and must not be used on a swapped
     model; use copy.deepcopy and DistributedDataParallel. torch.jit.script wants a reverted model.
 
-    Raises TypeError if `model` is not an nn.Module or `tune` no tensor that `convext.tune` takes. Whatever it raises,
-    the model is as it was.
+    Raises TypeError if `model` is not an nn.Module, `tune` no tensor that `convext.tune` takes or `recompute` no bool.
+    Whatever it raises, the model is as it was.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
@@ -46,16 +50,21 @@ def swap(model: nn.Module, *, tune: torch.Tensor | None = None) -> nn.Module:
         (True, True, True)
     """
     _check(model)
+    if not isinstance(recompute, bool):
+        raise TypeError(f"recompute: expected a bool, got {recompute!r} ({type(recompute).__name__})")
     convs = [m for m in model.modules() if type(m) in KINDS and left_alone(m) is None and not is_swapped(m)]
     before: dict[nn.Module, dict[str, Any]] = {}
+    planned: list[PlannedForward] = []
     try:
         for module in model.modules():
             forward = module.__dict__.get("forward")
             if isinstance(forward, PlannedForward):
+                planned.append(forward)
                 forward.forget_refusals()
             elif why_unplanned(module) is None:
                 before[module] = module.__dict__
-                module.__dict__["forward"] = PlannedForward(module)
+                module.__dict__["forward"] = made = PlannedForward(module)
+                made.recompute = recompute
         for conv in convs:
             name, _ = own_method(conv)
             conv.__dict__[name] = TransposedForward(conv) if name == "forward" else ConvForward(conv)
@@ -70,6 +79,8 @@ def swap(model: nn.Module, *, tune: torch.Tensor | None = None) -> nn.Module:
         for attributes in before.values():
             attributes.pop("forward", None)
         raise
+    for forward in planned:
+        forward.set_recompute(recompute)
     return model
 
 

@@ -331,13 +331,18 @@ void test_batch_norm_case(const BatchNorm& table, const Case& test, const std::s
   args.eps = 1e-5, args.activation = test.activation;
 
   auto run = [&](int threads) {
-    Outputs o{Buffer(C, compute), Buffer(C, compute), Buffer(size, dtype), Buffer(size, dtype),
-              Buffer(C, compute), Buffer(C, compute), Buffer(size, dtype)};
+    Outputs o{Buffer(C, DType::kFloat64), Buffer(C, compute), Buffer(size, dtype), Buffer(size, dtype),
+              Buffer(C, compute),         Buffer(C, compute), Buffer(size, dtype)};
     BatchNormArgs call = args;
     std::vector<double> workspace((table.workspace(call) + 7) / 8);
     const Parallel parallel = parallel_with(threads);
-    table.batch_stats(parallel, call, o.mean.data(), o.var.data(), workspace.data());
-    if (test.norm) call.mean = o.mean.data(), call.var = o.var.data();
+    table.batch_stats(parallel, call, static_cast<double*>(o.mean.data()), o.var.data(), workspace.data());
+    Buffer mean(C, compute), rest(C, compute);
+    for (int64_t c = 0; c < C; ++c) {
+      mean.set(c, o.mean.at(c));
+      rest.set(c, o.mean.at(c) - mean.at(c));
+    }
+    if (test.norm) call.mean = mean.data(), call.mean_rest = rest.data(), call.var = o.var.data();
     table.bn_act(parallel, call, o.out.data(), workspace.data());
     const BatchNormGradients gradients{
         dout.data(),  o.dy.data(), o.dgamma.data(), o.dbeta.data(), test.residual ? o.dresidual.data() : nullptr,

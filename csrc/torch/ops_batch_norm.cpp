@@ -1,5 +1,6 @@
 // The torch-facing side of the batch-norm passes on the CPU: checks, allocation, staging of odd strides. The kernels
 // (csrc/cpu/kernels/elementwise/batch_norm.cpp) read every dtype as it is stored, in either layout.
+#include <cmath>
 #include <tuple>
 
 #include "core/select.h"
@@ -65,7 +66,26 @@ struct Channels {
   int64_t activation;
 
   int64_t scratch_bytes(const BatchNormArgs& args) const {
-    return 4 * Scratch::padded(args.c * dtype_size(compute_dtype(args.dtype)));
+    const int64_t split = splits(args) ? Scratch::padded(args.c * sizeof(double)) : 0;
+    return 5 * Scratch::padded(args.c * dtype_size(compute_dtype(args.dtype))) + split;
+  }
+
+  // Whether the mean has more digits than the compute dtype, as batch_stats returns it.
+  bool splits(const BatchNormArgs& args) const {
+    return mean && compute_dtype(args.dtype) == DType::kFloat32 && dtype_of(*mean) == DType::kFloat64;
+  }
+
+  void load_split_mean(BatchNormArgs& args) const {
+    auto* const exact = static_cast<double*>(scratch().take(args.c * sizeof(double)));
+    auto* const rounded = static_cast<float*>(scratch().take(args.c * sizeof(float)));
+    auto* const rest = static_cast<float*>(scratch().take(args.c * sizeof(float)));
+    load_channels<double>(mean, "mean", args.c, 0.0, exact);
+    for (int64_t c = 0; c < args.c; ++c) {
+      rounded[c] = static_cast<float>(exact[c]);
+      const double more = exact[c] - rounded[c];
+      rest[c] = std::isfinite(more) ? static_cast<float>(more) : 0.0f;
+    }
+    args.mean = rounded, args.mean_rest = rest;
   }
 
   void load(BatchNormArgs& args) const {
@@ -80,7 +100,12 @@ struct Channels {
       }
       return out;
     };
-    args.mean = one(mean, "mean"), args.var = one(var, "var");
+    if (splits(args)) {
+      load_split_mean(args);
+    } else {
+      args.mean = one(mean, "mean");
+    }
+    args.var = one(var, "var");
     args.gamma = one(gamma, "gamma"), args.beta = one(beta, "beta");
     args.eps = eps;
     args.activation = static_cast<Activation>(activation);
@@ -91,13 +116,14 @@ std::tuple<Tensor, Tensor> batch_stats(const Tensor& y) {
   const View yv = view_of(y, "y");
   const Dense dense(yv, layout_of(yv));
   BatchNormArgs args = args_of(yv, dense.layout);
-  Tensor mean = empty_vector(args.c, compute_dtype(yv.dtype)), var = empty_vector(args.c, compute_dtype(yv.dtype));
+  Tensor mean = empty_vector(args.c, DType::kFloat64), var = empty_vector(args.c, compute_dtype(yv.dtype));
   const BatchNorm& kernels = batch_norm_for(settings().cpu_isa);
   const int64_t workspace = kernels.workspace(args);
   const ScratchScope scope(dense.scratch_bytes() + Scratch::padded(workspace));
   const Parallel& parallel = torch_parallel();
   args.y = dense.get(staging_for(settings().cpu_isa), parallel);
-  kernels.batch_stats(parallel, args, mean.data_ptr(), var.data_ptr(), scratch().take(workspace));
+  auto* const means = static_cast<double*>(mean.data_ptr());
+  kernels.batch_stats(parallel, args, means, var.data_ptr(), scratch().take(workspace));
   return {mean, var};
 }
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import convext
-from convext import backends, zoo
+from convext import backends, cli, zoo
 from convext.bench import inference, layers, machine, memory, model, problems, results, timing, training
 from convext.bench.agreement import Agreement, bound, distance
 from convext.bench.candidate import Skipped
@@ -250,6 +250,22 @@ def test_a_case_gives_timings_of_eager_and_convext(train):
     if train:
         assert 0 < ours["saved_bytes"] < eager["saved_bytes"] < eager["peak_bytes"]
         assert ours["saved_bytes"] < ours["peak_bytes"] < eager["peak_bytes"]
+
+
+def test_a_training_case_takes_the_step_that_computes_again_beside_it():
+    outcome = model.run(model.Case("resnet18", 2, 1, train=True, recompute=True), seconds=0.0)
+    assert list(outcome.timings) == ["eager", "convext", "convext, recompute"] == list(outcome.memory)
+    assert outcome.agreement["convext, recompute"].ok
+    needed = outcome.as_json()["memory"]
+    assert needed["convext, recompute"]["saved_bytes"] < needed["convext"]["saved_bytes"]
+    grid = model.memory_table([outcome])
+    assert grid.columns[2:5] == ["saved, MiB, eager", "convext", "convext, recompute"]
+    assert len(grid.rows[0]) == len(grid.columns) == 8
+
+
+def test_recompute_is_asked_of_training_alone(capsys):
+    assert cli.main(["bench", "model", "--recompute"]) == 2
+    assert "--recompute: expected --train" in capsys.readouterr().err
 
 
 class Product(nn.Module):

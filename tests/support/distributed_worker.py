@@ -135,13 +135,17 @@ def is_swapped(model):
 
 
 def before_and_after(wrap, maker=Net, x=None):
-    """A model swapped, then wrapped, and one wrapped, then swapped, train as one that is only wrapped does. Returns
-    that one's values."""
+    """A model swapped, then wrapped, and one wrapped, then swapped, with outputs that are computed again and without,
+    train as one that is only wrapped does. Returns that one's values."""
     x = images() if x is None else x
     expected = trained(wrap(network(maker)), x)
-    for swapped in (wrap(convext.swap(network(maker))), convext.swap(wrap(network(maker)))):
-        is_swapped(swapped)
-        same(trained(swapped, x), expected)
+    for recompute in (False, True):
+        for swapped in (
+            wrap(convext.swap(network(maker), recompute=recompute)),
+            convext.swap(wrap(network(maker)), recompute=recompute),
+        ):
+            is_swapped(swapped)
+            same(trained(swapped, x), expected)
     return expected
 
 
@@ -204,9 +208,14 @@ def trained_flat(use_orig_params, swapped_first):
         return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=use_orig_params)
 
     expected = trained(wrap(network()), images())
-    model = wrap(convext.swap(network())) if swapped_first else convext.swap(wrap(network()))
-    is_swapped(model)
-    same(trained(model, images()), expected)
+    for recompute in (False, True):
+        model = (
+            wrap(convext.swap(network(), recompute=recompute))
+            if swapped_first
+            else convext.swap(wrap(network()), recompute=recompute)
+        )
+        is_swapped(model)
+        same(trained(model, images()), expected)
 
 
 @scenario

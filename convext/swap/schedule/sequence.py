@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     BySource = dict[fx.Node, list[Unit]]
 
 
-def schedule(graph: Graph, layout: Layout, mode: Mode) -> list[Row]:
-    """The rows of a graph's units."""
+def schedule(graph: Graph, layout: Layout, mode: Mode, recompute: bool) -> list[Row]:
+    """The rows of a graph's units. `recompute`: of those that record gradients, as kept.py has it."""
     units = sorted((unit for unit in graph.units if unit.runs), key=lambda unit: graph.order[unit.nodes[0]])
     units = [unit for unit in units if unit.first.settle(unit.last, layout, mode)]
     if mode.direct:
         return rows(graph, blocks(graph, units, layout), layout)
-    kept.settle(units, layout)
+    kept.settle(units, layout, recompute)
     return [[[unit]] for unit in units]
 
 

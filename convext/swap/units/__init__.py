@@ -40,6 +40,7 @@ class Op:
     takes, gives  with gradients, what its call takes and returns of what is not kept (autograd.Recomputable): "image",
                 "rows" of a linear layer, or None
     keeps       False where all who read its result take what is not kept, once that is known
+    recompute   True where it is not to keep its convolution's output either, once that is known
     choice      the backend's choice of a kernel, where there is a choice, once it is prepared
     """
 
@@ -52,6 +53,7 @@ class Op:
     takes: str | None = None
     gives: str | None = None
     keeps = True
+    recompute = False
     activation, eps = "identity", 0.0
 
     def words(self, adds: bool) -> list[str]:
@@ -61,6 +63,11 @@ class Op:
     def settle(self, last: fx.Node, layout: AnyLayout, mode: Mode) -> bool:
         """Called once the memory formats are known; `last` is the unit's. Returns whether the op may stand there."""
         return True
+
+    def output(self) -> tuple[int, float] | None:
+        """The channels of a convolution's output that it may compute again instead of keeping it, and its pixels as a
+        share of the input's; None where there is none or that takes too much."""
+        return None
 
     def joins(self) -> bool:
         """Whether it may be a member of a row now."""

@@ -20,6 +20,7 @@ import torch
 from torch import fx, nn
 
 from ... import autograd, backends, functional, ops
+from ...activation import TABLE
 from ...autograd import Recomputable
 from ...backends.native_sequence import Step, StepKind
 from ...problem import ConvProblem, Epilogue, Geom, Layout, Pass, epilogue_kind
@@ -129,6 +130,12 @@ class Linear(_ChannelOp):
             return None
         return weight.shape[0], *POINTWISE
 
+    def output(self) -> tuple[int, float] | None:
+        w = self.tensors()[0]
+        if w is None or w.dim() != 2 or TABLE[self.activation].by_output or not autograd.is_cheap(w, w.dtype):
+            return None
+        return w.shape[0], 1.0
+
     def bind(self, fallback: Call, mode: Mode) -> Call:
         if mode.direct:
             return fallback
@@ -144,7 +151,8 @@ class Linear(_ChannelOp):
             if kept:
                 given = x.view(1, 1, x.numel() // x.shape[-1], x.shape[-1]).permute(0, 3, 1, 2)
             epilogue = Epilogue(bias, activation=activation)
-            y = functional.chained_conv_act(given, w.view(*w.shape, 1, 1), epilogue, *_POINTWISE, not self.keeps)
+            filters = w.view(*w.shape, 1, 1)
+            y = functional.chained_conv_act(given, filters, epilogue, *_POINTWISE, not self.keeps, self.recompute)
             if isinstance(y, Recomputable):
                 return y._replace(rows=shape)
             return y.permute(0, 2, 3, 1).view(shape)

@@ -16,6 +16,7 @@ from torch import fx
 from torch.autograd import forward_ad
 
 from ... import autograd, backends, checks, functional, ops
+from ...activation import TABLE
 from ...autograd import Recomputable
 from ...backends.native_sequence import Step
 from ...memory_format import dense_strides, suggests_channels_last, where_copied
@@ -56,6 +57,14 @@ class Conv(Op):
         self.channels_last = layout.in_seam and layout.is_free(last)
         self.in_seam = self.channels_last or layout.in_seam and last in layout.free
         return True
+
+    def output(self) -> tuple[int, float] | None:
+        w, (stride_h, stride_w) = found(self.convolution.weight), self.convolution.geom.stride
+        if w is None or w.dim() != 4 or not autograd.is_cheap(w, w.dtype):
+            return None
+        if self.batch_norm is None and TABLE[self.activation].by_output:
+            return None
+        return w.shape[0], 1 / (stride_h * stride_w)
 
     def bind(self, fallback: Call, mode: Mode) -> Call:
         self.state = _Calls(self.convolution.geom, self.channels_last)
@@ -237,9 +246,9 @@ def _recorded_or_not(op: Conv, fallback: Call) -> Call:
             residual = _summand(residual, channels_last)
             epilogue = Epilogue(bias, mean, var, gamma, beta, residual, op.eps, activation)
             if norm is None:
-                return functional.chained_conv_act(given, w, epilogue, *geom, not op.keeps)
+                return functional.chained_conv_act(given, w, epilogue, *geom, not op.keeps, op.recompute)
             return functional.chained_conv_bn_act(
-                given, w, epilogue, *geom, by_batch, norm.factor(), found(norm.count), not op.keeps
+                given, w, epilogue, *geom, by_batch, norm.factor(), found(norm.count), not op.keeps, op.recompute
             )
 
     return fused

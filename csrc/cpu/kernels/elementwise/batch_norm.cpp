@@ -95,6 +95,12 @@ T inverse_std(const BatchNormArgs& args, int64_t c) {
 }
 
 template <class T>
+double mean_rest(const BatchNormArgs& args, int64_t c) {
+  return args.mean_rest ? static_cast<const T*>(args.mean_rest)[c] : 0;
+}
+
+// The rest of the mean goes where it costs nothing: (y - mean - rest) * scale + beta is (y - mean) * scale + shift.
+template <class T>
 void load_constants(const BatchNormArgs& args, const Constants<T>& constants) {
   auto channel = [](const void* values, int64_t c, T absent) {
     return values ? static_cast<const T*>(values)[c] : absent;
@@ -102,7 +108,8 @@ void load_constants(const BatchNormArgs& args, const Constants<T>& constants) {
   for (int64_t c = 0; c < args.c; ++c) {
     constants.mean[c] = channel(args.mean, c, T(0));
     constants.scale[c] = inverse_std<T>(args, c) * channel(args.gamma, c, T(1));
-    constants.shift[c] = channel(args.beta, c, T(0));
+    constants.shift[c] =
+        static_cast<T>(channel(args.beta, c, T(0)) - mean_rest<T>(args, c) * static_cast<double>(constants.scale[c]));
   }
 }
 
@@ -160,14 +167,14 @@ void chunk_stats_nhwc(const S* y, int64_t pixels, int64_t c, compute_t<S>* sums)
   for (int64_t i = 0; i < 2 * c; ++i) sums[i] = 0;
   for_pixels<T>(0, pixels, c, [=](int64_t pixel, int64_t count, int64_t i, int64_t lanes) CONVEXT_LAMBDA_INLINE {
     const Vec<T> first = load_as(y + i, lanes);
-    Vec<T> s1 = load_as(sums + i, lanes), s2 = load_as(sums + c + i, lanes);
+    Vec<T> s1 = Vec<T>::zero(), s2 = Vec<T>::zero();
     for (int64_t x = 0; x < count; ++x) {
       const Vec<T> d = load_as(y + (pixel + x) * c + i, lanes) - first;
       s1 += d;
       s2 = fma(s2, d, d);
     }
-    store_as(sums + i, s1, lanes);
-    store_as(sums + c + i, s2, lanes);
+    store_as(sums + i, load_as(sums + i, lanes) + s1, lanes);
+    store_as(sums + c + i, load_as(sums + c + i, lanes) + s2, lanes);
   });
 }
 
@@ -199,7 +206,7 @@ void chunk_stats_nchw(const S* y, int64_t images, int64_t image_stride, int64_t 
 }
 
 template <class S>
-void batch_stats(const Parallel& parallel, const BatchNormArgs& args, void* mean, void* var, void* workspace) {
+void batch_stats(const Parallel& parallel, const BatchNormArgs& args, double* mean, void* var, void* workspace) {
   using T = compute_t<S>;
   const Chunks chunks(args);
   const bool nhwc = args.layout == Layout::kNHWC;
@@ -251,7 +258,7 @@ void batch_stats(const Parallel& parallel, const BatchNormArgs& args, void* mean
         }
         average /= n_a;
       }
-      static_cast<T*>(mean)[begin + i] = static_cast<T>(average);
+      mean[begin + i] = average;
       static_cast<T*>(var)[begin + i] = static_cast<T>(m2_a[i] / n_a);
     }
   });
@@ -424,18 +431,20 @@ void add_chunks(const Parallel& parallel, const BatchNormArgs& args, const Const
   });
 }
 
-// From sums [2][c]: dbeta, dgamma, and what the second pass subtracts.
+// From sums [2][c]: dbeta, dgamma, and what the second pass subtracts. Their products are with y - mean, without the
+// mean's rest, and so are those of the second pass.
 template <class T>
 void finish_sums(const BatchNormArgs& args, const BatchNormGradients& gradients, const Constants<T>& constants,
                  const double* sums) {
   const double elements = static_cast<double>(args.n) * static_cast<double>(args.hw);
   const double* const sum_products = sums + args.c;
   for (int64_t c = 0; c < args.c; ++c) {
-    const double inverse = inverse_std<T>(args, c);
+    const double inverse = inverse_std<T>(args, c), rest = mean_rest<T>(args, c);
+    const double products = sum_products[c] - rest * sums[c], slope = products * inverse * inverse / elements;
     if (gradients.dbeta) static_cast<T*>(gradients.dbeta)[c] = static_cast<T>(sums[c]);
-    if (gradients.dgamma) static_cast<T*>(gradients.dgamma)[c] = static_cast<T>(sum_products[c] * inverse);
-    constants.mean_dz[c] = static_cast<T>(sums[c] / elements);
-    constants.slope[c] = static_cast<T>(sum_products[c] * inverse * inverse / elements);
+    if (gradients.dgamma) static_cast<T*>(gradients.dgamma)[c] = static_cast<T>(products * inverse);
+    constants.mean_dz[c] = static_cast<T>(sums[c] / elements - rest * slope);
+    constants.slope[c] = static_cast<T>(slope);
   }
 }
 
@@ -519,7 +528,7 @@ int64_t workspace_bytes(const BatchNormArgs& args) {
   return 2 * args.c * sizeof(double) + (kConstants + 2 * Chunks(args).count) * args.c * size;
 }
 
-void batch_stats_table(const Parallel& parallel, const BatchNormArgs& args, void* mean, void* var, void* workspace) {
+void batch_stats_table(const Parallel& parallel, const BatchNormArgs& args, double* mean, void* var, void* workspace) {
   const Parallel threads = threads_for(parallel, args);
   visit_storage(args.dtype, [&](auto s) { batch_stats<decltype(s)>(threads, args, mean, var, workspace); });
 }

@@ -11,6 +11,9 @@ namespace convext {
 
 // The operands that forward and backward share. Activations are dense (N, C, HW) in `layout`, stored in `dtype`;
 // per-channel vectors are (C) in the compute dtype, float64 for float64 and float32 for the others.
+//
+// A mean of 1e4 is rounded in float32 by up to 5e-4, which all of (y - mean) inherits where the deviation is 1. y - mean
+// itself is exact there, so `mean_rest` makes up for it at no cost: it goes into the channel's constants.
 struct BatchNormArgs {
   int64_t n, c, hw;
   Layout layout;
@@ -23,6 +26,7 @@ struct BatchNormArgs {
   const void* beta;      // or nullptr for 0
   double eps;
   Activation activation;
+  const void* mean_rest = nullptr;  // what the exact mean has more than `mean`, or nullptr for 0
 };
 
 struct BatchNormGradients {
@@ -44,8 +48,9 @@ struct BatchNorm {
   // Scratch bytes that each function below wants, 64-byte aligned, not cleared.
   int64_t (*workspace)(const BatchNormArgs&);
 
-  // Mean and biased variance of y over N and HW, (C) in the compute dtype. Reads n, c, hw, layout, dtype and y alone.
-  void (*batch_stats)(const Parallel&, const BatchNormArgs&, void* mean, void* var, void* workspace);
+  // Mean and biased variance of y over N and HW, (C), in double and in the compute dtype. Reads n, c, hw, layout, dtype
+  // and y alone.
+  void (*batch_stats)(const Parallel&, const BatchNormArgs&, double* mean, void* var, void* workspace);
 
   void (*bn_act)(const Parallel&, const BatchNormArgs&, void* out, void* workspace);
 
