@@ -90,10 +90,32 @@ def _plan(pass_: Pass, problem: ConvProblem, kind: str = "") -> _Plan | None:
     if choice is None and not tuned.aside("cpu"):
         costs.table()  # the library has it then
         index = _C.select(_CPU, int(pass_), _arriving(problem))
-        return None if index < 0 else _plan_of(pass_, problem, index)
+        if index < 0:
+            return None
+        if pass_ is not Pass.FPROP or _joins(index, problem):
+            return _plan_of(pass_, problem, index)
     usable = [index for index, _ in _usable(pass_, problem)]
     measured = [index for index in usable if choice is not None and kernels()[index]["name"] == choice.variant]
-    return _plan_of(pass_, problem, (measured or usable)[0]) if usable else None
+    if not usable:
+        return None
+    return _plan_of(pass_, problem, measured[0] if measured else _first(pass_, problem))
+
+
+def _joins(index: int, problem: ConvProblem) -> bool:
+    """Whether a kernel can be a step of a sequence (`prepared_sequence`), where the problem can."""
+    kernel = kernels()[index]
+    reads = problem.x_layout == _NHWC or problem.y_layout != _NHWC or kernel["reads_nchw"]
+    return bool(reads and kernel["dtype"] == problem.dtype)
+
+
+def _first(pass_: Pass, problem: ConvProblem) -> int:
+    """The fastest kernel, or one that can be a step of a sequence, where the other is faster by less than a call costs
+    at least, which a step does without."""
+    (best, least), *others = _usable(pass_, problem)
+    if pass_ is not Pass.FPROP or _joins(best, problem):
+        return best
+    most = least + costs.table().limits["call_saving"]
+    return next((index for index, seconds in others if seconds <= most and _joins(index, problem)), best)
 
 
 def ranked(pass_: Pass, problem: ConvProblem) -> list[tuple[int, float]]:

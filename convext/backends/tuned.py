@@ -86,7 +86,7 @@ class Kept:
         with _LOCK:
             if self._read:
                 return
-            if not _is_here(self.device_type):
+            if not is_here(self.device_type):
                 return
             self._read = True
             if not _any_files(self.device_type):
@@ -357,7 +357,7 @@ def _driver() -> str:
     return ""
 
 
-def _is_here(device_type: str) -> bool:
+def is_here(device_type: str) -> bool:
     """Whether there is such a device: kernels can be asked about without."""
     if device_type == "cpu":
         return True

@@ -1,12 +1,13 @@
-"""The figures of README.md, out of the files in benchmarks/results: tables, sentences and pictures, so that none of
-them is typed by hand.
+"""The figures of README.md and docs/networks.md, out of the files in benchmarks/results: tables, sentences and
+pictures, so that none of them is typed by hand.
 
-In the README each part stands between `<!-- figures: NAME -->` and `<!-- end of NAME -->`; `convext bench figures`
-writes what is in between anew, and the pictures in benchmarks/pictures.
+Each part stands between `<!-- figures: NAME -->` and `<!-- end of NAME -->`; `convext bench figures` writes what is in
+between anew, and the pictures in benchmarks/pictures.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 import statistics
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..options import UsageError
-from . import calibrate, charts, page, results
+from . import calibrate, charts, coverage, page, results
 from .page import Contents
 from .problems import ROOT
 from .shapes import NOISE
@@ -176,6 +177,28 @@ def host(root: Path = ROOT) -> str:
     return grid.markdown()
 
 
+def _networks(root: Path) -> list[coverage.Outcome]:
+    known = {field.name for field in dataclasses.fields(coverage.Outcome)} - {"timings"}
+    rows = contents("cpu_networks", root)["results"]
+    return [coverage.Outcome(**{name: row[name] for name in known}) for row in rows]
+
+
+def networks(root: Path = ROOT) -> str:
+    """Of `convext bench networks`, in one sentence."""
+    return (
+        f"Of torchvision's and timm's networks, one of each family: {coverage.summary(_networks(root))} "
+        "([each one](docs/networks.md))."
+    )
+
+
+def every_network(root: Path = ROOT) -> str:
+    grid = coverage.table(_networks(root))
+    grid.columns.pop()  # they were not timed
+    for row in grid.rows:
+        row.pop()
+    return grid.markdown()
+
+
 PARTS: dict[str, Callable[[Path], str]] = {
     "inference": inference,
     "torch.compile": compiled,
@@ -184,7 +207,10 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "layers": layers,
     "choice": choice,
     "host": host,
+    "networks": networks,
+    "every network": every_network,
 }
+ELSEWHERE = {"every network": "docs/networks.md"}  # than in the README
 
 
 def _between(name: str) -> re.Pattern[str]:
@@ -193,7 +219,7 @@ def _between(name: str) -> re.Pattern[str]:
 
 
 def parts(root: Path = ROOT) -> dict[str, str]:
-    """What stands in the README between the marks of each name."""
+    """What stands between the marks of each name."""
     made = {name: make(root) for name, make in PARTS.items()}
     filled = {name: text if text.startswith("|") else _filled(text) for name, text in made.items()}
     return filled | {name: _embedded(name) for name in PICTURES}
@@ -236,20 +262,22 @@ def digest(chart: charts.Chart) -> str:
 
 
 def write(root: Path = ROOT) -> list[Path]:
-    """Writes README.md and the pictures anew; returns the files. Raises UsageError where there is no source tree, or a
-    part has no place in the README."""
-    readme = root / "README.md"
-    if not (root / "benchmarks" / "results").is_dir() or not readme.exists():
+    """Writes the documents and the pictures anew; returns the files. Raises UsageError where there is no source tree,
+    or a part has no place in its document."""
+    if not (root / "benchmarks" / "results").is_dir() or not (root / "README.md").exists():
         raise UsageError(
             "bench figures: README.md and benchmarks/results are in the sources: run it in the source tree"
         )
-    text = readme.read_text(encoding="utf-8")
+    texts = {name: (root / name).read_text(encoding="utf-8") for name in ("README.md", *set(ELSEWHERE.values()))}
     for name, part in parts(root).items():
-        text, count = _between(name).subn(lambda found, part=part: found[1] + part + found[3], text)
+        document = ELSEWHERE.get(name, "README.md")
+        replaced = _between(name).subn(lambda found, part=part: found[1] + part + found[3], texts[document])
+        texts[document], count = replaced
         if count != 1:
-            raise UsageError(f"bench figures: README.md has {count} places for {name!r}, expected one")
-    readme.write_text(text, encoding="utf-8")
-    written = [readme]
+            raise UsageError(f"bench figures: {document} has {count} places for {name!r}, expected one")
+    written = [root / document for document in texts]
+    for path, text in zip(written, texts.values(), strict=True):
+        path.write_text(text, encoding="utf-8")
     (root / "benchmarks" / "pictures").mkdir(exist_ok=True)
     for name, (_, make) in PICTURES.items():
         chart = make(root)

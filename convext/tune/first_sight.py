@@ -72,7 +72,9 @@ def first_sight(pass_: Pass, problem: ConvProblem, kind: str, device: torch.devi
 
 def may_measure(device: torch.device) -> bool:
     """Whether nothing is going on that a measurement would end, or that would make the choice depend on a clock."""
-    if torch.are_deterministic_algorithms_enabled() or not ops.idle_but_for_autocast() or device.type == "meta":
+    if torch.are_deterministic_algorithms_enabled() or not ops.idle_but_for_autocast():
+        return False
+    if not tuned.is_here(device.type):  # its kernels can be asked about without
         return False
     if device.type == "cpu":
         return True

@@ -1,4 +1,4 @@
-"""The README's figures and pictures are those of the files of results: what `convext bench figures` would write."""
+"""The documents' figures and pictures are those of the files of results: what `convext bench figures` would write."""
 
 import json
 import re
@@ -21,15 +21,17 @@ pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks" / "results").is_dir(), 
 def tree(tmp_path, monkeypatch):
     """A copy of what the command reads and writes, with no pictures."""
     shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
-    shutil.copy(ROOT / "README.md", tmp_path)
+    for name in ("README.md", *figures.ELSEWHERE.values()):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
     monkeypatch.setattr(figures.write, "__defaults__", (tmp_path,))
     return tmp_path
 
 
 @pytest.mark.parametrize("name", [*figures.PARTS, *figures.PICTURES])
-def test_the_readme_says_what_the_files_say(name):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"<!-- figures: {name} -->\n{figures.parts()[name]}\n<!-- end of {name} -->\n" in readme
+def test_the_documents_say_what_the_files_say(name):
+    document = (ROOT / figures.ELSEWHERE.get(name, "README.md")).read_text(encoding="utf-8")
+    assert f"<!-- figures: {name} -->\n{figures.parts()[name]}\n<!-- end of {name} -->\n" in document
 
 
 @pytest.mark.parametrize("theme", figures.THEMES)

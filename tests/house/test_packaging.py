@@ -468,7 +468,7 @@ def installed(tmp_path):
     package = Path(convext.__file__).parent
     with zipfile.ZipFile(wheel, "w") as archive:
         for file in sorted(package.rglob("*")):
-            if file.suffix in (".py", ".so", ".typed"):
+            if file.suffix in (".py", ".so", ".typed", ".json"):
                 archive.write(file, file.relative_to(package.parent))
         about = "convext-0.0.1.dist-info"
         archive.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: convext\nVersion: 0.0.1\n")
