@@ -235,7 +235,7 @@ def measurable(cuda, monkeypatch, tmp_path):
     """The emulated kernels and ATen serve "cuda", and are measured on tensors of the CPU."""
     monkeypatch.setenv("CONVEXT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(backends, "_unavailable", {("native", "cuda"): None, ("triton", "cuda"): "not here"})
-    monkeypatch.setattr(tuned, "_is_here", lambda device_type: False)  # no file is looked for
+    monkeypatch.setattr(tuned, "is_here", lambda device_type: False)  # no file is looked for
     tuned.forget()
     yield cuda
     tuned.forget()
