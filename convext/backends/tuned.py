@@ -192,8 +192,8 @@ def of(device_type: str) -> Kept:
 def lookup(pass_: Pass, problem: ConvProblem, kind: str = "") -> KeptChoice | None:
     """The choice that is kept for a pass over a problem with what follows it (`Epilogue.kind`), or None.
 
-    Where nothing is measured at first sight, what is kept of the pass alone stands for each kind that nothing is kept
-    of: it was measured with a batch norm and a ReLU, too."""
+    Where nothing is measured at first sight, a kernel that is kept of the pass alone stands for each kind that nothing
+    is kept of. ATen does not: it runs what follows as passes of its own, and the cost model knows more of that."""
     how = mode_on(problem.device)
     if how == "off":
         return None
@@ -201,7 +201,10 @@ def lookup(pass_: Pass, problem: ConvProblem, kind: str = "") -> KeptChoice | No
     if not choices:
         return None
     found = choices.get(key(pass_, problem, kind))
-    return choices.get(key(pass_, problem)) if found is None and kind and how == "cached" else found
+    if found is None and kind and how == "cached":
+        found = choices.get(key(pass_, problem))
+        return None if found is not None and found.backend == "aten" else found
+    return found
 
 
 def aside(device_type: str) -> dict[str, str]:

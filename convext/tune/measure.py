@@ -13,7 +13,7 @@ import torch
 
 from .. import backends
 from ..activation import FORWARD
-from ..backends import aten, tuned
+from ..backends import aten, compiled_calls, costs, tuned
 from ..backends.base import Candidate
 from ..bench.timing import Timing, interleave, interleave_on_gpu
 from ..memory_format import memory_format
@@ -24,7 +24,6 @@ _VISIT = 0.003  # to each candidate in each round
 _SAFETY = 8.0
 _GAIN = 0.05  # by which one must be faster to take the place of who served before
 _FAR_SLOWER = 10.0  # than the cost model expects, beside the fastest: something is wrong with that kernel
-_FUSED = "bn relu"  # what an fprop that is to stand for every kind is timed with besides
 # An activation's slope is at most 1.5 (hardswish); an epilogue rounds to the stored type at most four times: the
 # convolution's result or its folded weights, batch norm, sum, activation.
 _SLOPE, _ROUNDINGS = 1.5, 4
@@ -86,9 +85,8 @@ def measure(
 
     A candidate's result is compared with ATen's in float64 before it is timed: it may be 8·√n·eps away, relative to
     the whole, where n is the length of its sums and eps of the type that they are taken in, plus eps of the type that
-    it is stored in (docs/design.md, "What may differ"). An fprop by itself is timed alone and with a batch norm and a
-    ReLU: ATen and a kernel of convext's change places only where that is faster in both, because it may stand for every
-    kind (`tuned.lookup`).
+    it is stored in (docs/design.md, "What may differ"). What an fprop by itself takes on the CPU is told as of a call
+    that was made before (`_as_called_again`).
 
     Args:
         pass_, problem: what is measured. Operands are drawn at random, the same for all.
@@ -117,17 +115,15 @@ def measure(
                 wrong[str(candidate)] = why
         if not right:
             raise RuntimeError(f"no kernel computes {pass_.name.lower()} of {problem} as ATen does: {wrong}")
-        plain = timer({str(c): case.call(c) for c in right})
-        fused = plain
-        if pass_ is Pass.FPROP and not kind:
-            case = _Case(pass_, problem, _FUSED, case.device)
-            fused = timer({str(c): case.call(c) for c in right})
-    wrong.update(_far_slower(right, plain, before))
+        timings = timer({str(c): case.call(c) for c in right})
+    wrong.update(_far_slower(right, timings, before))
     right = [candidate for candidate in right if str(candidate) not in wrong]
-    best, gain = _fastest(right, before, plain, fused)
-    medians = {name: timing.median for name, timing in plain.items()}
+    if pass_ is Pass.FPROP and not kind and problem.device == "cpu":
+        timings = _as_called_again(right, timings)
+    best, gain = _fastest(right, before, timings)
+    medians = {name: timing.median for name, timing in timings.items()}
     kept = tuned.KeptChoice(best.backend, best.variant, medians)
-    return Measured(pass_, problem, kept, before, gain, plain, wrong, kind)
+    return Measured(pass_, problem, kept, before, gain, timings, wrong, kind)
 
 
 def keep(measured: Sequence[Measured]) -> None:
@@ -398,23 +394,32 @@ def _ratios(a: Timing, b: Timing) -> list[float]:
     return [x / y for x, y in zip(a.seconds, b.seconds)]
 
 
-def _fastest(
-    right: list[Candidate], before: str, plain: dict[str, Timing], fused: dict[str, Timing]
-) -> tuple[Candidate, float]:
+def _as_called_again(right: list[Candidate], timings: dict[str, Timing]) -> dict[str, Timing]:
+    """What calls take that convext/_call serves, as it does a convolution that was called before: of a kernel of
+    convext's less, beside ATen, by what was measured (`costs.LIMITS`); at most half."""
+    if compiled_calls.library is None:
+        return timings
+    saving = costs.table().limits["call_saving"]
+    own = {str(candidate) for candidate in right if candidate.backend == "native"}
+    return {
+        name: Timing(tuple(max(s - saving, s / 2) for s in timing.seconds)) if name in own else timing
+        for name, timing in timings.items()
+    }
+
+
+def _fastest(right: list[Candidate], before: str, timings: dict[str, Timing]) -> tuple[Candidate, float]:
     """(the fastest, how many times as fast as who served before), the latter by the median over rounds.
 
     Who served before goes on, but where another is faster by `_GAIN` in three rounds of four: machines are shared, and
-    a round that was disturbed tells nothing. ATen has to be so alone and with what is fused."""
+    a round that was disturbed tells nothing."""
     by_name = {str(candidate): candidate for candidate in right}
     if before not in by_name:
-        return min(right, key=lambda candidate: plain[str(candidate)].median), 1.0
+        return min(right, key=lambda candidate: timings[str(candidate)].median), 1.0
     best, gain = before, 1.0
-    for name, candidate in by_name.items():
-        timings = [plain, fused] if "aten" in (candidate.backend, by_name[before].backend) else [plain]
-        ratios = [_ratios(t[before], t[name]) for t in timings]
-        surely = min(_lower_quartile(found) for found in ratios)
-        median = min(statistics.median(found) for found in ratios)
-        if surely > 1 + _GAIN and median > gain:
+    for name in by_name:
+        ratios = _ratios(timings[before], timings[name])
+        median = statistics.median(ratios)
+        if _lower_quartile(ratios) > 1 + _GAIN and median > gain:
             best, gain = name, median
     return by_name[best], gain
 
