@@ -31,7 +31,7 @@ def tree(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", [*figures.PARTS, *figures.PICTURES])
 def test_the_documents_say_what_the_files_say(name):
     document = (ROOT / figures.ELSEWHERE.get(name, "README.md")).read_text(encoding="utf-8")
-    assert f"<!-- figures: {name} -->\n{figures.parts()[name]}\n<!-- end of {name} -->\n" in document
+    assert f"<!-- figures: {name} -->\n{figures.parts(ROOT)[name]}\n<!-- end of {name} -->\n" in document
 
 
 @pytest.mark.parametrize("theme", figures.THEMES)
