@@ -559,7 +559,7 @@ def bench_kernelbench(
 
     Status 1 where a result is wrong, or a problem does not run.
     """
-    from .bench import kernelbench, machine, results
+    from .bench import kernelbench, machine, memory, results
 
     _written_to(output, table, page)
     levels = options.integers("--level", level)
@@ -580,7 +580,7 @@ def bench_kernelbench(
                     device=place,
                     dtype=dtype.torch,
                     most_flops=most * 1e9 or math.inf,
-                    most_bytes=kernelbench.memory(place) / 4,
+                    most_bytes=memory.free_memory(place) / 4,
                     compiled=compiled,
                     seconds=seconds,
                 )

@@ -94,11 +94,11 @@ def _plan(pass_: Pass, problem: ConvProblem, kind: str = "") -> _Plan | None:
             return None
         if pass_ is not Pass.FPROP or _joins(index, problem):
             return _plan_of(pass_, problem, index)
-    usable = [index for index, _ in _usable(pass_, problem)]
-    measured = [index for index in usable if choice is not None and kernels()[index]["name"] == choice.variant]
-    if not usable:
+    found = _usable(pass_, problem)
+    if not found:
         return None
-    return _plan_of(pass_, problem, measured[0] if measured else _first(pass_, problem))
+    measured = [index for index, _ in found if choice is not None and kernels()[index]["name"] == choice.variant]
+    return _plan_of(pass_, problem, measured[0] if measured else _first(pass_, problem, found))
 
 
 def _joins(index: int, problem: ConvProblem) -> bool:
@@ -108,10 +108,10 @@ def _joins(index: int, problem: ConvProblem) -> bool:
     return bool(reads and kernel["dtype"] == problem.dtype)
 
 
-def _first(pass_: Pass, problem: ConvProblem) -> int:
-    """The fastest kernel, or one that can be a step of a sequence, where the other is faster by less than a call costs
-    at least, which a step does without."""
-    (best, least), *others = _usable(pass_, problem)
+def _first(pass_: Pass, problem: ConvProblem, found: list[tuple[int, float]]) -> int:
+    """The fastest of `found` (`_usable`), or one that can be a step of a sequence, where the other is faster by less
+    than a call costs at least, which a step does without."""
+    (best, least), *others = found
     if pass_ is not Pass.FPROP or _joins(best, problem):
         return best
     most = least + costs.table().limits["call_saving"]

@@ -17,11 +17,10 @@ import convext
 
 from .. import zoo
 from . import agreement
-from .kernelbench import FLOAT64_FACTOR
+from .kernelbench import BASELINE, FLOAT64_FACTOR, OURS
 from .tables import Grid
 from .timing import Timing, interleave
 
-BASELINE, OURS = "eager", "convext"
 # Of each family one of the smallest.
 TORCHVISION = """alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 maxvit_t
 mnasnet0_5 mobilenet_v2 mobilenet_v3_small mobilenet_v3_large regnet_x_400mf regnet_y_400mf resnet18 resnet50

@@ -15,7 +15,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib.util
-import os
 import re
 import statistics
 import sys
@@ -134,18 +133,6 @@ def load(problem: Problem, sizes: dict[str, int] | None = None) -> ModuleType:
     spec.loader.exec_module(module)
     module.__dict__.update(sizes or {})
     return module
-
-
-_MEMINFO = Path("/proc/meminfo")
-
-
-def memory(device: torch.device) -> int:
-    """Bytes of free memory of a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    # Memory that holds copies of files is free, too; SC_AVPHYS_PAGES does not count it.
-    found = re.search(r"^MemAvailable: +(\d+) kB$", _MEMINFO.read_text(), re.M) if _MEMINFO.exists() else None
-    return int(found[1]) * 1024 if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]

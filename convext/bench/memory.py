@@ -1,10 +1,13 @@
 """What a training step needs of memory besides parameters: bytes that the forward pass saves for the backward pass, and
-the most that tensors take at once."""
+the most that tensors take at once; and how much of it a device has."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,3 +71,16 @@ def peak_bytes(call: Callable[[], object]) -> int:
         taken += event.nbytes()
         most = max(most, taken)
     return most
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a new tensor on the device could have: free ones, and those that torch keeps for the next tensors."""
+    if device.type == "cpu":
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/meminfo").read_text().splitlines():
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    gpu = torch.get_device_module(device)
+    kept: int = gpu.memory_reserved(device) - gpu.memory_allocated(device)
+    return int(gpu.mem_get_info(device)[0]) + kept

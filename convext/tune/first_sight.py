@@ -21,13 +21,13 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 
 from .. import backends, ops
 from ..backends import tuned
 from ..backends.base import Candidate
+from ..bench.memory import free_memory
 from ..bench.timing import FLUSH_BYTES, Timing, gpu_clock
 from ..problem import ConvProblem, Pass, accumulate_dtype
 from .measure import Measured, Timer, candidates, cpu_clock, measure, note
@@ -124,19 +124,6 @@ def needed_memory(problem: ConvProblem) -> int:
     reference = accumulate_dtype(p.dtype.torch).itemsize
     elements = p.x_size + p.w_size + p.y_size
     return 2 * size * (elements + p.y_size) + reference * (elements + 3 * max(p.x_size, p.y_size, p.w_size))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that a new tensor on the device could have: free ones, and those that torch keeps for the next tensors."""
-    if device.type == "cpu":
-        with contextlib.suppress(OSError):
-            for line in Path("/proc/meminfo").read_text().splitlines():
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    gpu = torch.get_device_module(device)
-    kept: int = gpu.memory_reserved(device) - gpu.memory_allocated(device)
-    return int(gpu.mem_get_info(device)[0]) + kept
 
 
 def timer(device: torch.device, free: int) -> Timer:

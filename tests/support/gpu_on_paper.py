@@ -18,7 +18,13 @@ from convext.backends import aten, tuned
 from convext.backends.base import Backend, Candidate
 from convext.problem import Pass
 
-MODULES = "convext.tune.measure", "convext.tune.first_sight", "convext.bench.timing", "convext.backends.tuned"
+MODULES = (
+    "convext.tune.measure",
+    "convext.tune.first_sight",
+    "convext.bench.memory",
+    "convext.bench.timing",
+    "convext.backends.tuned",
+)
 CUDA = torch.device("cuda", 0)
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import convext
-from convext.bench.kernelbench import memory
+from convext.bench.memory import free_memory
 from convext.swap.planned import PlannedForward
 
 
@@ -197,7 +197,7 @@ def test_tensors_of_more_than_two_to_the_31_elements():
     """The result and both gradients at the far end of the memory, where an index of 32 bits would be another. One after
     the other; 13 GiB at most."""
     side, stride, padding = 23200, (8, 8), (1, 1)
-    if memory(torch.device("cpu")) < 16 * GIB:
+    if free_memory(torch.device("cpu")) < 16 * GIB:
         pytest.skip("needs 16 GiB of free memory")
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(4, 4, 3, 3, generator=generator).bfloat16()
