@@ -58,7 +58,12 @@ def pytest_cmdline_main(config):
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+# What compiles for minutes comes first: at the end, one process would wait for the other to be done with it.
+COMPILES = ("tests/house/test_one_place", "tests/cuda/", "tests/examples/")
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: not item.nodeid.startswith(COMPILES))  # stable: neighbours stay together
     index, count = map(int, config.getoption("--part").split("/"))
     mine = [zlib.crc32(item.nodeid.encode()) % count == index - 1 for item in items]  # any order could have a period
     config.hook.pytest_deselected(items=[item for item, kept in zip(items, mine) if not kept])
