@@ -699,20 +699,29 @@ def bench_host(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     seconds: Annotated[float, typer.Option(min=0.0, help="For each kind of call.")] = 1.0,
     output: Json = None,
+    device: Device = "cpu",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --device cuda: all but the launches; needs no GPU.")
+    ] = False,
 ) -> None:
     """Time the call itself: of the smallest convolution, alone, as a layer and swapped, beside PyTorch's."""
     import time
 
+    from .backends import native_cuda
     from .bench import host, machine, results
 
     options.output("--json", output)
+    if dry_run and device != "cuda":
+        raise OptionError("--device", device, "cuda, where --dry-run is given")
+    if dry_run and (why := native_cuda.not_built()) is not None:
+        raise OptionError("--dry-run", "it", f"the kernels that it asks, but {why}")
+    place = None if dry_run else options.device(device)
     with _threads(threads), _progress() as progress:
-        record = machine.record() | {"threads": torch.get_num_threads()}
+        record = machine.record(place or torch.device("cpu")) | {"threads": torch.get_num_threads()}
         clock = time.thread_time if torch.get_num_threads() == 1 else None  # leaves out what others take
-        task = progress.add_task("", total=len(host.calls()))
-        found = host.measure(seconds, clock, lambda: progress.advance(task))
+        found = host.measure(seconds, place, clock, progress.track)
     _print_table(host.table(found), markdown)
-    print(host.summary(found))
+    print(host.summary(found) if place is not None and place.type == "cpu" else host.summary_on_gpu(found))
     _print_machine(record)
     results.write(output, record, [cost.as_json() for cost in found])
 

@@ -196,6 +196,7 @@ def test_bench_host_says_what_a_call_costs(tmp_path, capsys):
     out = capsys.readouterr().out
     for one in found:
         assert one["pytorch"]["seconds"] > 0 and one["convext"]["seconds"] > 0 and one["what"] in out
+    assert cli.main(["bench", "host", "--dry-run"]) == 2 and "--device" in capsys.readouterr().err
     slow = Timing((2e-6, 2e-6)), Timing((3e-6, 3e-6))
     assert host.summary([host.Cost("slow", *slow)]) == "Above 1.15 times PyTorch's: slow"
     assert "No call" in host.summary([host.Cost("fast", slow[1], slow[0])])

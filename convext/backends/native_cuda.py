@@ -44,11 +44,14 @@ _ALIGNMENT = 16  # bytes: the kernels' widest access
 class _Plan(NamedTuple):
     """What a launch needs beyond its tensors, decided once for a pass and problem."""
 
-    variant: int
     name: str
     fields: list[int]
+    prepared: Any  # the kernel and the problem, as launches take them
     x_layout: Layout  # as the kernel reads and writes them
     y_layout: Layout
+    x_shape: tuple[int, ...]
+    y_shape: tuple[int, ...]
+    accumulate: torch.dtype
     krsc: bool  # weights lie in channels-last order
     workspace: int  # bytes
     facts: dict[str, Any]  # what the kernel says about itself
@@ -114,11 +117,14 @@ def _plan_of(problem: ConvProblem, way: _Way) -> _Plan:
     fields = _fields(problem, x_layout, y_layout)
     known = _variants()[index]
     return _Plan(
-        index,
         known["name"],
         fields,
+        _CUDA.Prepared(index, fields),
         x_layout,
         y_layout,
+        problem.x_shape,
+        problem.y_shape,
+        problem.accumulate_dtype,
         _CUDA.weight_order(index, fields) == "krsc",
         _CUDA.workspace(index, fields),
         known,
@@ -151,8 +157,10 @@ def forget_plans() -> None:
 
 def _dense(t: torch.Tensor, layout: Layout) -> torch.Tensor:
     """t in the layout, without gaps, and aligned as the kernels need it."""
-    t = t.contiguous(memory_format=_FORMATS[layout])
-    return t if t.data_ptr() % _ALIGNMENT == 0 else t.clone(memory_format=_FORMATS[layout])
+    memory_format = _FORMATS[layout]
+    if not t.is_contiguous(memory_format=memory_format):
+        t = t.contiguous(memory_format=memory_format)
+    return t if t.data_ptr() % _ALIGNMENT == 0 else t.clone(memory_format=memory_format)
 
 
 def _weights(w: torch.Tensor, plan: _Plan) -> torch.Tensor:
@@ -161,6 +169,11 @@ def _weights(w: torch.Tensor, plan: _Plan) -> torch.Tensor:
 
 def _empty(like: torch.Tensor, shape: tuple[int, ...], layout: Layout) -> torch.Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=_FORMATS[layout])
+
+
+def _in_format(t: torch.Tensor, wanted: Layout, written: Layout) -> torch.Tensor:
+    """What a kernel wrote, in the layout that the call is to return."""
+    return t if wanted is written else t.contiguous(memory_format=_FORMATS[wanted])
 
 
 def _scratch(like: torch.Tensor, size: int) -> torch.Tensor | None:
@@ -182,7 +195,6 @@ def _launch(
     a: torch.Tensor,
     b: torch.Tensor,
     out: torch.Tensor,
-    scale: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     activation: str = "identity",
@@ -192,14 +204,13 @@ def _launch(
 ) -> None:
     workspace = _scratch(out, plan.workspace)
     _CUDA.launch(
-        plan.variant,
-        plan.fields,
+        plan.prepared,
         *_where(out),
-        _address(a),
-        _address(b),
-        _address(out),
+        a.data_ptr(),
+        b.data_ptr(),
+        out.data_ptr(),
         _address(workspace),
-        _address(scale),
+        0,
         _address(shift),
         _address(residual),
         ACTIVATIONS[activation],
@@ -211,33 +222,14 @@ def _launch(
 
 def _channels(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """A per-channel tensor as the kernels read it."""
-    return None if t is None else t.to(dtype).contiguous()
+    if t is None or t.dtype is dtype and t.is_contiguous():
+        return t
+    return t.to(dtype).contiguous()
 
 
 def _number(dtype: torch.dtype) -> int:
     """The dtype as C++ numbers it."""
     return int(DType[str(dtype).removeprefix("torch.").upper()])
-
-
-def _folded(epilogue: Epilogue, k: int, like: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """scale and shift of the epilogue, in the accumulate dtype."""
-    dtype = accumulate_dtype(like.dtype)
-    bias = _channels(epilogue.bias, dtype)
-    if epilogue.mean is None:
-        return None, bias
-    norm = [_channels(t, dtype) for t in epilogue.norm]
-    scale, shift = torch.empty(2, k, dtype=dtype, device=like.device)
-    _CUDA.fold(
-        k,
-        _number(dtype),
-        *_where(like),
-        [_address(t) for t in norm],
-        epilogue.eps,
-        _address(bias),
-        _address(scale),
-        _address(shift),
-    )
-    return scale, shift
 
 
 def not_built() -> str | None:
@@ -274,32 +266,56 @@ def beyond_all_kernels(problem: ConvProblem) -> str | None:
 
 
 def _run_fprop(plan: _Plan, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
-    y = _empty(x, problem.y_shape, plan.y_layout)
-    scale, shift = _folded(epilogue, problem.k, x)
-    residual = None if epilogue.residual is None else _dense(epilogue.residual, plan.y_layout)
-    _launch(plan, _dense(x, plan.x_layout), _weights(w, plan), y, scale, shift, residual, epilogue.activation)
-    return y.contiguous(memory_format=_FORMATS[problem.y_layout])
+    bias, mean, var, gamma, beta, residual, eps, activation = epilogue
+    y = _empty(x, plan.y_shape, plan.y_layout)
+    x, w, bias = _dense(x, plan.x_layout), _weights(w, plan), _channels(bias, plan.accumulate)
+    if residual is not None:
+        residual = _dense(residual, plan.y_layout)
+    if mean is None:
+        _launch(plan, x, w, y, bias, residual, activation)
+    else:
+        # Neither scale and shift nor weights in another order are kept from call to call: that the tensors behind them
+        # are as they were, no version counter can prove (it does not see what is written through `.data`), and to read
+        # them would take as long as to compute again.
+        norm = [_channels(t, plan.accumulate) for t in (mean, var, gamma, beta)]
+        folded = torch.empty(2 * problem.k, dtype=plan.accumulate, device=x.device)
+        workspace = _scratch(y, plan.workspace)
+        _CUDA.launch_folded(
+            plan.prepared,
+            *_where(y),
+            x.data_ptr(),
+            w.data_ptr(),
+            y.data_ptr(),
+            _address(workspace),
+            folded.data_ptr(),
+            [_address(t) for t in norm],
+            eps,
+            _address(bias),
+            _address(residual),
+            ACTIVATIONS[activation],
+        )
+    return _in_format(y, problem.y_layout, plan.y_layout)
 
 
 def _run_fprop_batch_stats(
     plan: _Plan, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """With a plan that writes statistics."""
-    y = _empty(x, problem.y_shape, plan.y_layout)
-    acc = accumulate_dtype(x.dtype)
+    y = _empty(x, plan.y_shape, plan.y_layout)
+    acc = plan.accumulate
     stats = torch.empty(plan.stats_rows * (2 * problem.k + 1), dtype=acc, device=x.device)
     mean, var = (torch.empty(problem.k, dtype=acc, device=x.device) for _ in range(2))
-    _launch(plan, _dense(x, plan.x_layout), _weights(w, plan), y, shift=_channels(bias, acc), stats=stats)
+    _launch(plan, _dense(x, plan.x_layout), _weights(w, plan), y, _channels(bias, acc), stats=stats)
     _CUDA.merge_stats(
         problem.k, plan.stats_rows, _number(acc), *_where(y), _address(stats), _address(mean), _address(var)
     )
-    return y.contiguous(memory_format=_FORMATS[problem.y_layout]), mean, var
+    return _in_format(y, problem.y_layout, plan.y_layout), mean, var
 
 
 def _run_dgrad(plan: _Plan, problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    dx = _empty(dy, problem.x_shape, plan.x_layout)
+    dx = _empty(dy, plan.x_shape, plan.x_layout)
     _launch(plan, _dense(dy, plan.y_layout), _weights(w, plan), dx)
-    return dx.contiguous(memory_format=_FORMATS[problem.x_layout])
+    return _in_format(dx, problem.x_layout, plan.x_layout)
 
 
 def _run_wgrad(
@@ -362,14 +378,13 @@ class NativeCuda(Backend):
         return _plan(pass_, problem).name
 
     def served(self, pass_: Pass, problem: ConvProblem, kind: str) -> tuple[str, Callable[..., torch.Tensor]]:
-        if not kind:
-            return super().served(pass_, problem, kind)
-        return _plan(pass_, problem, kind).name, functools.partial(self._fprop_of_kind, kind)
+        plan = _plan(pass_, problem, kind)
+        if problem.dtype is DType.FLOAT32:  # whether tf32 is allowed is asked at every call
+            return plan.name, functools.partial(self._run_by_setting, pass_, kind)
+        return plan.name, functools.partial(_RUN[pass_], plan)
 
-    def _fprop_of_kind(
-        self, kind: str, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue
-    ) -> torch.Tensor:
-        return _run_fprop(_plan(Pass.FPROP, problem, kind), problem, x, w, epilogue)
+    def _run_by_setting(self, pass_: Pass, kind: str, problem: ConvProblem, *arguments: Any) -> torch.Tensor:
+        return _RUN[pass_](_plan(pass_, problem, kind), problem, *arguments)
 
     def candidates(self, pass_: Pass, problem: ConvProblem, kind: str = "") -> list[Candidate]:
         ranked = _ranked(pass_, problem, _tf32(problem))
@@ -385,7 +400,7 @@ class NativeCuda(Backend):
     def _run_allowed(self, plan: _Plan, pass_: Pass, kind: str, problem: ConvProblem, *arguments: Any) -> torch.Tensor:
         """A plan's kernel, or where it rounds to tf32 and that is allowed no more, one that does not."""
         if plan.facts["arithmetic"] == "tf32" and not _tf32(problem):
-            plan = _plan(pass_, problem, kind)
+            return self._run_by_setting(pass_, kind, problem, *arguments)
         return _RUN[pass_](plan, problem, *arguments)
 
     def fprop(self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
@@ -412,10 +427,10 @@ class NativeCuda(Backend):
         plan = _plan(Pass.WGRAD, problem)
         if not plan.writes_dx:
             return super().depthwise_backward(problem, dy, x, w, channels_last)
-        dx = _empty(x, problem.x_shape, plan.x_layout)
+        dx = _empty(x, plan.x_shape, plan.x_layout)
         dw = _empty_dw(problem, plan, x, channels_last)
         _launch(plan, _dense(dy, plan.y_layout), _dense(x, plan.x_layout), dw, w=_weights(w, plan), dx=dx)
-        return dx.contiguous(memory_format=_FORMATS[problem.x_layout]), laid_out(dw, channels_last)
+        return _in_format(dx, problem.x_layout, plan.x_layout), laid_out(dw, channels_last)
 
     def batch_stats(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         layout = _norm_layout(y)

@@ -20,6 +20,7 @@ from .. import backends
 from ..memory_format import memory_format
 from ..problem import ConvProblem, Epilogue, Layout, Pass, accumulate_dtype, tf32_is_allowed
 from ..tune.measure import bound_of, operands_of, reference_of
+from . import sass
 from .agreement import Agreement, distance
 from .machine import Ceilings
 from .problems import Layer, title
@@ -42,6 +43,7 @@ class Measurement:
     off: dict[str, str]
     fused: bool = False  # fprop with batch norm and activation
     transposed: bool = False
+    predicted: float | None = None  # seconds that the model of the CUDA kernels expects of native on an H200
 
     @property
     def title(self) -> str:
@@ -80,6 +82,7 @@ class Measurement:
             "selected": self.selected,
             "variant": self.variant,
             "off": self.off,
+            **({} if self.predicted is None else {"predicted_s": self.predicted}),
         }
 
 
@@ -132,7 +135,9 @@ def measure(layer: Layer, count: int, pass_: Pass, seconds: float, fused: bool =
             cudnn = torch.backends.cudnn  # the flag is for ATen alone: Triton would measure for minutes by it
             calls["aten"] = _with_flag(calls["aten"], cudnn.flags, benchmark=True, allow_tf32=tf32_is_allowed())
             timings = interleave_on_gpu(calls, torch.device(problem.device), seconds=seconds)
-    return Measurement(problem, count, pass_, timings, selected, variant, off, fused, layer.transposed)
+    modelled = problem.device == "cuda" and "native" in names
+    predicted = sass.predicted_seconds(computes, problem) if modelled else None
+    return Measurement(problem, count, pass_, timings, selected, variant, off, fused, layer.transposed, predicted)
 
 
 # The batch norm of the fused rows multiplies each channel by 0.5 to 1.5 over the square root of as much, which are at
@@ -247,17 +252,21 @@ def _batch_norm_values(problem: ConvProblem) -> tuple:
 
 
 def table(measurements: Iterable[Measurement], ceilings: Ceilings | None = None) -> Grid:
-    """One row a measurement: milliseconds and ratios by backend, GFLOP/s and GB/s of native (else Triton, else ATen)
-    and, with `ceilings`, its share of the one that binds; and who is selected, marked where that loses over 5 %."""
+    """One row a measurement: milliseconds and ratios by backend, beside what was predicted of native where it was;
+    GFLOP/s and GB/s of native (else Triton, else ATen) and, with `ceilings`, its share of the one that binds; and who
+    is selected, marked where that loses over 5 %."""
     measurements = list(measurements)
     others = [n for n in ("native", "triton") if any(n in m.timings or n in m.off for m in measurements)]
     columns = [column for name in others for column in (f"{name}, ms", f"{name}, ×")]
-    grid = Grid(["layer", "n", "pass", "aten, ms", *columns, "GFLOP/s", "GB/s", "of ceiling", "selected"])
+    predicted = ["predicted, ms"] if any(m.predicted is not None for m in measurements) else []
+    grid = Grid(["layer", "n", "pass", "aten, ms", *columns, *predicted, "GFLOP/s", "GB/s", "of ceiling", "selected"])
     for m in measurements:
         cells = [m.title, str(m.count), m.name, f"{m.timings['aten'].median * 1e3:.3f}"]
         for name in others:
             there = name in m.timings
             cells += [f"{m.timings[name].median * 1e3:.3f}", f"{m.ratio(name):.2f}"] if there else ["–", "–"]
+        if predicted:
+            cells.append("–" if m.predicted is None else f"{m.predicted * 1e3:.3f}")
         shown = next((name for name in others if name in m.timings), "aten")
         cells += [f"{m.gflops(shown):.0f}", f"{m.bytes_() / m.timings[shown].median / 1e9:.1f}"]
         if ceilings is None:

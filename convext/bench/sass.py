@@ -537,6 +537,14 @@ CLOCK, PROCESSORS = 1.755e9, 132
 COPY_BYTES = 20 * PROCESSORS * CLOCK
 
 
+def predicted_seconds(pass_: Pass, problem: ConvProblem) -> float:
+    """What the cost model expects of the kernel that it selects for a problem, which is not rejected, on an H200."""
+    from ..backends import native_cuda
+
+    cycles: float = native_cuda._CUDA.select(int(pass_), native_cuda._plan(pass_, problem).fields, True)[1]
+    return cycles / CLOCK
+
+
 def predictions(problems: dict[ConvProblem, int], dtype_name: str) -> Grid:
     """One row a layer and pass: the kernel that the cost model selects, the time that it predicts on an H200, and the
     share of the ceiling that this would be. Computed, not measured."""
@@ -550,13 +558,12 @@ def predictions(problems: dict[ConvProblem, int], dtype_name: str) -> Grid:
             asked = dataclasses.replace(problem, device="cuda", dtype=dtype, x_layout=Layout.NHWC, y_layout=Layout.NHWC)
             if native_cuda.BACKEND.reject(pass_, asked) is not None:
                 continue
-            plan = native_cuda._plan(pass_, asked)
-            cycles = native_cuda._CUDA.select(int(pass_), plan.fields, True)[1]
-            seconds = cycles / CLOCK
+            seconds = predicted_seconds(pass_, asked)
             bytes_ = (asked.x_size + asked.y_size) * dtype.torch.itemsize
             # Depthwise kernels form no matrix products: memory alone is their ceiling.
             products = 0.0 if asked.is_depthwise else asked.flops / rate
             share, bound = max((products / seconds, "products"), (bytes_ / COPY_BYTES / seconds, "memory"))
+            kernel = native_cuda.BACKEND.variant(pass_, asked)
             numbers = [f"{seconds * 1e6:.1f}", f"{share:.0%}", bound]
-            grid.rows.append([title(asked), str(count), pass_.name.lower(), plan.name, *numbers])
+            grid.rows.append([title(asked), str(count), pass_.name.lower(), kernel, *numbers])
     return grid

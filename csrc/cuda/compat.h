@@ -9,6 +9,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "cuda/runtime.h"
+
 // All shared memory is dynamic: its size is the launch's, and a test can put its end against a guard page.
 #define CONVEXT_SHARED_MEMORY(name) extern __shared__ __align__(1024) unsigned char name[]
 
@@ -21,11 +23,7 @@ const char* launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, 
                           Arguments... arguments) {
   constexpr size_t kSharedWithoutAsking = 48 * 1024;
   if (shared_bytes > kSharedWithoutAsking) {
-    // Kept for each device by the driver: looking every time is what makes several GPUs work.
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    if (const char* error = allow_shared_memory(reinterpret_cast<const void*>(kernel), shared_bytes)) return error;
   }
   // clang-format off: it would part the launch's closing brackets
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(static_cast<Parameters>(arguments)...);

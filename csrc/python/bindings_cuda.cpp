@@ -36,15 +36,30 @@ std::string describe(const ConvProblem& p) {
   return text;
 }
 
-void launch(int index, const Fields& fields, int device, uintptr_t stream, uintptr_t a, uintptr_t b, uintptr_t out,
+// A kernel and a problem that it takes: a launch asks neither again. Whether rounding to tf32 is allowed is decided where
+// the variant is selected.
+struct Prepared {
+  const Variant& variant;
+  const ConvProblem problem;
+
+  Prepared(int index, const Fields& fields) : variant(variant_at(index)), problem(problem_of(fields)) {
+    if (const char* why = reject(variant, Device::kCUDA, variant.pass, problem)) {
+      throw std::invalid_argument(std::string("convext: ") + variant.name + " rejects the problem: " + why);
+    }
+  }
+
+  [[noreturn]] void failed(const char* error) const {
+    throw std::runtime_error(std::string("convext: ") + variant.name + " failed on " + describe(problem) + ": " +
+                             error);
+  }
+};
+
+// False: launches end before they reach the device, for timing what a call costs the host where no GPU is.
+bool launching = true;
+
+void launch(const Prepared& prepared, int device, uintptr_t stream, uintptr_t a, uintptr_t b, uintptr_t out,
             uintptr_t workspace, uintptr_t scale, uintptr_t shift, uintptr_t residual, int activation, uintptr_t w,
             uintptr_t dx, uintptr_t stats) {
-  const Variant& variant = variant_at(index);
-  const ConvProblem problem = problem_of(fields);
-  // Whether rounding to tf32 is allowed is decided where the variant is selected.
-  if (const char* why = reject(variant, Device::kCUDA, variant.pass, problem)) {
-    throw std::invalid_argument(std::string("convext: ") + variant.name + " rejects the problem: " + why);
-  }
   LaunchArgs args{};
   args.a = pointer(a), args.b = pointer(b), args.out = pointer(out), args.workspace = pointer(workspace);
   args.epilogue.scale = pointer(scale), args.epilogue.shift = pointer(shift);
@@ -52,12 +67,10 @@ void launch(int index, const Fields& fields, int device, uintptr_t stream, uintp
   args.epilogue.activation = static_cast<Activation>(activation);
   args.stream = pointer(stream);
   args.w = pointer(w), args.dx = pointer(dx), args.stats = pointer(stats);
+  if (!launching) return;
   const cuda::OnDevice on_device(device);
-  const char* error = on_device.error() ? on_device.error() : variant.launch(problem, args);
-  if (error) {
-    throw std::runtime_error(std::string("convext: ") + variant.name + " failed on " + describe(problem) + ": " +
-                             error);
-  }
+  const char* error = on_device.error() ? on_device.error() : prepared.variant.launch(prepared.problem, args);
+  if (error) prepared.failed(error);
 }
 
 // n c h w dtype layout of a dense activation tensor, and the addresses of mean, var, gamma, beta.
@@ -78,6 +91,7 @@ cuda::NormParameters parameters_of(const Channels& c, double eps) {
 // Runs f() with the device current; raises RuntimeError with the pass and its shape.
 template <class F>
 void run_norm(const char* pass, const cuda::NormShape& s, int device, F&& f) {
+  if (!launching) return;
   const cuda::OnDevice on_device(device);
   const char* error = on_device.error() ? on_device.error() : f();
   if (!error) return;
@@ -124,12 +138,24 @@ void bn_act_backward(const Shape& s, int device, uintptr_t stream, const Channel
   });
 }
 
-void fold(int64_t k, int dtype, int device, uintptr_t stream, const Channels& channels, double eps, uintptr_t bias,
-          uintptr_t scale, uintptr_t shift) {
-  run_norm("fold", {1, k, 1, 1, static_cast<DType>(dtype), Layout::kNHWC}, device, [&] {
-    return cuda::launch_fold(k, static_cast<DType>(dtype), parameters_of(channels, eps), pointer(bias), pointer(scale),
-                             pointer(shift), pointer(stream));
-  });
+// An fprop with a batch norm in inference behind it, which is folded first: into `folded`, scale and shift of K channels
+// each.
+void launch_folded(const Prepared& prepared, int device, uintptr_t stream, uintptr_t x, uintptr_t w, uintptr_t y,
+                   uintptr_t workspace, uintptr_t folded, const Channels& channels, double eps, uintptr_t bias,
+                   uintptr_t residual, int activation) {
+  const ConvProblem& problem = prepared.problem;
+  const DType accumulate = problem.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  const uintptr_t shift = folded + problem.k * dtype_size(accumulate);
+  if (launching) {
+    const cuda::OnDevice on_device(device);
+    const char* error = on_device.error();
+    if (!error) {
+      error = cuda::launch_fold(problem.k, accumulate, parameters_of(channels, eps), pointer(bias), pointer(folded),
+                                pointer(shift), pointer(stream));
+    }
+    if (error) prepared.failed(error);
+  }
+  launch(prepared, device, stream, x, w, y, workspace, folded, shift, residual, activation, 0, 0, 0);
 }
 
 }  // namespace
@@ -173,18 +199,27 @@ PYBIND11_MODULE(_CUDA, m) {
     const Variant& v = variant_at(index);
     return v.workspace ? v.workspace(problem_of(fields), 1) : int64_t{0};
   }, "Bytes of scratch memory that the launch needs.");
-  m.def("launch", &launch, "Launches a kernel on device addresses; raises RuntimeError naming kernel and problem.");
+  // None of them touches Python, and the driver may make them wait.
+  using WithoutGil = py::call_guard<py::gil_scoped_release>;
+  py::class_<Prepared>(m, "Prepared", "A kernel and a problem that it takes; ValueError, with the reason, if not.")
+      .def(py::init<int, const Fields&>(), py::arg("index"), py::arg("fields"));
+  m.def("set_launching", [](bool wish) { launching = wish; },
+        "False: every launch ends before it reaches the device, for timing the host where no GPU is.");
+  m.def("launch", &launch, WithoutGil(),
+        "Launches a kernel on device addresses; raises RuntimeError naming kernel and problem.");
+  m.def("launch_folded", &launch_folded, WithoutGil(),
+        "Launches scale and shift of a bias and a batch norm in inference, and an fprop with them in its epilogue.");
   m.def("norm_workspace", [](const Shape& s) { return cuda::norm_workspace(shape_of(s)); },
         "Bytes of scratch memory for batch_stats and bn_act_backward.");
-  m.def("batch_stats", &batch_stats, "Launches the per-channel statistics of y.");
+  m.def("batch_stats", &batch_stats, WithoutGil(), "Launches the per-channel statistics of y.");
   m.def("stats_rows", [](int index, const Fields& fields) {
     const Variant& v = variant_at(index);
     return v.stats_rows ? v.stats_rows(problem_of(fields)) : int64_t{0};
   }, "Rows of partial statistics that the fprop kernel can write; 0 where it cannot.");
-  m.def("merge_stats", &merge_stats, "Launches mean and biased variance out of an fprop kernel's partial statistics.");
-  m.def("bn_act", &bn_act, "Launches normalisation, residual and activation.");
-  m.def("bn_act_backward", &bn_act_backward, "Launches the gradients of bn_act.");
-  m.def("fold", &fold, "Launches scale, shift = the epilogue of a bias and a batch norm in inference.");
+  m.def("merge_stats", &merge_stats, WithoutGil(),
+        "Launches mean and biased variance out of an fprop kernel's partial statistics.");
+  m.def("bn_act", &bn_act, WithoutGil(), "Launches normalisation, residual and activation.");
+  m.def("bn_act_backward", &bn_act_backward, WithoutGil(), "Launches the gradients of bn_act.");
   m.def("activations", &activation_names,
         "Names of the fused activations; the position is the number that launch takes.");
 }

@@ -10,6 +10,8 @@ import importlib.util
 import re
 import subprocess
 import sysconfig
+import threading
+import time
 
 import cuda_on_cpu as harness
 import pytest
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 import convext
 from convext import backends
 from convext.backends import native_cuda, tuned
+from convext.bench import host
 from convext.bench.timing import Timing
 from convext.problem import STATISTICS, ConvProblem, DType, Epilogue, Geom, Layout, Pass
 from convext.tune import measure
@@ -440,7 +443,51 @@ def test_a_kernel_that_rejects_says_so(emulated):
     index = names.index("fprop_depthwise_bf16_window_sm80")
     fields = [1, 8, 4, 4, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1, 1, 0, 1]
     with pytest.raises(ValueError, match="fprop_depthwise_bf16_window_sm80 rejects the problem: it serves depthwise"):
-        emulated.launch(index, fields, 0, 0, *[0] * 7, 0, 0, 0, 0)
+        emulated.Prepared(index, fields)
+
+
+def test_other_threads_go_on_during_a_launch(cuda):
+    """A launch may wait for the driver, and here it computes: without the interpreter's lock."""
+    problem, x, w, *_ = make("direct", torch.float64, Layout.NHWC)
+    problem = dataclasses.replace(problem, n=160)
+    x = x.repeat(80, 1, 1, 1).contiguous(memory_format=torch.channels_last)
+    took = []
+
+    def call():
+        begin = time.perf_counter()
+        cuda.fprop(problem, x, w, Epilogue())
+        took.append(time.perf_counter() - begin)
+
+    call()
+    thread = threading.Thread(target=call)
+    longest, before = 0.0, time.perf_counter()
+    thread.start()
+    while thread.is_alive():
+        now = time.perf_counter()
+        longest, before = max(longest, now - before), now
+    assert longest < took[-1] / 2, took
+
+
+def test_a_call_is_timed_up_to_its_launch_without_a_gpu(cuda):
+    problem, x, w, _, geom = make("direct", torch.bfloat16, Layout.NHWC)
+    right = cuda.fprop(problem, x, w, Epilogue())
+    before = backends.PRIORITY["cpu"]
+    with host.cuda_on_paper():
+        counts = backends.counts()
+        y = convext.conv2d(x, w, None, *geom)
+        ran = {key for key, calls in backends.counts().items() if calls > counts.get(key, 0)}
+        assert ran == {("native", "fprop", cuda.variant(Pass.FPROP, problem))}
+        assert y.shape == right.shape and cuda.fprop(problem, x, w, Epilogue()).fill_(7).eq(7).all()
+    assert backends.PRIORITY["cpu"] is before
+    assert torch.equal(cuda.fprop(problem, x, w, Epilogue()), right)  # launches run again
+    found = host.measure(0.0, None)
+    assert {cost.what for cost in found} == {*host.calls(), "conv_bn_act", "conv_bn_act, recorded"}
+    assert all(cost.pytorch is None and cost.ratio is None and cost.convext.median > 0 for cost in found)
+    assert [row[2] for row in host.table(found).rows] and {row[1] for row in host.table(found).rows} == {""}
+    assert "pytorch" in found[0].as_json()
+    late = [host.Cost("conv2d", None, Timing((13e-6,))), host.Cost("conv_bn_act, recorded", None, Timing((1.0,)))]
+    assert host.summary_on_gpu(late) == "Longer than wanted: conv2d (at most 12 µs)"
+    assert "No call" in host.summary_on_gpu(late[1:])
 
 
 def test_a_launch_that_fails_names_kernel_problem_and_reason(cuda, monkeypatch):

@@ -470,6 +470,10 @@ def test_table_has_a_column_for_each_backend_and_leaves_out_what_was_not_measure
         "layer": "8×7×7 -> 8, 3×3", "n": "3", "pass": "fprop + bn + relu", "aten, ms": "2000.000", "native, ms": "–",
         "native, ×": "–", "triton, ms": "1000.000", "triton, ×": "2.00", "GFLOP/s": "0", "GB/s": "0.0",
         "of ceiling": "50% flops", "selected": "v"}  # fmt: skip
+    modelled = dataclasses.replace(row, timings=timings | {"native": Timing((1.5,))}, off={}, predicted=1.25)
+    other = layers.table([modelled, row])
+    assert [dict(zip(other.columns, cells))["predicted, ms"] for cells in other.rows] == ["1250.000", "–"]
+    assert modelled.as_json()["predicted_s"] == 1.25 and "predicted_s" not in row.as_json()
     assert "behind ATen on 0 of 1 layers" in layers.summary([row])
 
 

@@ -1,4 +1,4 @@
-"""Everything to check on a GPU, building included, in under eight minutes and without a network: ./dev gpu-check
+"""Everything to check on a GPU, building included, in six minutes and without a network: ./dev gpu-check
 
     build          the library in place, for this machine's GPU alone; the C++ tests of the CUDA kernels
     kernels        every CUDA variant against float64, from C++
@@ -6,7 +6,8 @@
     tests-triton   the same under convext.backend("triton")
     memcheck       compute-sanitizer over the C++ tests: accesses out of bounds or misaligned
     racecheck      the same: races in shared memory
-    resnet50, mobilenet_v2    times of every layer beside ATen's
+    host           what a call costs up to the launch, beside PyTorch's
+    resnet50, mobilenet_v2    times of every layer beside ATen's, and what was predicted
 
 It takes the Python it runs under as it is: a step that needs what is not installed is skipped, and said to be. Steps of
 one stage run at once, each with a time limit, and what fails takes nothing else down with it. Results go to
@@ -38,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 BUILD = ROOT / "build" / "gpu_check"
-MINUTES = 8.0
+MINUTES = 6.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +127,10 @@ def stages(capability: str | None, results: Path, device_name: str, cores: int) 
              "--seconds", "0.1", "--json")  # fmt: skip
     tables = [Step(network, 90.0, (python(*bench, results / result_name(device_name, network), network),), environment,
                    needs=("torchvision", "typer", "rich")) for network in ("resnet50", "mobilenet_v2")]  # fmt: skip
+    if cuda:
+        host = python("-m", "convext", "bench", "host", "--device", "cuda", "--threads", "1", "--seconds", "0.5",
+                      "--json", results / result_name(device_name, "host"))  # fmt: skip
+        tables.insert(0, Step("host", 30.0, (host,), environment, needs=("typer", "rich")))
     return [[Step("build", 180.0, tuple(build), environment)], checks, *([table] for table in tables)]
 
 
@@ -232,6 +237,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=MINUTES, help="time for everything (default %(default)s)")
     parser.add_argument("--only", default="", help="names of steps, with commas; default: all")
+    parser.add_argument(
+        "--skip", default="", help="names of steps to leave out, with commas: build, where all is compiled and there"
+    )
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(f"gpu-check: torch {torch.__version__} sees no GPU here, so nothing was checked", file=sys.stderr)
@@ -247,11 +255,13 @@ def main(arguments: list[str] | None = None) -> int:
     properties = torch.cuda.get_device_properties(0)
     capability = None if torch.version.hip else f"{properties.major}{properties.minor}"
     groups = stages(capability, results, properties.name, len(os.sched_getaffinity(0)))
-    wanted = set(options.only.split(",")) - {""}
-    unknown = wanted - {step.name for group in groups for step in group}
-    if unknown:
-        parser.error(f"--only: no step {', '.join(sorted(unknown))}")
-    chosen = [[step for step in group if not wanted or step.name in wanted] for group in groups]
+    names = {step.name for group in groups for step in group}
+    only, skip = (set(text.split(",")) - {""} for text in (options.only, options.skip))
+    for option, given in (("--only", only), ("--skip", skip)):
+        if given - names:
+            parser.error(f"{option}: no step {', '.join(sorted(given - names))}")
+    wanted = (only or names) - skip
+    chosen = [[step for step in group if step.name in wanted] for group in groups]
     print(f"gpu-check: {properties.name}, torch {torch.__version__}; the output of all steps: {log}", flush=True)
 
     def report(outcome: Outcome) -> None:
@@ -260,7 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
             file.write(f"==> {line(outcome)}\n{outcome.output}\n")
 
     outcomes = run_all([group for group in chosen if group], options.minutes * 60, report)
-    if not wanted:
+    if wanted >= names - {"build"}:
         write_results(results / result_name(properties.name, "check"), outcomes)
     for outcome in outcomes:
         if not outcome.ok:
