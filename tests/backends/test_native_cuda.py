@@ -5,6 +5,7 @@ Everything runs as on a GPU but the memory and the stream: selection, layouts, w
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 import re
@@ -444,6 +445,67 @@ def test_a_kernel_that_rejects_says_so(emulated):
     fields = [1, 8, 4, 4, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1, 1, 0, 1]
     with pytest.raises(ValueError, match="fprop_depthwise_bf16_window_sm80 rejects the problem: it serves depthwise"):
         emulated.Prepared(index, fields)
+
+
+class Recorder:
+    """A CUDA graph as far as convext's launches go: keeps them, and runs them again with the addresses of then."""
+
+    def __init__(self, library):
+        self.library, self.launches = library, []
+
+    def __getattr__(self, name):
+        found = getattr(self.library, name)
+        if not name.startswith("launch"):
+            return found
+
+        def launch(*arguments):
+            self.launches.append((found, arguments))
+            found(*arguments)
+
+        return launch
+
+    def replay(self):
+        for launch, arguments in self.launches:
+            launch(*arguments)
+
+
+def test_recorded_launches_compute_the_network_again(cuda, emulated, monkeypatch):
+    """What a replay of a captured graph does: it sees new images, and what was written into weights and statistics,
+    behind torch's back, too. Everything between the layers is in their launches."""
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(8, 16, 3, 2, 1, bias=False), torch.nn.BatchNorm2d(16), torch.nn.ReLU(),
+        torch.nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), torch.nn.BatchNorm2d(16), torch.nn.Hardswish(),
+        torch.nn.Conv2d(16, 24, 1)).eval().double().to(memory_format=torch.channels_last)  # fmt: skip
+    swapped = convext.swap(copy.deepcopy(net))
+    x = torch.randn(2, 8, 9, 9, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    held, empty = [], torch.empty
+    monkeypatch.setitem(backends.PRIORITY, "cpu", backends.PRIORITY["cuda"])
+    backends.forget()
+    monkeypatch.setitem(backends._unavailable, ("native", "cpu"), None)
+    try:
+        with torch.no_grad():
+            for _ in range(3):
+                swapped(x)
+            recorder = Recorder(emulated)
+            with monkeypatch.context() as capture:
+                capture.setattr(native_cuda, "_CUDA", recorder)
+                # The pool of a graph keeps what was allocated during the capture.
+                capture.setattr(torch, "empty", lambda *args, **kwargs: held.append(empty(*args, **kwargs)) or held[-1])
+                y = swapped(x)
+            assert [launch.__name__ for launch, _ in recorder.launches] == ["launch_folded", "launch_folded", "launch"]
+            torch.testing.assert_close(y, net(x))
+            x.copy_(torch.randn_like(x))
+            for module, other in zip(net, swapped):
+                for t, same in zip(module.state_dict().values(), other.state_dict().values()):
+                    for one in (t, same):
+                        one.data.mul_(2).add_(1)
+            former = y.clone()
+            recorder.replay()
+            torch.testing.assert_close(y, net(x))
+            assert not torch.allclose(y, former)
+    finally:
+        monkeypatch.undo()
+        backends.forget()
 
 
 def test_other_threads_go_on_during_a_launch(cuda):
