@@ -328,6 +328,8 @@ def test_there_are_examples():
 def test_examples_run(page, monkeypatch, tmp_path):
     """Those of a page one after the other, with the names of those before; on a machine where nothing was measured."""
     monkeypatch.setenv("CONVEXT_CACHE", str(tmp_path))
+    if any(".cuda()" in body for _, body in examples(page)) and not torch.cuda.is_available():
+        pytest.skip("its example needs a GPU")
     if any("torchvision" in body for _, body in examples(page)):
         pytest.importorskip("torchvision")
     before = settings()
