@@ -17,20 +17,20 @@
 //     |     row 1         |  ...  |                   |
 //
 // Statistics go as tile/statistics.h says, whether they start here, from y in memory, or in the registers of an fprop
-// kernel; merge_stats is the last step of both. Shared memory: 256*(8*2 + 1) values, 17 KiB (fp32). Registers: 8 means
-// and 8 sums of squares in stats_partial, 8 scales and shifts elsewhere; the compiler is held to 128 in all, two blocks
-// of 8 warps. 2 to 8 FLOP for each byte of y. The number of blocks depends on the problem alone. What the compiler
-// makes of vectors (tests/cuda):
+// kernel; merge_stats is the last step of both. Shared memory: 256*(8*2 + 1) values and room that keeps banks apart,
+// 17.5 KiB (fp32). Registers: 8 means and 8 sums of squares in stats_partial, 8 scales and shifts elsewhere; the
+// compiler is held to 128 in all, two blocks of 8 warps. 2 to 8 FLOP for each byte of y. The number of blocks depends
+// on the problem alone. What the compiler makes of vectors (tests/cuda):
 //
 // @sass normalise<.*, [248]>        shared=0     warps=16 loads=16 stores=16
 // @sass gradient_apply<.*, [248]>   shared=0     warps=16 loads=16 stores=16
-// @sass stats_partial<.*, [248]>    shared=17408 warps=16 loads=16
-// @sass gradient_partial<.*, [248]> shared=16384 warps=16 loads=16
+// @sass stats_partial<.*, [248]>    shared=17920 warps=16 loads=16
+// @sass gradient_partial<.*, [248]> shared=16896 warps=16 loads=16
 #include <type_traits>
 
 #include "batch_norm.h"
 #include "cuda/cost.h"
-#include "cuda/tile/run.h"
+#include "cuda/tile/epilogue.h"
 #include "cuda/tile/statistics.h"
 
 namespace convext::cuda {
@@ -134,8 +134,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   Welford<Acc, 1> seen;
   if (channel < stats.channels) {
     for (int64_t row = first; row < rows; row += kMergeRows) {
-      const Acc* moments = stats.moments + (row * stats.channels + channel) * 2;
-      seen.join(__ldg(stats.counts + row), __ldg(moments), __ldg(moments + 1));
+      const Run<Acc, 2> moments = load_run<Acc, 2>(stats.moments + (row * stats.channels + channel) * 2);
+      seen.join(__ldg(stats.counts + row), moments.v[0], moments.v[1]);
     }
   }
   merge_block(seen, reinterpret_cast<Acc*>(shared), first, kMergeRows, column, kMergeColumns,
@@ -159,6 +159,29 @@ CONVEXT_DEVICE Affine<Acc> affine_of(const NormParameters& p, int64_t k) {
   return {read(p.mean, 0), Acc(1) / sqrt(read(p.var, 1) + Acc(p.eps)), read(p.gamma, 1), read(p.beta, 0)};
 }
 
+// VEC neighbouring values of an array by channel, 16 bytes a load where it starts so; `otherwise` where there is none.
+template <class Acc, int VEC>
+CONVEXT_DEVICE void load_parameters(const void* array, int64_t k, Acc otherwise, Acc (&into)[VEC]) {
+  if (array) {
+    load_channels(static_cast<const Acc*>(array) + k, Span{0, 1, 0, 1, VEC, true}, into);
+  } else {
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) into[i] = otherwise;
+  }
+}
+
+template <class Acc, int VEC>
+CONVEXT_DEVICE void load_affine(const NormParameters& p, int64_t k, Affine<Acc> (&affine)[VEC]) {
+  Acc mean[VEC], var[VEC], gamma[VEC], beta[VEC];
+  load_parameters<Acc>(p.mean, k, 0, mean);
+  load_parameters<Acc>(p.var, k, 1, var);
+  load_parameters<Acc>(p.gamma, k, 1, gamma);
+  load_parameters<Acc>(p.beta, k, 0, beta);
+  using std::sqrt;
+#pragma unroll
+  for (int i = 0; i < VEC; ++i) affine[i] = {mean[i], Acc(1) / sqrt(var[i] + Acc(p.eps)), gamma[i], beta[i]};
+}
+
 template <class T, int VEC>
 __global__ void __launch_bounds__(kThreads, 2)
     normalise(Deal deal, NormParameters parameters, Activation activation, const T* __restrict__ y,
@@ -167,8 +190,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto [lane, row, rows, channel, first, end] = Dealt<VEC>(deal);
   if (channel >= deal.channels) return;
   Affine<Acc> affine[VEC];
-#pragma unroll
-  for (int i = 0; i < VEC; ++i) affine[i] = affine_of<Acc>(parameters, channel + i);
+  load_affine(parameters, channel, affine);
   for (int64_t pixel = first; pixel < end; pixel += rows) {
     const int64_t offset = pixel_offset(deal, pixel) + channel * deal.channel_stride;
     Acc v[VEC], r[VEC] = {};
@@ -214,15 +236,14 @@ __global__ void __launch_bounds__(kThreads, 2)
                      const T* __restrict__ y, const T* __restrict__ residual, accumulate_t<T>* __restrict__ partial) {
   using Acc = accumulate_t<T>;
   CONVEXT_SHARED_MEMORY(shared);
-  Acc* sums = reinterpret_cast<Acc*>(shared);  // (rows, lanes*VEC), of g
-  Acc* products = sums + kThreads * VEC;       // of g * xhat
   const auto [lane, row, rows, channel, first, end] = Dealt<VEC>(deal);
-  const int32_t pitch = deal.lanes * VEC;
+  const int32_t columns = deal.lanes * VEC, pitch = spread<Acc>(columns);
+  Acc* sums = reinterpret_cast<Acc*>(shared);  // (rows, pitch), of g
+  Acc* products = sums + rows * pitch;         // of g * xhat
   Acc sum[VEC] = {}, product[VEC] = {};
   if (channel < deal.channels) {
     Affine<Acc> affine[VEC];
-#pragma unroll
-    for (int i = 0; i < VEC; ++i) affine[i] = affine_of<Acc>(parameters, channel + i);
+    load_affine(parameters, channel, affine);
     for (int64_t pixel = first; pixel < end; pixel += rows) {
       Acc g[VEC], xhat[VEC];
       activation_gradient<T, VEC>(affine, activation, dout, y, residual,
@@ -236,20 +257,19 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 #pragma unroll
   for (int i = 0; i < VEC; ++i) {
-    sums[row * pitch + lane * VEC + i] = sum[i];
-    products[row * pitch + lane * VEC + i] = product[i];
+    sums[row * pitch + spread<Acc>(lane * VEC + i)] = sum[i];
+    products[row * pitch + spread<Acc>(lane * VEC + i)] = product[i];
   }
   __syncthreads();  // orders the threads' sums before they are added up
-  for (int32_t i = threadIdx.x; i < pitch; i += kThreads) {
-    const int64_t k = int64_t{blockIdx.x} * pitch + i;
+  for (int32_t i = threadIdx.x; i < columns; i += kThreads) {
+    const int64_t k = int64_t{blockIdx.x} * columns + i;
     if (k >= deal.channels) continue;
     Acc total = 0, total_product = 0;
     for (int32_t r = 0; r < rows; ++r) {
-      total += sums[r * pitch + i];
-      total_product += products[r * pitch + i];
+      total += sums[r * pitch + spread<Acc>(i)];
+      total_product += products[r * pitch + spread<Acc>(i)];
     }
-    partial[(int64_t{blockIdx.y} * deal.channels + k) * 2] = total;
-    partial[(int64_t{blockIdx.y} * deal.channels + k) * 2 + 1] = total_product;
+    store_run<Acc, 2>(partial + (int64_t{blockIdx.y} * deal.channels + k) * 2, {total, total_product});
   }
 }
 
@@ -260,9 +280,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (k >= deal.channels) return;
   Acc sum = 0, product = 0;
   for (int32_t split = 0; split < deal.splits; ++split) {
-    const Acc* p = partial + (split * deal.channels + k) * 2;
-    sum += __ldg(p);
-    product += __ldg(p + 1);
+    const Run<Acc, 2> p = load_run<Acc, 2>(partial + (split * deal.channels + k) * 2);
+    sum += p.v[0];
+    product += p.v[1];
   }
   dgamma[k] = product;
   dbeta[k] = sum;
@@ -278,13 +298,15 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto [lane, row, rows, channel, first, end] = Dealt<VEC>(deal);
   if (channel >= deal.channels) return;
   Affine<Acc> affine[VEC];
+  load_affine(parameters, channel, affine);
   Acc mean_g[VEC] = {}, mean_product[VEC] = {};  // zero with running statistics, which do not depend on y
+  if (training) {
+    load_parameters<Acc>(dbeta, channel, 0, mean_g);
+    load_parameters<Acc>(dgamma, channel, 0, mean_product);
 #pragma unroll
-  for (int i = 0; i < VEC; ++i) {
-    affine[i] = affine_of<Acc>(parameters, channel + i);
-    if (training) {
-      mean_g[i] = __ldg(dbeta + channel + i) / Acc(deal.pixels);
-      mean_product[i] = __ldg(dgamma + channel + i) / Acc(deal.pixels);
+    for (int i = 0; i < VEC; ++i) {
+      mean_g[i] /= Acc(deal.pixels);
+      mean_product[i] /= Acc(deal.pixels);
     }
   }
   for (int64_t pixel = first; pixel < end; pixel += rows) {
@@ -398,10 +420,10 @@ const char* launch_bn_act_backward(const NormShape& shape, const NormParameters&
     constexpr int VEC = decltype(vec)::value;
     const Deal deal = deal_of(shape, VEC);
     Acc* partial = static_cast<Acc*>(workspace);
-    const char* error =
-        launch_kernel(gradient_partial<T, VEC>, grid_of(deal), dim3(kThreads), sizeof(Acc) * 2 * kThreads * VEC, stream,
-                      deal, parameters, activation, static_cast<const T*>(dout), static_cast<const T*>(y),
-                      static_cast<const T*>(residual), partial);
+    const char* error = launch_kernel(gradient_partial<T, VEC>, grid_of(deal), dim3(kThreads),
+                                      sizeof(Acc) * 2 * (kThreads / deal.lanes) * spread<Acc>(deal.lanes * VEC), stream,
+                                      deal, parameters, activation, static_cast<const T*>(dout),
+                                      static_cast<const T*>(y), static_cast<const T*>(residual), partial);
     if (error) return error;
     error = launch_kernel(gradient_final<Acc>, channel_grid(shape.c), dim3(kThreads), 0, stream, deal,
                           static_cast<const Acc*>(partial), static_cast<Acc*>(dgamma), static_cast<Acc*>(dbeta));

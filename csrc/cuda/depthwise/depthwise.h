@@ -134,13 +134,31 @@ struct DepthwisePatch {
         n(static_cast<int32_t>(index / tile.tiles_w / tile.tiles_h) * tile.across_n + place.n) {}
 };
 
-// The filters of a block's channels into shared memory, (taps, pitch), from channel `first` on: zeros past the last one.
+// Where in a row of float the weight of a block's channel `channel` lies: 16 bytes are left free after every 128, so
+// that eight threads which load 16 bytes each of 8 channels meet different banks.
+CONVEXT_HD constexpr int32_t weight_place(int32_t channel) { return channel + channel / 32 * 4; }
+
+// N weights of neighbouring channels, 16 bytes a load.
+template <int N>
+CONVEXT_DEVICE void load_weights(const float* from, float (&into)[N]) {
+  constexpr int CHUNK = N < 4 ? N : 4;
+#pragma unroll
+  for (int i = 0; i < N; i += CHUNK) {
+    const Run<float, CHUNK> run = load_shared_run<float, CHUNK>(from + i);
+#pragma unroll
+    for (int j = 0; j < CHUNK; ++j) into[i + j] = run.v[j];
+  }
+}
+
+// The filters of a block's channels into shared memory, (taps, weight_place(columns)), from channel `first` on: zeros
+// past the last one.
 template <class T>
-CONVEXT_DEVICE void load_filters(accumulate_t<T>* filters, const T* w, int32_t taps, int32_t pitch, int32_t first,
+CONVEXT_DEVICE void load_filters(accumulate_t<T>* filters, const T* w, int32_t taps, int32_t columns, int32_t first,
                                  int32_t channels) {
-  for (int32_t i = threadIdx.x; i < taps * pitch; i += kDepthwiseThreads) {
+  const int32_t pitch = weight_place(columns);
+  for (int32_t i = threadIdx.x; i < taps * columns; i += kDepthwiseThreads) {
     const int32_t channel = i / taps, tap = i % taps, k = first + channel;
-    filters[tap * pitch + channel] =
+    filters[tap * pitch + weight_place(channel)] =
         k < channels ? to_accumulate(__ldg(w + int64_t{k} * taps + tap)) : accumulate_t<T>(0);
   }
   __syncthreads();  // orders the filters before every thread's reads

@@ -48,7 +48,7 @@ struct AnyBlock {
   const Entries& entries;
   Acc* shares;   // (entries, VEC, threads): of dw
   Acc* filters;  // (R*S, pitch), for whole vectors
-  int32_t Q, multiplier, taps, pitch, c_block;
+  int32_t Q, multiplier, taps, columns, pitch, c_block;
   bool channels_last;
 
   CONVEXT_DEVICE AnyBlock(const ConvProblem& p, const DepthwiseTile& t, const Strides& x, const Strides& y,
@@ -65,8 +65,9 @@ struct AnyBlock {
         Q(p.q()),
         multiplier(p.k / p.c),
         taps(p.r * p.s),
-        pitch(t.lanes * VEC),
-        c_block(static_cast<int32_t>(blockIdx.x % t.tiles_c) * pitch),
+        columns(t.lanes * VEC),
+        pitch(weight_place(columns)),
+        c_block(static_cast<int32_t>(blockIdx.x % t.tiles_c) * columns),
         channels_last(p.x_layout == Layout::kNHWC) {}
 
   CONVEXT_DEVICE Acc& share(int32_t entry, int v) const {
@@ -82,12 +83,7 @@ struct AnyBlock {
       }
     }
     if constexpr (VEC > 1) {
-      for (int32_t i = threadIdx.x; i < taps * pitch; i += kDepthwiseThreads) {
-        const int32_t tap = i / pitch, column = i % pitch;
-        const bool wanted = wants_dx && c_block + column < problem.c;
-        filters[i] = wanted ? to_accumulate(__ldg(w + int64_t{c_block + column} * taps + tap)) : Acc(0);
-      }
-      __syncthreads();  // orders the filters before every thread's reads
+      load_filters(filters, w, taps, columns, c_block, wants_dx ? problem.c : 0);
     }
   }
 
@@ -102,11 +98,8 @@ struct AnyBlock {
       const bool counts = DW && entry >= entries.begin && entry < entries.end;
       if (!wants_dx && !counts) continue;
       Acc weight[VEC] = {}, sum[VEC] = {};
-#pragma unroll
-      for (int v = 0; v < VEC; ++v) {
-        if (VEC > 1) weight[v] = filters[tap * pitch + lane * VEC + v];
-        else if (wants_dx) weight[v] = to_accumulate(__ldg(w + int64_t{k} * taps + tap));
-      }
+      if constexpr (VEC > 1) load_weights(filters + tap * pitch + weight_place(lane * VEC), weight);
+      else if (wants_dx) weight[0] = to_accumulate(__ldg(w + int64_t{k} * taps + tap));
 #pragma unroll
       for (int j = 0; j < kPatchW; ++j) {
         const int32_t q =
@@ -132,12 +125,15 @@ struct AnyBlock {
     __syncthreads();  // orders the threads' shares before their sum
     const int32_t pixels = kDepthwiseThreads / tile.lanes;
     const int32_t next_pixel = channels_last ? tile.lanes : 1, next_lane = channels_last ? 1 : pixels;
-    for (int32_t i = threadIdx.x; i < (entries.end - entries.begin) * pitch; i += kDepthwiseThreads) {
-      const int32_t entry = i / pitch, column = i % pitch;  // counted from the first of this launch
+    for (int32_t i = threadIdx.x; i < (entries.end - entries.begin) * columns; i += kDepthwiseThreads) {
+      // Of the entries of this launch. Neighbouring threads have neighbouring lanes, and begin at pixels of their own:
+      // so their banks differ.
+      const int32_t entry = i / columns, v = i % columns / tile.lanes, lane = i % tile.lanes;
+      const int32_t column = lane * VEC + v, turn = entry * tile.lanes + lane + v;
       if (c_block + column >= problem.c) continue;
-      const Acc* row = shares + (entry * VEC + column % VEC) * kDepthwiseThreads + column / VEC * next_lane;
+      const Acc* row = shares + (entry * VEC + v) * kDepthwiseThreads + lane * next_lane;
       Acc sum = 0;
-      for (int32_t pixel = 0; pixel < pixels; ++pixel) sum += row[pixel * next_pixel];
+      for (int32_t pixel = 0; pixel < pixels; ++pixel) sum += row[((pixel + turn) & (pixels - 1)) * next_pixel];
       const int32_t m = (entries.begin + entry) / taps, tap = (entries.begin + entry) % taps;
       slab[(int64_t{c_block + column} * multiplier + m) * taps + tap] = sum;
     }
@@ -199,7 +195,7 @@ constexpr int64_t kEntryBudget = 96 * 1024;
 template <class T, int VEC>
 constexpr int64_t entry_bytes(bool dw) {
   return (dw ? kDepthwiseThreads * VEC : 0) * static_cast<int64_t>(sizeof(accumulate_t<T>)) +
-         (VEC > 1 ? 128 / sizeof(T) * sizeof(accumulate_t<T>) : 0);
+         (VEC > 1 ? weight_place(128 / sizeof(T)) * sizeof(accumulate_t<T>) : 0);
 }
 
 // Calls f(integral constant VEC): as many channels a thread as memory order, multiplier and the taps allow.

@@ -19,8 +19,8 @@
 //   A load is 2 bytes a thread and 64 or more a warp; rows and taps overlap in the first-level cache: at 3x3 24 loads
 //   and 72 FMA for 8 outputs.
 // any     VEC = 1, R = 0, any memory order, multiplier, alignment, and float64.
-// Shared memory: the filters of the block's channels, R*S*64*4 B = 2.3 KiB at 3x3 (window); with statistics, after
-// that, 32*(2*64 + 1)*4 B = 16 KiB. Statistics are one row of partials a block.
+// Shared memory: the filters of the block's channels, R*S*72*4 B = 2.5 KiB at 3x3 (window); with statistics, after
+// that, 32*(2*68 + 1)*4 B = 17 KiB. Statistics are one row of partials a block.
 #include "cuda/tile/epilogue.h"
 #include "cuda/tile/statistics.h"
 #include "depthwise.h"
@@ -46,10 +46,7 @@ struct Window {
                                      Acc (&acc)[PATCH_Q][VEC]) {
     Acc tap[R][VEC];
 #pragma unroll
-    for (int s = 0; s < R; ++s) {
-#pragma unroll
-      for (int v = 0; v < VEC; ++v) tap[s][v] = weights[s * pitch + v];
-    }
+    for (int s = 0; s < R; ++s) load_weights(weights + s * pitch, tap[s]);
 #pragma unroll
     for (int col = 0; col < COLS; ++col) {
 #pragma unroll
@@ -78,11 +75,11 @@ struct Window {
         const int32_t column = w0 + s * problem.dil_w, tap = r * problem.s + s;
         if (column < 0 || column >= problem.w) continue;
         const Run<T, VEC> value = load_run<T, VEC>(image + h * xs.h + column * column_step(xs));
+        Acc weight[VEC];
+        if constexpr (SHARED_FILTERS) load_weights(filters + tap * pitch, weight);
+        else weight[0] = to_accumulate(__ldg(filter + tap));
 #pragma unroll
-        for (int v = 0; v < VEC; ++v) {
-          const Acc weight = SHARED_FILTERS ? filters[tap * pitch + v] : to_accumulate(__ldg(filter + tap));
-          acc[v] += to_accumulate(value.v[v]) * weight;
-        }
+        for (int v = 0; v < VEC; ++v) acc[v] += to_accumulate(value.v[v]) * weight[v];
       }
     }
   }
@@ -130,14 +127,14 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 1)
   using W = Window<T, VEC, R, STRIDE, FORM>;
   using Acc = accumulate_t<T>;
   CONVEXT_SHARED_MEMORY(shared);
-  Acc* filters = reinterpret_cast<Acc*>(shared);  // (R*S, lanes*VEC)
+  Acc* filters = reinterpret_cast<Acc*>(shared);  // (R*S, pitch)
   const int32_t P = problem.p(), Q = problem.q(), K = problem.k;
-  const int32_t pitch = tile.lanes * VEC, taps = problem.r * problem.s;
+  const int32_t columns = tile.lanes * VEC, pitch = weight_place(columns), taps = problem.r * problem.s;
 
   // Channel tiles are the fastest index, so that neighbouring blocks read neighbouring bytes.
   const int64_t split = blockIdx.x / tile.tiles_c;
-  const int32_t k_block = static_cast<int32_t>(blockIdx.x % tile.tiles_c) * pitch;
-  if constexpr (W::SHARED_FILTERS) load_filters(filters, w, taps, pitch, k_block, K);
+  const int32_t k_block = static_cast<int32_t>(blockIdx.x % tile.tiles_c) * columns;
+  if constexpr (W::SHARED_FILTERS) load_filters(filters, w, taps, columns, k_block, K);
 
   const DepthwisePlace place(tile, lanes_innermost<FORM>(problem.y_layout));
   const int32_t k = k_block + place.lane * VEC;
@@ -151,7 +148,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 1)
     const T* image = x + n * xs.n + (VEC == 1 ? k / (K / problem.c) : k) * xs.c;
     Acc acc[W::PATCH_P][W::PATCH_Q][VEC] = {};
     if constexpr (R > 0) {
-      const Acc* my_filters = filters + place.lane * VEC;
+      const Acc* my_filters = filters + weight_place(place.lane * VEC);
       const int64_t column_step = W::column_step(xs);
       const int32_t h0 = problem.h_of(p0, 0), w0 = problem.w_of(q0, 0);
 #pragma unroll
@@ -173,7 +170,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 1)
         }
       }
     } else {
-      W::add_output(problem, xs, image, p0, q0, w + int64_t{k} * taps, filters + place.lane * VEC, pitch, acc[0][0]);
+      W::add_output(problem, xs, image, p0, q0, w + int64_t{k} * taps, filters + weight_place(place.lane * VEC), pitch,
+                    acc[0][0]);
     }
     const int64_t corner = n * ys.n + p0 * ys.h + q0 * W::column_step(ys) + k * ys.c;
     W::store_patch(ys, corner, P - p0, Q - q0, k, epilogue, vector_out, acc, y, stats.moments, seen);
@@ -181,7 +179,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 1)
 
   if (stats.moments) {
     Acc* scratch = filters + (W::SHARED_FILTERS ? taps * pitch : 0);
-    merge_block(seen, scratch, place.pixel, kDepthwiseThreads / tile.lanes, place.lane * VEC, pitch,
+    merge_block(seen, scratch, place.pixel, kDepthwiseThreads / tile.lanes, place.lane * VEC, columns,
                 [&](int column, Acc count, Acc mean, Acc m2) {
       if (k_block + column < K) stats.store(split, k_block + column, count, mean, m2);
     });
@@ -197,7 +195,8 @@ DepthwisePlan plan_of(const ConvProblem& p) {
   const int32_t halo_h = p.dil_h * (p.r - 1), halo_w = p.dil_w * (p.s - 1);
   const bool channels_last = W::FORM == Form::kNHWC || (W::FORM == Form::kAny && p.y_layout == Layout::kNHWC);
   int32_t lanes = channels_last ? channel_lanes(p, W::VEC * kBytes) : plane_lanes(p.k, int64_t{p.p()} * p.q() * kBytes);
-  while (W::SHARED_FILTERS && lanes > 1 && int64_t{p.r} * p.s * lanes * W::VEC * 4 > kFilterBudget) lanes /= 2;
+  while (W::SHARED_FILTERS && lanes > 1 && int64_t{p.r} * p.s * weight_place(lanes * W::VEC) * 4 > kFilterBudget)
+    lanes /= 2;
   const int32_t sector = channels_last ? 0 : 32 / kBytes;  // a tile's rows of a plane start and end within one
   const DepthwiseTile tile = choose_depthwise_tile(p.n, p.p(), p.q(), static_cast<int32_t>(ceil_div(p.k, W::VEC)),
                                                    lanes, W::PATCH_P, W::PATCH_Q, halo_h, halo_w + sector);
@@ -211,9 +210,9 @@ const char* launch_as(const ConvProblem& p, const LaunchArgs& args) {
   const DepthwisePlan plan = plan_of<W>(p);
   const DepthwiseTile& tile = plan.tile;
   if (plan.blocks() > INT32_MAX) return "the grid would exceed 2^31 blocks";
-  const int32_t pitch = tile.lanes * W::VEC;
-  const int64_t filters = W::SHARED_FILTERS ? int64_t{p.r} * p.s * pitch : 0;
-  const int64_t merging = args.stats ? merge_scratch(kDepthwiseThreads / tile.lanes, pitch) : 0;
+  const int32_t columns = tile.lanes * W::VEC;
+  const int64_t filters = W::SHARED_FILTERS ? int64_t{p.r} * p.s * weight_place(columns) : 0;
+  const int64_t merging = args.stats ? merge_scratch(kDepthwiseThreads / tile.lanes, columns) : 0;
   const bool vector_out = W::FORM == Form::kNCHW && p.q() % W::RUN == 0;
   return launch_kernel(depthwise<T, W::VEC, W::R, W::STRIDE, W::FORM>, dim3(static_cast<unsigned>(plan.blocks())),
                        dim3(kDepthwiseThreads), sizeof(Acc) * (filters + merging), args.stream, p, tile,

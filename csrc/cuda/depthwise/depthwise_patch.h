@@ -54,8 +54,7 @@ struct PatchRow {
 #pragma unroll
     for (int s = 0; s < R; ++s) {
       float tap[VEC];
-#pragma unroll
-      for (int v = 0; v < VEC; ++v) tap[v] = filters[(r * R + s) * pitch + v];
+      load_weights(filters + (r * R + s) * pitch, tap);
 #pragma unroll
       for (int j = 0; j < Pt::W; ++j) {
         if ((j - s) % STRIDE != 0) continue;
@@ -92,19 +91,20 @@ CONVEXT_DEVICE void store_slab(const float (&dw)[R][R][VEC], const DepthwiseTile
                                float* scratch, int32_t c_block, int32_t channels, float* slab) {
   // Pixels that a warp has of one lane: they are added first, by shuffles.
   const int32_t nearest = FORM == Form::kNHWC ? tile.lanes : 1, group = FORM == Form::kNHWC ? 32 / tile.lanes : 32;
-  const int32_t rows = kDepthwiseThreads / tile.lanes / group, pitch = tile.lanes * VEC;
+  const int32_t rows = kDepthwiseThreads / tile.lanes / group;
+  const int32_t columns = tile.lanes * VEC, pitch = spread<float>(columns);
 #pragma unroll
   for (int tap = 0; tap < R * R; ++tap) {
 #pragma unroll
     for (int v = 0; v < VEC; ++v) {
       float sum = dw[tap / R][tap % R][v];
       for (int32_t distance = nearest; distance < 32; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-      if (place.pixel % group == 0) scratch[place.pixel / group * pitch + place.lane * VEC + v] = sum;
+      if (place.pixel % group == 0) scratch[place.pixel / group * pitch + spread<float>(place.lane * VEC + v)] = sum;
     }
     __syncthreads();  // orders the warps' shares before their sum
-    for (int32_t channel = threadIdx.x; channel < pitch; channel += kDepthwiseThreads) {
+    for (int32_t channel = threadIdx.x; channel < columns; channel += kDepthwiseThreads) {
       float sum = 0;
-      for (int32_t i = 0; i < rows; ++i) sum += scratch[i * pitch + channel];
+      for (int32_t i = 0; i < rows; ++i) sum += scratch[i * pitch + spread<float>(channel)];
       if (c_block + channel < channels) slab[int64_t{c_block + channel} * (R * R) + tap] = sum;
     }
     __syncthreads();  // orders the sum before the next tap's shares
@@ -119,11 +119,12 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 1)
   using Pt = Patch<R, STRIDE>;
   using Row = PatchRow<T, VEC, R, STRIDE, FORM, DW>;
   CONVEXT_SHARED_MEMORY(shared);
-  const int32_t P = problem.p(), Q = problem.q(), C = problem.c, pitch = tile.lanes * VEC;
+  const int32_t P = problem.p(), Q = problem.q(), C = problem.c;
+  const int32_t columns = tile.lanes * VEC, pitch = weight_place(columns);
   float* filters = reinterpret_cast<float*>(shared);  // (R*R, pitch)
-  const int32_t c_block = static_cast<int32_t>(blockIdx.x % tile.tiles_c) * pitch;
+  const int32_t c_block = static_cast<int32_t>(blockIdx.x % tile.tiles_c) * columns;
   const int32_t split = static_cast<int32_t>(blockIdx.x / tile.tiles_c);
-  load_filters(filters, w, R * R, pitch, c_block, dx ? C : 0);
+  load_filters(filters, w, R * R, columns, c_block, dx ? C : 0);
 
   const DepthwisePlace place(tile, FORM == Form::kNHWC);
   const int32_t c = c_block + place.lane * VEC;
@@ -153,7 +154,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 1)
         if ((i - r) % STRIDE != 0) continue;
         const int32_t p = p0 + (i - r) / STRIDE;
         if (p < 0 || p >= P) continue;
-        row.add(r, dy + y_image + p * ys.h, filters + place.lane * VEC, pitch, pixels, acc, dw);
+        row.add(r, dy + y_image + p * ys.h, filters + weight_place(place.lane * VEC), pitch, pixels, acc, dw);
       }
       if (dx) row.store(acc, dx + x_line, vector_rows);
     }
@@ -204,8 +205,9 @@ const char* launch_backward_of(const ConvProblem& p, const void* dy, const void*
                                void* partial, void* stream) {
   constexpr int VEC = kRun<T, R, FORM>;
   const DepthwisePlan plan = plan_of<T, FORM>(p);
-  const int32_t pitch = plan.tile.lanes * VEC;
-  const size_t shared = sizeof(float) * (R * R + (DW ? kDepthwiseThreads / 32 : 0)) * pitch;
+  const int32_t columns = plan.tile.lanes * VEC;
+  const size_t shared =
+      sizeof(float) * (R * R * weight_place(columns) + (DW ? kDepthwiseThreads / 32 * spread<float>(columns) : 0));
   const bool vector_rows = FORM == Form::kNCHW && p.w % kPatchW == 0 && p.pad_w % STRIDE == 0;
   return launch_kernel(backward<T, VEC, R, STRIDE, FORM, DW>, dim3(static_cast<unsigned>(plan.blocks())),
                        dim3(kDepthwiseThreads), shared, stream, p, plan.tile, plan.tiles_per_split,

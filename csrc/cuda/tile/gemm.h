@@ -50,12 +50,13 @@ CONVEXT_DEVICE uint32_t k_major_offset(int row, int chunk) {
 
 // The same for an MN-major tile of ROWS elements a k. Eight k of one chunk lie in different banks, which is what
 // ldmatrix reads, and so do two k of four chunks or four k of two, which is what eight threads copy at once: the turn
-// is the number of the row with its bits reversed. For tf32, the four k and two chunks that a fragment takes at once.
+// is the number of the row with its bits reversed. For tf32 without the last of them: a fragment takes four k and two
+// chunks at once, and eight threads copy two k of four chunks.
 template <class T, int ROWS>
 CONVEXT_DEVICE uint32_t mn_major_offset(int k, int chunk) {
   constexpr int BYTES = ROWS * sizeof(T);
   const int reversed = BYTES >= 128 ? (k & 1) << 2 | (k & 2) | (k >> 2 & 1) : (k >> 1 & 1) << 1 | (k >> 2 & 1);
-  return static_cast<uint32_t>(k * BYTES + (chunk ^ (sizeof(T) == 4 ? 2 * (k & 3) : reversed)) * 16);
+  return static_cast<uint32_t>(k * BYTES + (chunk ^ (sizeof(T) == 4 ? reversed & 6 : reversed)) * 16);
 }
 
 // The value, which the compiler cannot work out again where it is used: it would, inside the main loop, from the number

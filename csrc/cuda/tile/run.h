@@ -29,6 +29,20 @@ CONVEXT_DEVICE Run<T, N> load_run(const T* p) {
   return out;
 }
 
+// The same from shared memory.
+template <class T, int N>
+CONVEXT_DEVICE Run<T, N> load_shared_run(const T* p) {
+  return *reinterpret_cast<const Run<T, N>*>(p);
+}
+
+// Where in a row of shared memory column `column` of a value each lies: after every 128 bytes one value is left free.
+// Threads with 2, 4 or 8 columns each, which store the first of theirs at once, then the second, meet different banks
+// then, and so do threads with one column each.
+template <class Acc>
+CONVEXT_HD constexpr int spread(int column) {
+  return column + column / static_cast<int>(128 / sizeof(Acc));
+}
+
 template <class T, int N>
 CONVEXT_DEVICE Run<T, N> zero_run() {
   Run<T, N> out;

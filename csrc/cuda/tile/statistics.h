@@ -9,7 +9,7 @@
 // (Chan, Golub and LeVeque, 1979): nothing large is subtracted from something large, so a mean far from zero costs no
 // digits.
 #pragma once
-#include "cuda/compat.h"
+#include "run.h"
 
 namespace convext::cuda {
 
@@ -47,33 +47,37 @@ struct Welford {
   }
 };
 
-// Shared memory of merge_block, in values.
-CONVEXT_HD constexpr int merge_scratch(int rows, int columns) { return rows * (2 * columns + 1); }
+// Shared memory of merge_block, in values: enough for float and double.
+CONVEXT_HD constexpr int merge_scratch(int rows, int columns) { return rows * (2 * spread<double>(columns) + 1); }
 
 // A table of statistics in shared memory: counts (rows), means and m2s (rows, columns).
 template <class Acc>
 struct SharedStats {
   Acc *means, *m2s, *counts;
-  int columns;
+  int pitch;
   CONVEXT_DEVICE SharedStats(Acc* scratch, int rows, int columns)
-      : means(scratch), m2s(means + rows * columns), counts(m2s + rows * columns), columns(columns) {}
+      : means(scratch),
+        m2s(means + rows * spread<Acc>(columns)),
+        counts(m2s + rows * spread<Acc>(columns)),
+        pitch(spread<Acc>(columns)) {}
 
   CONVEXT_DEVICE void store(int row, int column, Acc count, Acc mean, Acc m2) {
-    means[row * columns + column] = mean;
-    m2s[row * columns + column] = m2;
+    means[row * pitch + spread<Acc>(column)] = mean;
+    m2s[row * pitch + spread<Acc>(column)] = m2;
     if (column == 0) counts[row] = count;
   }
   CONVEXT_DEVICE void join_rows(int begin, int end, int column, Acc& count, Acc& mean, Acc& m2) const {
     count = mean = m2 = 0;
+    const int at = spread<Acc>(column);
     for (int r = begin; r < end; ++r) {
       count += counts[r];
-      mean += counts[r] * means[r * columns + column];
+      mean += counts[r] * means[r * pitch + at];
     }
     if (count == Acc(0)) return;
     mean /= count;
     for (int r = begin; r < end; ++r) {
-      const Acc delta = means[r * columns + column] - mean;
-      m2 += m2s[r * columns + column] + counts[r] * delta * delta;
+      const Acc delta = means[r * pitch + at] - mean;
+      m2 += m2s[r * pitch + at] + counts[r] * delta * delta;
     }
   }
 };
@@ -123,8 +127,7 @@ struct PartialStats {
         channels(channels) {}
 
   CONVEXT_DEVICE void store(int64_t row, int64_t channel, Acc count, Acc mean, Acc m2) const {
-    moments[(row * channels + channel) * 2] = mean;
-    moments[(row * channels + channel) * 2 + 1] = m2;
+    store_run<Acc, 2>(moments + (row * channels + channel) * 2, {mean, m2});
     if (channel == 0) counts[row] = count;
   }
 };
