@@ -1,4 +1,7 @@
 // The batch-norm passes on CUDA, run from their own source on the CPU or on a GPU, against plain loops in float64.
+//
+//   cuda_batch_norm [--one-order] [--case <name> ...]
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <random>
@@ -142,11 +145,18 @@ void run_fold(DType acc) {
 }  // namespace
 }  // namespace convext
 
-int main() {
+int main(int argc, char** argv) {
   using namespace convext;
+  bool one_order = !testing::kPoliciesMatter;
+  std::vector<std::string> cases;
+  for (int i = 1; i < argc; ++i) {
+    if (!strcmp(argv[i], "--one-order")) one_order = true;
+    else if (!strcmp(argv[i], "--case") && i + 1 < argc) cases.push_back(argv[++i]);
+  }
   for (const auto order : {testing::Order::kLifo, testing::Order::kRandom}) {
     testing::set_policy(testing::Async::kLazy, order, 7);
     for (const Case& c : kCases) {
+      if (!cases.empty() && std::find(cases.begin(), cases.end(), c.name) == cases.end()) continue;
       for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
         if (c.offset != 0 && dtype_size(dtype) == 2) continue;  // half precision cannot hold the spread
         for (int activation = 0; activation < kActivations; ++activation) {
@@ -160,7 +170,7 @@ int main() {
     }
     run_fold(DType::kFloat32);
     run_fold(DType::kFloat64);
-    if (!testing::kPoliciesMatter) break;
+    if (one_order) break;
   }
   printf("%d checks, %d failures\n", checks, failures);
   return failures != 0 || checks == 0;

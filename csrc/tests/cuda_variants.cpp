@@ -1,6 +1,6 @@
 // Every CUDA variant, run from its own source, against the plain loop nest in float64.
 //
-//   cuda_variants [--one-policy] [<part of a variant's name> ...]
+//   cuda_variants [--one-policy] [--sm <80 ...>] [--case <name> ...] [<part of a variant's name> ...]
 //
 // Each variant meets every named edge case that it does not reject. On the CPU that happens under several policies for
 // the order of threads and the landing of asynchronous copies, with buffers that end, or start, at a guard page; on a
@@ -9,8 +9,10 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <string>
@@ -391,9 +393,11 @@ int main(int argc, char** argv) {
   using namespace convext;
   setvbuf(stdout, nullptr, _IOLBF, 0);  // failures are told even where the time runs out
   bool one_policy = !testing::kPoliciesMatter;
-  std::vector<std::string> parts;
+  std::vector<std::string> parts, cases;
   for (int i = 1; i < argc; ++i) {
     if (!strcmp(argv[i], "--one-policy")) one_policy = true;
+    else if (!strcmp(argv[i], "--sm") && i + 1 < argc) testing::set_limits_of(atoi(argv[++i]));
+    else if (!strcmp(argv[i], "--case") && i + 1 < argc) cases.push_back(argv[++i]);
     else parts.push_back(argv[i]);
   }
   int variants = 0;
@@ -405,13 +409,14 @@ int main(int argc, char** argv) {
     const int runs_before = runs;
     unsigned seed = 0;
     for (const Case& named : kCases) {
+      if (!cases.empty() && std::find(cases.begin(), cases.end(), named.name) == cases.end()) continue;
       for (const Policy& policy : kPolicies) {
         const auto fusion = variant->pass == Pass::kFprop ? static_cast<Fusion>(seed % 3) : Fusion::kNone;
         run_case(*variant, named, policy, fusion, ++seed);
         if (one_policy) break;
       }
     }
-    run_past_32_bits(*variant);
+    if (cases.empty()) run_past_32_bits(*variant);
     if (runs == runs_before) report(*variant, "every case", "it is rejected by all of them");
   }
   printf("%d variants, %d runs, %d failures\n", variants, runs, failures);

@@ -19,8 +19,11 @@ inline void upload(DeviceBuffer& buffer, const void* host) {
   buffer.make_read_only();
 }
 inline void download(const DeviceBuffer& buffer, void* host) { memcpy(host, buffer.data(), buffer.bytes()); }
-inline void set_policy(Async async, Order order, unsigned seed) { cuda_on_cpu::config = {async, order, seed}; }
-inline const char* wait_for_kernels() { return nullptr; }  // a launch returns when the grid is done
+inline void set_policy(Async async, Order order, unsigned seed) {
+  cuda_on_cpu::config.async = async, cuda_on_cpu::config.order = order, cuda_on_cpu::config.seed = seed;
+}
+inline void set_limits_of(int sm) { cuda_on_cpu::config.sm = sm; }  // of the GPU with this compute capability
+inline const char* wait_for_kernels() { return nullptr; }           // a launch returns when the grid is done
 
 constexpr bool kPoliciesMatter = true;
 
@@ -72,6 +75,7 @@ inline void download(const DeviceBuffer& buffer, void* host) {
 enum class Async { kEager, kLazy, kRandom };
 enum class Order { kFifo, kLifo, kRandom };
 inline void set_policy(Async, Order, unsigned) {}
+inline void set_limits_of(int) {}
 constexpr bool kPoliciesMatter = false;
 
 // What went wrong since the last call, or nullptr.

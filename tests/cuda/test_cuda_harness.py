@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import NamedTuple
 
 import cuda_on_cpu as harness
@@ -325,21 +324,17 @@ ONLY = {
 
 def build_alone(folder, form: str, variant: str, known, mutant: Mutant | None = None):
     """cuda_variants with one variant, its sources edited by the mutant. What the edit does not reach is in `known`."""
-    csrc = folder / "csrc"
-    shutil.copytree(harness.CSRC, csrc)
-    if mutant is not None:
-        text = (csrc / mutant.file).read_text()
-        assert text.count(mutant.old) == 1, f"{mutant.old!r} is {text.count(mutant.old)} times in {mutant.file}"
-        (csrc / mutant.file).write_text(text.replace(mutant.old, mutant.new))
     source, instance = ONLY[variant]
-    if instance is not None:
-        text = (csrc / source).read_text()
-        head, tail = text.split("CONVEXT_IGEMM_DTYPES(CONVEXT_IGEMM_TILES)\n")
-        (csrc / source).write_text(f"{head}{instance}\n}}  // namespace convext\n")
-    (csrc / "core" / "variants.inc").write_text(
-        f"CONVEXT_CUDA_VARIANT({variant})\n#undef CONVEXT_CPU_VARIANT\n#undef CONVEXT_CUDA_VARIANT\n"
-    )
+    csrc = harness.sources_of(folder, variant, source, instance)
+    if mutant is not None:
+        edit(csrc / mutant.file, mutant.old, mutant.new)
     return harness.build(folder / form, form, [source], VARIANTS, csrc, known)
+
+
+def edit(file, old: str, new: str) -> None:
+    text = file.read_text()
+    assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {file}"
+    file.write_text(text.replace(old, new))
 
 
 @pytest.fixture(scope="session")
@@ -367,3 +362,15 @@ def test_planted_bug_is_caught(tmp_path, sound, name):
     arguments = [] if mutant.form == "plain" else ["--one-policy"]
     done = harness.run(program, mutant.variant, *arguments)
     assert done.returncode != 0, f"nobody noticed: {done.stdout}"
+
+
+def test_shared_memory_of_each_gpu(tmp_path, sound):
+    """A kernel that asks for more than some GPU has is caught for those, and for those alone."""
+    known = sound(IGEMM_FPROP, "plain")
+    asks = "igemm_shared_bytes<TILE, DGRAD, VECTOR>"
+    more = Mutant("cuda/igemm/igemm_pixels.h", f"{asks}, args.stream", f"{asks} + 56 * 1024, args.stream", "", "")
+    program = build_alone(tmp_path, "plain", IGEMM_FPROP, known, more)
+    for sm, kib in ((80, 163), (86, 99), (89, 99), (90, 227), (120, 99)):
+        done = harness.run(program, IGEMM_FPROP, "--one-policy", "--case", "direct_3x3", "--sm", str(sm))
+        assert (done.returncode == 0) == (kib > 104)
+        assert done.returncode == 0 or f"on sm_{sm} it may have {kib * 1024}" in done.stdout

@@ -4,6 +4,7 @@ plain   the fast one, for the whole list of cases
 asan    address sanitizer: shared memory past its end, local arrays
 align   vector loads and stores at addresses that do not fit them, bad shifts and indices
 race    every load and store checked for races in shared memory, and counted in global memory
+ptx     a library for ptx_run.py, which runs the launches: of the kernels only their addresses matter
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ SANITIZERS = {
     "plain": [],
     "asan": ["-fsanitize=address"],
     "race": [],
+    "ptx": ["-fPIC", "-shared"],
     "align": ["-fsanitize=alignment,bounds,shift,integer-divide-by-zero", "-fno-sanitize-recover=all"],
 }
 
@@ -54,7 +56,7 @@ def flags(csrc: Path, form: str) -> list[str]:
     """The compiler's flags for one form."""
     found = [
         "-std=c++20",
-        "-O2" if form == "plain" else "-O1",
+        {"plain": "-O2", "ptx": "-O0"}.get(form, "-O1"),
         "-g1",
         "-Wall",
         "-Wno-unknown-pragmas",
@@ -82,8 +84,12 @@ def build(folder: Path, form: str, kernels: list[str], main: str, csrc: Path = C
     common = flags(csrc, form)
     hosts = [f"{EMULATOR}/fiber.cpp", f"{EMULATOR}/emulator.cpp", main]
     if form == "race":
-        hosts.append(f"{EMULATOR}/race.cpp")  # stands in for the thread sanitizer's library
-    sanitized = ["-fsanitize=thread"] if form == "race" else []
+        # race.cpp stands in for the thread sanitizer's library.
+        hosts += [f"{EMULATOR}/race.cpp", f"{EMULATOR}/warp_accesses.cpp"]
+    if form == "ptx":
+        hosts += [f"{EMULATOR}/elsewhere.cpp", f"{EMULATOR}/warp_accesses.cpp"]
+    # Vectors are loaded and stored whole, as nvcc does it; -g tells which function an access comes from.
+    sanitized = ["-fsanitize=thread", "-fno-tree-sra", "-g"] if form == "race" else []
     jobs = [(source, [*common, *sanitized]) for source in kernels] + [(source, common) for source in hosts]
     objects = compile_all(folder, csrc, jobs, known)
     program = folder / Path(main).stem
@@ -126,6 +132,20 @@ def kernel_sources() -> list[str]:
     """Every .cu that holds variants."""
     sources = (CSRC / "cuda").rglob("*.cu")
     return sorted(p.relative_to(CSRC).as_posix() for p in sources if p.name != "batch_norm_sm80.cu")
+
+
+def sources_of(folder: Path, variant: str, source: str, instance: str | None) -> Path:
+    """A copy of csrc in which there is this variant alone. `instance` is what its source file is to have of all the
+    instances of the igemm families' templates; None leaves the file as it is."""
+    csrc = folder / "csrc"
+    shutil.copytree(CSRC, csrc)
+    if instance is not None:
+        head, _ = (csrc / source).read_text().split("CONVEXT_IGEMM_DTYPES(CONVEXT_IGEMM_TILES)\n")
+        (csrc / source).write_text(f"{head}{instance}\n}}  // namespace convext\n")
+    (csrc / "core" / "variants.inc").write_text(
+        f"CONVEXT_CUDA_VARIANT({variant})\n#undef CONVEXT_CPU_VARIANT\n#undef CONVEXT_CUDA_VARIANT\n"
+    )
+    return csrc
 
 
 def run(program: Path, *arguments: str, timeout: float = 900) -> subprocess.CompletedProcess:

@@ -16,10 +16,10 @@ struct LdmatrixArgument {
 template <bool TRANSPOSED>
 inline void ldmatrix_x4(uint32_t (&out)[4], uint32_t address) {
   if (address % 16) ::cuda_on_cpu::fail("ldmatrix: a row is not 16-byte aligned");
-  if (::cuda_on_cpu::config.traffic_only) return void(memset(out, 0, sizeof out));
   if (::cuda_on_cpu::race.access) {
     ::cuda_on_cpu::race.access(::cuda_on_cpu::shared_pointer(address, 16), 16, false);
   }
+  if (::cuda_on_cpu::config.traffic_only) return void(memset(out, 0, sizeof out));
   LdmatrixArgument argument{out, address};
   ::cuda_on_cpu::warp_collective(TRANSPOSED ? "ldmatrix.trans" : "ldmatrix", ~0u, &argument,
                                  [](void** arguments, uint32_t) {

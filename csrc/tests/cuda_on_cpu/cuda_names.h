@@ -71,7 +71,7 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 }
 
 template <class T>
-inline T __ldg(const T* pointer) {
+__forceinline__ T __ldg(const T* pointer) {
   return *pointer;
 }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
@@ -83,6 +83,11 @@ template <class... Parameters, class... Arguments>
 const char* launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
                           Arguments... arguments) {
   static_cast<void>(stream);
+  if (::cuda_on_cpu::launch_elsewhere) {
+    ::cuda_on_cpu::Parameters packed;
+    (packed.add(static_cast<Parameters>(arguments)), ...);
+    return ::cuda_on_cpu::launch_elsewhere(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, packed);
+  }
   static std::string message;
   try {
     ::cuda_on_cpu::run_grid(grid, block, shared_bytes, [&] { kernel(arguments...); });

@@ -24,6 +24,7 @@ Counters counters;
 Block block;
 Thread* current;
 RaceHooks race;
+const char* (*launch_elsewhere)(const void*, dim3, dim3, size_t, const Parameters&) = nullptr;
 
 void reset_counters() { counters = Counters{}; }
 
@@ -134,6 +135,7 @@ void prepare_block() {
     thread.lane = i % 32;
     thread.warp = i / 32;
     thread.index = make_uint3(i % block.dim.x, i / block.dim.x % block.dim.y, i / (block.dim.x * block.dim.y));
+    thread.meetings = 0;
     thread.open_copies.clear();
     thread.copy_groups.clear();
     thread.fiber.prepare(thread_main, i);
@@ -208,7 +210,10 @@ unsigned random_number() {
 
 void run_grid(dim3 grid, dim3 dim, size_t shared_bytes, const std::function<void()>& body) {
   if (!scheduler.arena) create_arena();
-  if (shared_bytes > kMaxSharedBytesSm80) throw Error("a block asks for more shared memory than sm_80 has");
+  if (shared_bytes > max_shared_bytes(config.sm)) {
+    throw Error("a block asks for " + std::to_string(shared_bytes) + " bytes of shared memory, on sm_" +
+                std::to_string(config.sm) + " it may have " + std::to_string(max_shared_bytes(config.sm)));
+  }
   if (grid.y > 65535 || grid.z > 65535) throw Error("the grid is larger than 65535 in y or z");
   if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu) throw Error("the grid is empty or too large in x");
   block.dim = dim;
@@ -240,6 +245,7 @@ unsigned char* shared_pointer(uint32_t offset, size_t bytes) {
 
 void barrier() {
   Thread* self = current;
+  ++self->meetings;
   scheduler.at_barrier.push_back(self->linear);
   const bool last = static_cast<int>(scheduler.at_barrier.size()) == scheduler.alive;
   if (last) release_barrier();
@@ -248,6 +254,7 @@ void barrier() {
 
 void warp_collective(const char* name, uint32_t mask, void* argument, CollectiveBody body, bool orders_memory) {
   Thread* self = current;
+  ++self->meetings;
   const int first = self->warp * 32;
   const int lanes = std::min(32, block.threads - first);
   const uint32_t present = lanes == 32 ? ~0u : (1u << lanes) - 1;
@@ -294,7 +301,7 @@ void land(const AsyncCopy& copy) {
 
 void issue_copy(const AsyncCopy& copy) {
   ++counters.async_copies;
-  if (race.copy_issued) race.copy_issued(copy);
+  if (race.copy_issued) race.copy_issued(copy, __builtin_return_address(0));
   const bool now = config.async == Async::kEager || (config.async == Async::kRandom && random_number() % 2);
   if (now) land(copy);
   current->open_copies.push_back(copy);
@@ -328,6 +335,8 @@ namespace {
 std::vector<DeviceBuffer*> buffers;
 }
 
+const std::vector<DeviceBuffer*>& device_buffers() { return buffers; }
+
 DeviceBuffer::DeviceBuffer(size_t bytes, bool at_start) : bytes_(bytes) {
   const size_t inside = std::max(kPage, (bytes + kPage - 1) / kPage * kPage);
   mapping_bytes_ = inside + 2 * kPage;
@@ -347,26 +356,33 @@ DeviceBuffer::~DeviceBuffer() {
   buffers.erase(std::find(buffers.begin(), buffers.end(), this));
 }
 
-void DeviceBuffer::make_read_only() { mprotect(mapping_ + kPage, mapping_bytes_ - 2 * kPage, PROT_READ); }
+void DeviceBuffer::make_read_only() {
+  mprotect(mapping_ + kPage, mapping_bytes_ - 2 * kPage, PROT_READ);
+  read_only_ = true;
+}
 
-void count_global_access(const void* pointer, size_t bytes, bool write) {
-  if (!current || !bytes) return;
-  const auto* begin = static_cast<const char*>(pointer);
+DeviceBuffer* buffer_of(const void* pointer) {
+  const auto* at = static_cast<const char*>(pointer);
   for (size_t i = 0; i < buffers.size(); ++i) {
     DeviceBuffer* const buffer = buffers[i];
-    const char* first = buffer->mapping_ + kPage;
-    if (begin < first || begin >= buffer->mapping_ + buffer->mapping_bytes_ - kPage) continue;
+    if (at < buffer->mapping_ + kPage || at >= buffer->mapping_ + buffer->mapping_bytes_ - kPage) continue;
     if (i) std::swap(buffers[i], buffers[i - 1]);  // the busy ones come to the front
-    counters.requested_bytes += bytes;
-    auto& last = write ? buffer->last_writer_ : buffer->last_reader_;
-    const size_t end_sector = (begin + bytes - 1 - first) / 32;
-    for (size_t sector = (begin - first) / 32; sector <= end_sector; ++sector) {
-      if (last[sector] == block.serial) continue;
-      last[sector] = block.serial;
-      (write ? counters.written_bytes : counters.read_bytes) += 32;
-      (write ? buffer->written_bytes_ : buffer->read_bytes_) += 32;
-    }
-    return;
+    return buffer;
+  }
+  return nullptr;
+}
+
+void count_global_access(const void* pointer, size_t bytes, bool write) {
+  DeviceBuffer* const buffer = current && bytes ? buffer_of(pointer) : nullptr;
+  if (!buffer) return;
+  counters.requested_bytes += bytes;
+  const size_t begin = static_cast<const char*>(pointer) - buffer->mapping_ - kPage;
+  auto& last = write ? buffer->last_writer_ : buffer->last_reader_;
+  for (size_t sector = begin / 32; sector <= (begin + bytes - 1) / 32; ++sector) {
+    if (last[sector] == block.serial) continue;
+    last[sector] = block.serial;
+    (write ? counters.written_bytes : counters.read_bytes) += 32;
+    (write ? buffer->written_bytes_ : buffer->read_bytes_) += 32;
   }
 }
 

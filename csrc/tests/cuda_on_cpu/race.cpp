@@ -1,9 +1,10 @@
-// The shared-memory race check, and the counting of global traffic.
+// The shared-memory race check, and the counting of accesses.
 //
 // Kernels are compiled with -fsanitize=thread and linked without its library: every load and store then calls one of
 // the __tsan_ functions below. Shared memory is checked with vector clocks: an access races with an earlier one of
 // another thread unless a barrier (__syncthreads, __syncwarp) lies between. A copy under way (cp.async issued, not yet
-// waited for) may not be read at all. Everything else that falls into a DeviceBuffer is counted.
+// waited for) may not be read at all. Everything else that falls into a DeviceBuffer is counted, and how warps access
+// both where config.count_accesses asks for it.
 //
 // This file itself must be compiled without the sanitizer.
 #include <algorithm>
@@ -32,15 +33,18 @@ bool active = true;            // off inside the check itself
 
 uint32_t* clock_of(int thread) { return &clocks[static_cast<size_t>(thread) * block.threads]; }
 
+bool checks() { return !config.traffic_only && !config.count_accesses; }
+
 void block_starts() {
-  if (config.traffic_only) return;
+  if (config.count_accesses) end_warp_accesses();
+  if (!checks()) return;
   cells.assign(block.shared_bytes / kCellBytes, Cell{});
   clocks.assign(static_cast<size_t>(block.threads) * block.threads, 0);
   for (int i = 0; i < block.threads; ++i) clock_of(i)[i] = 1;
 }
 
 void threads_synchronise(const int* threads, int count) {
-  if (config.traffic_only) return;
+  if (!checks()) return;
   static std::vector<uint32_t> joined;
   joined.assign(block.threads, 0);
   for (int i = 0; i < count; ++i) {
@@ -94,16 +98,19 @@ void check_shared(size_t offset, size_t bytes, bool write) {
   }
 }
 
-void access(const void* pointer, size_t bytes, bool write) {
+void access(const void* site, const void* pointer, size_t bytes, bool write) {
   if (!active || !current || !bytes || current->fiber.owns(pointer)) return;
   active = false;
   const intptr_t offset = static_cast<const unsigned char*>(pointer) - shared_memory();
-  if (offset >= 0 && offset < static_cast<intptr_t>(block.shared_bytes)) {
-    if (!config.traffic_only) check_shared(offset, bytes, write);
-  } else {
-    count_global_access(pointer, bytes, write);
-  }
+  const bool shared = offset >= 0 && offset < static_cast<intptr_t>(block.shared_bytes);
+  if (shared && checks()) check_shared(offset, bytes, write);
+  if (!shared) count_global_access(pointer, bytes, write);
+  if (config.count_accesses) count_warp_access(site, pointer, bytes, shared, write);
   active = true;
+}
+
+void access_here(const void* pointer, size_t bytes, bool write) {
+  access(__builtin_return_address(0), pointer, bytes, write);
 }
 
 // For every cell that a copy writes.
@@ -113,15 +120,16 @@ void for_cells(const AsyncCopy& copy, F&& f) {
   for (size_t i = offset / kCellBytes; i < (offset + copy.bytes + copy.zero_bytes) / kCellBytes; ++i) f(cells[i]);
 }
 
-void copy_issued(const AsyncCopy& copy) {
-  access(copy.destination, copy.bytes + copy.zero_bytes, true);
-  access(copy.source, copy.bytes, false);
-  if (config.traffic_only) return;
+void copy_issued(const AsyncCopy& copy, const void* site) {
+  access(site, copy.destination, copy.bytes + copy.zero_bytes, true);
+  access(site, copy.source, copy.bytes, false);
+  if (config.count_accesses && !copy.bytes) count_warp_access(site, copy.source, 0, false, false);
+  if (!checks()) return;
   for_cells(copy, [](Cell& cell) { cell.copy_under_way = true; });
 }
 
 void copy_landed(const AsyncCopy& copy) {
-  if (config.traffic_only) return;
+  if (!checks()) return;
   const int self = current->linear;
   for_cells(copy, [&](Cell& cell) {
     if (cell.writer != self) return;
@@ -131,7 +139,7 @@ void copy_landed(const AsyncCopy& copy) {
 }
 
 [[maybe_unused]] const bool installed = [] {
-  race = RaceHooks{block_starts, threads_synchronise, access, copy_issued, copy_landed};
+  race = RaceHooks{block_starts, threads_synchronise, access_here, copy_issued, copy_landed};
   return true;
 }();
 
@@ -139,13 +147,15 @@ void copy_landed(const AsyncCopy& copy) {
 }  // namespace cuda_on_cpu
 
 // The compiler's entry points for -fsanitize=thread.
-#define CONVEXT_TSAN_ACCESS(bytes)                                                                \
-  extern "C" void __tsan_read##bytes(void* p) { cuda_on_cpu::access(p, bytes, false); }           \
-  extern "C" void __tsan_write##bytes(void* p) { cuda_on_cpu::access(p, bytes, true); }           \
-  extern "C" void __tsan_unaligned_read##bytes(void* p) { cuda_on_cpu::access(p, bytes, false); } \
-  extern "C" void __tsan_unaligned_write##bytes(void* p) { cuda_on_cpu::access(p, bytes, true); } \
-  extern "C" void __tsan_volatile_read##bytes(void* p) { cuda_on_cpu::access(p, bytes, false); }  \
-  extern "C" void __tsan_volatile_write##bytes(void* p) { cuda_on_cpu::access(p, bytes, true); }
+#define CONVEXT_TSAN(name, bytes, write) \
+  extern "C" void name(void* p) { cuda_on_cpu::access(__builtin_return_address(0), p, bytes, write); }
+#define CONVEXT_TSAN_ACCESS(bytes)                         \
+  CONVEXT_TSAN(__tsan_read##bytes, bytes, false)           \
+  CONVEXT_TSAN(__tsan_write##bytes, bytes, true)           \
+  CONVEXT_TSAN(__tsan_unaligned_read##bytes, bytes, false) \
+  CONVEXT_TSAN(__tsan_unaligned_write##bytes, bytes, true) \
+  CONVEXT_TSAN(__tsan_volatile_read##bytes, bytes, false)  \
+  CONVEXT_TSAN(__tsan_volatile_write##bytes, bytes, true)
 CONVEXT_TSAN_ACCESS(1)
 CONVEXT_TSAN_ACCESS(2)
 CONVEXT_TSAN_ACCESS(4)
@@ -158,8 +168,12 @@ void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
-void __tsan_read_range(void* p, unsigned long bytes) { cuda_on_cpu::access(p, bytes, false); }
-void __tsan_write_range(void* p, unsigned long bytes) { cuda_on_cpu::access(p, bytes, true); }
+void __tsan_read_range(void* p, unsigned long bytes) {
+  cuda_on_cpu::access(__builtin_return_address(0), p, bytes, false);
+}
+void __tsan_write_range(void* p, unsigned long bytes) {
+  cuda_on_cpu::access(__builtin_return_address(0), p, bytes, true);
+}
 // Function-local statics on the host side.
 char __tsan_atomic8_load(const volatile char* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
 }

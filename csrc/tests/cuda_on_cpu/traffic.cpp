@@ -13,26 +13,16 @@
 #include <string>
 #include <vector>
 
-#include "cuda/batch_norm/batch_norm.h"
-#include "tests/tensor.h"
+#include "launch.h"
 
 namespace convext {
-#define CONVEXT_CUDA_VARIANT(name) extern const Variant name;
-#include "core/variants.inc"
-
 namespace {
 
-using testing::DeviceBuffer;
-using testing::Tensor;
-
-const Variant* const kVariants[] = {
-#define CONVEXT_CUDA_VARIANT(name) &name,
-#include "core/variants.inc"
-};
+using testing::kVariants;
 
 constexpr double kBound = 1.15;
 constexpr Layout kNCHW = Layout::kNCHW, kNHWC = Layout::kNHWC;
-int out_of_bounds = 0, failures = 0;
+int out_of_bounds = 0;
 
 struct Layer {
   const char* network;
@@ -149,57 +139,6 @@ const Variant* cheapest(Pass pass, const ConvProblem& p) {
   return best;
 }
 
-// One launch with everything that it may need, and what it moved.
-struct Run {
-  Tensor a, b, out, w, dx, scale, shift, residual;
-  DeviceBuffer workspace, stats;
-  double bytes = 0;
-
-  static int64_t size(Pass pass, const ConvProblem& p, char which) {
-    if (which == 'a') return pass == Pass::kFprop ? p.x_size() : p.y_size();
-    if (which == 'b') return pass == Pass::kWgrad ? p.x_size() : p.w_size();
-    return pass == Pass::kFprop ? p.y_size() : pass == Pass::kDgrad ? p.x_size() : p.w_size();
-  }
-  static int64_t stats_bytes(const Variant& v, const ConvProblem& p) {
-    // Rounded as an allocator does it: a buffer's end is what lies on a page here.
-    return v.stats_rows ? (cuda::partial_stats_bytes(v.stats_rows(p), p.k, DType::kFloat32) + 255) / 256 * 256 : 0;
-  }
-
-  Run(const Variant& v, const ConvProblem& p)
-      : a(p.dtype, size(v.pass, p, 'a'), false),
-        b(p.dtype, size(v.pass, p, 'b'), false),
-        out(p.dtype, size(v.pass, p, 'o'), false),
-        w(p.dtype, p.w_size(), false),
-        dx(p.dtype, p.x_size(), false),
-        scale(DType::kFloat32, p.k, false),
-        shift(DType::kFloat32, p.k, false),
-        residual(p.dtype, p.y_size(), false),
-        workspace(v.workspace ? v.workspace(p, 1) : 0),
-        stats(stats_bytes(v, p)) {
-    LaunchArgs args{};
-    args.a = a.buffer.data(), args.b = b.buffer.data(), args.out = out.buffer.data();
-    args.workspace = workspace.data();
-    if (v.pass == Pass::kFprop) {
-      args.epilogue.shift = shift.buffer.data();
-      args.epilogue.scale = scale.buffer.data();
-      args.epilogue.residual = residual.buffer.data();
-      args.epilogue.activation = Activation::relu;
-      args.stats = stats.data();
-    }
-    if (v.wgrad_writes_dx) args.w = w.buffer.data(), args.dx = dx.buffer.data();
-    cuda_on_cpu::reset_counters();
-    if (const char* error = v.launch(p, args)) {
-      printf("FAIL %s: %s\n", v.name, error);
-      ++failures;
-    }
-    const auto& counted = cuda_on_cpu::counters;
-    bytes = static_cast<double>(counted.read_bytes + counted.written_bytes - stats.written_bytes());
-  }
-  double parameter_bytes() const {
-    return double(scale.buffer.read_bytes() + shift.buffer.read_bytes() + residual.buffer.read_bytes());
-  }
-};
-
 // What has to lie within bounds.
 void check(double ratio, double bound = kBound) {
   if (!(ratio >= 0.999 && ratio <= bound)) ++out_of_bounds;
@@ -217,7 +156,7 @@ void print_row(const char* network, const ConvProblem& p, const Variant& v) {
   const double element = double(dtype_size(p.dtype)), y_bytes = element * p.y_size();
   const double x_met = element * p.n * p.c * met(p.h, p.p(), p.r, p.stride_h, p.pad_h, p.dil_h) *
                        met(p.w, p.q(), p.s, p.stride_w, p.pad_w, p.dil_w);
-  const Run run(v, p);
+  const testing::Run run(v, p);
   double least = y_bytes + element * p.w_size();  // dy and w, or y and w, or dy and dw
   least += v.pass == Pass::kDgrad ? element * p.x_size() : x_met;
   if (v.wgrad_writes_dx) least += element * (p.x_size() + p.w_size());
@@ -257,6 +196,6 @@ int main(int argc, char** argv) {
       if (const Variant* v = cheapest(pass, layer.problem)) print_row(layer.network, layer.problem, *v);
     }
   }
-  printf("%d ratios outside of [1, %.2f], %d failures\n", out_of_bounds, kBound, failures);
-  return out_of_bounds || failures;
+  printf("%d ratios outside of [1, %.2f], %d failures\n", out_of_bounds, kBound, testing::failures);
+  return out_of_bounds || testing::failures;
 }
