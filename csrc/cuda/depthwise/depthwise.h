@@ -115,23 +115,36 @@ struct DepthwisePlace {
   }
 };
 
-// The tiles that a block walks over.
+// The tiles that a block walks over, one after the other without a division: column, row and image of the present one,
+// counted in tiles, and how many are left.
 struct DepthwiseWalk {
-  int64_t first, last;
+  int32_t w, h, n, left;
 
-  CONVEXT_DEVICE DepthwiseWalk(const DepthwiseTile& tile, int64_t split, int64_t tiles_per_split)
-      : first(split * tiles_per_split),
-        last(first + tiles_per_split < tile.pixel_tiles() ? first + tiles_per_split : tile.pixel_tiles()) {}
+  CONVEXT_DEVICE DepthwiseWalk(const DepthwiseTile& tile, int64_t split, int64_t tiles_per_split) {
+    const int64_t first = split * tiles_per_split, all = tile.pixel_tiles();
+    w = static_cast<int32_t>(first % tile.tiles_w);
+    h = static_cast<int32_t>(first / tile.tiles_w % tile.tiles_h);
+    n = static_cast<int32_t>(first / tile.tiles_w / tile.tiles_h);
+    left = static_cast<int32_t>(tiles_per_split < all - first ? tiles_per_split : all - first);
+  }
+
+  CONVEXT_DEVICE void next(const DepthwiseTile& tile) {
+    --left;
+    if (++w < tile.tiles_w) return;
+    w = 0;
+    if (++h < tile.tiles_h) return;
+    h = 0, ++n;
+  }
 };
 
-// A thread's patch in tile `index`: its column of tiles, its row counted in patches, its image.
+// A thread's patch in a tile: its row and column, counted in patches, and its image.
 struct DepthwisePatch {
-  int32_t tile_w, row, n;
+  int32_t row, column, n;
 
-  CONVEXT_DEVICE DepthwisePatch(const DepthwiseTile& tile, const DepthwisePlace& place, int64_t index)
-      : tile_w(static_cast<int32_t>(index % tile.tiles_w)),
-        row(static_cast<int32_t>(index / tile.tiles_w % tile.tiles_h) * tile.across_h + place.h),
-        n(static_cast<int32_t>(index / tile.tiles_w / tile.tiles_h) * tile.across_n + place.n) {}
+  CONVEXT_DEVICE DepthwisePatch(const DepthwiseTile& tile, const DepthwisePlace& place, const DepthwiseWalk& walk)
+      : row(walk.h * tile.across_h + place.h),
+        column(walk.w * tile.across_w + place.w),
+        n(walk.n * tile.across_n + place.n) {}
 };
 
 // Where in a row of float the weight of a block's channel `channel` lies: 16 bytes are left free after every 128, so

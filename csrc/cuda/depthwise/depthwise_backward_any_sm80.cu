@@ -153,13 +153,12 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 1)
   const int32_t c = block.c_block + place.lane * VEC;
   block.start(w, dx);
 
-  const DepthwiseWalk walk(tile, split, tiles_per_split);
-  for (int64_t index = walk.first; index < walk.last; ++index) {
-    const DepthwisePatch at(tile, place, index);
+  for (DepthwiseWalk walk(tile, split, tiles_per_split); walk.left > 0; walk.next(tile)) {
+    const DepthwisePatch at(tile, place, walk);
     const int32_t h = at.row, n = at.n;
     if (c >= problem.c || n >= problem.n || h >= problem.h) continue;
     // A thread's pixels lie across_w apart, so that neighbouring threads have neighbouring pixels.
-    const auto column_of = [&](int j) { return (at.tile_w * kPatchW + j) * tile.across_w + place.w; };
+    const auto column_of = [&](int j) { return (walk.w * kPatchW + j) * tile.across_w + place.w; };
     const int64_t x_line = n * xs.n + h * xs.h + c * xs.c;
     Acc pixels[kPatchW][VEC] = {}, acc[kPatchW][VEC] = {};
     if constexpr (DW) {

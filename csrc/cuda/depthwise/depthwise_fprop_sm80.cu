@@ -3,17 +3,21 @@
 // There is no matrix product in it: each channel is its own convolution, 2 R S FLOP for every element read and written
 // once. At 3x3 in bf16 that is 18 FLOP for 4 bytes, far below what the FMA units would take: memory decides.
 //
-// One kernel, depthwise<T, VEC, R, STRIDE, FORM>. A thread owns VEC neighbouring channels and a patch of outputs. Input
-// row by input row it loads the columns that its outputs see, once, into registers, and adds each row's share to the
-// accumulators of the output rows that the row belongs to. A block walks over a range of tiles:
+// One kernel, depthwise<T, VEC, R, STRIDE, FORM, STATS>. A thread owns VEC neighbouring channels and a patch of outputs.
+// Input row by input row it loads the columns that its outputs see, once, into registers, and adds each row's share to
+// the accumulators of the output rows that the row belongs to. A block walks over a range of tiles:
 //
 //       input row h     | c0 c1 c2 c3 c4 c5 |      4 outputs, 3 taps, stride 1: 6 loads
 //       output rows       p (tap r = h - p), p + 1 (tap r - 1)
 //
-// window  NHWC, m = 1: a thread has 16 bytes of channels (8 bf16) and 2 x 4 outputs. Of registers, 2*4*8
-//   accumulators + 6*4 columns + 3*8 weights = 112 at 3x3 hold values, and the compiler takes 214 with addresses and six
-//   activations: one block of 8 warps. The 16x16 tile of a block reads (18/16)^2 = 1.27 of its input: with the
-//   output 1.13 of the least traffic, less what the block's next tile finds in the cache. R = 0 stands for any filter,
+// The loop over rows stays a loop: unrolled, the compiler loads rows ahead and keeps all weights, and 128 registers, for
+// two blocks of 8 warps, do not do. 16 warps with 6 loads of 16 bytes each on their way are three times what hides the
+// latency of memory.
+//
+// window  NHWC, m = 1: a thread has 16 bytes of channels (8 bf16) and 1 x 4 outputs. Of registers, 4*8 accumulators +
+//   6*4 columns + 3*4 weights, of half its channels at a time, = 68 at 3x3 hold values; the widest, 7x7, has 100, and at
+//   stride 2 two outputs. What rows share is found in the first-level cache: 18 loads for 4 outputs at 3x3. An output
+//   of 8 channels, 32 bytes of traffic, takes 72 FMA and 36 instructions that widen bf16. R = 0 stands for any filter,
 //   stride and dilation, at one output a thread.
 // planes  NCHW: VEC = 1, neighbouring threads along a row, 2 x 4 outputs each; small planes lie side by side in a tile.
 //   A load is 2 bytes a thread and 64 or more a warp; rows and taps overlap in the first-level cache: at 3x3 24 loads
@@ -21,6 +25,13 @@
 // any     VEC = 1, R = 0, any memory order, multiplier, alignment, and float64.
 // Shared memory: the filters of the block's channels, R*S*72*4 B = 2.5 KiB at 3x3 (window); with statistics, after
 // that, 32*(2*68 + 1)*4 B = 17 KiB. Statistics are one row of partials a block.
+//
+// @sass depthwise<.*, [48], .*, 0, false>     shared=14112 warps=16 stores=16
+// @sass depthwise<.*, 8, 5, 2, 0, true>       shared=24592 warps=8
+// @sass depthwise<.*, 8, 7, 1, 0, true>       shared=31648 warps=8
+// @sass depthwise<.*, [48], .*, 0, true>      shared=31648 warps=16
+// @sass depthwise<.*, 1, .*, [12], false>     shared=3528  warps=16
+// @sass depthwise<.*, 1, .*, [12], true>      shared=21064 warps=16
 #include "cuda/tile/epilogue.h"
 #include "cuda/tile/statistics.h"
 #include "depthwise.h"
@@ -34,28 +45,33 @@ struct Window {
   using Acc = accumulate_t<T>;
   static constexpr int VEC = VEC_, R = R_, STRIDE = STRIDE_;
   static constexpr Form FORM = FORM_;
-  static constexpr int PATCH_P = R == 0 ? 1 : R <= 5 ? 2 : 1;
-  static constexpr int PATCH_Q = R == 0 ? 1 : 4;
+  static constexpr int PATCH_P = FORM == Form::kNCHW && R <= 5 ? 2 : 1;
+  static constexpr int PATCH_Q = R == 0 ? 1 : R == 7 && STRIDE == 2 && VEC > 4 ? 2 : 4;
+  static constexpr int PART = VEC < 4 ? VEC : 4;
   static constexpr int COLS = (PATCH_Q - 1) * STRIDE + R;
   static constexpr bool SHARED_FILTERS = FORM != Form::kAny;
   // A run of outputs side by side in memory: channels of a pixel, or for NCHW pixels of a row.
   static constexpr int RUN = FORM == Form::kNCHW ? PATCH_Q : VEC;
 
-  // Adds input row `columns` through filter row `weights` (R, channels of the block) to one row of outputs.
+  // Adds input row `columns` through filter row `weights` (R, channels of the block) to one row of outputs, PART channels
+  // at a time, so that few weights and widened inputs are in registers at once.
   static CONVEXT_DEVICE void add_row(const Run<T, VEC> (&columns)[COLS], const Acc* weights, int pitch,
                                      Acc (&acc)[PATCH_Q][VEC]) {
-    Acc tap[R][VEC];
 #pragma unroll
-    for (int s = 0; s < R; ++s) load_weights(weights + s * pitch, tap[s]);
+    for (int part = 0; part < VEC; part += PART) {
+      Acc tap[R][PART];
 #pragma unroll
-    for (int col = 0; col < COLS; ++col) {
+      for (int s = 0; s < R; ++s) load_weights(weights + s * pitch + part, tap[s]);
 #pragma unroll
-      for (int v = 0; v < VEC; ++v) {
-        const Acc value = to_accumulate(columns[col].v[v]);
+      for (int col = 0; col < COLS; ++col) {
 #pragma unroll
-        for (int q = 0; q < PATCH_Q; ++q) {
-          const int s = col - q * STRIDE;
-          if (s >= 0 && s < R) acc[q][v] += value * tap[s][v];
+        for (int v = 0; v < PART; ++v) {
+          const Acc value = to_accumulate(columns[col].v[part + v]);
+#pragma unroll
+          for (int q = 0; q < PATCH_Q; ++q) {
+            const int s = col - q * STRIDE;
+            if (s >= 0 && s < R) acc[q][part + v] += value * tap[s][v];
+          }
         }
       }
     }
@@ -87,7 +103,7 @@ struct Window {
   // The epilogue of the `rows` x `columns` outputs that exist, from y[offset] on, and what `seen` is to know of them.
   static CONVEXT_DEVICE void store_patch(const Strides& ys, int64_t offset, int32_t rows, int32_t columns, int32_t k,
                                          const Epilogue& epilogue, bool vector_out, Acc (&acc)[PATCH_P][PATCH_Q][VEC],
-                                         T* y, bool counts, Welford<Acc, VEC>& seen) {
+                                         T* y, Welford<Acc, VEC>* seen) {
 #pragma unroll
     for (int p = 0; p < PATCH_P; ++p) {
       if (p >= rows) break;
@@ -110,17 +126,22 @@ struct Window {
           store_span(y, acc[p][q], span);
         }
       }
-      if (!counts) continue;
+      if (!seen) continue;
 #pragma unroll
       for (int q = 0; q < PATCH_Q; ++q) {
-        if (q < columns) seen.template add_stored<T>(acc[p][q]);
+        if (q < columns) seen->template add_stored<T>(acc[p][q]);
       }
     }
   }
 };
 
-template <class T, int VEC, int R, int STRIDE, Form FORM>
-__global__ void __launch_bounds__(kDepthwiseThreads, 1)
+// Blocks a multiprocessor. The widest rows with statistics would not fit 128 registers by a few.
+template <int VEC, int R, int STRIDE, bool STATS>
+constexpr int blocks_of = STATS && VEC == 8 && R + 2 * STRIDE == 9 ? 1 : 2;
+
+// STATS: it writes partial statistics of what it stores, for which each thread keeps 2*VEC + 1 values.
+template <class T, int VEC, int R, int STRIDE, Form FORM, bool STATS>
+__global__ void __launch_bounds__(kDepthwiseThreads, (blocks_of<VEC, R, STRIDE, STATS>))
     depthwise(ConvProblem problem, DepthwiseTile tile, int64_t tiles_per_split, Strides xs, Strides ys,
               const T* __restrict__ x, const T* __restrict__ w, T* __restrict__ y, Epilogue epilogue, bool vector_out,
               PartialStats<accumulate_t<T>> stats) {
@@ -139,29 +160,31 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 1)
   const DepthwisePlace place(tile, lanes_innermost<FORM>(problem.y_layout));
   const int32_t k = k_block + place.lane * VEC;
   Welford<Acc, VEC> seen;
-  const DepthwiseWalk walk(tile, split, tiles_per_split);
 #pragma unroll 1
-  for (int64_t index = walk.first; index < walk.last; ++index) {
-    const DepthwisePatch at(tile, place, index);
-    const int32_t q0 = (at.tile_w * tile.across_w + place.w) * W::PATCH_Q, p0 = at.row * W::PATCH_P, n = at.n;
+  for (DepthwiseWalk walk(tile, split, tiles_per_split); walk.left > 0; walk.next(tile)) {
+    const DepthwisePatch at(tile, place, walk);
+    const int32_t q0 = at.column * W::PATCH_Q, p0 = at.row * W::PATCH_P, n = at.n;
     if (k >= K || q0 >= Q || p0 >= P || n >= problem.n) continue;
     const T* image = x + n * xs.n + (VEC == 1 ? k / (K / problem.c) : k) * xs.c;
     Acc acc[W::PATCH_P][W::PATCH_Q][VEC] = {};
     if constexpr (R > 0) {
       const Acc* my_filters = filters + weight_place(place.lane * VEC);
-      const int64_t column_step = W::column_step(xs);
+      const int32_t row_step = static_cast<int32_t>(xs.h), column_step = static_cast<int32_t>(W::column_step(xs));
       const int32_t h0 = problem.h_of(p0, 0), w0 = problem.w_of(q0, 0);
+      uint32_t inside = 0;  // a bit a column
 #pragma unroll
+      for (int col = 0; col < W::COLS; ++col) {
+        if (w0 + col >= 0 && w0 + col < problem.w) inside |= 1u << col;
+      }
+#pragma unroll 1  // what it would load ahead of other rows has no room in registers
       for (int row = 0; row < (W::PATCH_P - 1) * STRIDE + R; ++row) {
         const int32_t h = h0 + row;
         if (h < 0 || h >= problem.h) continue;
-        const T* line = image + h * xs.h;
+        int32_t offset = h * row_step + w0 * column_step;
         Run<T, VEC> columns[W::COLS];
 #pragma unroll
-        for (int col = 0; col < W::COLS; ++col) {
-          const int32_t column = w0 + col;
-          columns[col] =
-              column >= 0 && column < problem.w ? load_run<T, VEC>(line + column * column_step) : zero_run<T, VEC>();
+        for (int col = 0; col < W::COLS; ++col, offset += column_step) {
+          columns[col] = inside >> col & 1 ? load_run<T, VEC>(image + offset) : zero_run<T, VEC>();
         }
 #pragma unroll
         for (int p = 0; p < W::PATCH_P; ++p) {
@@ -174,10 +197,10 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 1)
                     acc[0][0]);
     }
     const int64_t corner = n * ys.n + p0 * ys.h + q0 * W::column_step(ys) + k * ys.c;
-    W::store_patch(ys, corner, P - p0, Q - q0, k, epilogue, vector_out, acc, y, stats.moments, seen);
+    W::store_patch(ys, corner, P - p0, Q - q0, k, epilogue, vector_out, acc, y, STATS ? &seen : nullptr);
   }
 
-  if (stats.moments) {
+  if constexpr (STATS) {
     Acc* scratch = filters + (W::SHARED_FILTERS ? taps * pitch : 0);
     merge_block(seen, scratch, place.pixel, kDepthwiseThreads / tile.lanes, place.lane * VEC, columns,
                 [&](int column, Acc count, Acc mean, Acc m2) {
@@ -187,7 +210,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 1)
 }
 
 constexpr int64_t kFilterBudget = 24 * 1024;  // bytes of shared memory
-constexpr int64_t kTargetBlocks = 8 * kProcessors;
+constexpr int64_t kTargetBlocks = 8 * kProcessors, kFewBlocks = 3 * kProcessors / 2;
 
 template <class W>
 DepthwisePlan plan_of(const ConvProblem& p) {
@@ -200,7 +223,9 @@ DepthwisePlan plan_of(const ConvProblem& p) {
   const int32_t sector = channels_last ? 0 : 32 / kBytes;  // a tile's rows of a plane start and end within one
   const DepthwiseTile tile = choose_depthwise_tile(p.n, p.p(), p.q(), static_cast<int32_t>(ceil_div(p.k, W::VEC)),
                                                    lanes, W::PATCH_P, W::PATCH_Q, halo_h, halo_w + sector);
-  return split_tiles(tile, kTargetBlocks, INT64_MAX, p.is_dilated());
+  // Two tiles a block at least, which finds half of a border in the cache, unless that leaves multiprocessors idle.
+  const int64_t in_twos = std::max(tile.pixel_tiles() * tile.tiles_c / 2, kFewBlocks);
+  return split_tiles(tile, std::min(kTargetBlocks, in_twos), INT64_MAX, p.is_dilated());
 }
 
 template <class W>
@@ -214,17 +239,21 @@ const char* launch_as(const ConvProblem& p, const LaunchArgs& args) {
   const int64_t filters = W::SHARED_FILTERS ? int64_t{p.r} * p.s * weight_place(columns) : 0;
   const int64_t merging = args.stats ? merge_scratch(kDepthwiseThreads / tile.lanes, columns) : 0;
   const bool vector_out = W::FORM == Form::kNCHW && p.q() % W::RUN == 0;
-  return launch_kernel(depthwise<T, W::VEC, W::R, W::STRIDE, W::FORM>, dim3(static_cast<unsigned>(plan.blocks())),
-                       dim3(kDepthwiseThreads), sizeof(Acc) * (filters + merging), args.stream, p, tile,
-                       plan.tiles_per_split, strides_of(p.x_layout, p.c, p.h, p.w),
-                       strides_of(p.y_layout, p.k, p.p(), p.q()), static_cast<const T*>(args.a),
-                       static_cast<const T*>(args.b), static_cast<T*>(args.out), args.epilogue, vector_out,
-                       PartialStats<Acc>(args.stats, plan.splits, p.k));
+  const auto run = [&](auto kernel) {
+    return launch_kernel(kernel, dim3(static_cast<unsigned>(plan.blocks())), dim3(kDepthwiseThreads),
+                         sizeof(Acc) * (filters + merging), args.stream, p, tile, plan.tiles_per_split,
+                         strides_of(p.x_layout, p.c, p.h, p.w), strides_of(p.y_layout, p.k, p.p(), p.q()),
+                         static_cast<const T*>(args.a), static_cast<const T*>(args.b), static_cast<T*>(args.out),
+                         args.epilogue, vector_out, PartialStats<Acc>(args.stats, plan.splits, p.k));
+  };
+  return args.stats ? run(depthwise<T, W::VEC, W::R, W::STRIDE, W::FORM, true>)
+                    : run(depthwise<T, W::VEC, W::R, W::STRIDE, W::FORM, false>);
 }
 
+// Offsets inside of an image have 32 bits then.
 bool is_square(const ConvProblem& p) {
-  return p.r == p.s && (p.r == 3 || p.r == 5 || p.r == 7) && p.stride_h == p.stride_w && p.stride_h <= 2 &&
-         !p.is_dilated();
+  return int64_t{p.h} * p.w * p.c < (1 << 30) && p.r == p.s && (p.r == 3 || p.r == 5 || p.r == 7) &&
+         p.stride_h == p.stride_w && p.stride_h <= 2 && !p.is_dilated();
 }
 
 // Calls f(Window<...>{}) with the instance that serves the problem.
@@ -260,7 +289,9 @@ const char* reject(const ConvProblem& p) {
   }
   if (FORM == Form::kNCHW) {
     if (p.x_layout != Layout::kNCHW || p.y_layout != Layout::kNCHW) return "it takes contiguous tensors alone";
-    if (!is_square(p)) return "the filter is not 3x3, 5x5 or 7x7 at stride 1 or 2 without dilation";
+    if (!is_square(p)) {
+      return "the filter is not 3x3, 5x5 or 7x7 at stride 1 or 2 without dilation, or an image too large";
+    }
   }
   return nullptr;
 }

@@ -132,11 +132,10 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 1)
   const int64_t x_step = FORM == Form::kNCHW ? 1 : xs.w, y_step = FORM == Form::kNCHW ? 1 : ys.w;
 
   float dw[Row::TAPS][Row::TAPS][VEC] = {};
-  const DepthwiseWalk walk(tile, split, tiles_per_split);
-  for (int64_t index = walk.first; index < walk.last; ++index) {
-    const DepthwisePatch at(tile, place, index);
+  for (DepthwiseWalk walk(tile, split, tiles_per_split); walk.left > 0; walk.next(tile)) {
+    const DepthwisePatch at(tile, place, walk);
     const int32_t n = at.n, p0 = at.row + problem.pad_h / STRIDE;  // of the first row
-    const int32_t q0 = (at.tile_w * tile.across_w + place.w) * (Pt::W / STRIDE) + problem.pad_w / STRIDE;
+    const int32_t q0 = at.column * (Pt::W / STRIDE) + problem.pad_w / STRIDE;
     const int32_t h0 = p0 * STRIDE - problem.pad_h, w0 = q0 * STRIDE - problem.pad_w;
     if (c >= C || n >= problem.n || h0 >= problem.h || w0 >= problem.w) continue;
     const int64_t x_image = n * xs.n + c * xs.c, y_image = n * ys.n + c * ys.c;
