@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import autograd, checks, fast_call, ops
+from . import autograd, batch_norm, checks, fast_call, ops
 from .activation import FORWARD
 from .autograd import Recomputable
 from .memory_format import volume_is_channels_last
@@ -651,12 +651,12 @@ def conv_act(
     """activation(conv2d(input, weight, bias) + residual) in one call: `conv_bn_act` without a batch norm.
 
     Args:
-        input, weight, bias, stride, padding, dilation, groups: as in `conv2d`.
-        activation, residual: as in `conv_bn_act`.
+        input, weight, bias, stride, padding, dilation, groups, activation, residual: as in `conv_bn_act`. Of rows and
+            volumes the sum and the activation are calls of their own.
         recompute: as in `conv_bn_act`, of what an activation other than ReLU and identity sees; with a residual, that
             is kept. Default False.
 
-    Returns: (N, K, P, Q), or (K, P, Q) for one image; else as `conv2d`.
+    Returns: (N, K, P, Q), or (K, P, Q) for one image; else as `conv2d`, `conv1d` or `conv3d`.
 
     Raises RuntimeError and TypeError where F.conv2d does, ValueError for an unknown activation, RuntimeError for a
     residual that does not fit.
@@ -683,6 +683,8 @@ def conv_act(
             recompute=recompute,
         )
     epilogue = Epilogue(bias, None, None, None, None, residual, 0.0, activation)
+    if _of_filters(weight) is not conv2d:
+        return _unfused_act(input, weight, epilogue, stride, padding, dilation, groups)
     if _is_simple(*tensors) and (geom := plain_geom(stride, padding, dilation, groups)) is not None:
         out = ops.conv_bn_act_again(input, weight, epilogue, geom)
         if out is not None:
@@ -757,7 +759,8 @@ def conv_bn_act(
     its activation is ReLU unless another is named.
 
     Args:
-        input, weight, bias, stride, padding, dilation, groups: as in `conv2d`.
+        input, weight, bias, stride, padding, dilation, groups: as in `conv2d`; with a weight (K, C/groups, S) as in
+            `conv1d`, with one of (K, C/groups, T, R, S) as in `conv3d`.
         running_mean, running_var: (K), or None for both. With `training` they are updated in place, as F.batch_norm
             updates them: running = (1 - momentum) * running + momentum * batch, by the unbiased variance.
         bn_weight, bn_bias: (K), the scale and shift after normalising, or None for 1 and 0.
@@ -773,9 +776,9 @@ def conv_bn_act(
             weight, if an element of it takes at most 64 products for each of its bytes: depthwise convolutions, 1x1
             ones of up to 256 channels in float32. Gradients are the same, bit for bit as long as the same kernel
             serves. Weight and bias must not be written before the backward pass, which raises RuntimeError otherwise.
-            It changes nothing under torch.compile and transforms of torch.func. Default False.
+            It changes nothing for rows and volumes, under torch.compile and transforms of torch.func. Default False.
 
-    Returns: (N, K, P, Q), or (K, P, Q) for one image, which is normalised as a batch of one.
+    Returns: (N, K, P, Q), or (K, P, Q) for one image, which is normalised as a batch of one; rows and volumes likewise.
 
     Raises RuntimeError, TypeError and ValueError where F.conv2d and F.batch_norm do, ValueError for an unknown
     activation, RuntimeError for a residual that does not fit. The running statistics and the count are as before then.
@@ -808,6 +811,10 @@ def conv_bn_act(
     if not isinstance(momentum, (int, float)):
         raise TypeError(f"momentum: expected a float, got {momentum!r}; convext.nn.ConvBNReLU takes None")
     epilogue = Epilogue(bias, running_mean, running_var, bn_weight, bn_bias, residual, eps, activation)
+    if _of_filters(weight) is not conv2d:
+        checks.check_activation(activation)
+        settings = stride, padding, dilation, groups, training, momentum, num_batches_tracked
+        return _unfused(input, weight, epilogue, *settings)
     if (
         not training
         and running_mean is not None
@@ -873,7 +880,7 @@ def chained_conv_bn_act(
                 num_batches_tracked.add_(1)
             if running_mean is not None:
                 count = y.shape[0] * y.shape[2] * y.shape[3]
-                _update_running(running_mean, running_var, mean, var, momentum, count)  # type: ignore[arg-type]
+                batch_norm.update_running(running_mean, running_var, mean, var, momentum, count)  # type: ignore[arg-type]
 
         epilogue = epilogue._replace(mean=None, var=None)
     if recorded and (keeps or isinstance(input, Recomputable)) and x.dim() == 4:
@@ -892,6 +899,28 @@ def chained_conv_bn_act(
 
 
 conv_bn_relu = conv_bn_act
+
+
+def _of_filters(weight: object) -> Callable[..., torch.Tensor]:
+    """conv1d, conv2d or conv3d, by the filters' dimensions."""
+    return {3: conv1d, 5: conv3d}.get(weight.dim(), conv2d) if isinstance(weight, torch.Tensor) else conv2d
+
+
+def _unfused_act(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    epilogue: Epilogue,
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
+    groups: int,
+) -> torch.Tensor:
+    checks.check_activation(epilogue.activation)
+    y = _of_filters(weight)(input, weight, epilogue.bias, stride, padding, dilation, groups)
+    if epilogue.residual is not None:
+        checks.check_residual(epilogue.residual, y.shape)
+        y = y + epilogue.residual
+    return FORWARD[epilogue.activation](y)
 
 
 def plain_geom(stride: Size, padding: Size | str, dilation: Size, groups: int) -> Geom | None:
@@ -979,23 +1008,6 @@ def _check_batch_norm(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue, geom
         )
 
 
-@torch.no_grad()
-def _update_running(
-    running_mean: torch.Tensor,
-    running_var: torch.Tensor,
-    mean: torch.Tensor,
-    var: torch.Tensor,
-    momentum: float,
-    count: int,
-) -> None:
-    """Unseen by autograd, as F.batch_norm does it: where a graph of evaluation mode has saved the statistics, its
-    backward pass must not refuse because they have moved. What records operators has to see the tensors themselves."""
-    if not (torch.compiler.is_compiling() or ops._dispatch_modes()):
-        running_mean, running_var = running_mean.data, running_var.data
-    running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-    running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
-
-
 def _unfused(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -1009,11 +1021,16 @@ def _unfused(
     num_batches_tracked: torch.Tensor | None,
 ) -> torch.Tensor:
     bias, mean, var, gamma, beta, residual, eps, activation = epilogue
-    y = conv2d(input, weight, bias, stride, padding, dilation, groups)
+    conv = _of_filters(weight)
+    y = conv(input, weight, bias, stride, padding, dilation, groups)
     if residual is not None and not _jit_tracing():  # before anything is updated
         checks.check_residual(residual, y.shape)
-    unbatched = y.dim() == 3
+    unbatched = y.dim() == weight.dim() - 1
     y = y.unsqueeze(0) if unbatched else y
+    if conv is not conv2d and not unbatched and (training or mean is not None):
+        checks.check_batch_norm(y.dtype, y.shape[1], *epilogue.norm)
+        if batch_norm.takes(y, residual, training):
+            return batch_norm.bn_act(y, epilogue._replace(bias=None), training, momentum, num_batches_tracked)
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     y = F.batch_norm(y, mean, var, gamma, beta, training, momentum, eps)

@@ -327,10 +327,10 @@ class ConvBNReLU(torch.nn.Module):
 
 
 def _batch_norm_arguments(
-    bn: torch.nn.BatchNorm2d,
+    bn: torch.nn.modules.batchnorm._BatchNorm,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, bool, float, torch.Tensor | None]:
     """(running mean, running variance, whether it normalises by the batch, momentum, the count that a call counts up),
-    as BatchNorm2d.forward goes by a layer's settings; None for what a call neither reads nor updates."""
+    as a batch norm's forward goes by its settings; None for what a call neither reads nor updates."""
     momentum = 0.0 if bn.momentum is None else bn.momentum
     count = bn.num_batches_tracked if bn.training and bn.track_running_stats else None
     if count is not None and bn.momentum is None:
@@ -342,25 +342,25 @@ def _batch_norm_arguments(
 
 
 def conv_bn_act(
-    conv: torch.nn.Conv2d,
-    bn: torch.nn.BatchNorm2d,
+    conv: torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d,
+    bn: torch.nn.BatchNorm1d | torch.nn.BatchNorm2d | torch.nn.BatchNorm3d,
     x: torch.Tensor,
     activation: str,
     residual: torch.Tensor | None = None,
     recompute: bool = False,
 ) -> torch.Tensor:
-    """activation(bn(conv(x)) + residual) of two layers as one call, counting the batch as BatchNorm2d.forward does.
+    """activation(bn(conv(x)) + residual) of two layers as one call, counting the batch as the second's forward does.
 
     Whoever hooks or replaces the layers' forward is not heard here; convext.swap looks after that.
 
     Args:
         conv, bn: the layers; their own settings count, `bn.training` among them.
-        x: (N, C, H, W) or (C, H, W).
+        x: (N, C, H, W) or (C, H, W); with layers of rows or volumes what those take.
         activation: as in `convext.conv_bn_act`.
         residual: added before the activation, of a size that broadcasts to the output's; or None, the default.
         recompute: as in `convext.conv_bn_act`; default False.
 
-    Returns: (N, K, P, Q), or (K, P, Q) for one image. Raises where `convext.conv_bn_act` does.
+    Returns: (N, K, P, Q), or (K, P, Q) for one image; else as that. Raises where `convext.conv_bn_act` does.
 
     Example:
         >>> conv, bn = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)
@@ -370,7 +370,8 @@ def conv_bn_act(
     mean, var, by_batch, momentum, count = _batch_norm_arguments(bn)
     padding = conv.padding
     if conv.padding_mode != "zeros":
-        x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), (0, 0)
+        x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+        padding = (0,) * len(conv.kernel_size)
     return functional.conv_bn_act(
         x,
         conv.weight,

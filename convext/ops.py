@@ -417,6 +417,13 @@ def conv_bn_act_train(
     return _conv_bn_act_train(x, w, *epilogue, *geom)
 
 
+def batch_stats(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and biased variance of each channel of y; the mean as in `conv_bn_act_train`. Not differentiable."""
+    if all_plain(y):
+        return _run_batch_stats(y)
+    return _batch_stats(y)
+
+
 def bn_act(y: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
     """The epilogue, which has a mean and no bias, of y."""
     if all_plain(y, *epilogue[:6]):

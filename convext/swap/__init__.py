@@ -7,8 +7,8 @@
 
 A swap changes two things only. A layer whose type is exactly torch.nn.Conv1d, 2d or 3d gets a `_conv_forward` in its
 instance dictionary that calls convext's kernels, and one of torch.nn.ConvTranspose1d, 2d or 3d a `forward`: class,
-parameters, hooks and keys stay. A container gets a `forward`
-there that runs the same calls as its class's with each 2-D convolution, batch norm, add and activation as one.
+parameters, hooks and keys stay. A container gets a `forward` there that runs the same calls as its class's with each
+2-D convolution, batch norm, add and activation as one, and what follows another convolution as one.
 """
 
 from __future__ import annotations

@@ -50,6 +50,7 @@ _ELEMENTWISE_MODULES = (
     nn.LogSigmoid,
     nn.Softsign,
 )
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _SPATIAL_MODULES = (
     nn.BatchNorm2d,
     nn.MaxPool2d,
@@ -435,10 +436,11 @@ def makes_new_tensor(node: fx.Node, modules: Modules) -> bool:
     if node.op == "call_module":
         module = modules[node.target]
         return (
-            is_conv(module)
+            type(module) in KINDS
+            or type(module) in _OURS
             or type(module) is not nn.Identity
             and type(module) in _ELEMENTWISE_MODULES
-            or type(module) in _SPATIAL_MODULES
+            or type(module) in (*_SPATIAL_MODULES, *BATCH_NORMS)
             or type(module) in (nn.Linear, nn.LayerNorm)
             or is_layer_norm_2d(module)
         )

@@ -143,10 +143,10 @@ def _places(model: nn.Module) -> dict[nn.Module | None, _Place]:
                 op, conv = unit.first, unit.first.module
                 if conv is None:
                     if isinstance(op.behind, _ConvNd):
-                        places.setdefault(op.behind, _Place(fused=" + ".join(unit.words)))
+                        behind = followers[unit.last].words if unit.last in followers else []
+                        places.setdefault(op.behind, _Place(fused=" + ".join(unit.words + behind)))
                     continue
-                follower = followers.get(unit.last)
-                behind = follower.words if follower is not None else []
+                behind = followers[unit.last].words if unit.last in followers else []
                 place = _Place(op, " + ".join(unit.words + behind), "" if behind else compiled.reasons.get(conv, ""))
                 known = places.get(conv)
                 if known is None or known.op is None or known.last is None and place.last is not None:
@@ -161,7 +161,7 @@ def _row(model: nn.Module, name: str, module: _ConvNd, place: _Place | None) -> 
     row = Row(name, describe(module), "convext" if exchanged else _class_name(module))
     if exchanged:
         if place is None and not calls.is_conv(module):
-            row.reason = "only elementwise operations are fused with it, where no gradient is wanted; none was"
+            row.reason = "no batch norm or elementwise operation behind it was fused"
         elif place is None:
             row.reason = _why_no_plan(model, name)
         else:

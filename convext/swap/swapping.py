@@ -34,8 +34,9 @@ def swap(model: nn.Module, *, tune: torch.Tensor | None = None, recompute: bool 
     checkpoints load both ways and optimizers built before keep working. Layers that are no plain torch.nn.Conv1d, 2d or
     3d, ConvTranspose1d, 2d or 3d (subclasses, parametrized, lazy, quantized) stay as they are; `report` says why.
     Chains of 2-D convolution, batch norm, residual add and activation run as one call wherever a container's forward
-    calls them so; where one of them has hooks, is called twice or was replaced, that place runs its modules one by one,
-    decided at every call. A swap of a swapped model changes nothing but what was added since, and `recompute`.
+    calls them so, and what follows another convolution as one behind it; where one of them has hooks, is called twice
+    or was replaced, that place runs its modules one by one, decided at every call. A swap of a swapped model changes
+    nothing but what was added since, and `recompute`.
 
     `copy.copy` and torch.nn.DataParallel share a module's dictionary between objects and must not be used on a swapped
     model; use copy.deepcopy and DistributedDataParallel. torch.jit.script wants a reverted model.

@@ -1,7 +1,8 @@
 // Elementwise operations, one after the other on a running value z, each with at most one operand b: what stands behind
 // a convolution and is none of its epilogue (epilogue.h). T is float, double or a vector of them, as there.
 //
-// A new operation is a name in CONVEXT_CHAIN_OPERATIONS and a case in `apply`.
+// A new operation is a name in CONVEXT_CHAIN_OPERATIONS and a case in `apply`, in `gradient` and, where its operand is a
+// tensor, in `operand_gradient`.
 #pragma once
 #include "epilogue.h"
 
@@ -9,9 +10,11 @@ namespace convext {
 
 // X(name): the order is the numbering, which Python reads from the library. The first ones take an operand, which
 // leaky_relu's slope and elu's alpha are, too; `keep` leaves z as it is (chain.h of the CPU's kernels says what it does).
+// clamp's and hardtanh's bounds compute what minimum and maximum do; their gradients differ where z is at the bound.
 // clang-format off
 #define CONVEXT_CHAIN_OPERATIONS(X)                                                         \
   X(add) X(sub) X(rsub) X(mul) X(div) X(minimum) X(maximum) X(leaky_relu) X(elu)            \
+  X(clamp_min) X(clamp_max) X(hardtanh_min) X(hardtanh_max)                                 \
   X(keep)                                                                                   \
   X(relu) X(silu) X(hardswish) X(gelu) X(gelu_tanh) X(mish) X(sigmoid) X(hardsigmoid)       \
   X(tanh) X(softplus)
@@ -99,8 +102,12 @@ CONVEXT_HD T apply(T z, T b) {
   if constexpr (which == Op::rsub) return b - z;
   if constexpr (which == Op::mul) return z * b;
   if constexpr (which == Op::div) return z / b;
-  if constexpr (which == Op::minimum) return where(z <= b, z, where(b <= z, b, z + b));
-  if constexpr (which == Op::maximum) return where(z >= b, z, where(b >= z, b, z + b));
+  if constexpr (which == Op::minimum || which == Op::clamp_max || which == Op::hardtanh_max) {
+    return where(z <= b, z, where(b <= z, b, z + b));
+  }
+  if constexpr (which == Op::maximum || which == Op::clamp_min || which == Op::hardtanh_min) {
+    return where(z >= b, z, where(b >= z, b, z + b));
+  }
   if constexpr (which == Op::leaky_relu) return where(z > T(0), z, z * b);
   if constexpr (which == Op::elu) return where(z > T(0), z, b * expm1_of_negative(where(z > T(0), T(0), z)));
   if constexpr (which == Op::keep) return z;
@@ -114,6 +121,72 @@ CONVEXT_HD T apply(T z, T b) {
   if constexpr (which == Op::hardsigmoid) return hardsigmoid(z);
   if constexpr (which == Op::tanh) return tanh(z);
   if constexpr (which == Op::softplus) return softplus(z);
+}
+
+// mish'(z) = t + z s (1 - t^2) with t = tanh(softplus(z)) = n / (n + 2) as above, 1 - t^2 = 4 (n + 1) / (n + 2)^2, and
+// s = u / (1 + u) the logistic function.
+template <class T>
+CONVEXT_HD T mish_gradient(T z) {
+  const T u = exp(where(z > T(20), T(20), z)), n = u * (u + T(2)), rest = T(1) / (n + T(2));
+  return n * rest + z * (u / (T(1) + u)) * (T(4) * (n + T(1)) * rest * rest);
+}
+
+// s + z s (1 - s) a'(z), where s is the logistic function of a(z) = 2 sqrt(2 / pi) (z + 0.044715 z^3).
+template <class T>
+CONVEXT_HD T gelu_tanh_gradient(T z) {
+  const T square = z * z, slope = T(1.5957691216057308) * (T(1) + T(0.134145) * square);
+  const T s = T(1) / (T(1) + exp(T(-1.5957691216057308) * (z + T(0.044715) * z * square)));
+  return s + z * s * (T(1) - s) * slope;
+}
+
+// What arrives at z where g arrives at out = apply<which>(z, b), as PyTorch's backward passes have it: at ties minimum
+// and maximum halve it, clamp's bounds let it pass and hardtanh's do not; a NaN compares as it does in their vectors. relu, sigmoid
+// and tanh go by `out` alone, and so may leaky_relu with b >= 0 and hardtanh's bounds, with `out` in the place of z:
+// each is on the same side of 0, or of its bound, as z.
+template <ChainOperation which, class T>
+CONVEXT_HD T gradient(T z, T out, T b, T g) {
+  using Op = ChainOperation;
+  const T zero(0);
+  if constexpr (which == Op::add || which == Op::sub || which == Op::keep) return g;
+  if constexpr (which == Op::rsub) return -g;
+  if constexpr (which == Op::mul) return g * b;
+  if constexpr (which == Op::div) return g / b;
+  if constexpr (which == Op::minimum) return where(z > b, zero, where((z <= b) & (b <= z), T(0.5) * g, g));
+  if constexpr (which == Op::maximum) return where(z < b, zero, where((z <= b) & (b <= z), T(0.5) * g, g));
+  if constexpr (which == Op::clamp_min) return where(z >= b, g, zero);
+  if constexpr (which == Op::clamp_max) return where(z <= b, g, zero);
+  if constexpr (which == Op::hardtanh_min) return where(z > b, g, zero);
+  if constexpr (which == Op::hardtanh_max) return where(z < b, g, zero);
+  if constexpr (which == Op::leaky_relu) return where(z > zero, g, g * b);
+  if constexpr (which == Op::elu) return where(z > zero, g, g * b * exp(where(z > zero, zero, z)));
+  if constexpr (which == Op::relu) return where(out <= zero, zero, g);
+  if constexpr (which == Op::silu) return g * activation::silu<T>::derivative(z);
+  if constexpr (which == Op::hardswish) {
+    return where(z <= T(-3), zero, where(z >= T(3), g, g * (z / T(3) + T(0.5))));
+  }
+  if constexpr (which == Op::gelu) return g * activation::gelu<T>::derivative(z);
+  if constexpr (which == Op::gelu_tanh) return g * gelu_tanh_gradient(z);
+  if constexpr (which == Op::mish) return g * mish_gradient(z);
+  if constexpr (which == Op::sigmoid) return g * (T(1) - out) * out;
+  if constexpr (which == Op::hardsigmoid) return where((z > T(-3)) & (z < T(3)), g / T(6), zero);
+  if constexpr (which == Op::tanh) return g * (T(1) - out * out);
+  if constexpr (which == Op::softplus) return where(z > T(20), g, g / (T(1) + exp(-z)));
+}
+
+// What arrives at the operand, before it is summed up over all that it was broadcast to. Of clamp's and hardtanh's
+// bounds and elu's alpha there are no tensors.
+template <ChainOperation which, class T>
+CONVEXT_HD T operand_gradient(T z, T b, T g) {
+  using Op = ChainOperation;
+  const T zero(0);
+  if constexpr (which == Op::add || which == Op::rsub) return g;
+  if constexpr (which == Op::sub) return -g;
+  if constexpr (which == Op::mul) return g * z;
+  if constexpr (which == Op::div) return -g * (z / b / b);
+  if constexpr (which == Op::minimum) return where(z < b, zero, where((z <= b) & (b <= z), T(0.5) * g, g));
+  if constexpr (which == Op::maximum) return where(z > b, zero, where((z <= b) & (b <= z), T(0.5) * g, g));
+  if constexpr (which == Op::leaky_relu) return where(z > zero, zero, g * z);
+  return zero;
 }
 
 }  // namespace chain

@@ -11,8 +11,8 @@ from torch import nn
 
 import convext
 from convext.backends import native
+from convext.chain import MOST, OPERATIONS
 from convext.swap.match import elementwise
-from convext.swap.units.chain import MOST, OPERATIONS
 
 EPS = torch.finfo(torch.float32).eps
 VECTOR, ONE = torch.linspace(-2, 3, 5).view(5, 1, 1), torch.tensor([1.5])
@@ -179,7 +179,7 @@ REJOINED = {
     "swish": (lambda z: z * torch.sigmoid(z), ["sigmoid", "mul"], 5),
     "swish_exchanged": (lambda z: torch.sigmoid(z) * z, ["sigmoid", "mul"], 5),
     "mish": (lambda z: z * torch.tanh(F.softplus(z)), ["softplus", "tanh", "mul"], 14),
-    "hardswish": (lambda z: z * torch.clamp((z + 3) / 6, 0, 1), ["add", "div", "maximum", "minimum", "mul"], 4),
+    "hardswish": (lambda z: z * torch.clamp((z + 3) / 6, 0, 1), ["add", "div", "clamp_min", "clamp_max", "mul"], 4),
     "difference": (lambda z: torch.relu(z) - z, ["relu", "sub"], 1),
     "minuend": (lambda z: z - torch.relu(z), ["relu", "rsub"], 1),
     "behind": (lambda z: F.relu(z * 2) * torch.sigmoid(F.relu(z * 2)), None, 6),
@@ -361,7 +361,7 @@ METHODS = [name for table in (elementwise._BINARY, elementwise._UNARY, elementwi
 def test_a_method_of_tensors_that_is_replaced_is_called(name, monkeypatch):
     arguments = {"clamp": (-0.1, 0.1), "clamp_": (-0.1, 0.1), "clip": (-0.1, 0.1)}.get(name, ())
     if name in elementwise._BINARY:
-        arguments = (torch.tensor([0.75]),) if name in ("minimum", "maximum") else (0.75,)
+        arguments = (torch.tensor([0.75]),) if name in ("minimum", "maximum", "min", "max") else (0.75,)
 
     class Calls(nn.Module):
         def __init__(self):

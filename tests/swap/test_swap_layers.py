@@ -339,7 +339,7 @@ def test_the_report_names_the_kernel():
         report = convext.report(model)
     assert report["layers.2.0"].variant.startswith("fprop_") and report["layers.2.0"].backend == "native"
     assert report["layers.2.0"].layer == "8 -> 8, 3, padding 4, dilation 4"
-    assert report["stem"].reason.startswith("only elementwise operations are fused with it")
+    assert report["stem"].reason.startswith("no batch norm or elementwise operation behind it")
 
 
 def test_the_report_names_the_kernel_of_a_transposed_layer_and_revert_makes_it_torchs():

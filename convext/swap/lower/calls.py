@@ -172,7 +172,7 @@ def fallback(unit: Unit, graph: Graph) -> Call:
                     return values[argument]
                 if argument in tensors:
                     return found(tensors[argument])
-                return reshaped[argument]({})
+                return reshaped[argument](values)
 
             return function(*fx.map_arg(node.args, given), **fx.map_arg(node.kwargs, given))
 

@@ -30,6 +30,7 @@ PATTERNS = [
         "linear",
         "pooling",
         "containers",
+        "norm_act",
         "chain",
     )
 ]

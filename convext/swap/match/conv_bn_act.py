@@ -8,7 +8,7 @@ what it reads: it ends before that.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import calls
@@ -64,7 +64,7 @@ def _unit(graph: Graph, node: Node, convolution: Convolution) -> Unit:
         return Unit(source, [op], nodes, residual, parameters=tensors(), distinct=distinct)
 
     longest = unit()
-    for nodes, stage, found in _followers(graph, node):
+    for nodes, stage, found in followers(graph, node, ("batch_norm", "residual", "activation")):
         residual = found if stage == "residual" else residual
         if graph.crosses_a_write(nodes, [source] if residual is None else [source, residual], tensors()):
             break
@@ -79,9 +79,10 @@ def _unit(graph: Graph, node: Node, convolution: Convolution) -> Unit:
     return longest
 
 
-def _followers(graph: Graph, node: fx.Node) -> Iterator[tuple[list[fx.Node], str, Any]]:
-    """(nodes up to and with this one, what is fused, with what) of each node that can be fused, in order."""
-    nodes, stages = [node], ["batch_norm", "residual", "activation"]
+def followers(graph: Graph, node: fx.Node, wanted: Sequence[str]) -> Iterator[tuple[list[fx.Node], str, Any]]:
+    """(nodes up to and with this one, what is fused, with what) of each node that can be fused behind a node, in the
+    order of the `wanted` stages."""
+    nodes, stages = [node], [*wanted]
     while stages and (follower := graph.follower(node)) is not None:
         first = bool(follower.args) and follower.args[0] is node and follower.all_input_nodes.count(node) == 1
         stage, found = _fused(graph, node, follower, first)

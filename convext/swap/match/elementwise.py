@@ -26,10 +26,14 @@ _BINARY: dict[Any, tuple[str, str]] = {
     **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub", "sub_", "__sub__"), ("sub", "rsub")),
     **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_", "__mul__"), ("mul", "mul")),
     **dict.fromkeys((operator.truediv, operator.itruediv, torch.div, "div", "div_"), ("div", "")),
-    **dict.fromkeys((torch.minimum, "minimum"), ("minimum", "minimum")),
-    **dict.fromkeys((torch.maximum, "maximum"), ("maximum", "maximum")),
+    **dict.fromkeys((torch.minimum, torch.min, "minimum", "min"), ("minimum", "minimum")),
+    **dict.fromkeys((torch.maximum, torch.max, "maximum", "max"), ("maximum", "maximum")),
 }
-_OF_TENSORS = (torch.minimum, torch.maximum, "minimum", "maximum")  # which take no numbers
+# Which take no numbers: torch.min and torch.max take one for a dimension.
+_OF_TENSORS = (
+    *(torch.minimum, torch.min, "minimum", "min"),
+    *(torch.maximum, torch.max, "maximum", "max"),
+)
 # function or method of one -> the operation
 _UNARY: dict[Any, str] = {
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
@@ -89,11 +93,27 @@ def _of_two(graph: Graph, node: fx.Node, value: fx.Node) -> Steps:
     first = node.args[0] is value
     other: Any = node.args[1] if first else node.args[0]
     operation = _BINARY[node.target][not first]
-    operand = other if _number(other) else graph.place(other)
+    made = tensor_of_number(other, value)
+    operand = made.args[0] if made else other if _number(other) else graph.place(other)
     writes = calls.writes_first_argument(node, graph.modules)
     if not operation or operand is None or writes and not first or node.target in _OF_TENSORS and _number(other):
         return None
     return [ChainStep(operation, operand)]
+
+
+def tensor_of_number(node: Any, value: fx.Node) -> Any:
+    """`node` where it is torch.tensor(number), with value.device, value.dtype, both or neither, and all of that is read
+    for this alone: beside a float32 `value` that is the number. Else None."""
+    if not isinstance(node, fx.Node) or node.target is not torch.tensor or len(node.users) != 1:
+        return None
+    if len(node.args) != 1 or not _number(node.args[0]) or set(node.kwargs) - {"device", "dtype"}:
+        return None
+    for name, asked in node.kwargs.items():
+        if not isinstance(asked, fx.Node) or asked.target is not getattr or asked.args != (value, name):
+            return None
+        if len(asked.users) != 1:
+            return None
+    return node
 
 
 def _of_module(module: nn.Module) -> Steps:
@@ -118,7 +138,7 @@ def _of_module(module: nn.Module) -> Steps:
 
 def _clamp(low: object, high: object) -> Steps:
     """z >= low, then z <= high, which is `high` where they cross, as torch's is."""
-    bounds = [("maximum", low), ("minimum", high)]
+    bounds = [("clamp_min", low), ("clamp_max", high)]
     if all(bound is None for _, bound in bounds) or not all(b is None or _number(b) for _, b in bounds):
         return None
     return [ChainStep(operation, bound) for operation, bound in bounds if bound is not None]  # type: ignore[arg-type]
@@ -126,7 +146,9 @@ def _clamp(low: object, high: object) -> Steps:
 
 def _bounded(low: Any, high: Any) -> Steps:
     """hardtanh's, which raises where its bounds cross."""
-    return _clamp(low, high) if _number(low) and _number(high) and low <= high else None
+    if not (_number(low) and _number(high) and low <= high):
+        return None
+    return [ChainStep("hardtanh_min", low), ChainStep("hardtanh_max", high)]
 
 
 def _of_one(graph: Graph, node: fx.Node, value: fx.Node) -> Steps:
@@ -180,7 +202,7 @@ def _clamped(settings: Callable[..., list[Any] | None]) -> Steps:
 
 
 _SETTINGS: dict[Any, Callable[..., Steps]] = {
-    F.relu6: lambda settings: _clamp(0, 6) if settings(inplace=False) else None,
+    F.relu6: lambda settings: _bounded(0, 6) if settings(inplace=False) else None,
     **{F.leaky_relu: _leaky_relu, F.elu: _elu, F.gelu: _gelu, F.softplus: _softplus, F.hardtanh: _hardtanh},
     **dict.fromkeys((torch.clamp, torch.clip, "clamp", "clamp_", "clip"), _clamped),
 }

@@ -134,10 +134,10 @@ class Graph:
         owner = self.modules.get(weight.target.partition(".")[0])
         return Convolution(places[0], places[1], geom, owner if isinstance(owner, _ConvNd) else None)
 
-    def batch_norm(self, node: fx.Node) -> BatchNorm | None:
-        """The BatchNorm that a node computes of its first argument, or None."""
+    def batch_norm(self, node: fx.Node, kinds: tuple[type[nn.Module], ...] = (nn.BatchNorm2d,)) -> BatchNorm | None:
+        """The BatchNorm that a node computes of its first argument, by such a layer or by a function, or None."""
         module = self.module(node)
-        if module is not None and type(module) is nn.BatchNorm2d:
+        if module is not None and type(module) in kinds:
             return BatchNorm.of_layer(module) if self.uses[node.target] == 1 else None
         if type(node.target) is calls.BatchNormOf:
             return BatchNorm.of_layer(node.target.layer) if self.uses[node.target.key] == 1 else None
@@ -150,6 +150,12 @@ class Graph:
             return None
         mean, var, weight, bias = places
         return BatchNorm(mean, var, weight, bias, NOWHERE, by_batch, momentum, eps).as_usual()
+
+    def dimensions(self, node: fx.Node) -> tuple[int, ...]:
+        """How many dimensions a batch norm's node takes its input with."""
+        if node.op == "call_module":
+            return {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}[type(self.modules[node.target])]
+        return (4,) if type(node.target) is calls.BatchNormOf else (2, 3, 4, 5)
 
     def activation(self, node: fx.Node) -> str | None:
         return calls.activation(node, self.modules)

@@ -1,20 +1,21 @@
-"""Elementwise operations behind a layer, in one pass over its result and in its memory.
+"""Elementwise operations behind a layer, in one pass over its result: in its memory, where that is right.
 
-Where nobody else holds that result, no gradient is wanted, and it is a float32 image of an order that torch keeps, the
-compiled library takes a part of it at a time through all of them (csrc/cpu/kernels/elementwise/chain.h). Each rounds as
-torch's operator does; the transcendental ones are within a few units in the last place (tests/swap/test_chain.py).
+Where nobody else holds that result, and it is a float32 tensor of an order that torch keeps, the compiled library takes
+a part of it at a time through all of them (csrc/cpu/kernels/elementwise/chain.h). Each rounds as torch's operator does;
+the transcendental ones are within a few units in the last place (tests/swap/test_chain.py). With gradients the result
+is a tensor of its own, but where the forward itself writes over what it got: convext/chain.py says what is kept then.
 """
 
 from __future__ import annotations
 
-import operator
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
-from ... import backends
+from ... import autograd, backends, ops
+from ...chain import KEPT as KEPT_PLACE
+from ...chain import VALUE, ChainFunction, Program, overwrite
 from ...memory_format import dense_strides
 from ..capture.signature import TENSOR_TYPES as PLAIN
 from . import AnyLayout, Call, Op
@@ -23,12 +24,7 @@ from .functions import Place, found
 if TYPE_CHECKING:
     from ..modes import Mode
 
-# In the order of CONVEXT_CHAIN_OPERATIONS in csrc/core/chain.h, which is the numbering: a test compares them.
-OPERATIONS = (
-    "add", "sub", "rsub", "mul", "div", "minimum", "maximum", "leaky_relu", "elu", "keep", "relu", "silu", "hardswish",
-    "gelu", "gelu_tanh", "mish", "sigmoid", "hardsigmoid", "tanh", "softplus",
-)  # fmt: skip
-MOST = 8  # steps: kChainSteps of chain.h
+_function_modes = torch._C._len_torch_function_stack
 
 
 class _Kept:
@@ -46,12 +42,24 @@ class ChainStep(NamedTuple):
 
 
 class Chain(Op):
-    """One step after the other."""
+    """One step after the other.
+
+    writes      the forward's first operation writes over what it gets
+    in_place    and so does the last one
+    by_default  the forward makes a tensor of a number where new tensors are made by default"""
 
     in_strips, by_itself = False, True
 
-    def __init__(self, steps: list[ChainStep], behind: nn.Module | None = None):
+    def __init__(
+        self,
+        steps: list[ChainStep],
+        behind: nn.Module | None = None,
+        writes: bool = False,
+        in_place: bool = False,
+        by_default: bool = False,
+    ):
         self.steps, self.behind = steps, behind
+        self.writes, self.in_place, self.by_default = writes, in_place, by_default
 
     def words(self, adds: bool) -> list[str]:
         return [step.operation for step in self.steps if step.operation != "keep"]
@@ -64,23 +72,36 @@ class Chain(Op):
         return tuple(step.operand for step in self.steps if isinstance(step.operand, tuple))
 
     def bind(self, fallback: Call, mode: Mode) -> Call:
-        codes = [OPERATIONS.index(step.operation) for step in self.steps]
         operands = [step.operand for step in self.steps]
         values = [0.0 if isinstance(operand, (tuple, _Kept)) else float(operand) for operand in operands]
         tensors = iter(range(len(self.places)))
-        numbers = [next(tensors) if isinstance(o, tuple) else -2 if o is KEPT else -1 for o in operands]
-        places = self.places
+        numbers = [next(tensors) if isinstance(o, tuple) else KEPT_PLACE if o is KEPT else VALUE for o in operands]
+        program = Program.of([step.operation for step in self.steps], numbers, values, self.in_place)
+        places, writes, by_default = self.places, self.writes, self.by_default
         slopes = {n for n, step in zip(numbers, self.steps) if step.operation == "leaky_relu" and n >= 0}
 
         def chained(x: Any) -> Any:
-            order = _order(x)
-            if order is None or backends.forced() not in (None, "native"):
+            channels_last = _order(x)
+            if channels_last is None or backends.forced() not in (None, "native"):
                 return fallback(x)
-            given = [found(place) for place in places]
+            if by_default and _function_modes() > 0:  # torch.device's, as a context or by torch.set_default_device
+                return fallback(x)
+            given: Any = [found(place) for place in places]
             if not all(_fits(t, x, number in slopes) for number, t in enumerate(given)):
                 return fallback(x)
-            torch.ops.convext_cpu.chain_.default(x, given, codes, numbers, values, order)
-            return x
+            if mode.direct:
+                if x.requires_grad:
+                    return fallback(x)
+            else:
+                if not ops.dispatcher_is_idle() or autograd.carries_tangents():
+                    return fallback(x)
+                if autograd.needs_function(x, *given):
+                    if x.is_inference():  # which cannot be saved
+                        return fallback(x)
+                    wanted = [t.requires_grad for t in given]
+                    overwrites = writes and program.saves(wanted) != "input"
+                    return ChainFunction.apply(x, program, channels_last, overwrites, *given)
+            return overwrite(x, program, channels_last, given)
 
         return chained
 
@@ -90,15 +111,11 @@ def _order(x: Any) -> bool | None:
     result may have other ones than x."""
     if type(x) not in PLAIN or x.dtype is not torch.float32 or x.device.type != "cpu" or x.dim() < 3 or x.numel() == 0:
         return None
-    if x.is_neg() or x.is_conj() or x.requires_grad or x.shape[1] == 1 or x.shape[2:].numel() == 1:
+    if x.is_neg() or x.is_conj() or x.layout is not torch.strided or x.shape[1] == 1 or x.shape[2:].numel() == 1:
         return None
-    if x.stride() == _contiguous_strides(x.shape):
+    if x.stride() == dense_strides(x.shape, False):
         return False
-    return True if x.dim() == 4 and x.stride() == dense_strides(x.shape, True) else None
-
-
-def _contiguous_strides(shape: torch.Size) -> tuple[int, ...]:
-    return tuple(accumulate(reversed(shape[1:]), operator.mul, initial=1))[::-1]
+    return True if x.dim() in (4, 5) and x.stride() == dense_strides(x.shape, True) else None
 
 
 def _fits(t: torch.Tensor | None, x: torch.Tensor, is_slope: bool) -> bool:

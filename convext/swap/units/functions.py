@@ -86,8 +86,8 @@ class BatchNorm(NamedTuple):
     eps: float
 
     @classmethod
-    def of_layer(cls, layer: nn.BatchNorm2d) -> BatchNorm | None:
-        """That of a layer, as BatchNorm2d.forward goes by its settings, or None as of `as_usual`."""
+    def of_layer(cls, layer: nn.Module) -> BatchNorm | None:
+        """That of a layer, as BatchNorm2d.forward and 1d's and 3d's go by its settings, or None as of `as_usual`."""
         settings, statistics, affine = layer.__dict__, layer._buffers, layer._parameters
         names = "training", "track_running_stats", "momentum", "eps"
         if any(name not in settings for name in names):
