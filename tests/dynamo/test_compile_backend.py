@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rewritten import PLANNED, compiled
-from swap_models import TUTORIAL, Inverted, LeNet, NextBlock
+from swap_models import TUTORIAL, Inverted, LeNet, NextBlock, NextNet
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from twins import agree, made, outcomes
@@ -92,9 +92,9 @@ def test_it_means_what_eager_does(name, channels_last):
         (Inverted, torch.float32),
         (lambda: Inverted(nn.Sigmoid), torch.float32),
         (NextBlock, torch.float32),
-        (NextBlock, torch.float64),
+        (NextNet, torch.float64),
     ],
-    ids=["hardsigmoid", "sigmoid", "layer_norm", "layer_norm_float64"],
+    ids=["hardsigmoid", "sigmoid", "layer_norm", "head_float64"],
 )
 def test_a_network_of_one_row_is_one_call(make, dtype):
     """And that one of the compiled library, as in the swapped model: nothing is left for another compiler."""

@@ -245,6 +245,19 @@ class NextBlock(nn.Module):
         return x + self.scale * y.permute(0, 3, 1, 2)
 
 
+class NextNet(NextBlock):
+    """A classifier behind it, that normalises the means."""
+
+    def __init__(self):
+        super().__init__()
+        self.last_norm, self.classifier = nn.LayerNorm(16, eps=1e-6), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = super().forward(x).mean((2, 3), keepdim=True)
+        x = self.last_norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.classifier(x.flatten(1))
+
+
 # name -> (maker, input size, chains that fuse something in evaluation)
 TUTORIAL = {
     "lenet": (LeNet, 32, ["relu", "relu"]),

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from swap_models import Inverted, NextBlock
+from swap_models import Inverted, NextBlock, NextNet
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from twins import X, check
@@ -453,7 +453,9 @@ def test_timms_networks_fuse(name):
 
 
 @pytest.mark.parametrize(
-    "make", [Inverted, NextBlock, lambda: NextBlock(by_hand=True)], ids=["se", "layers", "by_hand"]
+    "make",
+    [Inverted, NextBlock, NextNet, lambda: NextBlock(by_hand=True)],
+    ids=["se", "layers", "head", "by_hand"],
 )
 def test_steps_of_a_block_are_found_in_the_forward_that_calls_them(make):
     """Squeeze and excitation between two convolutions, LayerNorm and linear layers, as layers or as functions of their

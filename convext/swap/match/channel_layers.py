@@ -37,8 +37,8 @@ def match(graph: Graph, mode: Mode) -> Iterator[Unit]:
 
 def _from(graph: Graph, node: Node) -> Unit | None:
     """The unit that begins with a node, or None."""
-    norm = layer_norm_2d(graph, node)
-    if norm is not None:
+    module = graph.module(node)
+    if module is not None and calls.is_layer_norm_2d(module) and (norm := LayerNormalization.of_layer(module)):
         return Unit(node.args[0], [LayerNorm(norm)], [node])
     if _permutation(graph, node) != _TO_NHWC:
         return None
@@ -75,10 +75,11 @@ def _outside(graph: Graph, unit: Unit) -> None:
         unit.nodes.append(node)
 
 
-def layer_norm_2d(graph: Graph, node: fx.Node) -> LayerNormalization | None:
-    """What the call of a LayerNorm2d computes, or None of another node."""
-    module = graph.module(node)
-    return LayerNormalization.of_layer(module) if module is not None and calls.is_layer_norm_2d(module) else None
+def layer_norm_2d(graph: Graph, node: Node) -> Unit | None:
+    """The unit of a LayerNorm over the channels of an image that begins with a node: of a LayerNorm2d, or of what it
+    does, a permutation, a LayerNorm and the permutation back."""
+    unit = _from(graph, node)
+    return unit if unit is not None and len(unit.ops) == 1 and isinstance(unit.first, LayerNorm) else None
 
 
 def reads_alone(graph: Graph, node: fx.Node, value: fx.Node) -> bool:

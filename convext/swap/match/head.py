@@ -46,7 +46,10 @@ def _from(graph: Graph, node: Node) -> Unit | None:
         if not flat and _flattens(graph, node):
             flat = True
         elif not flat and (norm := layer_norm_2d(graph, node)) is not None:
-            unit.ops.append(LayerNorm(norm))
+            unit.ops += norm.ops
+            unit.parameters += norm.parameters
+            unit.nodes += norm.nodes[:-1]
+            node = norm.last
         elif not (flat and takes_layer(graph, unit, node)):
             break
         unit.nodes.append(node)
