@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +30,11 @@ _RESHAPE_IN_PLACE = frozenset(
 )
 
 
-class State:
+class State(NamedTuple):
     """What stands around a node: whether gradients are recorded, and the dtype to which autocast casts on the CPU."""
 
-    __slots__ = ("gradients", "autocast")
-
-    def __init__(self, gradients: bool, autocast: torch.dtype | None):
-        self.gradients, self.autocast = gradients, autocast
+    gradients: bool
+    autocast: torch.dtype | None
 
 
 class NotForUs(Exception):

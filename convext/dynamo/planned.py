@@ -6,8 +6,8 @@ The operator means what the text says: those functions, called one by one. How t
 in a swapped model: by the present backend, setting and shapes, and one by one where the kernels do not take them. So
 nothing stale can be in a graph, nor in a cache of compiled graphs, and sizes may be symbolic where it is compiled.
 
-What is made of a text belongs to the thread. It holds no tensor between two calls (`Lender`), so that a model
-can go while the code compiled for it stays.
+What is made of a text belongs to the thread. It holds no tensor between two calls (swap/capture/captured.py, `Lender`),
+so that a model can go while the code compiled for it stays.
 """
 
 from __future__ import annotations
@@ -224,6 +224,7 @@ class _Texts(threading.local):
             known = self.known[text] = _Text(text)
             if len(self.known) > _MOST_TEXTS:
                 self.known.popitem(last=False)
+        self.known.move_to_end(text)
         return known
 
 

@@ -98,9 +98,9 @@ class _Rewriting:
     def __init__(self, graph: fx.Graph, captured: DynamoGraph, inputs: Sequence[Any]):
         self.graph, self.captured = graph, captured
         states = set(captured.states.values())
-        tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
-        tensors += [t for t in captured.values.values() if isinstance(t, torch.Tensor)]
-        records = any(state.gradients for state in states) and any(t.requires_grad for t in tensors)
+        values = *inputs, *captured.values.values(), *captured.examples.values()
+        wanted = any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
+        records = wanted and any(state.gradients for state in states)
         casts = next((state.autocast for state in states if state.autocast is not None), None)
         self.mode = Mode(self._in_seam(), not records, None if records else casts)
         self.found, self.layout, self.rows = self._matched()
