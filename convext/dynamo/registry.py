@@ -30,6 +30,9 @@ class _Told(Loader):
     def __init__(self, loader: Loader):
         self._loader = loader
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)  # sources and file names, for those who ask
+
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
