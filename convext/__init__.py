@@ -10,6 +10,7 @@ convext.refresh(model)               after weights were changed behind torch's b
 convext.tune(model, x)               who computes is measured here, and kept; tuning("off"), explain(model, layer)
 convext.output_pool(0)               how much memory of dropped results is kept for the next
 convext.layer_by_layer()             no two layers of a swapped model in one call, for profilers
+torch.compile(m, backend="convext")  the fusions of a swap in a compiled graph
 convext.export_ops()                 torch.export records convext's operators for a swapped model
 torch.ops.convext.*                  the operators
 """
@@ -20,6 +21,7 @@ from . import (
     autograd,
     backends,
     compiling,  # noqa: F401 (registers what a compiler sees)
+    dynamo,  # noqa: F401 (registers the backend of torch.compile)
     functional,
     nn,
     ops,

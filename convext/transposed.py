@@ -136,15 +136,21 @@ def _conv_transpose(
         )
         return heard
     if torch.compiler.is_compiling():
-        if x.dtype not in DTYPES or w.dtype not in DTYPES:
-            return _TORCHS[axes](x, w, bias, *settings)
-        return _checked(axes, x, w, bias, *settings)
+        return traced(axes, x, w, bias, *settings)
     try:
         if functional.is_for_aten(x, w, bias):
             return _TORCHS[axes](x, w, bias, *settings)
         return _checked(axes, x, w, bias, *settings)
     except checks.InvalidArgument as error:
         return functional.as_pytorch(_TORCHS[axes], error, x, w, bias, **dict(zip(_SETTINGS, settings)))
+
+
+def traced(axes: int, x: Any, w: Any, bias: Any, *settings: Any) -> torch.Tensor:
+    """What a compiler sees: operators, which know their own gradients."""
+    if x.dtype not in DTYPES or w.dtype not in DTYPES:
+        return _TORCHS[axes](x, w, bias, *settings)
+    stride, padding, output_padding, groups, dilation = settings
+    return _checked(axes, x, w, bias, stride, padding, output_padding, groups, dilation, by_operator=True)
 
 
 def _axes(axes: int, name: str, value: Any, of_height_one: int) -> tuple[int, ...]:
@@ -163,6 +169,7 @@ def _checked(
     output_padding: Any,
     groups: Any,
     dilation: Any,
+    by_operator: bool = False,
 ) -> torch.Tensor:
     geom = Geom(
         _axes(axes, "stride", stride, 1),
@@ -174,12 +181,18 @@ def _checked(
     if ops._autocast_active():
         x, w, bias = functional.autocast(x, w, bias)
     if x.dim() == axes + 1:
-        return _batched(axes, x.unsqueeze(0), w, bias, geom, longer).squeeze(0)
-    return _batched(axes, x, w, bias, geom, longer)
+        return _batched(axes, x.unsqueeze(0), w, bias, geom, longer, by_operator).squeeze(0)
+    return _batched(axes, x, w, bias, geom, longer, by_operator)
 
 
 def _batched(
-    axes: int, x: torch.Tensor, w: torch.Tensor, bias: _Operand, geom: Geom, output_padding: tuple[int, ...]
+    axes: int,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: _Operand,
+    geom: Geom,
+    output_padding: tuple[int, ...],
+    by_operator: bool,
 ) -> torch.Tensor:
     checks.check_conv_transpose(x, w, bias, geom, output_padding, axes)
     beyond = any(longer >= step for longer, step in zip(output_padding, geom.stride))
@@ -194,7 +207,7 @@ def _batched(
         channels_last = volume_is_channels_last(x, w, geom, output_padding)
     else:
         channels_last = autograd.result_is_channels_last(x, w)
-    if torch.compiler.is_compiling() or ops.batched_the_older_way(x, w, bias):
+    if by_operator or ops.batched_the_older_way(x, w, bias):
         return _by_operator(axes, x, w, bias, size, geom, channels_last)
     if not functional.needs_function(x, w, bias):
         return autograd.conv_transpose(x, w, bias, size, geom, channels_last)
@@ -211,7 +224,7 @@ def _by_operator(
     geom: Geom,
     channels_last: bool,
 ) -> torch.Tensor:
-    """What a compiler sees: an operator, which knows its own gradient, and a sum."""
+    """An operator, which knows its own gradient, and a sum."""
     if axes == 1:
         x, w = x.unsqueeze(2), w.unsqueeze(2)
     y: torch.Tensor = torch.ops.convext.dgrad(x, w, size, *geom, channels_last)

@@ -311,6 +311,11 @@ def new_guards() -> Any:
     return _C.Guards()
 
 
+def places(tensors: list[torch.Tensor]) -> Any:
+    """Where tensors lie (`native_sequence.places`)."""
+    return native_sequence.places(_C, tensors)
+
+
 def isa() -> str:
     """The instruction set in use; "" without the compiled library."""
     return "" if _C is None else _C.isa()
@@ -564,16 +569,20 @@ class NativeCpu(Backend):
         def keep(
             tensors: Sequence[Sequence[torch.Tensor | None]], eps: list[float], flat: bool
         ) -> native_sequence.CachedTensors:
+            operands = [t for step in tensors for t in step if t is not None]
+            weights = [step[0] for step in tensors]
             packs = [
-                (w, plan)
-                for plan, (w, *_) in zip(plans, tensors)
+                (number, plan)
+                for number, (plan, w) in enumerate(zip(plans, weights))
                 if w is not None and plan is not None and plan.pack_format
             ]
-            operands = [t for step in tensors for t in step if t is not None]
+
+            def pack() -> list[_PackedWeight]:
+                return [_packed_weight(weights[number], plan) for number, plan in packs]  # type: ignore[arg-type]
 
             def hand_over() -> native_sequence.Handed:
                 gone = _storages_gone[0]
-                packed = [_packed_weight(w, plan) for w, plan in packs]
+                packed = pack()
 
                 def packed_are_kept() -> bool:
                     """Looks only after a storage has gone: where a tensor lies at an address of before, its packed
@@ -581,17 +590,16 @@ class NativeCpu(Backend):
                     nonlocal gone
                     now = _storages_gone[0]
                     if gone != now:
-                        if any(_packed_weight(w, plan) is not kept for (w, plan), kept in zip(packs, packed)):
+                        if any(present is not kept for present, kept in zip(pack(), packed)):
                             return False
                         gone = now
                     return True
 
-                places = native_sequence.places(_C, operands)
+                lie = places(operands)
                 numbers = [kept.number for kept in packed]
                 number = ops.keep_sequence.default(program.number, operands, numbers, eps, flat)
-                return native_sequence.Handed(number, places, packed_are_kept)
+                return native_sequence.Handed(number, lie, packed_are_kept)
 
-            weights = [step[0] for step in tensors]
             tracked = all(w is not None and not w.is_inference() for w in weights)
             version = operator.attrgetter("_version") if tracked else _version
             return native_sequence.CachedTensors(operands, weights, version, hand_over)

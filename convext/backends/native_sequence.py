@@ -70,8 +70,9 @@ class Prepared(NamedTuple):
 class CachedTensors:
     """The tensors of a sequence, and what the compiled library holds of them, which it lets go of with this object.
 
-    tensors: all of them. weights: each step's, or None. version(weight): its version counter.
-    hand_over() -> Handed of the tensors as they are now.
+    tensors: all of them, those of a step after another. weights: each step's, or None. version(weight): its version
+        counter.
+    hand_over() -> Handed of the tensors as they are now, in these two lists.
 
     The library holds no tensor, only where it lies: torch refuses to exchange or to convert tensors that others hold
     (torch.utils.swap_tensors). So each call looks whether all of them lie where they did.
@@ -87,13 +88,30 @@ class CachedTensors:
         self.tensors, self.weights, self.version = tensors, weights, version
         self._hand_over = hand_over
         self._handed = hand_over()
+        self._known, self._borrows = [*map(id, weights)], False
 
     def current(self) -> Handed:
         """What the library holds, handed over again where a tensor lies elsewhere now. To be kept while a call runs."""
         handed = self._handed
+        if self._borrows:
+            return handed
         if not (handed.places.still(self.tensors) and handed.packed_are_kept()):
             handed = self._handed = self._hand_over()
         return handed
+
+    def borrow(self, weights: list[Any]) -> bool:
+        """Takes the weights for one call, for which the caller knows that all tensors lie where they did; give_back()
+        ends it. False where what the library holds does not serve it: another tensor over the same memory has a version
+        counter of its own."""
+        self.weights[:] = weights
+        self._borrows = [*map(id, weights)] == self._known and self._handed.packed_are_kept()
+        return self._borrows
+
+    def give_back(self) -> None:
+        """Lets go of all tensors between two calls."""
+        self.tensors.clear()
+        self.weights.clear()
+        self._borrows = False
 
 
 class Handed:

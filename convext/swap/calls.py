@@ -123,6 +123,7 @@ _TENSOR_FUNCTIONS = (
         F.conv2d,
         F.linear,
         F.batch_norm,
+        F.layer_norm,
         torch.stack,
         F.pad,
         torch.reshape,
@@ -222,7 +223,14 @@ _PARAMETERS: dict[Any, dict[str, Any]] = {
         "momentum": 0.1,
         "eps": 1e-5,
     },
+    F.linear: {"weight": NEEDED, "bias": None},
+    F.layer_norm: {"normalized_shape": NEEDED, "weight": None, "bias": None, "eps": 1e-5},
 }
+
+
+def takes_parameters(function: Any) -> bool:
+    """True of a function of `_PARAMETERS`."""
+    return function in _PARAMETERS
 
 
 def arguments_of(node: fx.Node, function: Callable[..., torch.Tensor]) -> list[Any] | None:
@@ -400,7 +408,7 @@ def is_known(node: fx.Node) -> bool:
         function in _TENSOR_FUNCTIONS
         or getattr(function, "__module__", "") in ("_operator", "builtins", "collections")
         or type(function) is BatchNormOf
-        or function in (torch.matmul, torch.einsum, F.layer_norm, F.group_norm, F.prelu)
+        or function in (torch.matmul, torch.einsum, F.group_norm, F.prelu)
     )
 
 

@@ -21,9 +21,11 @@ from .units.functions import found
 if TYPE_CHECKING:
     from torch import nn
 
+    from .capture.captured import Captured
     from .capture.facts import Facts
     from .capture.signature import Signature
     from .modes import Mode
+    from .schedule.layout import Asked
 
 
 class _Guarded:
@@ -44,18 +46,11 @@ class Refusal(_Guarded):
         self.reason = str(reason)
 
 
-class Plan(_Guarded):
+class Compilation:
     """A captured forward, compiled for each mode in which it is called. `recompute`: as `swap` was told."""
 
-    def __init__(self, owner: nn.Module, signature: Signature, recompute: bool):
-        self.trace, self.signature, self.recompute = Trace(owner, signature), signature, recompute
-        super().__init__(self.trace.facts)
-        self.facts = self.trace.facts
-        places = [(m._parameters, "weight") for m in dict.fromkeys(self.trace.leaves) if calls.is_conv(m)]
-        graph = Graph(self.trace)
-        functions = [graph.convolution(node) for node in graph.nodes if node.op == "call_function"]
-        places += [function.weight for function in functions if function is not None]
-        self.weights = weights_to_ask(places) + self.trace.nested_weights
+    def __init__(self, captured: Captured, recompute: bool = False):
+        self.captured, self.recompute = captured, recompute
         self.by_mode: dict[tuple[Mode, bool], Compiled] = {}
         self._epoch = backends.epoch
 
@@ -64,20 +59,39 @@ class Plan(_Guarded):
             self.by_mode.clear()
             self._epoch = backends.epoch
         compiled = self._compiled(mode)
-        if compiled.distinct and any(_share(found(a), found(b)) for a, b in compiled.distinct):
+        if compiled.distinct and any(shares(found(a), found(b)) for a, b in compiled.distinct):
             compiled = self._compiled(mode, strict=True)
         return compiled
 
     def _compiled(self, mode: Mode, strict: bool = False) -> Compiled:
         compiled = self.by_mode.get((mode, strict))
         if compiled is None:
-            graph = match(self.trace, mode, strict)
+            graph = match(self.captured, mode, strict)
             layout = Layout(graph, mode)
             rows = schedule(graph, layout, mode, self.recompute)
             compiled = self.by_mode[mode, strict] = lower(graph, rows, layout, mode)
         return compiled
 
 
-def _share(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+class Plan(_Guarded, Compilation):
+    """The compilation of a container's own forward, as long as it holds."""
+
+    def __init__(self, owner: nn.Module, signature: Signature, recompute: bool):
+        self.trace, self.signature = Trace(owner, signature), signature
+        _Guarded.__init__(self, self.trace.facts)
+        Compilation.__init__(self, self.trace, recompute)
+        self.facts = self.trace.facts
+        self.weights = weights_of(self.trace) + self.trace.nested_weights
+
+
+def weights_of(captured: Captured) -> list[Asked]:
+    """What `contiguous_weights` takes of the convolutions that a graph computes."""
+    places = [(m._parameters, "weight") for m in captured.modules.values() if m is not None and calls.is_conv(m)]
+    graph = Graph(captured)
+    functions = [graph.convolution(node) for node in graph.nodes if node.op == "call_function"]
+    return weights_to_ask(places + [function.weight for function in functions if function is not None])
+
+
+def shares(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     """True of tensors over one storage."""
     return a is not None and b is not None and (a is b or torch._C._is_alias_of(a, b))  # type: ignore[attr-defined]

@@ -26,6 +26,7 @@ def match(graph, mode):
 
 USE = """
 import copy
+import json
 import torch
 import convext
 from convext.swap.lower import calls
@@ -64,6 +65,16 @@ for gradients in (False, True):
 for name, row in convext.report(swapped).to_dict().items():
     print(name, row["fused"] or row["reason"].partition(";")[0], sep=": ")
 print(steps)
+texts = []
+def backend(graph_module, inputs):
+    run = convext.dynamo.compiled(graph_module, inputs, lambda graph_module, inputs: graph_module.forward)
+    planned = [node for node in graph_module.graph.nodes if node.target is torch.ops.convext.planned.default]
+    texts.extend([call[1].rpartition(":")[2] for call in json.loads(node.args[2])["nodes"]] for node in planned)
+    return run
+with torch.no_grad():
+    y = torch.compile(copy.deepcopy(plain), backend=backend)(x)
+    assert (y - plain(x)).abs().max() <= 4 * eps * (8 * 9 + 64 * 9) ** 0.5 * y.abs().max() and (y == 0).any()
+print(texts)
 log = []
 swapped.second.register_forward_hook(lambda module, args, out: log.append(out))
 assert torch.equal(swapped(x), log[0].clamp_min(0)) and (log[0] < 0).any()  # somebody listens: the module runs
@@ -98,15 +109,16 @@ def _said(folder: Path) -> list[str]:
 
 def test_a_pattern_is_one_file_and_one_name(tmp_path):
     package, alone = _copied(tmp_path), "nothing follows that can be fused"
-    assert _said(tmp_path) == [f"first: {alone}", f"second: {alone}", "[]"]
+    assert _said(tmp_path) == [f"first: {alone}", f"second: {alone}", "[]", "[['conv2d'], ['conv2d']]"]
 
     (package / "swap" / "match" / "conv_clamp.py").write_text(PATTERN)
     listed = package / "swap" / "match" / "__init__.py"
     before = listed.read_text()
     assert before.count('    "conv_bn_act",\n') == 1
     listed.write_text(before.replace('    "conv_bn_act",\n', '    "conv_clamp",\n    "conv_bn_act",\n'))
-    # Both are one call of the compiled library, of two steps.
-    assert _said(tmp_path) == ["first: relu", "second: relu", "[2]"]
+    # Both are one call of the compiled library, of two steps; and so they are in a compiled graph.
+    found = "[['conv2d', 'clamp_min', 'conv2d', 'clamp_min']]"
+    assert _said(tmp_path) == ["first: relu", "second: relu", "[2]", found]
 
 
 def test_the_edits_are_those_of_the_documentation():

@@ -201,6 +201,63 @@ class Activations(nn.Module):
         return x
 
 
+class Inverted(nn.Module):
+    """Inverted residuals with squeeze and excitation, and a classifier."""
+
+    def __init__(self, gate=nn.Hardsigmoid):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.Hardswish())
+        self.expand = nn.Sequential(nn.Conv2d(8, 24, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU(inplace=True))
+        self.depthwise = nn.Sequential(
+            nn.Conv2d(24, 24, 3, padding=1, groups=24, bias=False), nn.BatchNorm2d(24), nn.ReLU(inplace=True)
+        )
+        self.squeeze, self.excite, self.gate = nn.Conv2d(24, 8, 1), nn.Conv2d(8, 24, 1), gate()
+        self.project = nn.Sequential(nn.Conv2d(24, 8, 1, bias=False), nn.BatchNorm2d(8))
+        self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(8, 5))
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.depthwise(self.expand(x))
+        scale = self.gate(self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(y, 1)))))
+        x = x + self.project(scale * y)
+        return self.head(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+
+
+class NextBlock(nn.Module):
+    """ConvNeXt's block, behind a stem that normalises over channels. `by_hand`: by functions of its layers' weights."""
+
+    def __init__(self, by_hand=False):
+        super().__init__()
+        self.by_hand = by_hand
+        self.stem, self.norm0 = nn.Conv2d(3, 16, 4, 4), nn.LayerNorm(16, eps=1e-6)
+        self.depthwise, self.norm = nn.Conv2d(16, 16, 7, padding=3, groups=16), nn.LayerNorm(16, eps=1e-6)
+        self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)
+        self.scale = nn.Parameter(torch.full((16, 1, 1), 0.5))
+
+    def forward(self, x):
+        x = self.norm0(self.stem(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        y = self.depthwise(x).permute(0, 2, 3, 1)
+        if self.by_hand:
+            y = F.layer_norm(y, (16,), self.norm.weight, self.norm.bias, 1e-6)
+            y = F.linear(F.gelu(F.linear(y, self.up.weight, self.up.bias)), self.down.weight, bias=self.down.bias)
+        else:
+            y = self.down(F.gelu(self.up(self.norm(y))))
+        return x + self.scale * y.permute(0, 3, 1, 2)
+
+
+class NextNet(NextBlock):
+    """A classifier behind it, that normalises the means."""
+
+    def __init__(self):
+        super().__init__()
+        self.last_norm, self.classifier = nn.LayerNorm(16, eps=1e-6), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = super().forward(x).mean((2, 3), keepdim=True)
+        x = self.last_norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.classifier(x.flatten(1))
+
+
 # name -> (maker, input size, chains that fuse something in evaluation)
 TUTORIAL = {
     "lenet": (LeNet, 32, ["relu", "relu"]),

@@ -6,7 +6,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from swap_models import Inverted, NextBlock, NextNet
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from twins import X, check
 
 import convext
@@ -448,3 +450,50 @@ def test_timms_networks_fuse(name):
         swapped(x)
     before_norms = [m for m in plain.modules() if isinstance(m, nn.Conv2d) and m.bias is None]
     assert sum("bn" in row.fused for row in convext.report(swapped)) == len(before_norms) > 20
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Inverted, NextBlock, NextNet, lambda: NextBlock(by_hand=True)],
+    ids=["se", "layers", "head", "by_hand"],
+)
+def test_steps_of_a_block_are_found_in_the_forward_that_calls_them(make):
+    """Squeeze and excitation between two convolutions, LayerNorm and linear layers, as layers or as functions of their
+    weights: the network is one call of the compiled library."""
+    torch.manual_seed(0)
+    plain = make().eval()
+    swapped, x = convext.swap(copy.deepcopy(plain)), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = plain.double()(x.double())
+        for _ in range(3):
+            y = swapped(x)
+        with profile(activities=[ProfilerActivity.CPU]) as events:
+            swapped(x)
+    # A dozen layers' sums of at most 576 products.
+    assert (y - expected).abs().max() <= 12 * 8 * torch.finfo(torch.float32).eps * 24 * expected.abs().max()
+    names = {event.key for event in events.key_averages()}
+    assert "convext_cpu::run_sequence" in names
+    assert not {"aten::conv2d", "aten::linear", "aten::layer_norm", "aten::mean"} & names, names
+
+
+@pytest.mark.parametrize("activation", [F.gelu, torch.tanh])
+def test_a_linear_layer_by_hand_trains_as_the_layer_does(activation):
+    class ByHand(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 1)
+            self.weight, self.offset = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.randn(6))
+
+        def forward(self, x):
+            x = self.conv(x).flatten(2).transpose(1, 2).contiguous()
+            return activation(F.linear(x, self.weight, self.offset))
+
+    torch.manual_seed(0)
+    plain, x = ByHand(), torch.randn(2, 3, 16, 16)
+    exact, swapped = copy.deepcopy(plain).double(), convext.swap(copy.deepcopy(plain))
+    for model, given in ((exact, x.double()), (swapped, x), (swapped, x)):
+        model.zero_grad()
+        model(given).square().sum().backward()
+    for a, b in zip(swapped.parameters(), exact.parameters()):
+        # Gradients are sums over 512 pixels, of products of such of 8 and 6.
+        assert (a.grad - b.grad).abs().max() <= 16 * torch.finfo(torch.float32).eps * 23 * b.grad.abs().max()

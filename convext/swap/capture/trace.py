@@ -30,6 +30,7 @@ from ..refusal import Untraceable, noticed
 from . import signature as signatures
 from . import standard
 from .audit import Audit, is_user, paused
+from .captured import Captured
 from .facts import ABSENT, PLAIN, Facts
 from .pure import root_of
 from .signature import Signature
@@ -370,17 +371,10 @@ class _Tracer(fx.proxy.TracerBase):
         return signatures.kind(value)
 
 
-class Trace:
-    """One captured forward, and the facts that it stands on.
+class Trace(Captured):
+    """One captured forward, and the facts that it stands on: a `Captured`, and
 
-    graph      call_module targets and the first part of a get_attr target are keys of `modules`
-    modules    every module that the graph calls or that owns a tensor it reads; key "0", the owner, holds None
-    paths      their names as seen from the owner, by the same keys
-    places     (dictionary or list, key) of tensors that are neither parameters nor buffers: get_attr targets "at.i".
-               The dictionary is None for the owner's own
-    opaque     keys of the modules that must be called as they are: somebody listens, or they are not what their class
-               says
-    planned    the nodes that call a container with a plan for that call, whose facts are among these facts
+    paths      the names of `modules` as seen from the owner, by the same keys
     tensors    the nodes known to hold one tensor
     facts      everything that was read
     nested_weights  of the convolutions in planned containers, as `Plan.weights`
@@ -395,8 +389,8 @@ class Trace:
         self.modules: dict[Any, Any] = {"0": owner}
         self._keys = {owner: "0"}
         self.places: list[Place] = []
-        self.opaque: set[str] = set()
-        self.planned: set[fx.Node] = set()
+        self.opaque: set[str] = set()  # somebody listens, or they are not what their class says
+        self.planned: set[fx.Node] = set()  # their facts are among these facts
         self.nested_weights: list[Any] = []
         self.effect: str | None = None  # what the last call of the forward may do besides computing, in words
         self._homes: dict[int, nn.Module] = {}  # id of a dictionary of parameters or buffers -> the module
@@ -523,16 +517,8 @@ class Trace:
             raise Untraceable("its forward returns a list that outlives the call, or one twice")
         self.graph, self.tensors = tracer.graph, set(tracer.types)
         output = self.graph.output(tracer.create_arg(result))
-        self._drop_dropouts()
+        self.drop_dropouts()
         self.result = output.args[0]
-
-    def _drop_dropouts(self) -> None:
-        """Takes out those that return their argument as it is."""
-        for node in list(self.graph.nodes):
-            is_opaque = node.op == "call_module" and node.target in self.opaque
-            if not is_opaque and calls.passes_through(node, self.modules) and isinstance(node.args[0], fx.Node):
-                node.replace_all_uses_with(node.args[0])
-                self.graph.erase_node(node)
 
     def _freeze(self) -> None:
         """Lets go of the owner: the plan is held by it. Its dictionaries of tensors are kept: no tensor holds its
@@ -544,9 +530,7 @@ class Trace:
         del self.owner, self.descendants, self._keys, self._homes, self._trials
 
     def tensors_of(self, key: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The parameters and the buffers of a module, two dictionaries."""
-        module = self.modules[key]
-        return self._owned if module is None else (module._parameters, module._buffers)
+        return self._owned if self.modules[key] is None else super().tensors_of(key)
 
     @property
     def leaves(self) -> list[nn.Module]:

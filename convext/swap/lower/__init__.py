@@ -56,7 +56,7 @@ class Compiled(NamedTuple):
 
 def lower(graph: Graph, rows: list[Row], layout: Layout, mode: Mode) -> Compiled:
     """The call of a schedule's rows, and of what is in none of them."""
-    made = [_row_call([block_call(block, graph, mode) for block in row], mode) for row in rows]
+    made = [_row_call([block_call(block, graph, mode) for block in row], graph, mode) for row in rows]
     units = [unit for row in rows for block in row for unit in block]
     inside = {node for unit in units for node in unit.all_nodes}
     made_contiguous = contiguous_unrecorded if mode.direct else contiguous
@@ -74,8 +74,8 @@ def lower(graph: Graph, rows: list[Row], layout: Layout, mode: Mode) -> Compiled
     return Compiled(function, units, graph.reasons, layout, made_contiguous, distinct, whole)
 
 
-def _row_call(members: list[Member], mode: Mode) -> Member:
-    return members[0] if len(members) == 1 else RowCall(members[0].inputs[0], members, mode.autocast)
+def _row_call(members: list[Member], graph: Graph, mode: Mode) -> Member:
+    return members[0] if len(members) == 1 else RowCall(members[0].inputs[0], members, mode.autocast, graph.lender)
 
 
 def _is_all(call: Member, inside: set[fx.Node], graph: Graph) -> bool:

@@ -18,6 +18,7 @@ from .program import Program, prepared
 if TYPE_CHECKING:
     import torch
 
+    from ..capture.captured import Lender
     from ..match.graph import Graph
     from ..modes import Mode
     from ..units import Call, Op, Unit
@@ -40,13 +41,15 @@ class UnitCall:
 
 class CooperativeCall:
     """function(*inputs) of members in order: prepared as one call of the compiled library where they can be, else one
-    by one. `autocast`: the dtype that the first input is cast to, or None.
+    by one. `autocast`: the dtype that the first input is cast to, or None. `lender`: as in Captured.
 
     Where the kernels refuse, it is tried without the first member: that is often the network's first layer, whose input
     is the caller's, in whatever layout."""
 
-    def __init__(self, inputs: list[fx.Node], members: Sequence[Member], autocast: torch.dtype | None):
-        self.inputs, self.members, self.autocast = inputs, members, autocast
+    def __init__(
+        self, inputs: list[fx.Node], members: Sequence[Member], autocast: torch.dtype | None, lender: Lender | None
+    ):
+        self.inputs, self.members, self.autocast, self.lender = inputs, members, autocast, lender
         self.last: fx.Node = members[-1].last
         numbers = {node: number for number, node in enumerate(inputs)}
         # Of each member: function, numbers of its inputs and of those that none reads after it.
@@ -90,7 +93,7 @@ class CooperativeCall:
         program = Program(x)
         if x.dtype not in DTYPES or self.emit(program, [0]) is None:
             return None
-        return prepared(program, signature)
+        return prepared(program, signature, self.lender)
 
     def fallback(self, *given: Any) -> Any:
         if self.refused is not None and self.rest is not None and not layer_by_layer.on:
@@ -116,8 +119,10 @@ class CooperativeCall:
 class BlockCall(CooperativeCall):
     """The units of one block, with squeeze and excitation as part of the convolution behind it."""
 
-    def __init__(self, block: list[Unit], members: Sequence[Member], autocast: torch.dtype | None):
-        super().__init__(inputs_of(block), members, autocast)
+    def __init__(
+        self, block: list[Unit], members: Sequence[Member], autocast: torch.dtype | None, lender: Lender | None
+    ):
+        super().__init__(inputs_of(block), members, autocast, lender)
         for before, unit in zip(block, block[1:]):
             first: Any = unit.first
             first.excite = before.first.excitation
@@ -139,17 +144,17 @@ def block_call(block: list[Unit], graph: Graph, mode: Mode) -> Member:
     members = [UnitCall(unit, graph, mode) for unit in block]
     if len(block) == 1 and not (members[0].runs_modules and block[0].in_strips):
         return members[0]
-    return BlockCall(block, members, mode.autocast)
+    return BlockCall(block, members, mode.autocast, graph.lender)
 
 
 class RowCall(CooperativeCall):
     """The blocks of one row."""
 
-    def __init__(self, source: fx.Node, members: Sequence[Member], autocast: torch.dtype | None):
-        super().__init__([source], members, autocast)
+    def __init__(self, source: fx.Node, members: Sequence[Member], autocast: torch.dtype | None, lender: Lender | None):
+        super().__init__([source], members, autocast, lender)
         first, *rest = members
         if len(rest) > 1 and all(source not in member.inputs for member in rest):
-            self.rest = RowCall(first.last, rest, autocast)
+            self.rest = RowCall(first.last, rest, autocast, lender)
 
 
 def fallback(unit: Unit, graph: Graph) -> Call:

@@ -15,6 +15,7 @@ from ..units.channels import POINTWISE
 from ..units.functions import EMPTY
 
 if TYPE_CHECKING:
+    from ..capture.captured import Lender
     from ..units import Op, Unit
 
 Residuals = Sequence[int | None]
@@ -66,9 +67,11 @@ class Program:
         return ConvProblem(n, c, h, w, c, *POINTWISE, DTYPES[x.dtype], layout, layout, x.device.type)
 
 
-def prepared(program: Program, signature: tuple[Any, ...]) -> Callable[[torch.Tensor], torch.Tensor | None] | None:
+def prepared(
+    program: Program, signature: tuple[Any, ...], lender: Lender | None
+) -> Callable[[torch.Tensor], torch.Tensor | None] | None:
     """call(x) -> y for calls of a signature, or None where the kernels cannot run it; it returns None where something
-    is not as it was."""
+    is not as it was. `lender`: as in Captured."""
     ops, x = program.ops, program.x
     choices = [op.choice for op in ops if op.choice is not None]
     backend = choices[0].backend if choices else None
@@ -87,7 +90,9 @@ def prepared(program: Program, signature: tuple[Any, ...]) -> Callable[[torch.Te
     counters = {id(choice.counter): choice.counter for choice in choices}  # one for each kernel
     times = Counter(id(choice.counter) for choice in choices)
     counts = [(counter, times[key]) for key, counter in counters.items()]
-    run, flat, guards, handed = sequence.run, program.flat, None, None
+    run, flat, guards = sequence.run, program.flat, None
+    handed: CachedTensors | None = None
+    lent, time = [op.places[0] for op in ops], None
 
     def look_up() -> CachedTensors | None:
         """The tensors and eps of every op, handed over, or None where something is not as it was."""
@@ -99,21 +104,36 @@ def prepared(program: Program, signature: tuple[Any, ...]) -> Callable[[torch.Te
             tensors.append(given)
         return sequence.keep(tensors, [op.eps for op in ops], flat)
 
-    def again(x: torch.Tensor) -> torch.Tensor | None:
+    def as_before() -> CachedTensors | None:
+        """What was handed over, where the dictionaries hold what they held."""
         nonlocal guards, handed
-        if (x.shape, x.stride(), x.dtype, x.device) != signature:
-            return None
         if guards is None or not guards.holds():
             handed = look_up()
-            if handed is None:
-                return None
-            guards = _guards(sequence.guards(), ops)
+            guards = None if handed is None else _guards(sequence.guards(), ops)
+        return handed
+
+    def borrowed(time_now: object) -> CachedTensors | None:
+        """The same where they are lent the tensors of each call: of those that lie where they lay nothing is new."""
+        nonlocal handed, time
+        if handed is None or time is not time_now or not handed.borrow([values.get(name) for values, name in lent]):
+            handed, time = look_up(), time_now
+        return handed
+
+    def again(x: torch.Tensor) -> torch.Tensor | None:
+        if (x.shape, x.stride(), x.dtype, x.device) != signature:
+            return None
+        given = as_before() if lender is None else borrowed(lender.time)
+        if given is None:
+            return None
         for counter, calls in counts:
             counter[0] += calls
         try:
-            return run(x, handed)
+            return run(x, given)
         except RuntimeError:  # a weight of another shape through `.data`, which no dictionary shows
             return None
+        finally:
+            if lender is not None:
+                given.give_back()
 
     return again
 

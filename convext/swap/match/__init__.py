@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING
 from .graph import Graph
 
 if TYPE_CHECKING:
-    from ..capture.trace import Trace
+    from ..capture.captured import Captured
     from ..modes import Mode
 
 PATTERNS = [
     import_module(f"{__name__}.{name}")
     for name in (
+        "squeeze_excite",
         "conv_bn_act",
         "head",
         "channel_layers",
@@ -36,9 +37,9 @@ PATTERNS = [
 ]
 
 
-def match(trace: Trace, mode: Mode, strict: bool = False) -> Graph:
-    """The graph of a trace with the units that run in calls of a mode. `strict`: batch norms whose statistics others
-    may share run at their own places."""
+def match(trace: Captured, mode: Mode, strict: bool = False) -> Graph:
+    """The graph of a captured forward with the units that run in calls of a mode. `strict`: batch norms whose
+    statistics others may share run at their own places."""
     graph = Graph(trace, strict)
     for pattern in PATTERNS:
         for unit in pattern.match(graph, mode):

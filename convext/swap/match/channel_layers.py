@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from .. import calls
 from ..units import Format, Op, Unit
 from ..units.channels import LayerNorm, Linear, Shapes
+from ..units.functions import LayerNormalization
 
 if TYPE_CHECKING:
     from ..modes import Mode
@@ -37,8 +38,8 @@ def match(graph: Graph, mode: Mode) -> Iterator[Unit]:
 def _from(graph: Graph, node: Node) -> Unit | None:
     """The unit that begins with a node, or None."""
     module = graph.module(node)
-    if module is not None and calls.is_layer_norm_2d(module):
-        return Unit(node.args[0], [LayerNorm(module)], [node])
+    if module is not None and calls.is_layer_norm_2d(module) and (norm := LayerNormalization.of_layer(module)):
+        return Unit(node.args[0], [LayerNorm(norm)], [node])
     if _permutation(graph, node) != _TO_NHWC:
         return None
     unit = Unit(node.args[0], [], [node])
@@ -51,7 +52,7 @@ def _from(graph: Graph, node: Node) -> Unit | None:
 def _inside(graph: Graph, unit: Unit) -> bool:
     """Follows a unit while its values are in the order NHWC; False where it does not come back."""
     while (node := graph.follower(unit.last)) is not None:
-        first = _reads_alone(node, unit.last)
+        first = reads_alone(graph, node, unit.last)
         if first and unit.ops and _permutation(graph, node) == _TO_NCHW:
             unit.nodes.append(node)
             return True
@@ -74,16 +75,28 @@ def _outside(graph: Graph, unit: Unit) -> None:
         unit.nodes.append(node)
 
 
-def _reads_alone(node: fx.Node, value: fx.Node) -> bool:
-    return node.args[:1] == (value,) and node.all_input_nodes == [value]
+def layer_norm_2d(graph: Graph, node: Node) -> Unit | None:
+    """The unit of a LayerNorm over the channels of an image that begins with a node: of a LayerNorm2d, or of what it
+    does, a permutation, a LayerNorm and the permutation back."""
+    unit = _from(graph, node)
+    return unit if unit is not None and len(unit.ops) == 1 and isinstance(unit.first, LayerNorm) else None
+
+
+def reads_alone(graph: Graph, node: fx.Node, value: fx.Node) -> bool:
+    """True of a node that reads a value as its first argument, and nothing else that is not found by name."""
+    return node.args[:1] == (value,) and graph.values_read(node) == [value]
 
 
 def takes_layer(graph: Graph, unit: Unit, node: fx.Node) -> bool:
     """True of a LayerNorm or linear layer, and of an activation behind the latter, that reads the unit's last node
     alone; adds it to the ops."""
-    module = graph.module(node, nn.LayerNorm, nn.Linear)
-    if module is not None:
-        unit.ops.append(Linear(module) if type(module) is nn.Linear else LayerNorm(module))
+    linear, norm = graph.linear(node), graph.layer_norm(node)
+    if linear is not None:
+        unit.ops.append(Linear(linear))
+    elif norm is not None:
+        unit.ops.append(LayerNorm(norm))
+    if linear is not None or norm is not None:
+        unit.parameters += graph.parameters_read(node)
         return True
     if ends_in_linear(unit.ops) and (name := graph.activation(node)):
         unit.ops[-1].activation = name

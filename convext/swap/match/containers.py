@@ -1,26 +1,18 @@
-"""Calls of containers with plans of their own, which may be sequences themselves, and among them squeeze and excitation
-(Hu, Shen and Sun, 2018), whatever the container is called:
-
-    return x * gate(conv(activation(conv(mean of x over its pixels))))
-
-with 1x1 convolutions.
-"""
+"""Calls of containers with plans of their own, which may be sequences themselves, and among them such as do nothing but
+squeeze and excitation (match/squeeze_excite.py), whatever they are called."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from .. import calls
 from ..capture.signature import ONE_TENSOR
 from ..units import Format, Unit
-from ..units.containers import GATES, Container, SqueezeExcite
-from . import conv_bn_act
+from ..units.containers import Container, SqueezeExcite
+from . import squeeze_excite
 from .graph import Graph
 
 if TYPE_CHECKING:
-    from torch import fx
-
     from ..modes import Mode
 
 
@@ -40,38 +32,9 @@ def _squeeze_excite(plan: Any, mode: Mode) -> SqueezeExcite | None:
     if plan is None or plan.signature is not ONE_TENSOR or plan.trace.opaque:
         return None
     graph = Graph(plan.trace)
-    for unit in conv_bn_act.match(graph, mode):
-        graph.take(unit)
-    x, product = graph.nodes[0], graph.result
-    units: list[Any] = graph.units
-    if len(units) != 2 or x.op != "placeholder" or graph.nodes[-1].all_input_nodes != [product]:
+    x, result = graph.nodes[0], graph.result
+    found = next((f for node in graph.nodes if (f := squeeze_excite.beginning_with(graph, node))), None)
+    if found is None or x.op != "placeholder" or found.source is not x or found.nodes[-1] is not result:
         return None
-    squeeze, excite = units
-    if (
-        squeeze.source.args[:1] != (x,)
-        or calls.mean_over_pixels(squeeze.source, graph.modules) is not False
-        or excite.source is not squeeze.last
-        or excite.words
-        or not calls.is_product(product)
-        or squeeze.first.batch_norm is not None
-        or squeeze.residual is not None
-    ):
-        return None
-    gates = [a for a in product.args if a is not x]
-    if len(product.args) != 2 or len(gates) != 1 or x not in product.args:
-        return None
-    gate = _gate(gates[0], graph.modules)
-    known = {x, squeeze.source, *squeeze.all_nodes, *excite.all_nodes, gates[0], product, graph.nodes[-1]}
-    if gate is None or gates[0].args[0] is not excite.last or set(graph.nodes) != known:
-        return None
-    convs = squeeze.first.convolution, excite.first.convolution
-    if any(not conv.is_pointwise or conv.geom.stride != (1, 1) for conv in convs):
-        return None
-    return SqueezeExcite(*convs, squeeze.first.activation, gate)
-
-
-def _gate(node: fx.Node, modules: calls.Modules) -> str | None:
-    kind = type(modules[node.target]) if node.op == "call_module" else node.target
-    if len(node.args) != 1 or node.kwargs:
-        return None
-    return next((name for name, kinds in GATES.items() if kind in kinds), None)
+    known = {x, *found.nodes, *found.parameters, graph.nodes[-1]}
+    return found.excitation if set(graph.nodes) == known else None

@@ -30,7 +30,7 @@ def match(graph: Graph, mode: Mode) -> Iterator[Unit]:
             if node.op == "call_module" and calls.is_conv(graph.modules[node.target]):
                 graph.reasons[graph.modules[node.target]] = _why_by_itself(graph, node)
         elif graph.is_untaken(node):
-            unit = _unit(graph, node, convolution)
+            unit = unit_of(graph, node, convolution)
             if not unit.words:
                 graph.reasons[convolution.layer] = "nothing follows that can be fused"
             yield unit
@@ -47,7 +47,7 @@ def _why_by_itself(graph: Graph, node: fx.Node) -> str:
     return "its padding is no number of zeros on both sides"
 
 
-def _unit(graph: Graph, node: Node, convolution: Convolution) -> Unit:
+def unit_of(graph: Graph, node: Node, convolution: Convolution) -> Unit:
     """The longest unit from a convolution on that crosses no write, and no other use of its batch norm's statistics."""
     nodes, source = [node], node.args[0]
     residual: fx.Node | None = None

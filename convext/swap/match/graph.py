@@ -14,10 +14,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from .. import calls
 from ..capture import signature as signatures
-from ..units.functions import NOWHERE, BatchNorm, Convolution, Place, geom_of
+from ..units.functions import NOWHERE, Affine, BatchNorm, Convolution, LayerNormalization, Place, geom_of
 
 if TYPE_CHECKING:
-    from ..capture.trace import Trace
+    from ..capture.captured import Captured
     from ..method import ForwardMethod
     from ..units import Unit
 
@@ -25,21 +25,22 @@ Node = Any  # an fx.Node whose arguments are known better than torch.fx has thei
 
 
 class Graph:
-    """The graph of a trace, and what patterns have found in it.
+    """The graph of a captured forward, and what patterns have found in it.
 
     nodes      in order; modules: those that they call, by their keys
     units      what is found; reasons: {convolution: why nothing is fused with it}, for the report
-    result     what the forward returns
+    result     what the forward returns; contiguous, lender: as in Captured
     strict     whether statistics that units may share are taken for shared
     """
 
-    def __init__(self, trace: Trace, strict: bool = False):
+    def __init__(self, trace: Captured, strict: bool = False):
         self.strict = strict
         self.graph, self.modules = trace.graph, trace.modules
         self.nodes, self.order = list(trace.graph.nodes), {node: i for i, node in enumerate(trace.graph.nodes)}
         self.units: list[Unit] = []
         self.reasons: dict[nn.Module | None, str] = {}
         self._trace, self._opaque = trace, trace.opaque
+        self.contiguous, self.lender = trace.contiguous, trace.lender
         self._taken: set[fx.Node] = set()
 
     @property
@@ -157,8 +158,37 @@ class Graph:
             return {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}[type(self.modules[node.target])]
         return (4,) if type(node.target) is calls.BatchNormOf else (2, 3, 4, 5)
 
+    def linear(self, node: fx.Node) -> Affine | None:
+        """The Affine that a node computes of its first argument, or None."""
+        module = self.module(node, nn.Linear)
+        if module is not None:
+            return Affine.of_layer(module)
+        given = calls.arguments_of(node, F.linear)
+        places = None if given is None or given[0] is None else self._places(*given)
+        return None if places is None else Affine(*places)
+
+    def layer_norm(self, node: fx.Node) -> LayerNormalization | None:
+        """The LayerNormalization that a node computes of its first argument, or None."""
+        module = self.module(node, nn.LayerNorm)
+        if module is not None:
+            return LayerNormalization.of_layer(module)
+        given = calls.arguments_of(node, F.layer_norm)
+        if given is None:
+            return None
+        shape, weight, bias, eps = given
+        places = self._places(weight, bias)
+        return None if places is None else LayerNormalization.of(places[0], places[1], shape, eps)
+
     def activation(self, node: fx.Node) -> str | None:
         return calls.activation(node, self.modules)
+
+    def values_read(self, node: fx.Node) -> list[fx.Node]:
+        """What a node reads but for tensors that are found by name."""
+        return [value for value in node.all_input_nodes if value.op != "get_attr"]
+
+    def parameters_read(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes of the tensors that are found by name among what a node reads."""
+        return [value for value in node.all_input_nodes if value.op == "get_attr"]
 
     @functools.cached_property
     def uses(self) -> Counter[Any]:
@@ -231,6 +261,8 @@ class Graph:
 
     def _may_write_held(self, node: Node) -> bool:
         """True where a node may write a tensor that is found by name, other than as one of `calls.written`."""
+        if node in self._trace.barriers:
+            return True
         if node.op == "call_module":
             if self.is_opaque(node):
                 return True

@@ -18,7 +18,7 @@ from torch import fx, nn
 from .. import calls
 from ..units import Format, Unit
 from ..units.channels import LayerNorm, Mean
-from .channel_layers import ends_in_linear, takes_layer
+from .channel_layers import ends_in_linear, layer_norm_2d, reads_alone, takes_layer
 
 if TYPE_CHECKING:
     from ..modes import Mode
@@ -41,13 +41,15 @@ def _from(graph: Graph, node: Node) -> Unit | None:
         return None
     unit = Unit(node.args[0], [Mean()], [node], format=Format.NO_IMAGE)
     while (node := graph.follower(unit.last)) is not None:
-        if node.args[:1] != (unit.last,) or node.all_input_nodes != [unit.last]:
+        if not reads_alone(graph, node, unit.last):
             break
-        module = graph.module(node)
         if not flat and _flattens(graph, node):
             flat = True
-        elif not flat and module is not None and calls.is_layer_norm_2d(module):
-            unit.ops.append(LayerNorm(module))
+        elif not flat and (norm := layer_norm_2d(graph, node)) is not None:
+            unit.ops += norm.ops
+            unit.parameters += norm.parameters
+            unit.nodes += norm.nodes[:-1]
+            node = norm.last
         elif not (flat and takes_layer(graph, unit, node)):
             break
         unit.nodes.append(node)

@@ -174,6 +174,8 @@ class Layout:
         kind = self._kind(graph, node, unit, inputs)
         if kind is None:
             self.must_be_contiguous |= self.free.intersection(inputs)
+            if node in graph.contiguous:  # of contiguous inputs; so its readers may take it as an argument's like
+                self.free.add(node)
         else:
             (self.free if kind == "free" else self.channels_last).add(node)
 

@@ -77,9 +77,12 @@ def _block_from(unit: Unit, by_source: BySource, layout: Layout, taken: set[Unit
 
 
 def _only_reader(node: fx.Node, by_source: BySource) -> list[Unit]:
-    """[the unit that alone reads a node], or []."""
+    """[the unit that alone reads a node], or []. Squeeze and excitation reads it twice."""
     found = by_source.get(node, [])
-    return list(found) if len(found) == 1 and len(node.users) == 1 else []
+    if len(found) != 1:
+        return []
+    alone = len(node.users) == 1 or found[0].first.excitation is not None and set(node.users) <= set(found[0].nodes)
+    return list(found) if alone else []
 
 
 def _something_between(block: Block, graph: Graph) -> bool:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from ... import autograd, backends, functional, ops
 from ...activation import TABLE
@@ -25,7 +25,7 @@ from ...autograd import Recomputable
 from ...backends.native_sequence import Step, StepKind
 from ...problem import ConvProblem, Epilogue, Geom, Layout, Pass, epilogue_kind
 from . import AnyLayout, Call, Op, Tensors
-from .functions import NOWHERE, Place
+from .functions import NOWHERE, Affine, LayerNormalization, Place, found
 
 if TYPE_CHECKING:
     from ..modes import Mode
@@ -87,19 +87,15 @@ class LayerNorm(_ChannelOp):
     kind, dtypes = StepKind.LAYER_NORM, _NORM_DTYPES
     has_call = False
 
-    def __init__(self, module: nn.LayerNorm):
-        self.norm = module
-        self.places = (*(NOWHERE,) * 4, (module._parameters, "weight"), (module._parameters, "bias"))
-
-    @property
-    def eps(self) -> Any:  # type: ignore[override]
-        return self.norm.__dict__["eps"]
+    def __init__(self, norm: LayerNormalization):
+        self.shape, self.eps = norm.shape, norm.eps
+        self.places = (*(NOWHERE,) * 4, norm.weight, norm.bias)
 
     def words(self, adds: bool) -> list[str]:
         return ["layer norm", *super().words(adds)]
 
     def filters(self, before: ConvProblem, tensors: Tensors) -> Filters | None:
-        return (before.k, *POINTWISE) if tuple(self.norm.normalized_shape) == (before.k,) else None
+        return (before.k, *POINTWISE) if self.shape == (before.k,) else None
 
 
 class Linear(_ChannelOp):
@@ -108,10 +104,10 @@ class Linear(_ChannelOp):
 
     takes = gives = "rows"
 
-    def __init__(self, module: nn.Linear):
-        self.linear, self.scale = module, False
+    def __init__(self, linear: Affine):
+        self.scale = False
         self.scale_shapes: Shapes = ()
-        self.places = (*((module._parameters, name) for name in ("weight", "bias")), *(NOWHERE,) * 4)
+        self.places = (*linear, *(NOWHERE,) * 4)
 
     def scale_by(self, place: Place, shapes: Shapes) -> None:
         self.scale, self.scale_shapes = True, shapes
@@ -139,10 +135,10 @@ class Linear(_ChannelOp):
     def bind(self, fallback: Call, mode: Mode) -> Call:
         if mode.direct:
             return fallback
-        parameters, activation = self.linear._parameters, self.activation
+        (weight, offset), activation = self.places[:2], self.activation
 
         def fused(given: Any) -> Any:
-            w, bias = parameters.get("weight"), parameters.get("bias")
+            w, bias = found(weight), found(offset)
             kept = type(given) is not Recomputable
             x: Any = given if kept else given.values.permute(0, 2, 3, 1).view(given.rows)
             if w is None or x is None or not _takes(x, w, bias):

@@ -1,5 +1,5 @@
-"""The call of a container that has a plan of its own: it may join a sequence, and squeeze and excitation a
-convolution."""
+"""The call of a container that has a plan of its own, which may join a sequence; and squeeze and excitation, which may
+join a convolution, in a container or not."""
 
 from __future__ import annotations
 
@@ -54,6 +54,21 @@ class Container(Op):
     def emit(self, unit: Unit, program: AnyProgram, values: list[int]) -> Any:
         whole = self.whole()
         return None if whole is None else whole.emit(program, values)
+
+
+class Excitation(Op):
+    """Squeeze and excitation that is no container: as `Container.excitation`, part of the convolution behind it."""
+
+    in_strips = has_call = False
+
+    def __init__(self, excitation: SqueezeExcite):
+        self.excitation = excitation
+
+    def settle(self, last: fx.Node, layout: AnyLayout, mode: Mode) -> bool:
+        return bool(layout.is_free(last))
+
+    def joins(self) -> bool:
+        return False  # by itself: it has no kernel without the convolution
 
 
 class SqueezeExcite(NamedTuple):

@@ -208,21 +208,12 @@ def _recorded_or_not(op: Conv, fallback: Call) -> Call:
     state, norm, channels_last, activation = op.state, op.batch_norm, op.channels_last, op.activation
     geom, places = op.convolution.geom, op.places[:6]
     by_batch = norm is not None and norm.by_batch
-    ends_elementwise = activation != "identity"
 
     def fused(given: Any, residual: torch.Tensor | None = None) -> Any:
         x: Any = given.values if type(given) is Recomputable else given
         w: Any
-        w, bias, mean, var, gamma, beta = map(found, places)
-        # A batch norm is elementwise where it is recorded.
-        elementwise = ends_elementwise or norm is not None and (by_batch or _grad_enabled())
-        if (
-            not _is_usual(x, w, geom, residual, channels_last, elementwise)
-            or not _are_vectors(w.shape[0], bias, mean, var, gamma, beta)
-            or norm is not None
-            and (by_batch or _grad_enabled())
-            and (_is_for_the_layers(x, w, geom, by_batch) or _are_odd_statistics(mean, var, by_batch))
-        ):
+        tensors = w, bias, mean, var, gamma, beta = tuple(map(found, places))
+        if not is_usual(op, x, tensors, residual):
             return fallback(functional.ordinary(given), residual)
         state.last = x.shape, x.stride(), x.dtype, x.device
         state.kind = STATISTICS if by_batch else epilogue_kind(norm is not None, residual is not None, activation)
@@ -280,11 +271,26 @@ def _are_odd_statistics(mean: torch.Tensor | None, var: torch.Tensor | None, by_
     )
 
 
+def is_usual(op: Conv, x: Any, tensors: tuple[torch.Tensor | None, ...], residual: torch.Tensor | None) -> bool:
+    """True where the fused call means what its modules one by one do, strides included. `tensors`: those of the first
+    six places."""
+    (w, *vectors), norm, geom = tensors, op.batch_norm, op.convolution.geom
+    _, mean, var, _, _ = vectors
+    by_batch = norm is not None and norm.by_batch
+    recorded = norm is not None and (by_batch or _grad_enabled())
+    elementwise = op.activation != "identity" or recorded  # a batch norm is where it is recorded
+    return (
+        _is_usual(x, w, geom, residual, op.channels_last, elementwise)
+        and w is not None
+        and _are_vectors(w.shape[0], *vectors)
+        and not (recorded and (_is_for_the_layers(x, w, geom, by_batch) or _are_odd_statistics(mean, var, by_batch)))
+    )
+
+
 def _is_usual(
     x: Any, w: Any, geom: Geom, residual: torch.Tensor | None, channels_last: bool, elementwise: bool
 ) -> bool:
-    """True where the fused call means what its modules one by one do, strides included. `elementwise`: an elementwise
-    operation follows the convolution."""
+    """The same of the convolution and the sum. `elementwise`: an elementwise operation follows."""
     if (
         w is None
         or x is None

@@ -126,3 +126,36 @@ class BatchNorm(NamedTuple):
             return self.momentum
         count = found(self.count)
         return 0.0 if count is None else 1.0 / (float(count) + 1.0)
+
+
+class Affine(NamedTuple):
+    """linear(x, weight, bias) over the last dimension of x."""
+
+    weight: Place
+    bias: Place
+
+    @classmethod
+    def of_layer(cls, layer: nn.Linear) -> Affine:
+        return cls((layer._parameters, "weight"), (layer._parameters, "bias"))
+
+
+class LayerNormalization(NamedTuple):
+    """layer_norm(x, shape, weight, bias, eps) over the last dimensions of x, which are of that shape."""
+
+    weight: Place
+    bias: Place
+    shape: tuple[int, ...]
+    eps: float
+
+    @classmethod
+    def of_layer(cls, layer: nn.LayerNorm) -> LayerNormalization | None:
+        """That of a layer, exactly of torch's class or one that normalises over the channels of an image."""
+        affine = layer._parameters
+        return cls.of((affine, "weight"), (affine, "bias"), *map(layer.__dict__.get, ("normalized_shape", "eps")))
+
+    @classmethod
+    def of(cls, weight: Place, bias: Place, shape: Any, eps: Any) -> LayerNormalization | None:
+        """None where the settings are no numbers."""
+        if not isinstance(shape, (list, tuple)) or not all(type(n) is int for n in shape) or type(eps) is not float:
+            return None
+        return cls(weight, bias, tuple(shape), eps)
