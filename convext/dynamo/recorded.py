@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .. import functional, transposed
+from .. import batch_norm, functional, transposed
 
 _fused, _of_the_batch = torch.ops.convext.conv_bn_act.default, torch.ops.convext.conv_bn_act_train.default
 
@@ -36,7 +36,7 @@ def conv_bn_act_train(
     out, y, mean, var = _of_the_batch(x, w, bias, None, None, *arguments)
     if running_mean is not None and running_var is not None:
         count = y.shape[0] * y.shape[2] * y.shape[3]
-        functional._update_running(running_mean, running_var, mean, var, momentum, count)
+        batch_norm.update_running(running_mean, running_var, mean, var, momentum, count)
     return out
 
 
