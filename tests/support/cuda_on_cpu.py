@@ -1,8 +1,8 @@
 """Builds the CUDA kernels with g++ for the emulator in csrc/tests/cuda_on_cpu, in the forms that the tests run.
 
 plain   the fast one, for the whole list of cases
-asan    address sanitizer: shared memory past its end, local arrays
-align   vector loads and stores at addresses that do not fit them, bad shifts and indices
+asan    address sanitizer: shared memory past its end, local arrays; and vector loads and stores at addresses that do not
+        fit them, bad shifts and indices
 race    every load and store checked for races in shared memory, and counted in global memory
 ptx     a library for ptx_run.py, which runs the launches: of the kernels only their addresses matter
 """
@@ -23,10 +23,9 @@ CSRC = ROOT / "csrc"
 EMULATOR = "tests/cuda_on_cpu"
 SANITIZERS = {
     "plain": [],
-    "asan": ["-fsanitize=address"],
+    "asan": ["-fsanitize=address,alignment,bounds,shift,integer-divide-by-zero", "-fno-sanitize-recover=all"],
     "race": [],
     "ptx": ["-fPIC", "-shared"],
-    "align": ["-fsanitize=alignment,bounds,shift,integer-divide-by-zero", "-fno-sanitize-recover=all"],
 }
 
 
