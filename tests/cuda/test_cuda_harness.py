@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from typing import NamedTuple
 
@@ -398,8 +399,8 @@ ONLY = {
     BACKWARD_ANY: ("cuda/depthwise/depthwise_backward_any_sm80.cu", None),
     PLANES: ("cuda/depthwise/depthwise_backward_planes_sm80.cu", None),
     SIMT: ("cuda/simt/simt_sm80.cu", None),
-    STEM: ("cuda/stem/stem_fprop_sm80.cu", None),
-    STEM_WGRAD: ("cuda/stem/stem_wgrad_sm80.cu", None),
+    STEM: ("cuda/stem/stem_fprop_sm80.cu", "CONVEXT_STEM(cuda::bf16, bf16, 64, 3)"),
+    STEM_WGRAD: ("cuda/stem/stem_wgrad_sm80.cu", "CONVEXT_STEM(cuda::bf16, bf16, 64, 192, 2, 3, 3)"),
 }
 
 
@@ -414,7 +415,7 @@ def build_alone(folder, form: str, variant: str, known, mutant: Mutant | None = 
     source, instance = ONLY[variant]
     if instance is not None:
         text = (csrc / source).read_text()
-        head, tail = text.split("CONVEXT_IGEMM_DTYPES(CONVEXT_IGEMM_TILES)\n")
+        head, *_ = re.split(r"^CONVEXT_(?:IGEMM|STEM)\w*\(", text, maxsplit=1, flags=re.M)  # where the instances begin
         (csrc / source).write_text(f"{head}{instance}\n}}  // namespace convext\n")
     (csrc / "core" / "variants.inc").write_text(
         f"CONVEXT_CUDA_VARIANT({variant})\n#undef CONVEXT_CPU_VARIANT\n#undef CONVEXT_CUDA_VARIANT\n"
