@@ -150,6 +150,11 @@ class Tile:
         return self.block_m // self.warps_m // 16 * (self.block_n // self.warps_n // 8) * (self.row_bytes // 32)
 
     @property
+    def rounds_wait(self) -> bool:
+        """Whether a round of the main loop brings in a stage, and waits for one; with one stage it only multiplies."""
+        return self.stages > 1
+
+    @property
     def shared_traffic(self) -> int:
         """Bytes that pass through shared memory for a stage: in once, and out once for each warp that needs them."""
         fragments = self.block_m * self.warps_n + self.block_n * self.warps_m
@@ -212,14 +217,16 @@ class Kernel:
 
     @cached_property
     def main_loop(self) -> Loop | None:
-        """The loop over the stages: the smallest that holds matrix instructions and waits at a barrier, or None."""
-        found = [loop for loop in self.loops if loop.holds("tensor") and loop.holds("barrier")]
+        """The loop over the stages: the smallest that holds matrix instructions and waits at a barrier, or None. With
+        one stage, the smallest with matrix instructions."""
+        waits = self.tile is None or self.tile.rounds_wait
+        found = [loop for loop in self.loops if loop.holds("tensor") and (loop.holds("barrier") or not waits)]
         return min(found, key=lambda loop: loop.last - loop.first, default=None)
 
     @cached_property
     def tile(self) -> Tile | None:
         """The tile that a matrix-product kernel names among its template arguments, or None."""
-        found = re.search(r"Tile<(\w+), (\d+), (\d+), (\d+), (\d+), (\d+), (\d+), (\d+)>", self.name)
+        found = re.search(r"Tile<(\w+)" + r", (\d+)" * 7 + r"\b", self.name)
         return Tile(found[1], *(int(n) for n in found.groups()[1:])) if found else None
 
     @cached_property
@@ -254,8 +261,14 @@ class Kernel:
             * tile.block_n
             * tile.block_k
             / (MULTIPLY_ADDS[self.arch] * (1 if tile.bits == 16 else 0.5)),
-            "shared": tile.shared_traffic / SHARED_BYTES,
+            "shared": (tile.shared_traffic if tile.rounds_wait else self.shared_reads * warps) / SHARED_BYTES,
         }
+
+    @property
+    def shared_reads(self) -> int:
+        """Bytes that a warp's loads in a main loop without loops inside take out of shared memory."""
+        loads = self.main_loop.instructions if self.main_loop else []
+        return sum(512 if i.base == "LDSM" else 32 * i.bytes for i in loads if i.base in ("LDS", "LDSM"))
 
     @cached_property
     def loop_accesses(self) -> list[Instruction]:
@@ -460,14 +473,20 @@ def slow_in_main_loop(kernel: Kernel) -> list[str]:
 # ---- what the cost model takes from here
 
 
+DTYPES = {"float": "tf32", "__half": "f16", "__nv_bfloat16": "bf16"}
+
+
 def variant(kernel: Kernel) -> str | None:
     """The variant whose main loop the kernel is (csrc/core/variants.inc), or None."""
     tile = kernel.tile
     found = re.match(r"igemm_(pixels|wgrad)<.*>, (?:(true|false), )?(true|false)>$", kernel.name)
+    if tile is not None and kernel.name.startswith("stem_"):
+        pass_, dtype = kernel.name[len("stem_") :].split("<")[0], DTYPES[tile.element]
+        return f"{pass_}_stem_{dtype}_{tile.block_m}x{tile.block_n}x16_sm80"
     if tile is None or found is None:
         return None
     pass_ = "wgrad" if found[1] == "wgrad" else "dgrad" if found[2] == "true" else "fprop"
-    dtype = {"float": "tf32", "__half": "f16", "__nv_bfloat16": "bf16"}[tile.element]
+    dtype = DTYPES[tile.element]
     gather = "" if found[3] == "true" else "_gather"
     return f"{pass_}_igemm_{dtype}_{tile.block_m}x{tile.block_n}x{tile.block_k}{gather}_sm80"
 

@@ -113,6 +113,9 @@ constexpr Variant cuda_variant(const char* name, Algorithm algorithm, Pass pass,
   return v;
 }
 
+// The order of the weights that the direct kernels read, and of the weight gradients that they write.
+inline const char* krsc_format(const ConvProblem&) { return "krsc"; }
+
 // 16 bytes of T, what one thread loads at a time.
 template <class T>
 struct alignas(16) Vector {

@@ -17,6 +17,9 @@ constexpr double kMemoryBytes = 20;  // of global memory, its share
 constexpr double kCacheBytes = 64;   // from the second-level cache
 constexpr double kFp32Fma = 128;     // multiply-adds
 constexpr double kFp64Fma = 64;
+// Multiply-adds of the tensor cores through mma.sync, which reaches 62 % of an H100's 2048 (convext/bench/sass.py names
+// the source).
+constexpr double kHalfMma = 0.62 * 2048, kTf32Mma = kHalfMma / 2;
 // Estimates, of an order of magnitude alone, until a GPU times them.
 constexpr double kLaunch = 4000;         // cycles of a grid, until its first result
 constexpr double kBlockOverhead = 1500;  // cycles to fill and drain one block's pipeline

@@ -160,7 +160,7 @@ def test_direct_contiguous_tensors_are_transposed_where_that_pays(cuda):
         assert not native_cuda._plan(pass_, large).facts["gathers"]
     rgb = dataclasses.replace(problem, n=32, c=3, k=64, h=224, w=224, r=7, s=7, stride_h=2, stride_w=2)
     for pass_ in (Pass.FPROP, Pass.WGRAD):
-        assert native_cuda._plan(pass_, rgb).facts["gathers"]
+        assert native_cuda._plan(pass_, rgb).facts["algorithm"] == "stem"
         assert native_cuda._plan(pass_, rgb).x_layout is Layout.NCHW  # the first layer reads images as they come
 
 
@@ -310,11 +310,11 @@ def test_what_kernels_say_of_themselves_is_what_their_names_say(emulated):
     for facts in emulated.variants():
         pass_, family, dtype, *rest = facts["name"].split("_")
         assert Pass(facts["pass"]).name.lower() == pass_ and facts["isa"] == rest[-1]
-        assert facts["algorithm"] == ("depthwise" if family == "depthwise" else "direct")
+        assert facts["algorithm"] == (family if family in ("depthwise", "stem") else "direct")
         assert facts["arithmetic"] == (
-            arithmetic[dtype] if family == "igemm" else "float64" if dtype == "f64" else "float32"
+            arithmetic[dtype] if family in ("igemm", "stem") else "float64" if dtype == "f64" else "float32"
         )
-        assert facts["gathers"] == (family == "simt" or "gather" in rest)
+        assert facts["gathers"] == (family in ("simt", "stem") or "gather" in rest)
         assert facts["block"] == ([0, 0, 0] if family == "depthwise" else [int(n) for n in rest[0].split("x")])
 
 
@@ -416,6 +416,19 @@ def test_batch_norm(cuda, layout, training):
     got = cuda.bn_act_backward(dout, y, epilogue, training)
     for g, w in zip(got, torch.autograd.grad(want, leaves, dout)):
         torch.testing.assert_close(g, w)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_infinite_pixel_reaches_only_what_meets_it(cuda, dtype):
+    """Reductions that are padded with zeros of one operand alone would make NaN of it."""
+    problem, x, w, dy, geom = make("first_layer", dtype, Layout.NHWC)
+    x[0, 1, 4, 5] = x[0, 0, -1, -1] = torch.inf
+    want_y, _, want_dw = reference(x, w, dy, geom)
+    for pass_, operands, want in ((Pass.FPROP, (x, w, Epilogue()), want_y), (Pass.WGRAD, (dy, x), want_dw)):
+        (stem,) = [c for c in cuda.candidates(pass_, problem) if "_stem_" in c.variant][:1]
+        got = stem.run(problem, *operands).double()
+        assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isposinf(), want.isposinf())
+        assert torch.equal(got.isneginf(), want.isneginf()) and 0 < want.isfinite().sum() < want.numel()
 
 
 def test_a_reason_is_given_once_with_all_its_kernels():

@@ -136,7 +136,7 @@ def test_kernels_keep_what_their_sources_promise(kernels, source, arch):
 
 
 @needs_disassembler
-@pytest.mark.parametrize("source", [s for s in SOURCES if s.stem.startswith("igemm")], ids=lambda s: s.stem)
+@pytest.mark.parametrize("source", [s for s in SOURCES if s.stem.startswith(("igemm", "stem"))], ids=lambda s: s.stem)
 def test_the_cost_model_knows_the_machine_code(kernels, source):
     """csrc/cuda/machine_code.inc, to within what another release of the compiler may change; `convext bench sass
     --write` renews it."""

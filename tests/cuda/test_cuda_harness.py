@@ -97,6 +97,8 @@ BACKWARD = "wgrad_depthwise_bf16_window_sm80"
 BACKWARD_ANY = "wgrad_depthwise_bf16_any_sm80"
 PLANES = "dgrad_depthwise_bf16_planes_sm80"
 SIMT = "fprop_simt_f32_64x64x16_sm80"
+STEM = "fprop_stem_bf16_128x64x16_sm80"
+STEM_WGRAD = "wgrad_stem_bf16_64x192x16_sm80"
 
 MUTANTS = {
     "missing_wait": Mutant(
@@ -302,6 +304,82 @@ MUTANTS = {
         "cuda/simt/simt_sm80.cu", "__syncthreads();  // the tile is whole;", "// the tile is whole;", "plain", SIMT
     ),
     "one_buffer_instead_of_two": Mutant("cuda/simt/simt_sm80.cu", "buffer ^= 1", "buffer ^= 0", "race", SIMT),
+    "patch_read_too_early": Mutant(
+        "cuda/stem/stem_fprop_sm80.cu", "__syncthreads();  // patch, filters", "// patch, filters", "plain", STEM
+    ),
+    "patch_overwritten_too_early": Mutant(
+        "cuda/stem/stem_fprop_sm80.cu",
+        "__syncthreads();  // all have read the patch",
+        "// all have read the patch",
+        "race",
+        STEM,
+    ),
+    "statistics_overwritten_by_the_next_patch": Mutant(
+        "cuda/stem/stem_fprop_sm80.cu",
+        "__syncthreads();  // the statistics are read",
+        "// the statistics are read",
+        "race",
+        STEM,
+    ),
+    "pixels_past_the_last_tap": Mutant(
+        "cuda/stem/stem_fprop_sm80.cu",
+        "{exists ? static_cast<uint32_t>(distance) : zeros, exists}",
+        "{static_cast<uint32_t>(distance), true}",
+        "plain",
+        STEM,
+    ),
+    "filters_in_another_order": Mutant(
+        "cuda/stem/stem_fprop_sm80.cu",
+        "filter / 32 * 4 + filter % 8 / 2",
+        "filter / 32 * 4 + filter % 8 % 4",
+        "plain",
+        STEM,
+    ),
+    "patch_of_the_last_tile": Mutant(
+        "cuda/stem/stem.h",
+        "left = at.q * problem.stride_w - problem.pad_w",
+        "left = min_of(at.q, plan.q - kStemCols) * problem.stride_w - problem.pad_w",
+        "plain",
+        STEM,
+    ),
+    "patch_past_the_row": Mutant(
+        "cuda/stem/stem.h",
+        "static_cast<uint32_t>(left + col) < static_cast<uint32_t>(problem.w)",
+        "static_cast<uint32_t>(left + col) <= static_cast<uint32_t>(problem.w)",
+        "plain",
+        STEM,
+    ),
+    "dy_not_waited_for": Mutant(
+        "cuda/stem/stem_wgrad_sm80.cu", "cp_async_wait<0>", "cp_async_wait<1>", "plain", STEM_WGRAD
+    ),
+    "dy_overwritten_too_early": Mutant(
+        "cuda/stem/stem_wgrad_sm80.cu",
+        "__syncthreads();  // all have read dy",
+        "// all have read dy",
+        "race",
+        STEM_WGRAD,
+    ),
+    "neighbours_of_a_fragment_swapped": Mutant(
+        "cuda/stem/stem_wgrad_sm80.cu",
+        "(first & 0xFFFFu) | second << 16",
+        "(second & 0xFFFFu) | first << 16",
+        "plain",
+        STEM_WGRAD,
+    ),
+    "group_of_taps_forgotten": Mutant(
+        "cuda/stem/stem_wgrad_sm80.cu",
+        "if (group > 0 && first_tap",
+        "if (group > 0 && 8 + first_tap",
+        "plain",
+        STEM_WGRAD,
+    ),
+    "dy_past_the_edge": Mutant(
+        "cuda/stem/stem_wgrad_sm80.cu",
+        "at.q + col < plan.q && filter",
+        "filter",
+        "plain",
+        STEM_WGRAD,
+    ),
     "split_forgotten": Mutant(
         "cuda/tile/reduce_splits.h", "split < splits;", "split < splits - (splits > 1);", "plain", BACKWARD
     ),
@@ -318,6 +396,8 @@ ONLY = {
     BACKWARD_ANY: ("cuda/depthwise/depthwise_backward_any_sm80.cu", None),
     PLANES: ("cuda/depthwise/depthwise_backward_planes_sm80.cu", None),
     SIMT: ("cuda/simt/simt_sm80.cu", None),
+    STEM: ("cuda/stem/stem_fprop_sm80.cu", "CONVEXT_STEM(cuda::bf16, bf16, 64, 3)"),
+    STEM_WGRAD: ("cuda/stem/stem_wgrad_sm80.cu", "CONVEXT_STEM(cuda::bf16, bf16, 64, 192, 2, 3, 3)"),
 }
 
 

@@ -119,6 +119,28 @@ def test_variants():
     assert sass.variant(kernel("simt<float>")) is None
 
 
+STEM = """.L_x_0:
+        /*0000*/                   LDG.E.64.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0010*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+.L_x_1:
+        /*0020*/                   LDS.64 R92, [R115] ;
+        /*0030*/                   LDS.128 R36, [R114] ;
+%s
+        /*0100*/              @P0  BRA `(.L_x_1) ;
+        /*0110*/              @P0  BRA `(.L_x_0) ;
+"""
+
+
+def test_of_a_tile_of_one_stage_the_main_loop_only_multiplies():
+    name = "stem_fprop<StemTile<__nv_bfloat16, 128, 32, 4, 1, 1, 4, 32> >"
+    body = STEM % ("        /*0040*/                   HMMA.16816.F32.BF16 R64, R8, R36, R64 ;\n" * 8)
+    k = sass.Kernel("symbol", name, "sm_90", 117, 0, 1024, 128, list(sass._instructions(body)))
+    assert k.tile.warp_mmas == 8 and k.step == {"shared": 2, "tensor": 8, "branch": 1}
+    # Four warps, each a load of 32 * 8 bytes and one of 32 * 16.
+    assert k.cycles() == {"issue": 11, "tensor": pytest.approx(128 * 32 * 16 / (0.62 * 2048)), "shared": 4 * 768 / 128}
+    assert sass.variant(k) == "fprop_stem_bf16_128x32x16_sm80"
+
+
 def test_the_cost_models_table():
     said = [sass.Promise("here", "igemm_pixels<", {"shared": 73792})]
     text = sass.machine_code([kernel(), kernel("simt<float>"), kernel(arch="sm_80")], said)

@@ -1,8 +1,8 @@
 """Builds the CUDA kernels with g++ for the emulator in csrc/tests/cuda_on_cpu, in the forms that the tests run.
 
 plain   the fast one, for the whole list of cases
-asan    address sanitizer: shared memory past its end, local arrays; and vector loads and stores at addresses that do not
-        fit them, bad shifts and indices
+asan    address sanitizer: shared memory past its end, local arrays; and vector loads and stores at addresses that do
+        not fit them, bad shifts and indices
 race    every load and store checked for races in shared memory, and counted in global memory
 ptx     a library for ptx_run.py, which runs the launches: of the kernels only their addresses matter
 """
@@ -13,6 +13,7 @@ import concurrent.futures
 import hashlib
 import os
 import platform
+import re
 import shutil
 import site
 import subprocess
@@ -135,11 +136,12 @@ def kernel_sources() -> list[str]:
 
 def sources_of(folder: Path, variant: str, source: str, instance: str | None) -> Path:
     """A copy of csrc in which there is this variant alone. `instance` is what its source file is to have of all the
-    instances of the igemm families' templates; None leaves the file as it is."""
+    instances of its templates; None leaves the file as it is."""
     csrc = folder / "csrc"
     shutil.copytree(CSRC, csrc)
     if instance is not None:
-        head, _ = (csrc / source).read_text().split("CONVEXT_IGEMM_DTYPES(CONVEXT_IGEMM_TILES)\n")
+        text = (csrc / source).read_text()
+        head, *_ = re.split(r"^CONVEXT_(?:IGEMM|STEM)\w*\(", text, maxsplit=1, flags=re.M)  # where the instances begin
         (csrc / source).write_text(f"{head}{instance}\n}}  // namespace convext\n")
     (csrc / "core" / "variants.inc").write_text(
         f"CONVEXT_CUDA_VARIANT({variant})\n#undef CONVEXT_CPU_VARIANT\n#undef CONVEXT_CUDA_VARIANT\n"

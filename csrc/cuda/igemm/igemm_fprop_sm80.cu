@@ -11,8 +11,8 @@
 // most 16*(2*128 + 1)*4 B = 16 KiB, and writes a row of partials a tile of pixels: 8 B for 64 or more elements of y.
 // Bytes: x and y once through memory, w once a row of tiles through L2. At 128x128 a block computes 64 FLOP for each
 // byte that it loads. Chosen by their cost (igemm_tiles.h).
-// `gather` is the same kernel with a loader that collects elements one by one: 1, 3 or 4 channels (the first layer,
-// NCHW or NHWC, its reduction R*S*C padded once rather than at every tap), channels that are not whole 16-byte chunks.
+// `gather` is the same kernel with a loader that collects elements one by one: channels that are not whole 16-byte
+// chunks, NHWC or NCHW, their reduction R*S*C padded once rather than at every tap. A first layer is cuda/stem's.
 #include "igemm_pixels.h"
 #include "igemm_tiles.h"
 

@@ -1,5 +1,5 @@
-// Brings the operands of fprop and dgrad into shared memory element by element, from any strides: the first layer, odd
-// channel counts, NCHW. The reduction is not padded at every tap, only once.
+// Brings the operands of fprop and dgrad into shared memory element by element, from any strides: odd channel counts,
+// NCHW. The reduction is not padded at every tap, only once.
 #pragma once
 #include "igemm_block.h"
 

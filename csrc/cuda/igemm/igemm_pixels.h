@@ -178,9 +178,6 @@ const char* launch_igemm_pixels(const ConvProblem& p, const LaunchArgs& args) {
                        args.epilogue, vector_out, PartialStats<float>(args.stats, m_tiles, p.k));
 }
 
-// The order of the weights that the direct kernels read, and of the weight gradients that they write.
-inline const char* krsc_format(const ConvProblem&) { return "krsc"; }
-
 // What the variants of the three passes say in the same words.
 template <class TILE, bool VECTOR>
 constexpr Variant igemm_variant(const char* name, Pass pass) {

@@ -46,10 +46,6 @@
 
 namespace convext::cuda {
 
-// Multiply-adds of a multiprocessor's tensor cores per clock through mma.sync, which reaches 62 % of an H100's 2048
-// (convext/bench/sass.py names the source).
-constexpr double kHalfMma = 0.62 * 2048, kTf32Mma = kHalfMma / 2;
-
 // Residue classes of dgrad share the taps between them, and each has its own tiles.
 inline double igemm_cost(const Variant& v, const ConvProblem& p) {
   const double classes = v.pass == Pass::kDgrad ? double(p.stride_h) * p.stride_w : 1;

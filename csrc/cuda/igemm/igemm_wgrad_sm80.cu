@@ -15,7 +15,7 @@
 // Budget, by tile (igemm_tiles.h): 24 to 96 KiB of shared memory, 16 to 128 registers of accumulators; 64 FLOP for
 // each byte that a block of 128x128 loads. Slabs cost splits*K*RSC*8 bytes of traffic, in L2 for all but the largest
 // filters.
-// `gather` collects elements one by one, for channels that are not whole 16-byte chunks (the first layer) and NCHW.
+// `gather` collects elements one by one, for channels that are not whole 16-byte chunks and NCHW.
 #include <type_traits>
 
 #include "cuda/tile/gemm.h"

@@ -15,6 +15,17 @@ CONVEXT_DEVICE uint32_t load_shared(uint32_t address) {
 #endif
 }
 
+CONVEXT_DEVICE uint2 load_shared_8(uint32_t address) {
+#if defined(CONVEXT_CUDA_ON_CPU)
+  if (address % 8) ::cuda_on_cpu::fail("ld.shared: the address is not 8-byte aligned");
+  return *reinterpret_cast<const uint2*>(::cuda_on_cpu::shared_pointer(address, 8));
+#else
+  uint2 out;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(out.x), "=r"(out.y) : "r"(address) : "memory");
+  return out;
+#endif
+}
+
 CONVEXT_DEVICE uint4 load_shared_16(uint32_t address) {
 #if defined(CONVEXT_CUDA_ON_CPU)
   if (address % 16) ::cuda_on_cpu::fail("ld.shared: the address is not 16-byte aligned");
@@ -26,6 +37,15 @@ CONVEXT_DEVICE uint4 load_shared_16(uint32_t address) {
                : "r"(address)
                : "memory");
   return out;
+#endif
+}
+
+CONVEXT_DEVICE void store_shared_8(uint32_t address, const uint2& value) {
+#if defined(CONVEXT_CUDA_ON_CPU)
+  if (address % 8) ::cuda_on_cpu::fail("st.shared: the address is not 8-byte aligned");
+  *reinterpret_cast<uint2*>(::cuda_on_cpu::shared_pointer(address, 8)) = value;
+#else
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(value.x), "r"(value.y) : "memory");
 #endif
 }
 

@@ -242,8 +242,6 @@ SimtPlan plan_simt(Pass pass, const ConvProblem& p) {
   return {tiles, ceil_div(g.k, per_split), per_split};
 }
 
-const char* krsc_format(const ConvProblem&) { return "krsc"; }
-
 const char* reject(const ConvProblem& p) {
   if (p.npq() > INT32_MAX || p.nhw() > INT32_MAX) return "there are more than 2^31 pixels";
   if (p.groups > 65535) return "there are more than 65535 groups";
