@@ -47,6 +47,16 @@ extern "C" __global__ void words(const uint4* in, uint32_t* out) {
   for (int i = 0; i < 4; ++i) out[4 * lane + i] = ptx::load_shared(base + lane * 16 + i * 4);
 }
 
+// By pairs of words: out[i] is the chunk that lane i ^ 1 stored.
+extern "C" __global__ void pairs(const uint2* in, uint2* out) {
+  CONVEXT_SHARED_MEMORY(shared);
+  const int lane = threadIdx.x;
+  const uint32_t base = ptx::shared_address(shared);
+  for (int i = 0; i < 2; ++i) ptx::store_shared_8(base + lane * 16 + i * 8, in[2 * lane + i]);
+  __syncwarp();
+  for (int i = 0; i < 2; ++i) out[2 * lane + i] = ptx::load_shared_8(base + (lane ^ 1) * 16 + i * 8);
+}
+
 extern "C" __global__ void tf32(const uint32_t* in, uint32_t* out) {
   out[threadIdx.x] = ptx::round_to_tf32(in[threadIdx.x]);
 }

@@ -83,6 +83,12 @@ def check_words(module: Module):
     np.testing.assert_array_equal(got, given)
 
 
+def check_pairs(module: Module):
+    given = words(32, 4)
+    (got,) = call(module, "pairs", given, Out((32, 4), "u4"))
+    np.testing.assert_array_equal(got, given[np.arange(32) ^ 1])
+
+
 def check_tf32(module: Module):
     """The nearest number with 10 bits behind the point, ties away from zero."""
     ulp = 2.0**-10
@@ -121,6 +127,7 @@ CHECKS = {
     "copy": check_copy,
     "copy_groups": check_copy_groups,
     "words": check_words,
+    "pairs": check_pairs,
     "tf32": check_tf32,
     "product_bf16": lambda module: check_product(module, "bf16"),
     "product_f16": lambda module: check_product(module, "f16"),
@@ -185,6 +192,8 @@ SLIPS = {
     "another_type": ("mma.h", "f32.f16.f16.f32", "f32.bf16.bf16.f32", "product_f16"),
     "words_swapped_on_the_way_in": ("shared.h", "[%0], {%1, %2, %3, %4}", "[%0], {%1, %2, %4, %3}", "words"),
     "words_swapped_on_the_way_out": ("shared.h", "v4.b32 {%0, %1, %2, %3}", "v4.b32 {%1, %0, %2, %3}", "copy"),
+    "pair_swapped_on_the_way_in": ("shared.h", "[%0], {%1, %2};", "[%0], {%2, %1};", "pairs"),
+    "pair_swapped_on_the_way_out": ("shared.h", "v2.b32 {%0, %1}", "v2.b32 {%1, %0}", "pairs"),
     "words_swapped_to_global": ("global.h", "{%1, %2, %3, %4}", "{%1, %3, %2, %4}", "copy"),
     "size_forgotten": ("cp_async.h", "[%0], [%1], 16, %2", "[%0], [%1], 16", "copy"),
     "waits_for_another_group": ("cp_async.h", "wait_group %0;", "wait_group 1;", "copy"),
@@ -200,7 +209,8 @@ def test_a_slip_in_a_line_of_assembly_is_seen(tmp_path, slip):
     csrc = tmp_path / "csrc"
     for folder in ("core", "cuda/ptx"):
         shutil.copytree(CSRC / folder, csrc / folder)
-    shutil.copy(CSRC / "cuda" / "compat.h", csrc / "cuda")
+    for name in ("compat.h", "runtime.h"):
+        shutil.copy(CSRC / "cuda" / name, csrc / "cuda")
     (csrc / "tests").mkdir()
     shutil.copy(CSRC / FUNCTIONS, csrc / FUNCTIONS)
     file = csrc / "cuda" / "ptx" / header
