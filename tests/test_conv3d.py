@@ -225,3 +225,26 @@ def test_the_kernels_serve_and_name_what_they_reject():
     for name in ("native", "triton"):
         why = backends.get(name, "cuda").reject(convext.problem.Pass.FPROP, problem)
         assert "not for volumes" in why
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("size, stride", [((1, 3, 3), (2, 1, 1)), ((1, 3, 3), (3, 1, 1)), ((2, 5, 5), (3, 1, 1))])
+def test_gradients_of_planes_that_no_tap_reaches_are_zero(size, stride, memory_format):
+    """Depthwise, whose rows are computed in pairs; in memory that held something else before."""
+    x = rand(1, 18, 9, 17, 16, dtype=torch.float32).contiguous(memory_format=memory_format).requires_grad_()
+    w, padding = rand(18, 1, *size, dtype=torch.float32), (0, size[1] // 2, size[2] // 2)
+
+    def gradient(stride, value):
+        y = convext.conv3d(x, w, stride=stride, padding=padding, groups=18)
+        return torch.autograd.grad(y, x, torch.full_like(y, value))[0]
+
+    with convext.backend("native"):
+        for _ in range(3):
+            before = gradient((1, 1, 1), float("nan"))  # whose memory the next result takes
+            assert before.isnan().any()
+            del before
+            got = gradient(stride, 1.0)
+            y = F.conv3d(x.double(), w.double(), None, stride, padding, 1, 18)
+            (want,) = torch.autograd.grad(y, x, torch.ones_like(y))
+            torch.testing.assert_close(got, want.float())
+            assert not got[:, :, size[0]].any()  # between two planes that taps reach

@@ -186,29 +186,6 @@ std::vector<Case> cases() {
       {"empty_output", square(1, 8, 2, 8, 3, 1, 0), false, true},
       {"empty_filters", square(1, 8, 4, 0, 3, 1, 1)},
       {"output_of_one_pixel", square(1, 40, 3, 40, 3, 1, 0), true, true, true, A::gelu},
-      {"nonfinite_pointwise", square(1, 20, 5, 20, 1, 1, 0), false, true, false, A::relu, true},
-      {"nonfinite_filter_3x3", square(1, 20, 9, 20, 3, 1, 0), true, true, false, A::relu6, true},
-      {"nonfinite_winograd", square(1, 40, 12, 36, 3, 1, 0), true, true, true, A::relu6, true},
-      {"nonfinite_depthwise", square(1, 20, 9, 20, 3, 1, 0, 1, 20), true, true, false, A::hardswish, true},
-      {"batch_8_blocks_of_pixels", square(8, 16, 20, 24, 3, 1, 1), true, true, true, A::relu},
-  };
-}
-
-// What every Plant is tried on: padding, unequal phases, chunks of channels, several panels and blocks, tails.
-std::vector<Case> planted_cases() {
-  using A = Activation;
-  return {
-      {"padded", square(2, 35, 11, 37, 3, 1, 1)},
-      {"relu6", square(1, 64, 14, 64, 3, 1, 1), true, true, true, A::relu6},
-      {"relu_no_padding", square(3, 33, 9, 20, 3, 1, 0), false, true, false, A::relu},
-      {"padding_larger_than_filter", square(1, 36, 5, 34, 3, 1, 4), false, true, false, A::hardswish},
-      {"dilated_phases_of_unequal_length", square(1, 36, 15, 33, 3, 1, 4, 4), true, true, true, A::relu},
-      {"asymmetric", make(2, 34, 13, 10, 33, 3, 3, 1, 1, 2, 0, 1, 2, 1), true, false, true},
-      {"dilation_larger_than_image", square(5, 40, 5, 48, 3, 1, 9, 9), false, true, false, A::silu},
-      {"channels_in_chunks", square(1, 530, 7, 70, 3, 1, 1), true, true, true, A::relu},
-      {"panels_of_filters", square(2, 32, 12, 300, 3, 1, 1), false, false, true, A::gelu},
-      {"gradient_in_shares_with_tails", square(5, 33, 30, 37, 3, 1, 1), true, true, false, A::relu},
-      {"gradient_dilated", square(4, 40, 17, 36, 3, 1, 2, 2)},
       {"volume_3x3x3", volume(square(1, 24, 7, 35, 3, 1, 1), 5, 3, 1, 1), true, true, true, A::relu},
       {"volume_3x3x3_batch_stride_2", volume(square(2, 19, 9, 33, 3, 2, 1), 7, 3, 2, 1), true, true, false, A::silu},
       {"volume_deep_reduction", volume(square(1, 70, 5, 40, 3, 1, 1), 4, 3, 1, 1), true, true, true, A::gelu},
@@ -235,6 +212,31 @@ std::vector<Case> planted_cases() {
        A::silu},
       {"volume_depthwise_few_channels", volume(square(1, 5, 6, 5, 2, 3, 0, 1, 5), 7, 2, 3, 0), true, true, true},
       {"volume_depthwise_no_tap_in_some_planes", volume(square(1, 18, 6, 18, 3, 1, 1, 1, 18), 9, 1, 3, 0), true, true},
+      {"nonfinite_pointwise", square(1, 20, 5, 20, 1, 1, 0), false, true, false, A::relu, true},
+      {"nonfinite_filter_3x3", square(1, 20, 9, 20, 3, 1, 0), true, true, false, A::relu6, true},
+      {"nonfinite_winograd", square(1, 40, 12, 36, 3, 1, 0), true, true, true, A::relu6, true},
+      {"nonfinite_depthwise", square(1, 20, 9, 20, 3, 1, 0, 1, 20), true, true, false, A::hardswish, true},
+      {"batch_8_blocks_of_pixels", square(8, 16, 20, 24, 3, 1, 1), true, true, true, A::relu},
+  };
+}
+
+// What every Plant is tried on: padding, unequal phases, chunks of channels, several panels and blocks, tails.
+std::vector<Case> planted_cases() {
+  using A = Activation;
+  return {
+      {"padded", square(2, 35, 11, 37, 3, 1, 1)},
+      {"relu6", square(1, 64, 14, 64, 3, 1, 1), true, true, true, A::relu6},
+      {"relu_no_padding", square(3, 33, 9, 20, 3, 1, 0), false, true, false, A::relu},
+      {"padding_larger_than_filter", square(1, 36, 5, 34, 3, 1, 4), false, true, false, A::hardswish},
+      {"dilated_phases_of_unequal_length", square(1, 36, 15, 33, 3, 1, 4, 4), true, true, true, A::relu},
+      {"asymmetric", make(2, 34, 13, 10, 33, 3, 3, 1, 1, 2, 0, 1, 2, 1), true, false, true},
+      {"dilation_larger_than_image", square(5, 40, 5, 48, 3, 1, 9, 9), false, true, false, A::silu},
+      {"channels_in_chunks", square(1, 530, 7, 70, 3, 1, 1), true, true, true, A::relu},
+      {"panels_of_filters", square(2, 32, 12, 300, 3, 1, 1), false, false, true, A::gelu},
+      {"gradient_in_shares_with_tails", square(5, 33, 30, 37, 3, 1, 1), true, true, false, A::relu},
+      {"gradient_dilated", square(4, 40, 17, 36, 3, 1, 2, 2)},
+      {"volume", volume(square(2, 35, 11, 37, 3, 1, 1), 4, 3, 1, 1), true, true, true, A::relu6},
+      {"volume_dilated", volume(square(1, 33, 9, 34, 3, 1, 2, 2), 5, 3, 1, 2, 2), true, true, false, A::relu},
       {"gradient_asymmetric", make(8, 34, 13, 18, 33, 3, 3, 1, 1, 2, 0, 1, 1, 1), false, true, true, A::relu6},
   };
 }

@@ -277,7 +277,10 @@ void sum_taps(const TapSum<T>& sum, const Parallel& all_threads) {
     const int32_t end = static_cast<int32_t>((split + 1) * blocks / splits);
     const int32_t row = static_cast<int32_t>(task % row_tasks);
     if (!pairs) return rows.run(rows.place(task / row_tasks, row), false, begin, end);
-    rows.run(rows.place(task / row_tasks, 2 * row), 2 * row + 1 < sum.h.out, begin, end);
+    const RowPlace at = rows.place(task / row_tasks, 2 * row);
+    const bool both = 2 * row + 1 < sum.h.out, reached = at.d.taps > 0;  // a plane that no tap reaches has no pairs
+    rows.run(at, both && reached, begin, end);
+    if (both && !reached) rows.run(rows.place(task / row_tasks, 2 * row + 1), false, begin, end);
   });
 }
 
