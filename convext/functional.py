@@ -712,7 +712,7 @@ def chained_conv_act(
     recorded."""
     activation = epilogue.activation
     checks.check_activation(activation)
-    x = input.values if isinstance(input, Recomputable) else input
+    x = input.like if isinstance(input, Recomputable) else input
     fused = _prepare_fused(x, weight, epilogue, stride, padding, dilation, groups)
     if isinstance(input, Recomputable) and (fused is None or fused[0] is not x):
         tensor = input.tensor()
@@ -858,7 +858,7 @@ def chained_conv_bn_act(
     """conv_bn_act with an epilogue, whose `input` may be Recomputable. `keeps`: so may be the result, where a gradient
     is recorded."""
     checks.check_activation(epilogue.activation)
-    x = input.values if isinstance(input, Recomputable) else input
+    x = input.like if isinstance(input, Recomputable) else input
     fused = _prepare_fused(x, weight, epilogue, stride, padding, dilation, groups)
     rest = stride, padding, dilation, groups, training, momentum, num_batches_tracked
     if isinstance(input, Recomputable) and (fused is None or fused[0] is not x):

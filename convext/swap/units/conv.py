@@ -210,7 +210,7 @@ def _recorded_or_not(op: Conv, fallback: Call) -> Call:
     by_batch = norm is not None and norm.by_batch
 
     def fused(given: Any, residual: torch.Tensor | None = None) -> Any:
-        x: Any = given.values if type(given) is Recomputable else given
+        x: Any = given.like if type(given) is Recomputable else given
         w: Any
         tensors = w, bias, mean, var, gamma, beta = tuple(map(found, places))
         if not is_usual(op, x, tensors, residual):
