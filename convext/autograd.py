@@ -1016,10 +1016,16 @@ class ConvBNActFunction(_Function):
         _refuse_forward_mode("ConvBNActFunction")
 
 
+def _hardsigmoid_backward(dgate, z):
+    if not torch.is_grad_enabled():
+        return torch.ops.aten.hardsigmoid_backward(dgate, z)
+    return dgate * ((z > -3) & (z < 3)) / 6  # ATen's own cannot be differentiated
+
+
 # Of squeeze and excitation: gate(z), and the gradient of z from that of the gate.
 GATES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "sigmoid": (torch.sigmoid, lambda dgate, z: dgate * torch.sigmoid(z) * (1 - torch.sigmoid(z))),
-    "hardsigmoid": (torch.nn.functional.hardsigmoid, lambda dgate, z: dgate * ((z > -3) & (z < 3)) / 6),
+    "hardsigmoid": (torch.nn.functional.hardsigmoid, _hardsigmoid_backward),
 }
 
 

@@ -452,13 +452,28 @@ def bn_act_backward(
 def fprop_batch_stats(
     x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue, geom: Geom, before: Epilogue | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """y, mean, var of conv_bn_act_train with this epilogue, of plain tensors. `before`: of bn_act(x, before), which is
-    not written, or None where the backend does not compute that on the way. Not differentiable."""
-    check_of_the_batch(epilogue)
-    found = _run_fprop_batch_stats(x, w, epilogue.bias, geom, before)
-    if found is not None:
-        checks.check_batch_norm(found[0].dtype, found[0].shape[1], *epilogue.norm)
-    return found
+    """y, mean, var of conv_bn_act_train with this epilogue, of plain tensors that have been checked. `before`: of
+    bn_act(x, before), which is not written, or None where the backend does not compute that on the way. Not
+    differentiable."""
+    return _run_fprop_batch_stats(x, w, epilogue.bias, geom, before)
+
+
+def update_running(
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    momentum: float,
+    unbiased: float,
+) -> bool:
+    """running = (1 - momentum) * running + momentum * batch, var taken times `unbiased`, unseen by autograd, in
+    one call; or False where the native backend has none, or is not to serve, and nothing was done."""
+    if not all_plain(running_mean, running_var, mean, var) or running_mean.requires_grad or running_var.requires_grad:
+        return False
+    device = running_mean.device.type
+    if backends.forced() not in (None, "native") or backends.unavailable("native", device) is not None:
+        return False
+    return backends.get("native", device).update_running(running_mean, running_var, mean, var, momentum, unbiased)
 
 
 def bn_conv_backward(

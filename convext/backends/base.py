@@ -158,6 +158,18 @@ class Backend:
         where `sums_up` says so."""
         return None
 
+    def update_running(
+        self,
+        running_mean: torch.Tensor,
+        running_var: torch.Tensor,
+        mean: torch.Tensor,
+        var: torch.Tensor,
+        momentum: float,
+        unbiased: float,
+    ) -> bool:
+        """Moves the running statistics by those of a batch (`ops.update_running`), or returns False."""
+        return False
+
     def bn_act(self, y: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
         """The epilogue, which has a mean and no bias, of y."""
         raise NotImplementedError

@@ -686,6 +686,27 @@ class NativeCpu(Backend):
             sums_up, w, packed.number, _version(w), plans[0].geom, dw_channels_last,
         )  # fmt: skip
 
+    def update_running(
+        self,
+        running_mean: torch.Tensor,
+        running_var: torch.Tensor,
+        mean: torch.Tensor,
+        var: torch.Tensor,
+        momentum: float,
+        unbiased: float,
+    ) -> bool:
+        for t in (running_mean, running_var):
+            if (
+                t.dtype not in (torch.float32, torch.float64)
+                or t.device.type != "cpu"
+                or not t.is_contiguous()
+                or t.is_neg()
+                or t.is_inference()
+            ):
+                return False
+        torch.ops.convext_cpu.update_running.default(running_mean, running_var, mean, var, momentum, unbiased)
+        return True
+
     def bn_act(self, y: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
         _, mean, var, gamma, beta, residual, eps, activation = epilogue
         return torch.ops.convext_cpu.bn_act.default(y, mean, var, gamma, beta, residual, eps, ACTIVATIONS[activation])

@@ -443,7 +443,8 @@ void test_batch_norm_case(const BatchNorm& table, const Case& test, const std::s
 }
 
 // What squeeze and excitation is made of. The sums over what comes back are those that bn_act_and_sums finds of it.
-void test_gates(const BatchNorm& table, const Shape& shape, DType dtype, Activation activation, const std::string& isa) {
+void test_gates(const BatchNorm& table, const Shape& shape, DType dtype, Activation activation,
+                const std::string& isa) {
   const auto [N, C, HW] = shape;
   const int64_t size = N * C * HW;
   const DType compute = compute_dtype(dtype);
@@ -504,8 +505,8 @@ void test_gates(const BatchNorm& table, const Shape& shape, DType dtype, Activat
       for (int64_t i = 0; i < HW; ++i) {
         const int64_t at = (n * HW + i) * C + c;
         const Real normed = (y.at(at) - mean.at(c)) * scale, z = normed + beta.at(c), a = forward(activation, z);
-        const Real a_bound = 12 * eps * (std::fabs(normed) + std::fabs(Real(beta.at(c)))) +
-                             16 * eps * (std::fabs(z) + std::fabs(a));
+        const Real a_bound =
+            12 * eps * (std::fabs(normed) + std::fabs(Real(beta.at(c)))) + 16 * eps * (std::fabs(z) + std::fabs(a));
         sum += a, sum_bound += a_bound, product += a * dout.at(at), product_bound += a_bound * std::fabs(dout.at(at));
         // A chain of HW sums, each of which may be as large as all terms together.
         sum_bound += std::sqrt(Real(HW)) * eps * std::fabs(a);
@@ -515,10 +516,12 @@ void test_gates(const BatchNorm& table, const Shape& shape, DType dtype, Activat
         worst = std::max(worst, std::fabs(out.at(at) - a * gate) / (out_bound + store * std::fabs(a * gate) + tiny));
         const Real incoming = dout.at(at) * gate + more;
         const Real terms = std::fabs(dout.at(at) * gate) + std::fabs(more);
-        worst = std::max(worst, std::fabs(da.at(at) - incoming) / (2 * eps * terms + store * std::fabs(incoming) + tiny));
+        worst =
+            std::max(worst, std::fabs(da.at(at) - incoming) / (2 * eps * terms + store * std::fabs(incoming) + tiny));
       }
       worst = std::max(worst, std::fabs(means.at(n * C + c) * HW - sum) / (sum_bound + 4 * eps * std::fabs(sum)));
-      worst = std::max(worst, std::fabs(dgates.at(n * C + c) - product) / (product_bound + 4 * eps * std::fabs(product)));
+      worst =
+          std::max(worst, std::fabs(dgates.at(n * C + c) - product) / (product_bound + 4 * eps * std::fabs(product)));
     }
   check(worst <= 1, name + " " + std::to_string(worst) + " x bound");
 }

@@ -44,8 +44,12 @@ struct Norm {
   BatchNormArgs args{};
 
   Norm(DType dtype, int64_t n, int64_t c, int64_t hw, Activation activation)
-      : y(dtype, n * c * hw, 1, 0.3f), mean(dtype, c, 0.2f, 0.3f), var(dtype, c, 0.3f, 0.6f), gamma(dtype, c, 0.5f, 1),
-        beta(dtype, c, 1, 0), rest(dtype, c, 1e-9f, 0) {
+      : y(dtype, n * c * hw, 1, 0.3f),
+        mean(dtype, c, 0.2f, 0.3f),
+        var(dtype, c, 0.3f, 0.6f),
+        gamma(dtype, c, 0.5f, 1),
+        beta(dtype, c, 1, 0),
+        rest(dtype, c, 1e-9f, 0) {
     args.n = n, args.c = c, args.hw = hw, args.layout = Layout::kNHWC, args.dtype = dtype, args.y = y.data();
     args.mean = mean.data(), args.var = var.data(), args.gamma = gamma.data(), args.beta = beta.data();
     args.eps = 1e-5, args.activation = activation, args.mean_rest = rest.data();
@@ -245,8 +249,8 @@ void test_gradients(const Case& test, const BatchNorm& kernels, const WgradSum& 
           call.input_sums = sums_up ? static_cast<double*>(found_sums.data()) : nullptr;
           call.dx = found_dx.data(), call.dw = found_dw.data();
           Buffer workspace(batch_norm_conv_gradients_workspace(call, kernels, sum, threads));
-          const char* why = batch_norm_conv_gradients(call, kernels, sum, workspace.data.get(),
-                                                      testing::parallel_with(threads));
+          const char* why =
+              batch_norm_conv_gradients(call, kernels, sum, workspace.data.get(), testing::parallel_with(threads));
           check(why == nullptr, name + " runs");
           check(found_dx == dx, name + " dx");
           check(found_dgamma == dgamma && found_dbeta == dbeta, name + " dgamma, dbeta");
@@ -265,10 +269,10 @@ void test_isa(const testing::NamedIsa& isa) {
   const WgradSum& sum = wgrad_sum_for(isa.isa);
   for (const DType dtype : {DType::kFloat32, DType::kFloat64}) {
     const Case cases[] = {
-        {problem(dtype, 5, 24, 30, 31, 40, 1, 1), Activation::relu6},   // pieces of pixels
-        {problem(dtype, 2, 17, 9, 7, 5, 1, 1), Activation::silu},       // one chunk, no whole vectors
-        {problem(dtype, 7, 200, 14, 14, 64, 1, 1), Activation::relu},   // chunks of parts of images
-        {problem(dtype, 3, 32, 15, 15, 48, 1, 2), Activation::relu},    // by images, not all of x is read
+        {problem(dtype, 5, 24, 30, 31, 40, 1, 1), Activation::relu6},  // pieces of pixels
+        {problem(dtype, 2, 17, 9, 7, 5, 1, 1), Activation::silu},      // one chunk, no whole vectors
+        {problem(dtype, 7, 200, 14, 14, 64, 1, 1), Activation::relu},  // chunks of parts of images
+        {problem(dtype, 3, 32, 15, 15, 48, 1, 2), Activation::relu},   // by images, not all of x is read
         {problem(dtype, 5, 48, 21, 19, 48, 3, 1, 48), Activation::hardswish},
         {problem(dtype, 4, 20, 16, 17, 20, 5, 2, 20), Activation::silu},
         {problem(dtype, 3, 34, 12, 13, 36, 3, 1), Activation::gelu},

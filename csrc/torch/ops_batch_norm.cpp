@@ -204,9 +204,9 @@ struct Gated {
   int64_t scratch_bytes() const { return channels.scratch_bytes(args) + Scratch::padded(workspace); }
 
   const void* vectors(const Tensor& t, const char* name) const {
-    STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && dtype_of(t) == compute_dtype(args.dtype) &&
-                        t.numel() == args.n * args.c,
-                    "convext_cpu: ", name, " must be (N, C) in the compute dtype");
+    STD_TORCH_CHECK(
+        t.is_cpu() && t.is_contiguous() && dtype_of(t) == compute_dtype(args.dtype) && t.numel() == args.n * args.c,
+        "convext_cpu: ", name, " must be (N, C) in the compute dtype");
     return t.const_data_ptr();
   }
 };

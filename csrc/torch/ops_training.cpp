@@ -16,10 +16,7 @@ struct Normed {
   Channels channels;
 
   Normed(const Tensor& y, const char* name, const Channels& given)
-      : yv(view_of(y, name)),
-        dense(yv, Layout::kNHWC),
-        args(args_of(yv, Layout::kNHWC)),
-        channels(given) {}
+      : yv(view_of(y, name)), dense(yv, Layout::kNHWC), args(args_of(yv, Layout::kNHWC)), channels(given) {}
 
   int64_t scratch_bytes() const { return dense.scratch_bytes() + channels.scratch_bytes(args); }
 
@@ -35,8 +32,8 @@ ConvProblem problem_of(const View& x, const View& w, const Geom& geom) {
                   "convext_cpu: x and w must both be float32 or float64");
   ConvProblem problem =
       make_problem(x.size[0], x.size[1], x.size[2], x.size[3], w.size[0], w.size[2], w.size[3], geom, x.dtype);
-  STD_TORCH_CHECK(w.size[1] == problem.c_per_group(), "convext_cpu: w holds ", w.size[1],
-                  " input channels a group, x ", problem.c_per_group());
+  STD_TORCH_CHECK(w.size[1] == problem.c_per_group(), "convext_cpu: w holds ", w.size[1], " input channels a group, x ",
+                  problem.c_per_group());
   STD_TORCH_CHECK(problem.x_size() > 0 && problem.y_size() > 0, "convext_cpu: x and y must not be empty");
   return problem;
 }

@@ -14,6 +14,9 @@ constexpr int64_t kMinPixels = 96;             // of a piece: with fewer, readin
 constexpr int64_t kSharedWeights = 256 << 10;  // bytes of weights from which a piece has more pixels
 constexpr int64_t kMinPixelsOfMany = 384;
 constexpr int64_t kMaxShares = 16;
+// How many times the weights of a filter with taps a piece has at least: Winograd's kernels transform them, and dw, for
+// every piece.
+constexpr int64_t kTransformed = 8;
 
 int64_t padded(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -49,8 +52,10 @@ std::vector<Piece> cut(const ConvProblem& p, const BatchNorm& kernels, const Bat
   // Weights are read anew for every piece, which may take of the cache what they do.
   const int64_t least = weights > kSharedWeights ? kMinPixelsOfMany : kMinPixels;
   const int64_t wanted_pixels = std::max(kPieceBytes * grid_image / std::max<int64_t>(image_bytes, 1), least);
-  const int64_t wanted_images = std::max<int64_t>(1, std::max(2 * kPieceBytes, weights) / image_bytes);
-  const int64_t wanted = by_pixel ? wanted_pixels : wanted_images * grid_image;
+  const int64_t shared = p.taps() > 1 && p.groups == 1 ? kTransformed * weights : weights;
+  const int64_t wanted_images = std::max<int64_t>(1, std::max(2 * kPieceBytes, shared) / image_bytes);
+  const int64_t most = by_pixel ? wanted_pixels : wanted_images * grid_image, all = p.n * grid_image;
+  const int64_t count = (all + most - 1) / most, wanted = (all + count - 1) / count;  // as even as they go
   const int64_t chunks = kernels.chunks(grid);
   std::vector<Piece> pieces;
   for (int64_t chunk = 0; chunk < chunks;) {
@@ -93,8 +98,8 @@ void in_parts(const Parallel& parallel, int64_t pixels, F&& body) {
   });
 }
 
-// `count` tasks in order on so many lanes, each of which works by itself; or, of fewer tasks than threads, one after the
-// other, each by all threads: task(index, lane, parallel).
+// `count` tasks in order on so many lanes, each of which works by itself, or on one, each by all threads:
+// task(index, lane, parallel).
 template <class F>
 void in_lanes(const Parallel& parallel, int64_t count, int64_t lanes, F&& task) {
   if (lanes == 1) {
@@ -108,7 +113,17 @@ void in_lanes(const Parallel& parallel, int64_t count, int64_t lanes, F&& task) 
   });
 }
 
-int64_t lanes_of(int64_t tasks, int32_t threads) { return tasks >= threads ? threads : 1; }
+// A lane for each thread, where the last tasks leave few of them idle.
+int64_t lanes_of(int64_t tasks, int32_t threads) {
+  return tasks >= 4 * threads || (tasks >= threads && tasks % threads == 0) ? threads : 1;
+}
+
+// The largest power of two up to a number, which cores are as a rule.
+int64_t power_of_two(int64_t most) {
+  int64_t power = 1;
+  while (2 * power <= most) power *= 2;
+  return power;
+}
 
 }  // namespace
 
@@ -176,8 +191,7 @@ const char* fprop_stats(FpropStats call, const BatchNorm& kernels, void* workspa
     args.workspace = own + plan.scratch_at;
     args.parallel = &threads;
     if (const char* why = call.variant->launch(piece.problem, args)) failure = why;
-    threads.for_each(piece.chunks,
-                     [&](int64_t i) { kernels.stats_of_chunk(call.output, piece.chunk + i, of_output); });
+    threads.for_each(piece.chunks, [&](int64_t i) { kernels.stats_of_chunk(call.output, piece.chunk + i, of_output); });
   });
   if (failure == nullptr) kernels.finish_stats(parallel, call.output, call.mean, call.var, of_output);
   return failure;
@@ -209,8 +223,8 @@ struct GradientPlan {
     const int64_t element = dtype_size(p.dtype), weights = p.w_size() * element;
     const int64_t count = static_cast<int64_t>(pieces.size());
     // Sums of dw that are no more than what they are of.
-    shares = std::clamp<int64_t>((p.x_size() + p.y_size()) / std::max<int64_t>(1, p.w_size()), 1,
-                                 std::min(kMaxShares, count));
+    shares = power_of_two(std::clamp<int64_t>((p.x_size() + p.y_size()) / std::max<int64_t>(1, p.w_size()), 1,
+                                              std::min(kMaxShares, count)));
     lanes = lanes_of(shares, threads);
     const Algorithm algorithm = call.wgrad->algorithm;
     keeps_sums = count > 1 && (algorithm == Algorithm::direct || algorithm == Algorithm::dilated);
@@ -314,7 +328,8 @@ struct GradientRun {
       return;
     }
     in_lanes(parallel, plan.shares, plan.lanes, [&](int64_t share, int64_t lane, const Parallel& threads) {
-      void* const dw = offset(workspace, plan.dw_at + share * plan.share_bytes);
+      void* const sums = offset(workspace, plan.dw_at + share * plan.share_bytes);
+      void* const dw = share == 0 && !plan.keeps_sums ? call.dw : sums;
       char* const own = offset(workspace, plan.lanes_at + lane * plan.lane_bytes);
       const int64_t first = plan.share_begin(share);
       for (int64_t i = first; i < plan.share_begin(share + 1); ++i) run(plan.pieces[i], dw, i > first, own, threads);
@@ -325,7 +340,6 @@ struct GradientRun {
       return;
     }
     const int64_t count = call.problem.w_size();
-    std::copy_n(static_cast<const char*>(sums), count * element, static_cast<char*>(call.dw));
     for (int64_t share = 1; share < plan.shares; ++share) {
       add(call.problem.dtype, call.dw, offset(sums, share * plan.share_bytes), count);
     }

@@ -40,23 +40,23 @@ const char* fprop_stats(FpropStats, const BatchNorm&, void* workspace, const Par
 // All gradients of activation(batch_norm(x * w)), by the batch's statistics.
 struct BatchNormConvGradients {
   const Variant *dgrad, *wgrad;
-  ConvProblem problem;   // float32 or float64, all in NHWC
-  const void* weights;   // as dgrad takes them
-  WeightSource source;   // and as they were before
+  ConvProblem problem;  // float32 or float64, all in NHWC
+  const void* weights;  // as dgrad takes them
+  WeightSource source;  // and as they were before
   const void* dout;
   BatchNormArgs output;  // of this layer, whose y it has
   const double* sums;    // [2][K] of bn_act_and_sums over dout, or nullptr
   void *dgamma, *dbeta;  // (K) in the dtype
   const void* x;         // or nullptr with `input`
   const BatchNormArgs* input;
-  double* input_sums;    // with `input`: [2][C] of its bn_act_and_sums over dx, or nullptr
-  void *dx, *dw;         // dw: KCRS
+  double* input_sums;  // with `input`: [2][C] of its bn_act_and_sums over dx, or nullptr
+  void *dx, *dw;       // dw: KCRS
 };
 
-int64_t batch_norm_conv_gradients_workspace(const BatchNormConvGradients&, const BatchNorm&,
-                                                        const WgradSum&, int32_t threads);
+int64_t batch_norm_conv_gradients_workspace(const BatchNormConvGradients&, const BatchNorm&, const WgradSum&,
+                                            int32_t threads);
 // Returns nullptr, or what went wrong in words.
-const char* batch_norm_conv_gradients(BatchNormConvGradients, const BatchNorm&, const WgradSum&,
-                                                  void* workspace, const Parallel&);
+const char* batch_norm_conv_gradients(BatchNormConvGradients, const BatchNorm&, const WgradSum&, void* workspace,
+                                      const Parallel&);
 
 }  // namespace convext

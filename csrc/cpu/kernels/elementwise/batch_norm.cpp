@@ -230,7 +230,7 @@ void finish_stats(const Parallel& parallel, const BatchNormArgs& args, double* m
   const S* const y = static_cast<const S*>(args.y);
   const T* const partial = Constants<T>(workspace, args.c).partial;
   const int64_t row = nhwc ? args.c : args.c * args.hw, channel = nhwc ? 1 : args.hw;  // elements of a step
-  const int64_t row_elements = nhwc ? 1 : args.hw;  // of one channel
+  const int64_t row_elements = nhwc ? 1 : args.hw;                                     // of one channel
   for_channel_blocks(parallel, args.c, [&](int64_t begin, int64_t count) {
     // Means are merged relative to the channel's first value, where they are small.
     double origin[kChannelBlock], first[kChannelBlock], mean_a[kChannelBlock] = {}, m2_a[kChannelBlock] = {}, n_a = 0;
@@ -560,8 +560,8 @@ void act_pixels(const BatchNormArgs& args, const void* y, int64_t pixels, void* 
 template <class S, class Act>
 void gradient_pixels(const BatchNormArgs& args, const void* y, const void* dout, int64_t pixels, void* dy,
                      const void* workspace) {
-  const Backward<S, Act> pass{
-      static_cast<const S*>(y), nullptr, static_cast<const S*>(dout), static_cast<S*>(dy), nullptr, Work::kResults};
+  const Backward<S, Act> pass{static_cast<const S*>(y), nullptr, static_cast<const S*>(dout),
+                              static_cast<S*>(dy),      nullptr, Work::kResults};
   pass.pixels(0, pixels, args.c, Constants<compute_t<S>>(const_cast<void*>(workspace), args.c), nullptr);
 }
 
@@ -570,7 +570,8 @@ void sum_chunk(const BatchNormArgs& args, const void* dout, int64_t chunk, void*
   const Constants<compute_t<S>> constants(workspace, args.c);
   const Chunks chunks(args);
   const int64_t begin = chunks.begin(chunk), pixels = chunks.end(chunk) - begin;
-  const S *const y = static_cast<const S*>(args.y) + begin * args.c, *const d = static_cast<const S*>(dout) + begin * args.c;
+  const S *const y = static_cast<const S*>(args.y) + begin * args.c, *const d =
+                                                                         static_cast<const S*>(dout) + begin * args.c;
   compute_t<S>* const partial = constants.partial + chunk * 2 * args.c;
   if (out) {
     const Backward<S, Act, true> pass{y, nullptr, d, nullptr, nullptr, Work::kSums, static_cast<S*>(out)};
@@ -829,25 +830,33 @@ void sum_chunk_table(const BatchNormArgs& args, const void* dout, int64_t chunk,
 
 void add_chunks_table(const Parallel& parallel, const BatchNormArgs& args, double* sums, void* workspace) {
   const Parallel threads = threads_for(parallel, args);
-  visit_storage(args.dtype, [&](auto s) {
-    add_chunks(threads, args, Constants<compute_t<decltype(s)>>(workspace, args.c), sums);
-  });
+  visit_storage(args.dtype,
+                [&](auto s) { add_chunks(threads, args, Constants<compute_t<decltype(s)>>(workspace, args.c), sums); });
 }
 
 }  // namespace
 }  // namespace CONVEXT_ISA
 
 extern const BatchNorm CONVEXT_VARIANT(batch_norm);
-const BatchNorm CONVEXT_VARIANT(batch_norm) = {
-    CONVEXT_ISA::workspace_bytes,        CONVEXT_ISA::batch_stats_table,
-    CONVEXT_ISA::bn_act_table,           CONVEXT_ISA::bn_act_backward_table,
-    CONVEXT_ISA::keeps_dz_table,         CONVEXT_ISA::bn_act_and_sums_table,
-    CONVEXT_ISA::bn_act_from_sums_table, CONVEXT_ISA::chunks_of,
-    CONVEXT_ISA::chunk_begin,            CONVEXT_ISA::load_table,
-    CONVEXT_ISA::load_gradient_table,    CONVEXT_ISA::act_pixels_table,
-    CONVEXT_ISA::gradient_pixels_table,  CONVEXT_ISA::stats_chunk_table,
-    CONVEXT_ISA::finish_stats_table,     CONVEXT_ISA::sum_chunk_table,
-    CONVEXT_ISA::add_chunks_table,       CONVEXT_ISA::image_sums_table,
-    CONVEXT_ISA::gated_table,            CONVEXT_ISA::gated_backward_table};
+const BatchNorm CONVEXT_VARIANT(batch_norm) = {CONVEXT_ISA::workspace_bytes,
+                                               CONVEXT_ISA::batch_stats_table,
+                                               CONVEXT_ISA::bn_act_table,
+                                               CONVEXT_ISA::bn_act_backward_table,
+                                               CONVEXT_ISA::keeps_dz_table,
+                                               CONVEXT_ISA::bn_act_and_sums_table,
+                                               CONVEXT_ISA::bn_act_from_sums_table,
+                                               CONVEXT_ISA::chunks_of,
+                                               CONVEXT_ISA::chunk_begin,
+                                               CONVEXT_ISA::load_table,
+                                               CONVEXT_ISA::load_gradient_table,
+                                               CONVEXT_ISA::act_pixels_table,
+                                               CONVEXT_ISA::gradient_pixels_table,
+                                               CONVEXT_ISA::stats_chunk_table,
+                                               CONVEXT_ISA::finish_stats_table,
+                                               CONVEXT_ISA::sum_chunk_table,
+                                               CONVEXT_ISA::add_chunks_table,
+                                               CONVEXT_ISA::image_sums_table,
+                                               CONVEXT_ISA::gated_table,
+                                               CONVEXT_ISA::gated_backward_table};
 
 }  // namespace convext

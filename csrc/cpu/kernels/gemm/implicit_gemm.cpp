@@ -49,9 +49,9 @@ struct Partition {
     const int64_t in_cache = kBlockBytes / (sizeof(T) * at_least<int64_t>(1, int64_t{g.depth} * g.groups));
     // Few enough for the pointers of all taps to fit into the table.
     const int64_t in_table = kTablePointers / at_least(1, grid_taps(g));
-    const int64_t size = at_least<int64_t>(
-        kMinPixels,
-        at_most(at_most(at_most<int64_t>(kMaxPixels, in_cache), in_table), ceil_div<int64_t>(pixels, at_least(1, items / 2))));
+    const int64_t size =
+        at_least<int64_t>(kMinPixels, at_most(at_most(at_most<int64_t>(kMaxPixels, in_cache), in_table),
+                                              ceil_div<int64_t>(pixels, at_least(1, items / 2))));
     blocks = ceil_div(pixels, size);
     panels = g.groups * split.count;
     panel_runs = static_cast<int32_t>(at_most<int64_t>(panels, ceil_div<int64_t>(items, blocks)));
