@@ -685,27 +685,30 @@ class Recomputable(NamedTuple):
     computed  the `values`, or nothing before a reader asks for them: one that computes by the recipe does not
     handle    of their shape and of a single element in memory, never read: gradients of the result are those of this
     rows      where the values stand for a linear layer's result, as an image of one row: the shape of that
+    output    the recipe's y where that is not kept and the values are not computed yet, else nothing
     """
 
     computed: list[torch.Tensor]
     handle: torch.Tensor
     recipe: Recipe
     rows: tuple[int, ...] | None = None
+    output: list[torch.Tensor] = []  # nothing is added to it
 
     @property
     def values(self) -> torch.Tensor:
         """The result (N, C, H, W), through which no gradient goes, in memory that nobody else sees."""
         if not self.computed:
-            self.computed.append(self.recipe.values())
+            self.computed.append(self.recipe._replace(y=self.like).values())
+            self.output.clear()
         return self.computed[0]
 
     @property
     def like(self) -> torch.Tensor:
-        """A tensor like `values`, to be asked for anything but its elements."""
+        """A tensor like `values`, to be asked for anything but its elements: where it `is_deferred`, y."""
         if self.computed:
             return self.computed[0]
-        assert isinstance(self.recipe.y, torch.Tensor)
-        return self.recipe.y
+        y = self.recipe.y
+        return y if isinstance(y, torch.Tensor) else self.output[0]
 
     @property
     def is_deferred(self) -> bool:
@@ -1449,7 +1452,7 @@ def chained_conv_bn_act(
     sums = given.sums_if_dropped(recompute, w, bias)
     handoff = Handoff(sums_up=mean is None) if keeps and (mean is None or sums is not None) else None
     scale, offset = (t.detach().clone() if keeps and t is not None else None for t in (gamma, beta))
-    defers = plain and keeps and sums is None
+    defers = plain and keeps
     chain = Chain(given.recipe, keeps, handoff, sums, offset, given.source, defers)
     out, y, *others = ConvBNActFunction.apply(
         given.x, w, bias, mean, var, gamma, beta, residual, eps, activation, geom, update, given.handle, chain
@@ -1458,9 +1461,8 @@ def chained_conv_bn_act(
         return out
     *found, handle = others
     mean, var = found or (mean, var)
-    y = given.output(y, w, bias, geom, sums)
-    recipe = Recipe(y, mean, var, scale, offset, eps, activation, handoff)
-    return Recomputable([] if defers else [out], handle, recipe)
+    recipe = Recipe(given.output(y, w, bias, geom, sums), mean, var, scale, offset, eps, activation, handoff)
+    return Recomputable([] if defers else [out], handle, recipe, output=[y] if defers and sums is not None else [])
 
 
 _register("fprop", _differentiable_fprop, 3)
