@@ -682,15 +682,38 @@ class Recipe(NamedTuple):
 class Recomputable(NamedTuple):
     """A layer's result for readers that do not keep it, but the recipe.
 
-    values  the result (N, C, H, W), through which no gradient goes, in memory that nobody else sees
-    handle  of the same shape and of a single element in memory, never read: gradients of the result are those of this
-    rows    where the values stand for a linear layer's result, as an image of one row: the shape of that
+    computed  the `values`, or nothing before a reader asks for them: one that computes by the recipe does not
+    handle    of their shape and of a single element in memory, never read: gradients of the result are those of this
+    rows      where the values stand for a linear layer's result, as an image of one row: the shape of that
+    output    the recipe's y where that is not kept and the values are not computed yet, else nothing
     """
 
-    values: torch.Tensor
+    computed: list[torch.Tensor]
     handle: torch.Tensor
     recipe: Recipe
     rows: tuple[int, ...] | None = None
+    output: list[torch.Tensor] = []  # nothing is added to it
+
+    @property
+    def values(self) -> torch.Tensor:
+        """The result (N, C, H, W), through which no gradient goes, in memory that nobody else sees."""
+        if not self.computed:
+            self.computed.append(self.recipe._replace(y=self.like).values())
+            self.output.clear()
+        return self.computed[0]
+
+    @property
+    def like(self) -> torch.Tensor:
+        """A tensor like `values`, to be asked for anything but its elements: where it `is_deferred`, y."""
+        if self.computed:
+            return self.computed[0]
+        y = self.recipe.y
+        return y if isinstance(y, torch.Tensor) else self.output[0]
+
+    @property
+    def is_deferred(self) -> bool:
+        """Whether nobody has computed the values yet."""
+        return not self.computed
 
     def tensor(self) -> torch.Tensor:
         """The result as any other tensor, for any reader."""
@@ -734,6 +757,8 @@ class Chain(NamedTuple):
              output is computed again; swap/schedule/kept.py sees to it that the recipe of x is of a y that is kept
              then, so that no layer computes another's output again in order to compute its own
     offset   a copy of beta, where there is one already
+    source   the Recomputable where x is not its values but its `like`, which are to be computed as x is read
+    defers   whether the values of the Recomputable that the result becomes are left to its readers
     """
 
     recipe: Recipe | None = None
@@ -741,6 +766,8 @@ class Chain(NamedTuple):
     handoff: Handoff | None = None
     sums: _Sums | None = None
     offset: torch.Tensor | None = None
+    source: Recomputable | None = None
+    defers: bool = False
 
 
 _ALONE = Chain()
@@ -771,14 +798,29 @@ def _dropped_output(ctx, x, saved, w, bias):
     return y, x
 
 
-def _gradients(ctx, dy, x, saved, w, x_needed, w_needed):
-    """dx and dw of a Function's convolution, x or None as `_kept_input` has it."""
+class _Reading(NamedTuple):
+    """What a backward pass reads of a Recomputable: its recipe, with y, and whether the pass is to sum up for the layer
+    before."""
+
+    recipe: Recipe
+    sums_up: bool
+
+
+def _reading(ctx, x, saved, x_needed, w_needed):
+    """What follows of what was saved for x, which is None as `_kept_input` has it; None where there is x."""
     if x is not None or not w_needed:
-        return _dgrad_and_wgrad(ctx, dy, x, w, x_needed, w_needed)
+        return None
     recipe = ctx.recipe.holding(iter(saved))
     followed = recipe.handoff is not None and x_needed and torch._C._will_engine_execute_node(ctx.handle.grad_fn)
-    recipe = recipe.with_output(for_the_layer=followed)
-    if followed and recipe.handoff.sums_up:
+    return _Reading(recipe.with_output(for_the_layer=followed), followed and recipe.handoff.sums_up)
+
+
+def _gradients(ctx, dy, x, reading, w, x_needed, w_needed):
+    """dx and dw of a Function's convolution, of x or what `_reading` found for it."""
+    if reading is None:
+        return _dgrad_and_wgrad(ctx, dy, x, w, x_needed, w_needed)
+    recipe = reading.recipe
+    if reading.sums_up:
         # The pass that computes x again meets y and has dx at hand: it sums up for the batch norm before as well.
         dx = ops.dgrad(dy, w, ctx.input_size, ctx.geom, ctx.channels_last)
         found = ops.bn_act_and_sums(dx, recipe.y, recipe.epilogue)
@@ -789,6 +831,40 @@ def _gradients(ctx, dy, x, saved, w, x_needed, w_needed):
             x = recipe.values()
         return dx, ops.wgrad(dy, x, ctx.kernel_size, ctx.geom, ctx.dw_channels_last)
     return _dgrad_and_wgrad(ctx, dy, recipe.values(), w, x_needed, w_needed)
+
+
+def _gradients_in_one(ctx, dout, y, epilogue, sums, x, reading, w):
+    """dx, dw, dgamma, dbeta of a batch norm in training and its convolution, or None where no backend has them in one
+    call. x or `reading` as in `_gradients`."""
+    before, sums_up = None, False
+    if reading is not None:
+        if reading.recipe.mean is None:
+            return None
+        x, before, sums_up = reading.recipe.y, reading.recipe.epilogue, reading.sums_up
+    found = ops.bn_conv_backward(
+        dout, y, epilogue, sums, x, before, w, ctx.geom, ctx.channels_last, ctx.dw_channels_last, sums_up
+    )
+    if found is None:
+        return None
+    dx, dw, dgamma, dbeta, sums_of_dx = found
+    if sums_up:
+        reading.recipe.handoff.put(dx, sums_of_dx)
+    return dx, dw, dgamma, dbeta
+
+
+def _deferring(x, w, epilogue, geom, chain):
+    """out, y, mean, var of conv_bn_act_train without what a Chain leaves out: x's values, unless no kernel computes
+    them as it reads, and out, in whose place is an empty tensor then."""
+    found = None
+    if chain.source is not None:
+        found = ops.fprop_batch_stats(x, w, epilogue, geom, chain.recipe.epilogue)
+        x = chain.source.values if found is None else x
+    if found is None:
+        found = ops.fprop_batch_stats(x, w, epilogue, geom)
+        assert found is not None
+    y, mean, var = found
+    out = y.new_empty(0) if chain.defers else ops.bn_act(y, epilogue._replace(bias=None, mean=mean, var=var))
+    return out, y, mean, var
 
 
 class ConvBNActFunction(_Function):
@@ -832,9 +908,11 @@ class ConvBNActFunction(_Function):
     ):
         found: tuple[torch.Tensor, ...]
         if mean is None:
-            found = ops.conv_bn_act_train(
-                x, w, Epilogue(bias, None, None, gamma, beta, residual, eps, activation), geom
-            )
+            epilogue = Epilogue(bias, None, None, gamma, beta, residual, eps, activation)
+            if chain.source is None and not chain.defers:
+                found = ops.conv_bn_act_train(x, w, epilogue, geom)
+            else:
+                found = _deferring(x, w, epilogue, geom, chain)
             if update is not None:
                 update(*found[1:])
         else:
@@ -842,7 +920,7 @@ class ConvBNActFunction(_Function):
             acc = accumulate_dtype(y.dtype)
             epilogue = Epilogue(None, mean.to(acc), var.to(acc), gamma, beta, residual, eps, activation)
             found = ops.bn_act(y, epilogue), y
-        return (*found, _handle(found[0])) if chain.keeps else found
+        return (*found, _handle(found[1])) if chain.keeps else found
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -904,13 +982,21 @@ class ConvBNActFunction(_Function):
             bn_act_backward = ops.bn_act_backward
         epilogue = Epilogue(None, mean, var, gamma, beta, residual, ctx.eps, activation)
         sums = None if ctx.handoff is None or torch.is_grad_enabled() else ctx.handoff.take(dout)
-        if sums is not None:
-            (dy, dgamma, dbeta), dresidual = ops.bn_act_from_sums(dout, y, epilogue, sums), None
+        reading = _reading(ctx, x, kept, x_needed, w_needed)
+        dy = dresidual = found = None
+        if x_needed and w_needed and not bias_needed and ctx.training and residual is None:
+            if not torch.is_grad_enabled():
+                found = _gradients_in_one(ctx, dout, y, epilogue, sums, x, reading, w)
+        if found is not None:
+            dx, dw, dgamma, dbeta = found
         else:
-            dy, dgamma, dbeta, dresidual = bn_act_backward(dout, y, epilogue, ctx.training)
+            if sums is not None:
+                dy, dgamma, dbeta = ops.bn_act_from_sums(dout, y, epilogue, sums)
+            else:
+                dy, dgamma, dbeta, dresidual = bn_act_backward(dout, y, epilogue, ctx.training)
+            dx, dw = _gradients(ctx, dy, x, reading, w, x_needed, w_needed)
         if ctx.by_output:
             dresidual = dout
-        dx, dw = _gradients(ctx, dy, x, kept, w, x_needed, w_needed)
         return (
             dx if ctx.handle is None else None,
             dw,
@@ -931,6 +1017,119 @@ class ConvBNActFunction(_Function):
     @staticmethod
     def jvp(ctx, *tangents):
         _refuse_forward_mode("ConvBNActFunction")
+
+
+def _hardsigmoid_backward(dgate, z):
+    if not torch.is_grad_enabled():
+        return torch.ops.aten.hardsigmoid_backward(dgate, z)
+    return dgate * ((z > -3) & (z < 3)) / 6  # ATen's own cannot be differentiated
+
+
+# Of squeeze and excitation: gate(z), and the gradient of z from that of the gate.
+GATES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "sigmoid": (torch.sigmoid, lambda dgate, z: dgate * torch.sigmoid(z) * (1 - torch.sigmoid(z))),
+    "hardsigmoid": (torch.nn.functional.hardsigmoid, _hardsigmoid_backward),
+}
+
+
+class SqueezeExciteFunction(_Function):
+    """Squeeze and excitation of a Recomputable's values a, which are (N, C, H, W) and not written:
+
+        out = a * gate(w2 activation(w1 mean(a) + b1) + b2)
+
+    `apply(x, handle, w1, b1, w2, b2, activation, gate, recipe, epilogue)` with its handle and recipe, and x of which a
+    is bn_act(x, epilogue); w1 (S, C, 1, 1), w2 (C, S, 1, 1), b1 (S) and b2 (C) or None, the names of activation and
+    gate. Returns (out, means, z1, z2), of which out is differentiable. Forward mode raises NotImplementedError."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, handle, w1, b1, w2, b2, activation, gate, recipe, epilogue):
+        linear = torch.nn.functional.linear
+        means = ops.bn_act_image_sums(x, epilogue, factor=1 / (x.shape[2] * x.shape[3]))
+        z1 = linear(means, w1.flatten(1), b1)
+        z2 = linear(FORWARD[activation](z1), w2.flatten(1), b2)
+        return ops.bn_act_gated(x, epilogue, GATES[gate][0](z2)), means, z1, z2
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, handle, w1, b1, w2, b2, ctx.activation, ctx.gate, recipe, _ = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.pixels = x.shape[2] * x.shape[3]
+        ctx.save_for_backward(w1, b1, w2, b2, *output[1:], *_keep_input(ctx, x, handle, recipe))
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dout, *_):
+        if dout is None:
+            return (None,) * 10
+        w1, b1, w2, b2, means, z1, z2, *kept = ctx.saved_tensors
+        activation, (gate, gate_backward) = ctx.activation, GATES[ctx.gate]
+        a, reading = _kept_input(ctx, kept), None
+        if a is None:
+            reading = _reading(ctx, a, kept, True, True)
+            y, epilogue = reading.recipe.y, reading.recipe.epilogue
+            dgates = ops.bn_act_image_sums(y, epilogue, dout)
+        else:
+            means = a.mean((2, 3))
+            z1 = torch.nn.functional.linear(means, w1.flatten(1), b1)
+            z2 = torch.nn.functional.linear(FORWARD[activation](z1), w2.flatten(1), b2)
+            dgates = (dout * a).sum((2, 3))
+        dz2 = gate_backward(dgates, z2)
+        dz1 = BACKWARD[activation](dz2 @ w2.flatten(1), z1)
+        gates, shifts = gate(z2), dz1 @ w1.flatten(1) / ctx.pixels
+        if reading is None:
+            da = dout * gates[:, :, None, None] + shifts[:, :, None, None]
+        else:
+            da, sums = ops.bn_act_gated_backward(dout, y, epilogue, gates, shifts)
+            if reading.sums_up:
+                reading.recipe.handoff.put(da, sums)
+        dw1, dw2 = dz1.t() @ means, dz2.t() @ FORWARD[activation](z1)
+        return (
+            None,
+            da,
+            dw1.as_strided(w1.shape, w1.stride()),
+            None if b1 is None else dz1.sum(0),
+            dw2.as_strided(w2.shape, w2.stride()),
+            None if b2 is None else dz2.sum(0),
+            *(None,) * 4,
+        )
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        _refuse_forward_mode("SqueezeExciteFunction")
+
+
+def squeeze_excite(
+    x: Recomputable,
+    w1: torch.Tensor | None,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor | None,
+    b2: torch.Tensor | None,
+    activation: str,
+    gate: str,
+) -> torch.Tensor | None:
+    """SqueezeExciteFunction, or None where it does not serve."""
+    given = _Given.of(x, reads_recipes=True)
+    if w1 is None or w2 is None or given.recipe is None:
+        return None
+    squeezed, channels = w1.shape[0], given.x.shape[1]
+    if (
+        x.rows is not None
+        or carries_tangents()
+        or not ops.takes_gates(given.x, w1, b1, w2, b2)
+        or w1.shape != (squeezed, channels, 1, 1)
+        or w2.shape != (channels, squeezed, 1, 1)
+        or not (w1.flatten(1).is_contiguous() and w2.flatten(1).is_contiguous())
+        or any(b is not None and b.shape != w.shape[:1] for b, w in ((b1, w1), (b2, w2)))
+    ):
+        return None
+    epilogue = Epilogue() if given.source is None else given.recipe.epilogue
+    out: torch.Tensor
+    out, *_ = SqueezeExciteFunction.apply(
+        given.x, given.handle, w1, b1, w2, b2, activation, gate, given.recipe, epilogue
+    )
+    return out
 
 
 class MaxPool2dFunction(_Function):
@@ -1027,7 +1226,7 @@ class ConvActFunction(_Function):
             dy, db = ops.act_backward(dout, z, ctx.activation)
         if bias_needed and db is None:
             db = _channel_sum(dy)
-        dx, dw = _gradients(ctx, dy, x, kept, w, x_needed, w_needed)
+        dx, dw = _gradients(ctx, dy, x, _reading(ctx, x, kept, x_needed, w_needed), w, x_needed, w_needed)
         return (
             dx if ctx.handle is None else None,
             dw,
@@ -1173,19 +1372,23 @@ def conv_bn_act(
 
 class _Given(NamedTuple):
     """What a chained call takes from an x that may be Recomputable: its values, its handle and its recipe, or itself
-    alone."""
+    alone. source: the Recomputable where x is not its values but its `like`."""
 
     x: torch.Tensor
     handle: torch.Tensor | None = None
     recipe: Recipe | None = None
+    source: Recomputable | None = None
 
     @classmethod
-    def of(cls, x: torch.Tensor | Recomputable) -> _Given:
+    def of(cls, x: torch.Tensor | Recomputable, reads_recipes: bool = False) -> _Given:
+        """`reads_recipes`: the call may compute the values as it reads them."""
         if not isinstance(x, Recomputable):
             return cls(x)
         y = x.recipe.y
         if isinstance(y, Convolved) and y.was_written():
             return cls(x.tensor())
+        if reads_recipes and x.is_deferred and x.recipe.mean is not None:
+            return cls(x.like, x.handle, x.recipe, x)
         return cls(x.values, x.handle, x.recipe)
 
     def sums_if_dropped(self, recompute: bool, w: torch.Tensor, bias: torch.Tensor | None) -> _Sums | None:
@@ -1225,7 +1428,7 @@ def chained_conv_act(
     if not keeps:
         return out
     y = given.output(z, w, bias, geom, sums)
-    return Recomputable(out, others[0], Recipe(y, None, None, None, None, 0.0, activation, handoff))
+    return Recomputable([out], others[0], Recipe(y, None, None, None, None, 0.0, activation, handoff))
 
 
 def chained_conv_bn_act(
@@ -1239,8 +1442,9 @@ def chained_conv_bn_act(
 ) -> torch.Tensor | Recomputable:
     """The first of conv_bn_act outside forward mode of an x that may be Recomputable, as its result is with `keeps`.
     `recompute`: the convolution's output is not kept where `is_cheap`."""
-    given = _Given.of(x)
     bias, mean, var, gamma, beta, residual, eps, activation = epilogue
+    plain = mean is None and ops.all_plain(x.like if isinstance(x, Recomputable) else x, w, *epilogue[:6])
+    given = _Given.of(x, reads_recipes=plain)
     keeps = keeps and residual is None
     if keeps and mean is not None and var is not None:  # they may move before the backward pass
         acc = accumulate_dtype(given.x.dtype)
@@ -1248,7 +1452,8 @@ def chained_conv_bn_act(
     sums = given.sums_if_dropped(recompute, w, bias)
     handoff = Handoff(sums_up=mean is None) if keeps and (mean is None or sums is not None) else None
     scale, offset = (t.detach().clone() if keeps and t is not None else None for t in (gamma, beta))
-    chain = Chain(given.recipe, keeps, handoff, sums, offset)
+    defers = plain and keeps
+    chain = Chain(given.recipe, keeps, handoff, sums, offset, given.source, defers)
     out, y, *others = ConvBNActFunction.apply(
         given.x, w, bias, mean, var, gamma, beta, residual, eps, activation, geom, update, given.handle, chain
     )
@@ -1256,8 +1461,8 @@ def chained_conv_bn_act(
         return out
     *found, handle = others
     mean, var = found or (mean, var)
-    y = given.output(y, w, bias, geom, sums)
-    return Recomputable(out, handle, Recipe(y, mean, var, scale, offset, eps, activation, handoff))
+    recipe = Recipe(given.output(y, w, bias, geom, sums), mean, var, scale, offset, eps, activation, handoff)
+    return Recomputable([] if defers else [out], handle, recipe, output=[y] if defers and sums is not None else [])
 
 
 _register("fprop", _differentiable_fprop, 3)

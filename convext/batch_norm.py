@@ -51,6 +51,8 @@ def update_running(
     """Unseen by autograd, as F.batch_norm does it: where a graph of evaluation mode has saved the statistics, its
     backward pass must not refuse because they have moved. What records operators has to see the tensors themselves."""
     if not (torch.compiler.is_compiling() or ops._dispatch_modes()):
+        if ops.update_running(running_mean, running_var, mean, var, momentum, count / (count - 1)):
+            return
         running_mean, running_var = running_mean.data, running_var.data
     running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
     running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))

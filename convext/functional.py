@@ -712,7 +712,7 @@ def chained_conv_act(
     recorded."""
     activation = epilogue.activation
     checks.check_activation(activation)
-    x = input.values if isinstance(input, Recomputable) else input
+    x = input.like if isinstance(input, Recomputable) else input
     fused = _prepare_fused(x, weight, epilogue, stride, padding, dilation, groups)
     if isinstance(input, Recomputable) and (fused is None or fused[0] is not x):
         tensor = input.tensor()
@@ -858,44 +858,76 @@ def chained_conv_bn_act(
     """conv_bn_act with an epilogue, whose `input` may be Recomputable. `keeps`: so may be the result, where a gradient
     is recorded."""
     checks.check_activation(epilogue.activation)
-    x = input.values if isinstance(input, Recomputable) else input
+    x = input.like if isinstance(input, Recomputable) else input
     fused = _prepare_fused(x, weight, epilogue, stride, padding, dilation, groups)
     rest = stride, padding, dilation, groups, training, momentum, num_batches_tracked
     if isinstance(input, Recomputable) and (fused is None or fused[0] is not x):
         return chained_conv_bn_act(input.tensor(), weight, epilogue, *rest, keeps, recompute)
     if fused is None:
         return _unfused(x, weight, epilogue, *rest)
-    running_mean, running_var = epilogue.mean, epilogue.var
     prepared, w, epilogue, geom = fused
     _check_batch_norm(prepared, w, epilogue, geom, training)
-    recorded = isinstance(input, Recomputable) or (
+    if isinstance(input, Recomputable) or (
         not torch.compiler.is_compiling()
         and needs_function(prepared, w, epilogue.bias, epilogue.gamma, epilogue.beta, epilogue.residual)
-    )
+    ):
+        given = input if isinstance(input, Recomputable) else prepared
+        keeps = keeps and x.dim() == 4
+        recorded = recorded_conv_bn_act(
+            given, w, epilogue, geom, training, momentum, num_batches_tracked, keeps, recompute
+        )
+        return recorded.squeeze(0) if x.dim() == 3 and isinstance(recorded, torch.Tensor) else recorded
+    if training:
+        out, *statistics = ops.conv_bn_act_train(prepared, w, epilogue._replace(mean=None, var=None), geom)
+        _updating(epilogue, momentum, num_batches_tracked)(*statistics)
+    else:
+        out = ops.conv_bn_act(prepared, w, epilogue, geom)
+    return out.squeeze(0) if x.dim() == 3 else out
+
+
+def recorded_conv_bn_act(
+    given: torch.Tensor | Recomputable,
+    w: torch.Tensor,
+    epilogue: Epilogue,
+    geom: Geom,
+    training: bool,
+    momentum: float,
+    num_batches_tracked: torch.Tensor | None,
+    keeps: bool,
+    recompute: bool,
+) -> torch.Tensor | Recomputable:
+    """chained_conv_bn_act of images, where a gradient is recorded and the arguments are known to be as they should."""
     update = None
     if training:
-
-        def update(y: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> None:
-            if num_batches_tracked is not None:
-                num_batches_tracked.add_(1)
-            if running_mean is not None:
-                count = y.shape[0] * y.shape[2] * y.shape[3]
-                batch_norm.update_running(running_mean, running_var, mean, var, momentum, count)  # type: ignore[arg-type]
-
+        update = _updating(epilogue, momentum, num_batches_tracked)
         epilogue = epilogue._replace(mean=None, var=None)
-    if recorded and (keeps or isinstance(input, Recomputable)) and x.dim() == 4:
-        given = input if isinstance(input, Recomputable) else prepared
+    if keeps or isinstance(given, Recomputable):
         return autograd.chained_conv_bn_act(given, w, epilogue, geom, update, keeps, recompute)
-    if recorded and recompute:
-        out = ordinary(autograd.chained_conv_bn_act(prepared, w, epilogue, geom, update, False, recompute))
-    elif recorded:
-        out = autograd.conv_bn_act(prepared, w, epilogue, geom, update=update)[0]
-    elif update is None:
-        out = ops.conv_bn_act(prepared, w, epilogue, geom)
-    else:
-        out, *statistics = ops.conv_bn_act_train(prepared, w, epilogue, geom)
-        update(*statistics)
-    return out.squeeze(0) if x.dim() == 3 else out
+    if recompute:
+        return ordinary(autograd.chained_conv_bn_act(given, w, epilogue, geom, update, False, recompute))
+    return autograd.conv_bn_act(given, w, epilogue, geom, update=update)[0]
+
+
+def takes_as_they_are(x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue, geom: Geom) -> bool:
+    """Whether `recorded_conv_bn_act` may be called with these in the place of chained_conv_bn_act."""
+    fused = _prepare_fused(x, w, epilogue, *geom)
+    return fused is not None and fused[0] is x and fused[1] is w
+
+
+def _updating(
+    epilogue: Epilogue, momentum: float, num_batches_tracked: torch.Tensor | None
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
+    """function(y, mean, var) that counts a batch and moves the epilogue's statistics, which are the running ones."""
+    running_mean, running_var = epilogue.mean, epilogue.var
+
+    def update(y: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> None:
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+        if running_mean is not None:
+            count = y.shape[0] * y.shape[2] * y.shape[3]
+            batch_norm.update_running(running_mean, running_var, mean, var, momentum, count)  # type: ignore[arg-type]
+
+    return update
 
 
 conv_bn_relu = conv_bn_act

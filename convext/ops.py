@@ -156,10 +156,14 @@ def _run_fprop(x, w, bias, geom, channels_last):
     return choice.run(choice.problem, x, w, _NO_EPILOGUE if bias is None else Epilogue(bias))
 
 
-def _run_fprop_batch_stats(x, w, bias, geom):
-    """fprop, and batch_stats of what it returns."""
+def _run_fprop_batch_stats(x, w, bias, geom, before=None):
+    """fprop, and batch_stats of what it returns. `before`: fprop of bn_act(x, before), or None where that is to be
+    computed by itself."""
     choice = _fprop_choice(x, w, bias, geom, False, STATISTICS)
-    found = choice.backend.fprop_batch_stats(choice.problem, x, w, bias)
+    found = choice.backend.fprop_batch_stats(choice.problem, x, w, bias, before)
+    if before is not None and found is None:
+        choice.counter[0] -= 1
+        return None
     if found is not None:
         backends.counter(choice.backend.name, "batch_stats", choice.variant)[0] += 1
         return found
@@ -242,7 +246,7 @@ def _run_dgrad(dy, w, input_size, geom, channels_last):
     return choice.run(choice.problem, dy, w)
 
 
-def _run_wgrad(dy, x, kernel_size, geom, channels_last):
+def _wgrad_choice(dy, x, kernel_size, geom) -> backends.Choice:
     key = (2, dy.shape, dy.stride(), dy.dtype, dy.device, x.shape, x.stride(), x.dtype, kernel_size, geom)
     choice = _calls.get(key)
     if choice is None:
@@ -250,6 +254,11 @@ def _run_wgrad(dy, x, kernel_size, geom, channels_last):
         problem = ConvProblem.of_wgrad(dy, x, kernel_size, geom)
         _check_y_shape("wgrad", dy, problem)
         choice = _remember(key, backends.select(Pass.WGRAD, problem, device=dy.device))
+    return choice
+
+
+def _run_wgrad(dy, x, kernel_size, geom, channels_last):
+    choice = _wgrad_choice(dy, x, kernel_size, geom)
     choice.counter[0] += 1
     if channels_last is None:
         channels_last = guess_dw_format(x, choice.problem.w_shape)
@@ -440,6 +449,71 @@ def bn_act_backward(
     return _bn_act_backward(dout, y, *epilogue[1:], training)
 
 
+def fprop_batch_stats(
+    x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue, geom: Geom, before: Epilogue | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """y, mean, var of conv_bn_act_train with this epilogue, of plain tensors that have been checked. `before`: of
+    bn_act(x, before), which is not written, or None where the backend does not compute that on the way. Not
+    differentiable."""
+    return _run_fprop_batch_stats(x, w, epilogue.bias, geom, before)
+
+
+def update_running(
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    momentum: float,
+    unbiased: float,
+) -> bool:
+    """running = (1 - momentum) * running + momentum * batch, var taken times `unbiased`, unseen by autograd, in
+    one call; or False where the native backend has none, or is not to serve, and nothing was done."""
+    if not all_plain(running_mean, running_var, mean, var) or running_mean.requires_grad or running_var.requires_grad:
+        return False
+    device = running_mean.device.type
+    if backends.forced() not in (None, "native") or backends.unavailable("native", device) is not None:
+        return False
+    return backends.get("native", device).update_running(running_mean, running_var, mean, var, momentum, unbiased)
+
+
+def bn_conv_backward(
+    dout: torch.Tensor,
+    y: torch.Tensor,
+    epilogue: Epilogue,
+    sums: tuple[Any, ...] | None,
+    x: torch.Tensor,
+    before: Epilogue | None,
+    w: torch.Tensor,
+    geom: Geom,
+    dx_channels_last: bool,
+    dw_channels_last: bool,
+    sums_up: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, tuple[Any, ...] | None] | None:
+    """dx, dw, dgamma, dbeta of bn_act(y, epilogue) in training, without a residual, where y = x * w, and what
+    bn_act_and_sums would find of dx where `sums_up` says so; None where the backend does not do it in one call.
+    `before`: of bn_act(x, before). `sums`: what bn_act_and_sums found of dout. Not differentiable."""
+    if not all_plain(dout, y, *epilogue[:6], x, w) or before is not None and not all_plain(*before[:6]):
+        return None
+    dgrad = _dgrad_choice(y, w, x.shape[2:], geom, dx_channels_last)
+    wgrad = _wgrad_choice(y, x, w.shape[2:], geom)
+    backend = dgrad.backend
+    if wgrad.backend is not backend or backends.select_batch_norm(y) is not backend:
+        return None
+    if sums is not None and sums[0] is not backend:
+        return None
+    given = None if sums is None else sums[1]
+    found = backend.bn_conv_backward(
+        dgrad.problem, wgrad.problem, dout, y, epilogue, given, x, before, w, dw_channels_last, sums_up
+    )
+    if found is None:
+        return None
+    for choice in (dgrad, wgrad):
+        choice.counter[0] += 1
+    backends.counter(backend.name, "bn_conv_backward", f"{backend.name}_bn_conv_backward")[0] += 1
+    *gradients, sums_of_dx = found
+    return *gradients, (backend, sums_of_dx, sums_of_dx.new_empty(0)) if sums_up else None  # type: ignore[return-value]
+
+
 def bn_act_and_sums(
     dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue
 ) -> tuple[torch.Tensor, tuple[Any, ...]] | None:
@@ -464,6 +538,37 @@ def bn_act_from_sums(
     backends.counter(backend.name, "bn_act_from_sums", f"{backend.name}_bn_act_from_sums")[0] += 1
     gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = backend.bn_act_from_sums(dout, y, epilogue, *found)
     return gradients
+
+
+def takes_gates(y: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether the three functions below serve a call on these tensors, of y (N, C, H, W)."""
+    return (
+        all_plain(y, *others)
+        and backends.select_batch_norm(y).reject_gates(y) is None
+        and all(t is None or t.dtype is y.dtype and t.device == y.device for t in others)
+    )
+
+
+def bn_act_image_sums(
+    y: torch.Tensor, epilogue: Epilogue, dout: torch.Tensor | None = None, factor: float = 1.0
+) -> torch.Tensor:
+    """(N, C), factor times the sum over each image's pixels of bn_act(y, epilogue), or of that times dout."""
+    backend = backends.select_batch_norm(y)
+    return _counted(backend, "bn_act_image_sums")(y, epilogue, dout, factor)
+
+
+def bn_act_gated(y: torch.Tensor, epilogue: Epilogue, gates: torch.Tensor) -> torch.Tensor:
+    """bn_act(y, epilogue) times gates (N, C)."""
+    return _counted(backends.select_batch_norm(y), "bn_act_gated")(y, epilogue, gates)
+
+
+def bn_act_gated_backward(
+    dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, gates: torch.Tensor, shifts: torch.Tensor
+) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    """dout * gates + shifts, both (N, C), and what bn_act_and_sums would find of that."""
+    backend = backends.select_batch_norm(y)
+    da, sums = _counted(backend, "bn_act_gated_backward")(dout, y, epilogue, gates.contiguous(), shifts.contiguous())
+    return da, (backend, sums, sums.new_empty(0))
 
 
 def act_backward(dout: torch.Tensor, z: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -127,10 +127,48 @@ class Backend:
         raise NotImplementedError
 
     def fprop_batch_stats(
-        self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+        self,
+        problem: ConvProblem,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        bias: torch.Tensor | None,
+        before: Epilogue | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """y and batch_stats(y) without reading y again, or None where no kernel does that."""
+        """y and batch_stats(y) without reading y again, or None where no kernel does that. `before`: the convolution is
+        of bn_act(x, before), which is not to be written either."""
         return None
+
+    def bn_conv_backward(
+        self,
+        dgrad: ConvProblem,
+        wgrad: ConvProblem,
+        dout: torch.Tensor,
+        y: torch.Tensor,
+        epilogue: Epilogue,
+        sums: torch.Tensor | None,
+        x: torch.Tensor,
+        before: Epilogue | None,
+        w: torch.Tensor,
+        dw_channels_last: bool,
+        sums_up: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """dx, dw, dgamma, dbeta of bn_act(y, epilogue) where y = x * w has the statistics that the epilogue has, in
+        fewer passes than one by one, or None where it cannot. The problems are those that dgrad and wgrad would serve.
+        `before`: as in `fprop_batch_stats`. `sums`: what `bn_act_and_sums` found of dout. The last result is that of dx
+        where `sums_up` says so."""
+        return None
+
+    def update_running(
+        self,
+        running_mean: torch.Tensor,
+        running_var: torch.Tensor,
+        mean: torch.Tensor,
+        var: torch.Tensor,
+        momentum: float,
+        unbiased: float,
+    ) -> bool:
+        """Moves the running statistics by those of a batch (`ops.update_running`), or returns False."""
+        return False
 
     def bn_act(self, y: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
         """The epilogue, which has a mean and no bias, of y."""
@@ -153,6 +191,26 @@ class Backend:
         self, dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, *found: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """dy, dgamma, dbeta of bn_act_backward in training. `found` is of bn_act_and_sums and used up."""
+        raise NotImplementedError
+
+    def reject_gates(self, y: torch.Tensor) -> str | None:
+        """Why it has none of the three passes below for tensors like y, or None where it has them."""
+        return f"{self.name} has no passes for gates"
+
+    def bn_act_image_sums(
+        self, y: torch.Tensor, epilogue: Epilogue, dout: torch.Tensor | None, factor: float
+    ) -> torch.Tensor:
+        """(N, C), factor times the sum over each image's pixels of bn_act(y, epilogue), or of that times dout."""
+        raise NotImplementedError
+
+    def bn_act_gated(self, y: torch.Tensor, epilogue: Epilogue, gates: torch.Tensor) -> torch.Tensor:
+        """bn_act(y, epilogue) times gates (N, C)."""
+        raise NotImplementedError
+
+    def bn_act_gated_backward(
+        self, dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, gates: torch.Tensor, shifts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """dout * gates + shifts, both (N, C), and the sums that bn_act_and_sums finds of that."""
         raise NotImplementedError
 
     def act_backward(

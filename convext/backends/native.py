@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..memory_format import memory_format, suggests_channels_last
-from ..problem import ACTIVATIONS, ConvProblem, DType, Epilogue, Pass
+from ..problem import ACTIVATIONS, STATISTICS, ConvProblem, DType, Epilogue, Pass
 from . import bindings, compiled_calls, costs, native_cuda, native_sequence, tuned
 from .base import Backend, Candidate
 
@@ -402,6 +402,20 @@ def _wgrad(
     return torch.ops.convext_cpu.wgrad.default(plan.variant, dy, x, plan.kernel_size, plan.geom, channels_last)
 
 
+def _in_pieces(problem: ConvProblem, plan: _Plan) -> bool:
+    """Whether a pass over images can run a piece at a time (csrc/cpu/runtime/training.h)."""
+    takes = problem.axes == 2 and problem.dtype in (DType.FLOAT32, DType.FLOAT64)
+    return takes and bool(kernels()[plan.variant]["dtype"] == problem.dtype)
+
+
+def _norm_arguments(epilogue: Epilogue | None) -> tuple[Any, ...]:
+    """mean, var, gamma, beta, eps, activation."""
+    if epilogue is None:
+        return None, None, None, None, 0.0, ACTIVATIONS["identity"]
+    _, mean, var, gamma, beta, _, eps, activation = epilogue
+    return mean, var, gamma, beta, eps, ACTIVATIONS[activation]
+
+
 def _slower_volume(pass_: Pass, p: ConvProblem) -> str | None:
     """The rules of volumes, by the limits that were measured."""
     limits, columns = costs.table().limits, p.c_per_group if pass_ is Pass.DGRAD else p.k_per_group
@@ -628,6 +642,71 @@ class NativeCpu(Backend):
     def batch_stats(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.ops.convext_cpu.batch_stats.default(y)
 
+    def fprop_batch_stats(
+        self,
+        problem: ConvProblem,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        bias: torch.Tensor | None,
+        before: Epilogue | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """A piece of the batch at a time, whose sums are taken while it is in the cache."""
+        plan = _plan(Pass.FPROP, problem, STATISTICS)
+        assert plan is not None
+        if problem.y_layout != _NHWC or not _in_pieces(problem, plan):
+            return None
+        packed = _packed_weight(w, plan)
+        return torch.ops.convext_cpu.fprop_batch_stats.default(
+            plan.variant, x, *_norm_arguments(before), w, packed.number, _version(w), bias, plan.geom
+        )
+
+    def bn_conv_backward(
+        self,
+        dgrad: ConvProblem,
+        wgrad: ConvProblem,
+        dout: torch.Tensor,
+        y: torch.Tensor,
+        epilogue: Epilogue,
+        sums: torch.Tensor | None,
+        x: torch.Tensor,
+        before: Epilogue | None,
+        w: torch.Tensor,
+        dw_channels_last: bool,
+        sums_up: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        plans = _plan(Pass.DGRAD, dgrad), _plan(Pass.WGRAD, wgrad)
+        assert plans[0] is not None and plans[1] is not None
+        if not (dgrad.x_layout == dgrad.y_layout == wgrad.x_layout == wgrad.y_layout == _NHWC) or not (
+            _in_pieces(dgrad, plans[0]) and _in_pieces(wgrad, plans[1])
+        ):
+            return None
+        packed = _packed_weight(w, plans[0])
+        return torch.ops.convext_cpu.bn_conv_backward.default(
+            plans[0].variant, plans[1].variant, dout, y, *_norm_arguments(epilogue), sums, x, *_norm_arguments(before),
+            sums_up, w, packed.number, _version(w), plans[0].geom, dw_channels_last,
+        )  # fmt: skip
+
+    def update_running(
+        self,
+        running_mean: torch.Tensor,
+        running_var: torch.Tensor,
+        mean: torch.Tensor,
+        var: torch.Tensor,
+        momentum: float,
+        unbiased: float,
+    ) -> bool:
+        for t in (running_mean, running_var):
+            if (
+                t.dtype not in (torch.float32, torch.float64)
+                or t.device.type != "cpu"
+                or not t.is_contiguous()
+                or t.is_neg()
+                or t.is_inference()
+            ):
+                return False
+        torch.ops.convext_cpu.update_running.default(running_mean, running_var, mean, var, momentum, unbiased)
+        return True
+
     def bn_act(self, y: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
         _, mean, var, gamma, beta, residual, eps, activation = epilogue
         return torch.ops.convext_cpu.bn_act.default(y, mean, var, gamma, beta, residual, eps, ACTIVATIONS[activation])
@@ -656,6 +735,24 @@ class NativeCpu(Backend):
             dout, y, mean, var, gamma, beta, eps, ACTIVATIONS[activation], *found
         )
         return found[1] if dy.numel() == 0 else dy, dgamma, dbeta
+
+    def reject_gates(self, y: torch.Tensor) -> str | None:
+        if y.dtype not in (torch.float32, torch.float64):
+            return f"{y.dtype} is not float32 or float64"
+        return None if y.is_contiguous(memory_format=torch.channels_last) else "y is not channels-last"
+
+    def bn_act_image_sums(
+        self, y: torch.Tensor, epilogue: Epilogue, dout: torch.Tensor | None, factor: float
+    ) -> torch.Tensor:
+        return torch.ops.convext_cpu.bn_act_image_sums.default(dout, y, *_norm_arguments(epilogue), factor)
+
+    def bn_act_gated(self, y: torch.Tensor, epilogue: Epilogue, gates: torch.Tensor) -> torch.Tensor:
+        return torch.ops.convext_cpu.bn_act_gated.default(y, *_norm_arguments(epilogue), gates)
+
+    def bn_act_gated_backward(
+        self, dout: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, gates: torch.Tensor, shifts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ops.convext_cpu.bn_act_gated_backward.default(dout, y, *_norm_arguments(epilogue), gates, shifts)
 
     def act_backward(
         self, dout: torch.Tensor, z: torch.Tensor, activation: str

@@ -407,11 +407,16 @@ class NativeCuda(Backend):
         return _run_fprop(_plan(Pass.FPROP, problem), problem, x, w, epilogue)
 
     def fprop_batch_stats(
-        self, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+        self,
+        problem: ConvProblem,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        bias: torch.Tensor | None,
+        before: Epilogue | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """The statistics come out of the kernel's registers."""
         plan = _plan(Pass.FPROP, problem, STATISTICS)
-        return _run_fprop_batch_stats(plan, problem, x, w, bias) if plan.stats_rows else None
+        return _run_fprop_batch_stats(plan, problem, x, w, bias) if plan.stats_rows and before is None else None
 
     def dgrad(self, problem: ConvProblem, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return _run_dgrad(_plan(Pass.DGRAD, problem), problem, dy, w)

@@ -360,6 +360,10 @@ void test_batch_norm_case(const BatchNorm& table, const Case& test, const std::s
       check(out.bytes == o.out.bytes && dy.bytes == o.dy.bytes && dgamma.bytes == o.dgamma.bytes &&
                 dbeta.bytes == o.dbeta.bytes,
             isa + " in two calls differs: " + test.name());
+      Buffer again(size, dtype);
+      const BatchNormGradients anew{dout.data(), again.data(), dgamma.data(), dbeta.data(), nullptr, true};
+      table.bn_act_from_sums(parallel, call, anew, sums.data(), workspace.data());
+      check(again.bytes == o.dy.bytes, isa + " with dz computed anew differs: " + test.name());
     }
     return o;
   };
@@ -438,6 +442,90 @@ void test_batch_norm_case(const BatchNorm& table, const Case& test, const std::s
         isa + " statistics or dgamma, dbeta " + std::to_string(worst_channel) + " x bound: " + test.name());
 }
 
+// What squeeze and excitation is made of. The sums over what comes back are those that bn_act_and_sums finds of it.
+void test_gates(const BatchNorm& table, const Shape& shape, DType dtype, Activation activation,
+                const std::string& isa) {
+  const auto [N, C, HW] = shape;
+  const int64_t size = N * C * HW;
+  const DType compute = compute_dtype(dtype);
+  const Real eps = epsilon(compute), store = dtype == compute ? 0 : epsilon(dtype);
+  const std::string name = isa + " gates " + name_of(dtype) + " n=" + std::to_string(N) + " c=" + std::to_string(C) +
+                           " hw=" + std::to_string(HW) + " activation=" + std::to_string(static_cast<int>(activation));
+  std::mt19937 random(13);
+  std::normal_distribution<double> normal;
+  auto fill = [&](int64_t count, DType type, double scale, double shift) {
+    Buffer b(count, type);
+    for (int64_t i = 0; i < count; ++i) b.set(i, normal(random) * scale + shift);
+    return b;
+  };
+  const Buffer y = fill(size, dtype, 1, 0), dout = fill(size, dtype, 1, 0), gates = fill(N * C, compute, 1, 0);
+  const Buffer shifts = fill(N * C, compute, 0.1, 0), mean = fill(C, compute, 0.1, 0), beta = fill(C, compute, 1, 0);
+  Buffer var(C, compute);
+  for (int64_t c = 0; c < C; ++c) var.set(c, 0.5 + c % 3);
+  BatchNormArgs args{N, C, HW, Layout::kNHWC, dtype, y.data()};
+  args.mean = mean.data(), args.var = var.data(), args.beta = beta.data();
+  args.eps = 1e-5, args.activation = activation;
+  std::vector<double> workspace((table.workspace(args) + 7) / 8);
+  Buffer means(N * C, compute), dgates(N * C, compute), out(size, dtype), da(size, dtype);
+  std::vector<double> sums(2 * C), expected(2 * C);
+  const auto run = [&](int threads) {
+    const Parallel parallel = parallel_with(threads);
+    table.image_sums(parallel, args, nullptr, 1.0 / static_cast<double>(HW), means.data(), workspace.data());
+    table.image_sums(parallel, args, dout.data(), 1, dgates.data(), workspace.data());
+    table.gated(parallel, args, gates.data(), out.data(), workspace.data());
+    table.gated_backward(parallel, args, dout.data(), {gates.data(), shifts.data()}, da.data(), sums.data(),
+                         workspace.data());
+  };
+  run(3);
+  const Buffer former_means = means, former_dgates = dgates, former_out = out, former_da = da;
+  const std::vector<double> former_sums = sums;
+  run(1);
+  check(former_means.bytes == means.bytes && former_dgates.bytes == dgates.bytes && former_out.bytes == out.bytes &&
+            former_da.bytes == da.bytes && former_sums == sums,
+        name + " depends on the threads");
+  if (dtype == compute) {
+    Buffer a(size, dtype), dz(size, dtype);
+    table.bn_act_and_sums(parallel_with(1), args, da.data(), a.data(), {expected.data(), dz.data()}, workspace.data());
+    for (int64_t c = 0; c < C; ++c) {  // sums of the same terms in another order
+      Real terms = 0, products = 0;
+      for (int64_t i = 0; i < N * HW; ++i) {
+        const Real most = Real(1.2L) * std::fabs(da.at(i * C + c));  // of an activation's slope
+        terms += most, products += most * std::fabs(y.at(i * C + c) - mean.at(c));
+      }
+      const Real growth = 2 * eps * (std::sqrt(Real(N * HW)) + 4);
+      check(std::fabs(sums[c] - expected[c]) <= growth * terms, name + " sums");
+      check(std::fabs(sums[C + c] - expected[C + c]) <= growth * products, name + " sums of products");
+    }
+  }
+  Real worst = 0;  // error over bound
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t c = 0; c < C; ++c) {
+      const Real scale = 1 / std::sqrt(var.at(c) + Real(1e-5)), gate = gates.at(n * C + c), more = shifts.at(n * C + c);
+      Real sum = 0, sum_bound = 1e-30L, product = 0, product_bound = 1e-30L;
+      for (int64_t i = 0; i < HW; ++i) {
+        const int64_t at = (n * HW + i) * C + c;
+        const Real normed = (y.at(at) - mean.at(c)) * scale, z = normed + beta.at(c), a = forward(activation, z);
+        const Real a_bound =
+            12 * eps * (std::fabs(normed) + std::fabs(Real(beta.at(c)))) + 16 * eps * (std::fabs(z) + std::fabs(a));
+        sum += a, sum_bound += a_bound, product += a * dout.at(at), product_bound += a_bound * std::fabs(dout.at(at));
+        // A chain of HW sums, each of which may be as large as all terms together.
+        sum_bound += std::sqrt(Real(HW)) * eps * std::fabs(a);
+        product_bound += std::sqrt(Real(HW)) * eps * std::fabs(a * dout.at(at));
+        const Real tiny = 1e-7L * (dtype == DType::kFloat16) + 1e-30L;
+        const Real out_bound = (a_bound * std::fabs(gate) + eps * std::fabs(a * gate)) * (1 + store);
+        worst = std::max(worst, std::fabs(out.at(at) - a * gate) / (out_bound + store * std::fabs(a * gate) + tiny));
+        const Real incoming = dout.at(at) * gate + more;
+        const Real terms = std::fabs(dout.at(at) * gate) + std::fabs(more);
+        worst =
+            std::max(worst, std::fabs(da.at(at) - incoming) / (2 * eps * terms + store * std::fabs(incoming) + tiny));
+      }
+      worst = std::max(worst, std::fabs(means.at(n * C + c) * HW - sum) / (sum_bound + 4 * eps * std::fabs(sum)));
+      worst =
+          std::max(worst, std::fabs(dgates.at(n * C + c) - product) / (product_bound + 4 * eps * std::fabs(product)));
+    }
+  check(worst <= 1, name + " " + std::to_string(worst) + " x bound");
+}
+
 void nan_stays_where_it_is(const BatchNorm& table, const std::string& isa) {
   for (int a = 0; a < 6; ++a) {
     std::vector<float> y(70, 1.0f), out(70);
@@ -474,6 +562,10 @@ void test_batch_norm(const NamedIsa& isa) {
     for (DType dtype : {DType::kFloat32, DType::kFloat64})
       test_batch_norm_case(table, {{4, 19, 900}, layout, dtype, Activation::identity, true, true, false, true, 1e4},
                            isa.name);
+  for (const Shape& shape : {Shape{2, 16, 49}, {3, 37, 25}, {5, 3, 700}, {40, 5, 1}, {2, 20, 4099}})
+    for (int dtype = 0; dtype < 4; ++dtype)
+      for (Activation activation : {Activation::silu, Activation::hardswish, Activation::relu})
+        test_gates(table, shape, static_cast<DType>(dtype), activation, isa.name);
   nan_stays_where_it_is(table, isa.name);
 }
 

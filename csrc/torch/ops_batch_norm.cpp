@@ -1,116 +1,12 @@
 // The torch-facing side of the batch-norm passes on the CPU: checks, allocation, staging of odd strides. The kernels
 // (csrc/cpu/kernels/elementwise/batch_norm.cpp) read every dtype as it is stored, in either layout.
-#include <cmath>
 #include <tuple>
 
+#include "batch_norm_call.h"
 #include "core/select.h"
-#include "cpu/kernels/elementwise/batch_norm.h"
-#include "cpu/kernels/elementwise/staging.h"
-#include "torch_glue.h"
 
 namespace convext {
 namespace {
-
-// The layout the pass runs in is the one y suggests, and the results have it too. Where y lies dense in both (one
-// pixel), the same memory is read as NHWC, which has the longer rows.
-Layout layout_of(const View& y) {
-  return y.suggests_nhwc() || y.is_dense(Layout::kNHWC) ? Layout::kNHWC : Layout::kNCHW;
-}
-
-Tensor empty_like(const View& y) {
-  return empty_activation(y.size[0], y.size[1], y.size[2], y.size[3], y.dtype, y.suggests_nhwc());
-}
-
-// An operand dense in `layout`: itself, or a copy.
-struct Dense {
-  View view;
-  Layout layout;
-  bool staged;
-
-  Dense(const View& v, Layout wanted) : view(v), layout(wanted), staged(!v.is_dense(wanted)) {}
-
-  int64_t scratch_bytes() const { return staged ? Scratch::padded(view.numel() * dtype_size(view.dtype)) : 0; }
-
-  const void* get(const Staging& staging, const Parallel& parallel) const {
-    if (!staged) return view.data;
-    const int64_t c = view.size[1], h = view.size[2], w = view.size[3];
-    const int64_t nhwc[4] = {c * h * w, 1, w * c, c}, nchw[4] = {c * h * w, h * w, w, 1};
-    void* copy = scratch().take(scratch_bytes());
-    staging.copy(parallel, view.data, view.dtype, view.stride, copy, view.dtype, layout == Layout::kNHWC ? nhwc : nchw,
-                 view.size);
-    return copy;
-  }
-};
-
-View matching_view(const Tensor& t, const char* name, const View& y) {
-  const View v = view_of(t, name);
-  STD_TORCH_CHECK(v.dtype == y.dtype, "convext_cpu: ", name, " must have y's dtype");
-  for (int i = 0; i < 4; ++i) {
-    STD_TORCH_CHECK(v.size[i] == y.size[i], "convext_cpu: ", name, " must have y's shape");
-  }
-  return v;
-}
-
-BatchNormArgs args_of(const View& y, Layout layout) {
-  BatchNormArgs args{};
-  args.n = y.size[0], args.c = y.size[1], args.hw = y.size[2] * y.size[3];
-  args.layout = layout;
-  args.dtype = y.dtype;
-  return args;
-}
-
-// The per-channel parameters in the compute dtype.
-struct Channels {
-  const OptionalTensor &mean, &var, &gamma, &beta;
-  double eps;
-  int64_t activation;
-
-  int64_t scratch_bytes(const BatchNormArgs& args) const {
-    const int64_t split = splits(args) ? Scratch::padded(args.c * sizeof(double)) : 0;
-    return 5 * Scratch::padded(args.c * dtype_size(compute_dtype(args.dtype))) + split;
-  }
-
-  // Whether the mean has more digits than the compute dtype, as batch_stats returns it.
-  bool splits(const BatchNormArgs& args) const {
-    return mean && compute_dtype(args.dtype) == DType::kFloat32 && dtype_of(*mean) == DType::kFloat64;
-  }
-
-  void load_split_mean(BatchNormArgs& args) const {
-    auto* const exact = static_cast<double*>(scratch().take(args.c * sizeof(double)));
-    auto* const rounded = static_cast<float*>(scratch().take(args.c * sizeof(float)));
-    auto* const rest = static_cast<float*>(scratch().take(args.c * sizeof(float)));
-    load_channels<double>(mean, "mean", args.c, 0.0, exact);
-    for (int64_t c = 0; c < args.c; ++c) {
-      rounded[c] = static_cast<float>(exact[c]);
-      const double more = exact[c] - rounded[c];
-      rest[c] = std::isfinite(more) ? static_cast<float>(more) : 0.0f;
-    }
-    args.mean = rounded, args.mean_rest = rest;
-  }
-
-  void load(BatchNormArgs& args) const {
-    STD_TORCH_CHECK(mean.has_value() == var.has_value(), "convext_cpu: mean and var come together or not at all");
-    const auto one = [&](const OptionalTensor& t, const char* name) -> const void* {
-      if (!t) return nullptr;
-      void* out = scratch().take(args.c * dtype_size(compute_dtype(args.dtype)));
-      if (compute_dtype(args.dtype) == DType::kFloat64) {
-        load_channels<double>(t, name, args.c, 0.0, static_cast<double*>(out));
-      } else {
-        load_channels<float>(t, name, args.c, 0.0f, static_cast<float*>(out));
-      }
-      return out;
-    };
-    if (splits(args)) {
-      load_split_mean(args);
-    } else {
-      args.mean = one(mean, "mean");
-    }
-    args.var = one(var, "var");
-    args.gamma = one(gamma, "gamma"), args.beta = one(beta, "beta");
-    args.eps = eps;
-    args.activation = static_cast<Activation>(activation);
-  }
-};
 
 std::tuple<Tensor, Tensor> batch_stats(const Tensor& y) {
   const View yv = view_of(y, "y");
@@ -234,7 +130,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_and_sums(const Tensor& dout, const Ten
   return {out, sums, dz};
 }
 
-// Where dz is of y's size, dy is computed over it, and what is returned in its place is of size 0.
+// Where dz is of y's size, dy is computed over it, and what is returned in its place is of size 0. Where it is of size 0,
+// dz is computed again, as who has the sums from elsewhere wants it.
 std::tuple<Tensor, Tensor, Tensor> bn_act_from_sums(const Tensor& dout, const Tensor& y, const Tensor& mean,
                                                     const Tensor& var, const OptionalTensor& gamma,
                                                     const OptionalTensor& beta, double eps, int64_t activation,
@@ -244,10 +141,11 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_from_sums(const Tensor& dout, const Te
   const ScratchScope scope(call.scratch_bytes());
   const Parallel& parallel = torch_parallel();
   BatchNormGradients gradients{};
-  gradients.dout = call.load(parallel);
-  const bool keeps = call.kernels.keeps_dz(call.args);
-  STD_TORCH_CHECK(dz.numel() == (keeps ? call.yv.numel() : 0) && sums.numel() == 2 * call.args.c,
+  const void* const incoming = call.load(parallel);
+  const bool keeps = dz.numel() > 0;
+  STD_TORCH_CHECK((!keeps || dz.numel() == call.yv.numel()) && sums.numel() == 2 * call.args.c,
                   "convext_cpu: sums and dz must be what bn_act_and_sums returned");
+  gradients.dout = keeps ? nullptr : incoming;
   Tensor dy = keeps ? empty_vector(0, call.yv.dtype) : empty_like(call.yv);
   const DType compute = compute_dtype(call.yv.dtype);
   Tensor dgamma = empty_vector(call.args.c, compute), dbeta = empty_vector(call.args.c, compute);
@@ -258,6 +156,103 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_from_sums(const Tensor& dout, const Te
   call.kernels.bn_act_from_sums(parallel, call.args, gradients, static_cast<const double*>(sums.data_ptr()),
                                 scratch().take(call.workspace));
   return {dy, dgamma, dbeta};
+}
+
+// running = (1 - momentum) * running + momentum * batch, and of the variance by the factor that makes it unbiased.
+void update_running(Tensor running_mean, Tensor running_var, const Tensor& mean, const Tensor& var, double momentum,
+                    double unbiased) {
+  const int64_t c = mean.numel();
+  const auto update = [&](Tensor& running, const Tensor& batch, const char* name, double factor) {
+    STD_TORCH_CHECK(running.is_cpu() && running.is_contiguous() && running.numel() == c, "convext_cpu: running ", name,
+                    " must hold ", c, " values in a row on the CPU");
+    std::vector<double> values(c);
+    load_channels<double>(OptionalTensor(batch), name, c, 0.0, values.data());
+    const auto apply = [&](auto* to) {
+      using T = std::remove_pointer_t<decltype(to)>;
+      for (int64_t i = 0; i < c; ++i) to[i] = static_cast<T>((1 - momentum) * to[i] + factor * values[i]);
+    };
+    if (dtype_of(running) == DType::kFloat64) {
+      apply(static_cast<double*>(running.data_ptr()));
+    } else {
+      STD_TORCH_CHECK(dtype_of(running) == DType::kFloat32, "convext_cpu: running ", name,
+                      " must be float32 or float64");
+      apply(static_cast<float*>(running.data_ptr()));
+    }
+  };
+  update(running_mean, mean, "mean", momentum);
+  update(running_var, var, "var", momentum * unbiased);
+}
+
+// What the ops of gates share: y in NHWC, which it is to be without a copy, and the parameters in scratch memory.
+struct Gated {
+  View yv;
+  BatchNormArgs args;
+  Channels channels;
+  const BatchNorm& kernels;
+  int64_t workspace;
+
+  Gated(const Tensor& y, const Channels& given)
+      : yv(view_of(y, "y")),
+        args(args_of(yv, Layout::kNHWC)),
+        channels(given),
+        kernels(batch_norm_for(settings().cpu_isa)),
+        workspace(kernels.workspace(args)) {
+    STD_TORCH_CHECK(yv.is_dense(Layout::kNHWC) && yv.numel() > 0, "convext_cpu: y must be channels-last");
+    args.y = yv.data;
+  }
+
+  int64_t scratch_bytes() const { return channels.scratch_bytes(args) + Scratch::padded(workspace); }
+
+  const void* vectors(const Tensor& t, const char* name) const {
+    STD_TORCH_CHECK(
+        t.is_cpu() && t.is_contiguous() && dtype_of(t) == compute_dtype(args.dtype) && t.numel() == args.n * args.c,
+        "convext_cpu: ", name, " must be (N, C) in the compute dtype");
+    return t.const_data_ptr();
+  }
+};
+
+// Of activation(batch_norm(y)), by image and channel: factor times the sum, or with dout of the product with that.
+Tensor bn_act_image_sums(const OptionalTensor& dout, const Tensor& y, const OptionalTensor& mean,
+                         const OptionalTensor& var, const OptionalTensor& gamma, const OptionalTensor& beta, double eps,
+                         int64_t activation, double factor) {
+  Gated call(y, {mean, var, gamma, beta, eps, activation});
+  std::optional<Dense> incoming;
+  if (dout) incoming.emplace(matching_view(*dout, "dout", call.yv), Layout::kNHWC);
+  Tensor sums = empty_matrix(call.args.n, call.args.c, compute_dtype(call.args.dtype));
+  const ScratchScope scope(call.scratch_bytes() + (incoming ? incoming->scratch_bytes() : 0));
+  const Parallel& parallel = torch_parallel();
+  call.channels.load(call.args);
+  const void* const d = incoming ? incoming->get(staging_for(settings().cpu_isa), parallel) : nullptr;
+  call.kernels.image_sums(parallel, call.args, d, factor, sums.data_ptr(), scratch().take(call.workspace));
+  return sums;
+}
+
+Tensor bn_act_gated(const Tensor& y, const OptionalTensor& mean, const OptionalTensor& var, const OptionalTensor& gamma,
+                    const OptionalTensor& beta, double eps, int64_t activation, const Tensor& gates) {
+  Gated call(y, {mean, var, gamma, beta, eps, activation});
+  Tensor out = empty_like(call.yv);
+  const ScratchScope scope(call.scratch_bytes());
+  call.channels.load(call.args);
+  call.kernels.gated(torch_parallel(), call.args, call.vectors(gates, "gates"), out.data_ptr(),
+                     scratch().take(call.workspace));
+  return out;
+}
+
+// dout * gates + shifts, and the sums that bn_act_and_sums finds of that.
+std::tuple<Tensor, Tensor> bn_act_gated_backward(const Tensor& dout, const Tensor& y, const OptionalTensor& mean,
+                                                 const OptionalTensor& var, const OptionalTensor& gamma,
+                                                 const OptionalTensor& beta, double eps, int64_t activation,
+                                                 const Tensor& gates, const Tensor& shifts) {
+  Gated call(y, {mean, var, gamma, beta, eps, activation});
+  const Dense incoming(matching_view(dout, "dout", call.yv), Layout::kNHWC);
+  Tensor da = empty_like(call.yv), sums = empty_vector(2 * call.args.c, DType::kFloat64);
+  const ScratchScope scope(call.scratch_bytes() + incoming.scratch_bytes());
+  const Parallel& parallel = torch_parallel();
+  call.channels.load(call.args);
+  const void* const d = incoming.get(staging_for(settings().cpu_isa), parallel);
+  call.kernels.gated_backward(parallel, call.args, d, {call.vectors(gates, "gates"), call.vectors(shifts, "shifts")},
+                              da.data_ptr(), static_cast<double*>(sums.data_ptr()), scratch().take(call.workspace));
+  return {da, sums};
 }
 
 }  // namespace
@@ -278,6 +273,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(convext_cpu, m) {
   m.def(
       "bn_act_from_sums(Tensor dout, Tensor y, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps, "
       "int activation, Tensor sums, Tensor(a!) dz) -> (Tensor dy, Tensor dgamma, Tensor dbeta)");
+  m.def(
+      "update_running(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, float momentum, "
+      "float unbiased) -> ()");
+  m.def(
+      "bn_act_image_sums(Tensor? dout, Tensor y, Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, float eps, "
+      "int activation, float factor) -> Tensor");
+  m.def(
+      "bn_act_gated(Tensor y, Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, float eps, int activation, "
+      "Tensor gates) -> Tensor");
+  m.def(
+      "bn_act_gated_backward(Tensor dout, Tensor y, Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, float eps, "
+      "int activation, Tensor gates, Tensor shifts) -> (Tensor da, Tensor sums)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(convext_cpu, CPU, m) {
@@ -286,4 +293,8 @@ STABLE_TORCH_LIBRARY_IMPL(convext_cpu, CPU, m) {
   m.impl("bn_act_backward", TORCH_BOX(&convext::bn_act_backward));
   m.impl("bn_act_and_sums", TORCH_BOX(&convext::bn_act_and_sums));
   m.impl("bn_act_from_sums", TORCH_BOX(&convext::bn_act_from_sums));
+  m.impl("update_running", TORCH_BOX(&convext::update_running));
+  m.impl("bn_act_image_sums", TORCH_BOX(&convext::bn_act_image_sums));
+  m.impl("bn_act_gated", TORCH_BOX(&convext::bn_act_gated));
+  m.impl("bn_act_gated_backward", TORCH_BOX(&convext::bn_act_gated_backward));
 }

@@ -23,7 +23,7 @@ ARROWS = {
        for family in ("direct", "pointwise", "stem", "winograd")},
     "cpu/kernels/grouped": ["core", "cpu/simd", "cpu/kernels", "cpu/kernels/gemm", "cpu/kernels/stem"],
     "compat": [],
-    "cpu/runtime": ["core", "cpu/kernels/elementwise", "cpu/kernels/roofline"],
+    "cpu/runtime": ["core", "cpu/kernels/elementwise", "cpu/kernels/gemm", "cpu/kernels/roofline"],
     "cuda": ["core"],
     "cuda/ptx": ["core", "cuda"],
     "cuda/tile": ["core", "cuda", "cuda/ptx"],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..capture.signature import ONE_TENSOR
 from ..units import Format, Unit
-from ..units.containers import Container, SqueezeExcite
+from ..units.containers import Container, RecordedExcitation, SqueezeExcite
 from . import squeeze_excite
 from .graph import Graph
 
@@ -17,14 +17,22 @@ if TYPE_CHECKING:
 
 
 def match(graph: Graph, mode: Mode) -> Iterator[Unit]:
-    if not mode.direct:
-        return
+    results = {unit.last for unit in graph.units if unit.runs and unit.first.gives == "image"}
     for node in graph.nodes:
         forward = graph.container(node)
-        if forward is not None and len(node.args) == 1:
+        if forward is None or len(node.args) != 1:
+            continue
+        if mode.direct:
             found = _squeeze_excite(forward.plan(forward.owner, ONE_TENSOR), mode)
             op = Container(graph.modules[node.target], found)
-            yield Unit(node.args[0], [op], [node], format=Format.AS_NODES)
+        elif node.args[0] in results and (plan := forward.plan(forward.owner, ONE_TENSOR)) is not None:
+            found = _squeeze_excite(plan, mode)
+            if found is None:
+                continue
+            op = RecordedExcitation(graph.modules[node.target], found, plan)
+        else:
+            continue
+        yield Unit(node.args[0], [op], [node], format=Format.AS_NODES)
 
 
 def _squeeze_excite(plan: Any, mode: Mode) -> SqueezeExcite | None:

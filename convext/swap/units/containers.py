@@ -9,10 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from ... import autograd
+from ...autograd import Recomputable
+from ...functional import ordinary
 from ...problem import ACTIVATIONS
+from ..capture.signature import ONE_TENSOR
+from ..capture.trace import HOOKS
 from ..method import ForwardMethod
 from . import AnyLayout, AnyProgram, Call, Op, Unit
-from .functions import Convolution, Place
+from .functions import Convolution, Place, found
 
 if TYPE_CHECKING:
     from ..modes import Mode
@@ -69,6 +74,33 @@ class Excitation(Op):
 
     def joins(self) -> bool:
         return False  # by itself: it has no kernel without the convolution
+
+
+class RecordedExcitation(Container):
+    """Squeeze and excitation with gradients, of what the layer before does not keep. `plan`: of the container, of which
+    `excitation` was read."""
+
+    takes = "image"
+
+    def __init__(self, module: nn.Module, excitation: SqueezeExcite, plan: Any):
+        super().__init__(module, excitation)
+        self.plan = plan
+
+    def bind(self, fallback: Call, mode: Mode) -> Call:
+        called, container, excitation, plan = super().bind(fallback, mode), self.container, self.excitation, self.plan
+
+        def excited(x: Any) -> Any:
+            if type(x) is Recomputable:
+                forward = container.__dict__["forward"]
+                stands = isinstance(forward, ForwardMethod) and forward.plan(container, ONE_TENSOR) is plan
+                if stands and not any(container.__dict__[name] for name in HOOKS):
+                    w1, b1, w2, b2 = map(found, excitation.places)
+                    out = autograd.squeeze_excite(x, w1, b1, w2, b2, excitation.activation, excitation.gate)
+                    if out is not None:
+                        return out
+            return called(ordinary(x))
+
+        return excited
 
 
 class SqueezeExcite(NamedTuple):

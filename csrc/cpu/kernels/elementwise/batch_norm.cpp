@@ -15,8 +15,9 @@
 //   pixel  [ W | W | W | tail ]        n,c    [ W | W | W | tail ]
 //     |    sums[c] += ...                     lane sums, added up in order at the end of a plane
 //
-// Sums: the pixels (NHWC) or images (NCHW) are cut into chunks by the shape alone. A chunk is summed in the compute
-// dtype, chunks are merged in double in their order: neither depends on the threads. Statistics are summed around the
+// Sums: the pixels (NHWC) or images (NCHW) are cut into chunks by the shape alone, in NHWC whole images or parts of one,
+// so that who computes image by image has whole chunks. A chunk is summed in the compute dtype, chunks are merged in
+// double in their order: neither depends on the threads. Statistics are summed around the
 // chunk's own first value, so that a mean far from zero cancels nothing, and merged by Chan's formula:
 //
 //   delta = mean_b - mean_a      mean = mean_a + delta * n_b / n      M2 = M2_a + M2_b + delta^2 * n_a * n_b / n
@@ -30,7 +31,7 @@ namespace convext {
 namespace CONVEXT_ISA {
 namespace {
 
-constexpr int64_t kMaxChunks = 128;            // partial sums kept for a tensor
+constexpr int64_t kMaxChunks = 512;            // partial sums kept for a tensor
 constexpr int64_t kChunkElements = 16 * 1024;  // a chunk or a task is at least this much work
 constexpr int64_t kSerial = 32 * 1024;         // elements below which threads cost more than they bring
 
@@ -38,19 +39,25 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// How the reduction over N and HW is cut: `rows` pixels in NHWC, images in NCHW, into `count` chunks of `size`.
+// How the reduction over N and HW is cut: `rows` pixels in NHWC, images in NCHW, into `count` chunks, each of `images`
+// images or, in NHWC, one of the `parts` of an image.
 struct Chunks {
-  int64_t rows, size, count;
+  int64_t rows, image_rows, images, parts = 1, count;
 
   explicit Chunks(const BatchNormArgs& args) {
     const bool nhwc = args.layout == Layout::kNHWC;
-    rows = nhwc ? args.n * args.hw : args.n;
-    const int64_t elements_a_row = larger(1, nhwc ? args.c : args.hw);
-    size = larger(ceil_div(kChunkElements, elements_a_row), ceil_div(rows, kMaxChunks));
-    count = ceil_div(rows, size);
+    image_rows = nhwc ? args.hw : 1;
+    rows = args.n * image_rows;
+    const int64_t elements = larger(1, nhwc ? args.hw * args.c : args.hw);  // of an image
+    if (nhwc) parts = larger(1, smaller(smaller(elements / kChunkElements, args.hw), kMaxChunks / larger(1, args.n)));
+    images = larger(ceil_div(kChunkElements, elements), ceil_div(args.n, kMaxChunks));
+    if (parts > 1) images = 1;
+    count = rows == 0 ? 0 : parts * ceil_div(args.n, images);
   }
-  int64_t begin(int64_t chunk) const { return chunk * size; }
-  int64_t end(int64_t chunk) const { return smaller(rows, (chunk + 1) * size); }
+  int64_t begin(int64_t chunk) const {
+    return smaller(rows, chunk / parts * images * image_rows + chunk % parts * image_rows / parts);
+  }
+  int64_t end(int64_t chunk) const { return begin(chunk + 1); }
 };
 
 Parallel threads_for(const Parallel& parallel, const BatchNormArgs& args) {
@@ -110,6 +117,7 @@ void load_constants(const BatchNormArgs& args, const Constants<T>& constants) {
     constants.scale[c] = inverse_std<T>(args, c) * channel(args.gamma, c, T(1));
     constants.shift[c] =
         static_cast<T>(channel(args.beta, c, T(0)) - mean_rest<T>(args, c) * static_cast<double>(constants.scale[c]));
+    constants.mean_dz[c] = constants.slope[c] = 0;  // until finish_sums
   }
 }
 
@@ -206,28 +214,23 @@ void chunk_stats_nchw(const S* y, int64_t images, int64_t image_stride, int64_t 
 }
 
 template <class S>
-void batch_stats(const Parallel& parallel, const BatchNormArgs& args, double* mean, void* var, void* workspace) {
+void stats_chunk(const BatchNormArgs& args, void* workspace, int64_t chunk) {
+  const Chunks chunks(args);
+  const int64_t begin = chunks.begin(chunk);
+  chunk_stats_nhwc(static_cast<const S*>(args.y) + begin * args.c, chunks.end(chunk) - begin, args.c,
+                   Constants<compute_t<S>>(workspace, args.c).partial + chunk * 2 * args.c);
+}
+
+// From the chunks' sums.
+template <class S>
+void finish_stats(const Parallel& parallel, const BatchNormArgs& args, double* mean, void* var, void* workspace) {
   using T = compute_t<S>;
   const Chunks chunks(args);
   const bool nhwc = args.layout == Layout::kNHWC;
   const S* const y = static_cast<const S*>(args.y);
-  T* const partial = Constants<T>(workspace, args.c).partial;
+  const T* const partial = Constants<T>(workspace, args.c).partial;
   const int64_t row = nhwc ? args.c : args.c * args.hw, channel = nhwc ? 1 : args.hw;  // elements of a step
-  if (nhwc) {
-    parallel.for_each(chunks.count, [&](int64_t chunk) {
-      const int64_t begin = chunks.begin(chunk);
-      chunk_stats_nhwc(y + begin * row, chunks.end(chunk) - begin, args.c, partial + chunk * 2 * args.c);
-    });
-  } else {
-    parallel.for_each(chunks.count * args.c, [&](int64_t task) {
-      const int64_t chunk = task / args.c, c = task % args.c, begin = chunks.begin(chunk);
-      double sum, sum_squares;
-      chunk_stats_nchw(y + begin * row + c * channel, chunks.end(chunk) - begin, row, args.hw, sum, sum_squares);
-      partial[chunk * 2 * args.c + c] = static_cast<T>(sum);
-      partial[chunk * 2 * args.c + args.c + c] = static_cast<T>(sum_squares);
-    });
-  }
-  const int64_t row_elements = nhwc ? 1 : args.hw;  // of one channel
+  const int64_t row_elements = nhwc ? 1 : args.hw;                                     // of one channel
   for_channel_blocks(parallel, args.c, [&](int64_t begin, int64_t count) {
     // Means are merged relative to the channel's first value, where they are small.
     double origin[kChannelBlock], first[kChannelBlock], mean_a[kChannelBlock] = {}, m2_a[kChannelBlock] = {}, n_a = 0;
@@ -264,6 +267,27 @@ void batch_stats(const Parallel& parallel, const BatchNormArgs& args, double* me
   });
 }
 
+template <class S>
+void batch_stats(const Parallel& parallel, const BatchNormArgs& args, double* mean, void* var, void* workspace) {
+  using T = compute_t<S>;
+  const Chunks chunks(args);
+  if (args.layout == Layout::kNHWC) {
+    parallel.for_each(chunks.count, [&](int64_t chunk) { stats_chunk<S>(args, workspace, chunk); });
+  } else {
+    const S* const y = static_cast<const S*>(args.y);
+    T* const partial = Constants<T>(workspace, args.c).partial;
+    const int64_t row = args.c * args.hw, channel = args.hw;  // elements of a step
+    parallel.for_each(chunks.count * args.c, [&](int64_t task) {
+      const int64_t chunk = task / args.c, c = task % args.c, begin = chunks.begin(chunk);
+      double sum, sum_squares;
+      chunk_stats_nchw(y + begin * row + c * channel, chunks.end(chunk) - begin, row, args.hw, sum, sum_squares);
+      partial[chunk * 2 * args.c + c] = static_cast<T>(sum);
+      partial[chunk * 2 * args.c + args.c + c] = static_cast<T>(sum_squares);
+    });
+  }
+  finish_stats<S>(parallel, args, mean, var, workspace);
+}
+
 // ---- element-wise passes ----
 
 // Calls body(begin, end) with ranges of pixels (NHWC) or planes (NCHW) that are work enough for a thread.
@@ -275,41 +299,65 @@ void for_ranges(const Parallel& parallel, const BatchNormArgs& args, Body&& body
   parallel.for_each(ceil_div(rows, size), [&](int64_t i) { body(i * size, smaller(rows, (i + 1) * size)); });
 }
 
+// What bn_act does to a vector.
 template <class S, class Act>
-void bn_act(const Parallel& parallel, const BatchNormArgs& args, void* out_pointer, void* workspace) {
+struct Forward {
   using T = compute_t<S>;
-  const Constants<T> constants(workspace, args.c);
-  load_constants(args, constants);
-  const S *const y = static_cast<const S*>(args.y), *const residual = static_cast<const S*>(args.residual);
-  S* const out = static_cast<S*>(out_pointer);
-  const int64_t channels = args.c, hw = args.hw;
-  auto step = [=](int64_t at, int64_t lanes, Vec<T> mean, Vec<T> scale, Vec<T> shift) CONVEXT_LAMBDA_INLINE {
+  const S *y, *residual;
+  S* out;
+
+  CONVEXT_INLINE void step(int64_t at, int64_t lanes, Vec<T> mean, Vec<T> scale, Vec<T> shift) const {
     Vec<T> z = fma(shift, load_as(y + at, lanes) - mean, scale);
     if (residual) z += load_as(residual + at, lanes);
     store_as(out + at, Act::forward(z), lanes);
-  };
-  if (args.layout == Layout::kNHWC) {
-    for_ranges(parallel, args, [&](int64_t begin, int64_t end) {
-      for_pixels<T>(begin, end, channels,
-                    [=](int64_t pixel, int64_t count, int64_t c, int64_t lanes) CONVEXT_LAMBDA_INLINE {
-        const Vec<T> mean = load_as(constants.mean + c, lanes), scale = load_as(constants.scale + c, lanes);
-        const Vec<T> shift = load_as(constants.shift + c, lanes);
-        for (int64_t x = 0; x < count; ++x) step((pixel + x) * channels + c, lanes, mean, scale, shift);
-      });
+  }
+
+  void pixels(int64_t begin, int64_t end, int64_t channels, const Constants<T>& constants) const {
+    // Copies, so that no store can alias what the loop reads.
+    for_pixels<T>(begin, end, channels,
+                  [=, self = *this](int64_t pixel, int64_t count, int64_t c, int64_t lanes) CONVEXT_LAMBDA_INLINE {
+      const Vec<T> mean = load_as(constants.mean + c, lanes), scale = load_as(constants.scale + c, lanes);
+      const Vec<T> shift = load_as(constants.shift + c, lanes);
+      for (int64_t x = 0; x < count; ++x) self.step((pixel + x) * channels + c, lanes, mean, scale, shift);
     });
+  }
+};
+
+template <class S, class Act>
+void bn_act(const Parallel& parallel, const BatchNormArgs& args, void* out, void* workspace) {
+  using T = compute_t<S>;
+  const Constants<T> constants(workspace, args.c);
+  load_constants(args, constants);
+  const Forward<S, Act> pass{static_cast<const S*>(args.y), static_cast<const S*>(args.residual), static_cast<S*>(out)};
+  const int64_t channels = args.c, hw = args.hw;
+  if (args.layout == Layout::kNHWC) {
+    for_ranges(parallel, args, [&](int64_t begin, int64_t end) { pass.pixels(begin, end, channels, constants); });
   } else {
     for_ranges(parallel, args, [&](int64_t begin, int64_t end) {
       for (int64_t plane = begin; plane < end; ++plane) {
         const int64_t c = plane % channels;
         const Vec<T> mean(constants.mean[c]), scale(constants.scale[c]), shift(constants.shift[c]);
         for_vectors<T>(hw, [=](int64_t i, int64_t lanes)
-                               CONVEXT_LAMBDA_INLINE { step(plane * hw + i, lanes, mean, scale, shift); });
+                               CONVEXT_LAMBDA_INLINE { pass.step(plane * hw + i, lanes, mean, scale, shift); });
       }
     });
   }
 }
 
 // ---- backward ----
+
+// The value as if it had been stored and read again: nothing is contracted with the product that it is.
+template <class T>
+CONVEXT_INLINE Vec<T> rounded(Vec<T> a) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(a.v));
+#elif defined(__SSE2__)
+  asm("" : "+x"(a.v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(a.v));
+#endif
+  return a;
+}
 
 // What one pass over memory does.
 enum class Work { kSums, kSumsKeepingDz, kResults, kResultsFromDz, kSumsAndResults };
@@ -339,7 +387,8 @@ struct Backward {
     if (work == Work::kResultsFromDz) {
       dz = load_as(dy + at, lanes);
     } else {
-      dz = compute_dz(at, lanes, channel, centered);
+      // The same whether it waits in memory for the second pass, is computed again, or in a piece.
+      dz = rounded(compute_dz(at, lanes, channel, centered));
       if (dresidual && work != Work::kSums) store_as(dresidual + at, dz, lanes);
     }
     if (work == Work::kSumsKeepingDz) store_as(dy + at, dz, lanes);
@@ -459,7 +508,6 @@ void bn_act_backward(const Parallel& parallel, const BatchNormArgs& args, const 
   using T = compute_t<S>;
   const Constants<T> constants(workspace, args.c);
   load_constants(args, constants);
-  for (int64_t c = 0; c < args.c; ++c) constants.mean_dz[c] = constants.slope[c] = 0;
   Backward<S, Act> pass{static_cast<const S*>(args.y),         static_cast<const S*>(args.residual),
                         static_cast<const S*>(gradients.dout), static_cast<S*>(gradients.dy),
                         static_cast<S*>(gradients.dresidual),  Work::kSums};
@@ -480,7 +528,6 @@ void bn_act_and_sums(const Parallel& parallel, const BatchNormArgs& args, const 
   using T = compute_t<S>;
   const Constants<T> constants(workspace, args.c);
   load_constants(args, constants);
-  for (int64_t c = 0; c < args.c; ++c) constants.mean_dz[c] = constants.slope[c] = 0;
   const Backward<S, Act, true> pass{
       static_cast<const S*>(args.y), nullptr, static_cast<const S*>(dout),
       static_cast<S*>(found.dz),     nullptr, kKeepsDz<S, Act> ? Work::kSumsKeepingDz : Work::kSums,
@@ -498,8 +545,147 @@ void bn_act_from_sums(const Parallel& parallel, const BatchNormArgs& args, const
   finish_sums(args, gradients, constants, sums);
   const Backward<S, Act> pass{
       static_cast<const S*>(args.y), nullptr, static_cast<const S*>(gradients.dout),
-      static_cast<S*>(gradients.dy), nullptr, kKeepsDz<S, Act> ? Work::kResultsFromDz : Work::kResults};
+      static_cast<S*>(gradients.dy), nullptr, gradients.dout ? Work::kResults : Work::kResultsFromDz};
   pass.run(parallel, args, constants);
+}
+
+// ---- piece by piece ----
+
+template <class S, class Act>
+void act_pixels(const BatchNormArgs& args, const void* y, int64_t pixels, void* out, const void* workspace) {
+  const Forward<S, Act> pass{static_cast<const S*>(y), nullptr, static_cast<S*>(out)};
+  pass.pixels(0, pixels, args.c, Constants<compute_t<S>>(const_cast<void*>(workspace), args.c));
+}
+
+template <class S, class Act>
+void gradient_pixels(const BatchNormArgs& args, const void* y, const void* dout, int64_t pixels, void* dy,
+                     const void* workspace) {
+  const Backward<S, Act> pass{static_cast<const S*>(y), nullptr, static_cast<const S*>(dout),
+                              static_cast<S*>(dy),      nullptr, Work::kResults};
+  pass.pixels(0, pixels, args.c, Constants<compute_t<S>>(const_cast<void*>(workspace), args.c), nullptr);
+}
+
+template <class S, class Act>
+void sum_chunk(const BatchNormArgs& args, const void* dout, int64_t chunk, void* out, void* workspace) {
+  const Constants<compute_t<S>> constants(workspace, args.c);
+  const Chunks chunks(args);
+  const int64_t begin = chunks.begin(chunk), pixels = chunks.end(chunk) - begin;
+  const S *const y = static_cast<const S*>(args.y) + begin * args.c, *const d =
+                                                                         static_cast<const S*>(dout) + begin * args.c;
+  compute_t<S>* const partial = constants.partial + chunk * 2 * args.c;
+  if (out) {
+    const Backward<S, Act, true> pass{y, nullptr, d, nullptr, nullptr, Work::kSums, static_cast<S*>(out)};
+    pass.pixels(0, pixels, args.c, constants, partial);
+  } else {
+    const Backward<S, Act> pass{y, nullptr, d, nullptr, nullptr, Work::kSums};
+    pass.pixels(0, pixels, args.c, constants, partial);
+  }
+}
+
+// ---- gates ----
+
+// Calls body(image, part, begin, end) for every part of an image, in pixels. There are Chunks' parts of each.
+template <class Body>
+void for_image_parts(const Parallel& parallel, const BatchNormArgs& args, Body&& body) {
+  const int64_t parts = Chunks(args).parts;
+  parallel.for_each(args.n * parts, [&](int64_t task) {
+    const int64_t image = task / parts, part = task % parts, first = image * args.hw;
+    body(image, part, first + args.hw * part / parts, first + args.hw * (part + 1) / parts);
+  });
+}
+
+// out[n, c] = factor * the sum over an image's pixels of activation(z), or of its product with dout.
+template <class S, class Act>
+void image_sums(const Parallel& parallel, const BatchNormArgs& args, const void* dout, double factor, void* out,
+                void* workspace) {
+  using T = compute_t<S>;
+  const Constants<T> constants(workspace, args.c);
+  load_constants(args, constants);
+  const S *const y = static_cast<const S*>(args.y), *const d = static_cast<const S*>(dout);
+  const int64_t c = args.c, parts = Chunks(args).parts;
+  for_image_parts(parallel, args, [&](int64_t image, int64_t part, int64_t begin, int64_t end) {
+    T* const sums = constants.partial + (image * parts + part) * c;
+    for (int64_t i = 0; i < c; ++i) sums[i] = 0;
+    for_pixels<T>(begin, end, c, [=](int64_t pixel, int64_t count, int64_t i, int64_t lanes) CONVEXT_LAMBDA_INLINE {
+      const Vec<T> mean = load_as(constants.mean + i, lanes), scale = load_as(constants.scale + i, lanes);
+      const Vec<T> shift = load_as(constants.shift + i, lanes);
+      Vec<T> sum = Vec<T>::zero();
+      for (int64_t x = 0; x < count; ++x) {
+        const int64_t at = (pixel + x) * c + i;
+        const Vec<T> a = Act::forward(fma(shift, load_as(y + at, lanes) - mean, scale));
+        sum = d ? fma(sum, a, load_as(d + at, lanes)) : sum + a;
+      }
+      store_as(sums + i, load_as(sums + i, lanes) + sum, lanes);
+    });
+  });
+  T* const result = static_cast<T*>(out);
+  for (int64_t image = 0; image < args.n; ++image) {
+    for (int64_t i = 0; i < c; ++i) {
+      double sum = 0;
+      for (int64_t part = 0; part < parts; ++part) sum += constants.partial[(image * parts + part) * c + i];
+      result[image * c + i] = static_cast<T>(sum * factor);
+    }
+  }
+}
+
+template <class S, class Act>
+void gated(const Parallel& parallel, const BatchNormArgs& args, const void* gates, void* out_pointer, void* workspace) {
+  using T = compute_t<S>;
+  const Constants<T> constants(workspace, args.c);
+  load_constants(args, constants);
+  const S* const y = static_cast<const S*>(args.y);
+  S* const out = static_cast<S*>(out_pointer);
+  const int64_t c = args.c;
+  for_image_parts(parallel, args, [&](int64_t image, int64_t, int64_t begin, int64_t end) {
+    const T* const gate = static_cast<const T*>(gates) + image * c;
+    for_pixels<T>(begin, end, c, [=](int64_t pixel, int64_t count, int64_t i, int64_t lanes) CONVEXT_LAMBDA_INLINE {
+      const Vec<T> mean = load_as(constants.mean + i, lanes), scale = load_as(constants.scale + i, lanes);
+      const Vec<T> shift = load_as(constants.shift + i, lanes), factor = load_as(gate + i, lanes);
+      for (int64_t x = 0; x < count; ++x) {
+        const int64_t at = (pixel + x) * c + i;
+        store_as(out + at, Act::forward(fma(shift, load_as(y + at, lanes) - mean, scale)) * factor, lanes);
+      }
+    });
+  });
+}
+
+template <class S, class Act>
+void gated_backward(const Parallel& parallel, const BatchNormArgs& args, const void* dout, const BatchNormGates& gates,
+                    void* da_pointer, double* all_sums, void* workspace) {
+  using T = compute_t<S>;
+  const Constants<T> constants(workspace, args.c);
+  load_constants(args, constants);
+  const S *const y = static_cast<const S*>(args.y), *const d = static_cast<const S*>(dout);
+  S* const da = static_cast<S*>(da_pointer);
+  const int64_t c = args.c;
+  const Chunks chunks(args);
+  parallel.for_each(chunks.count, [&](int64_t chunk) {
+    T* const sums = constants.partial + chunk * 2 * c;
+    for (int64_t i = 0; i < 2 * c; ++i) sums[i] = 0;
+    for (int64_t begin = chunks.begin(chunk), end; begin < chunks.end(chunk); begin = end) {
+      const int64_t image = begin / args.hw;
+      end = smaller(chunks.end(chunk), (image + 1) * args.hw);
+      const T* const gate = static_cast<const T*>(gates.gates) + image * c;
+      const T* const more = static_cast<const T*>(gates.shifts) + image * c;
+      for_pixels<T>(begin, end, c, [=](int64_t pixel, int64_t count, int64_t i, int64_t lanes) CONVEXT_LAMBDA_INLINE {
+        const Channel<T> channel = Channel<T>::neighbours(constants, i, lanes);
+        const Vec<T> factor = load_as(gate + i, lanes), summand = load_as(more + i, lanes);
+        Vec<T> s1 = Vec<T>::zero(), s2 = Vec<T>::zero();
+        for (int64_t x = 0; x < count; ++x) {
+          const int64_t at = (pixel + x) * c + i;
+          const Vec<T> centered = load_as(y + at, lanes) - channel.mean;
+          const Vec<T> incoming = fma(summand, load_as(d + at, lanes), factor);
+          store_as(da + at, incoming, lanes);
+          const Vec<T> dz = incoming * Act::derivative(fma(channel.shift, centered, channel.scale));
+          s1 += dz;
+          s2 += dz * centered;
+        }
+        store_as(sums + i, load_as(sums + i, lanes) + s1, lanes);
+        store_as(sums + c + i, load_as(sums + c + i, lanes) + s2, lanes);
+      });
+    }
+  });
+  add_chunks(parallel, args, constants, all_sums);
 }
 
 // ---- the table ----
@@ -525,7 +711,9 @@ void visit_types(const BatchNormArgs& args, Visitor&& visit) {
 
 int64_t workspace_bytes(const BatchNormArgs& args) {
   const int64_t size = args.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
-  return 2 * args.c * sizeof(double) + (kConstants + 2 * Chunks(args).count) * args.c * size;
+  const Chunks chunks(args);
+  const int64_t rows = larger(2 * chunks.count, args.n * chunks.parts);  // of partial sums
+  return 2 * args.c * sizeof(double) + (kConstants + rows) * args.c * size;
 }
 
 void batch_stats_table(const Parallel& parallel, const BatchNormArgs& args, double* mean, void* var, void* workspace) {
@@ -569,13 +757,106 @@ void bn_act_from_sums_table(const Parallel& parallel, const BatchNormArgs& args,
   });
 }
 
+void image_sums_table(const Parallel& parallel, const BatchNormArgs& args, const void* dout, double factor, void* out,
+                      void* workspace) {
+  const Parallel threads = threads_for(parallel, args);
+  visit_types(args, [&](auto storage, auto act) {
+    image_sums<decltype(storage), decltype(act)>(threads, args, dout, factor, out, workspace);
+  });
+}
+
+void gated_table(const Parallel& parallel, const BatchNormArgs& args, const void* gates, void* out, void* workspace) {
+  const Parallel threads = threads_for(parallel, args);
+  visit_types(args, [&](auto storage, auto act) {
+    gated<decltype(storage), decltype(act)>(threads, args, gates, out, workspace);
+  });
+}
+
+void gated_backward_table(const Parallel& parallel, const BatchNormArgs& args, const void* dout,
+                          const BatchNormGates& gates, void* da, double* sums, void* workspace) {
+  const Parallel threads = threads_for(parallel, args);
+  visit_types(args, [&](auto storage, auto act) {
+    gated_backward<decltype(storage), decltype(act)>(threads, args, dout, gates, da, sums, workspace);
+  });
+}
+
+int64_t chunks_of(const BatchNormArgs& args) { return Chunks(args).count; }
+int64_t chunk_begin(const BatchNormArgs& args, int64_t chunk) { return Chunks(args).begin(chunk); }
+
+void load_table(const BatchNormArgs& args, void* workspace) {
+  visit_storage(args.dtype, [&](auto s) {
+    using T = compute_t<decltype(s)>;
+    load_constants(args, Constants<T>(workspace, args.c));
+  });
+}
+
+void load_gradient_table(const BatchNormArgs& args, const BatchNormGradients& gradients, const double* sums,
+                         void* workspace) {
+  visit_storage(args.dtype, [&](auto s) {
+    using T = compute_t<decltype(s)>;
+    const Constants<T> constants(workspace, args.c);
+    load_constants(args, constants);
+    finish_sums(args, gradients, constants, sums);
+  });
+}
+
+void act_pixels_table(const BatchNormArgs& args, const void* y, int64_t pixels, void* out, const void* workspace) {
+  visit_types(args, [&](auto storage, auto act) {
+    act_pixels<decltype(storage), decltype(act)>(args, y, pixels, out, workspace);
+  });
+}
+
+void gradient_pixels_table(const BatchNormArgs& args, const void* y, const void* dout, int64_t pixels, void* dy,
+                           const void* workspace) {
+  visit_types(args, [&](auto storage, auto act) {
+    gradient_pixels<decltype(storage), decltype(act)>(args, y, dout, pixels, dy, workspace);
+  });
+}
+
+void stats_chunk_table(const BatchNormArgs& args, int64_t chunk, void* workspace) {
+  visit_storage(args.dtype, [&](auto s) { stats_chunk<decltype(s)>(args, workspace, chunk); });
+}
+
+void finish_stats_table(const Parallel& parallel, const BatchNormArgs& args, double* mean, void* var, void* workspace) {
+  const Parallel threads = threads_for(parallel, args);
+  visit_storage(args.dtype, [&](auto s) { finish_stats<decltype(s)>(threads, args, mean, var, workspace); });
+}
+
+void sum_chunk_table(const BatchNormArgs& args, const void* dout, int64_t chunk, void* out, void* workspace) {
+  visit_types(args, [&](auto storage, auto act) {
+    sum_chunk<decltype(storage), decltype(act)>(args, dout, chunk, out, workspace);
+  });
+}
+
+void add_chunks_table(const Parallel& parallel, const BatchNormArgs& args, double* sums, void* workspace) {
+  const Parallel threads = threads_for(parallel, args);
+  visit_storage(args.dtype,
+                [&](auto s) { add_chunks(threads, args, Constants<compute_t<decltype(s)>>(workspace, args.c), sums); });
+}
+
 }  // namespace
 }  // namespace CONVEXT_ISA
 
 extern const BatchNorm CONVEXT_VARIANT(batch_norm);
-const BatchNorm CONVEXT_VARIANT(batch_norm) = {CONVEXT_ISA::workspace_bytes,       CONVEXT_ISA::batch_stats_table,
-                                               CONVEXT_ISA::bn_act_table,          CONVEXT_ISA::bn_act_backward_table,
-                                               CONVEXT_ISA::keeps_dz_table,        CONVEXT_ISA::bn_act_and_sums_table,
-                                               CONVEXT_ISA::bn_act_from_sums_table};
+const BatchNorm CONVEXT_VARIANT(batch_norm) = {CONVEXT_ISA::workspace_bytes,
+                                               CONVEXT_ISA::batch_stats_table,
+                                               CONVEXT_ISA::bn_act_table,
+                                               CONVEXT_ISA::bn_act_backward_table,
+                                               CONVEXT_ISA::keeps_dz_table,
+                                               CONVEXT_ISA::bn_act_and_sums_table,
+                                               CONVEXT_ISA::bn_act_from_sums_table,
+                                               CONVEXT_ISA::chunks_of,
+                                               CONVEXT_ISA::chunk_begin,
+                                               CONVEXT_ISA::load_table,
+                                               CONVEXT_ISA::load_gradient_table,
+                                               CONVEXT_ISA::act_pixels_table,
+                                               CONVEXT_ISA::gradient_pixels_table,
+                                               CONVEXT_ISA::stats_chunk_table,
+                                               CONVEXT_ISA::finish_stats_table,
+                                               CONVEXT_ISA::sum_chunk_table,
+                                               CONVEXT_ISA::add_chunks_table,
+                                               CONVEXT_ISA::image_sums_table,
+                                               CONVEXT_ISA::gated_table,
+                                               CONVEXT_ISA::gated_backward_table};
 
 }  // namespace convext

@@ -44,6 +44,12 @@ struct BatchNormSums {
   void* dz;      // like y where `keeps_dz`, else not looked at
 };
 
+// Of each image and channel, (N, C) in the compute dtype.
+struct BatchNormGates {
+  const void* gates;
+  const void* shifts;
+};
+
 struct BatchNorm {
   // Scratch bytes that each function below wants, 64-byte aligned, not cleared.
   int64_t (*workspace)(const BatchNormArgs&);
@@ -60,13 +66,50 @@ struct BatchNorm {
   void (*bn_act_backward)(const Parallel&, const BatchNormArgs&, const BatchNormGradients&, void* workspace);
 
   // bn_act_backward in training without a residual, in two calls. The first computes `out` as bn_act does in the same
-  // pass as the sums, for who needs it at that time. The second takes the gradients' dout and dy; where `keeps_dz`, dy
-  // is the first's dz, which it overwrites, and dout is not looked at. Together they give bit for bit the same.
+  // pass as the sums, for who needs it at that time. The second takes the gradients' dout and dy; where dout is nullptr,
+  // dy is the first's dz, which it overwrites. Together they give bit for bit the same.
   bool (*keeps_dz)(const BatchNormArgs&);
   void (*bn_act_and_sums)(const Parallel&, const BatchNormArgs&, const void* dout, void* out, const BatchNormSums&,
                           void* workspace);
   void (*bn_act_from_sums)(const Parallel&, const BatchNormArgs&, const BatchNormGradients&, const double* sums,
                            void* workspace);
+
+  // ---- The same passes in NHWC a piece at a time, for who runs them between the steps of a convolution, on memory that
+  // is in the cache. Nothing is in parallel. Where a function takes y or dout itself, the pointer is to the first of
+  // `pixels`; the others read args.y. A call of `load`, or of `load_gradient`, comes before all of them but the
+  // statistics' and leaves the channels' constants in the workspace, which all of a tensor's pieces share.
+
+  // Sums are of chunks, whole images or parts of one, whose pixels are [chunk_begin(i), chunk_begin(i + 1)).
+  int64_t (*chunks)(const BatchNormArgs&);
+  int64_t (*chunk_begin)(const BatchNormArgs&, int64_t chunk);
+
+  void (*load)(const BatchNormArgs&, void* workspace);
+  // From the sums [2][C]: the gradients' dgamma and dbeta, and what `gradient` needs.
+  void (*load_gradient)(const BatchNormArgs&, const BatchNormGradients&, const double* sums, void* workspace);
+  void (*act)(const BatchNormArgs&, const void* y, int64_t pixels, void* out, const void* workspace);
+  // dy of bn_act_backward in training.
+  void (*gradient)(const BatchNormArgs&, const void* y, const void* dout, int64_t pixels, void* dy,
+                   const void* workspace);
+
+  // What batch_stats is made of.
+  void (*stats_of_chunk)(const BatchNormArgs&, int64_t chunk, void* workspace);
+  void (*finish_stats)(const Parallel&, const BatchNormArgs&, double* mean, void* var, void* workspace);
+
+  // What the sums of bn_act_and_sums are made of. dout is all of it; `out`, or nullptr, is of the chunk's first pixel.
+  void (*sums_of_chunk)(const BatchNormArgs&, const void* dout, int64_t chunk, void* out, void* workspace);
+  void (*finish_sums)(const Parallel&, const BatchNormArgs&, double* sums, void* workspace);
+
+  // ---- Squeeze and excitation behind it, in NHWC and without a residual: a = activation(z) times a gate for each image
+  // and channel, which follows from the means of a.
+
+  // out (N, C) = factor * the sum over an image's pixels of a, or where dout is not nullptr of a * dout.
+  void (*image_sums)(const Parallel&, const BatchNormArgs&, const void* dout, double factor, void* out,
+                     void* workspace);
+  // out = a * gates (N, C).
+  void (*gated)(const Parallel&, const BatchNormArgs&, const void* gates, void* out, void* workspace);
+  // da = dout * gates + shifts, and in the same pass the sums of bn_act_and_sums over da.
+  void (*gated_backward)(const Parallel&, const BatchNormArgs&, const void* dout, const BatchNormGates&, void* da,
+                         double* sums, void* workspace);
 };
 
 CONVEXT_ISA_TABLE(BatchNorm, batch_norm)

@@ -1,6 +1,7 @@
 #include "gemm_wgrad.h"
 
 #include "gemm_outer.h"
+#include "wgrad_sum.h"
 
 namespace convext::CONVEXT_ISA {
 namespace {
@@ -87,9 +88,9 @@ class Panel {
     }
   }
 
-  // Adds pixels [begin, end) of the output to the partial sums at `out`, (kg, lanes).
-  void accumulate(int64_t begin, int64_t end, T* out) {
-    out_ = out, started_ = false, filled_ = 0;
+  // The partial sums at `out`, (kg, lanes), of pixels [begin, end) of the output, added to what is there if `adds`.
+  void accumulate(int64_t begin, int64_t end, T* out, bool adds = false) {
+    out_ = out, started_ = adds, filled_ = 0;
     for (int64_t m = begin; m < end;) {  // one row of the output, or the share's part of it
       const int32_t q = static_cast<int32_t>(m % p_.q());
       const int32_t length = static_cast<int32_t>(end - m < p_.q() - q ? end - m : p_.q() - q);
@@ -199,14 +200,14 @@ class Panel {
 // ---- Adding the shares, into KCRS ----
 
 template <class T>
-void finish_filter(const WgradPlan<T>& plan, const T* partial, int64_t filter, T* dw) {
+void finish_filter(const WgradPlan<T>& plan, const T* partial, int64_t shares, int64_t filter, T* dw) {
   const int32_t group = static_cast<int32_t>(filter / plan.kg), row = static_cast<int32_t>(filter % plan.kg);
   const int32_t taps = static_cast<int32_t>(plan.p.taps());
   T* to = dw + filter * plan.cg * taps;
   for (int32_t panel = 0; panel < plan.split.count; ++panel) {
     const int32_t lanes = plan.split.width(panel) * Vec<T>::width;
     alignas(64) T sum[kMaxVectors * Vec<T>::width];
-    for (int64_t share = 0; share < plan.shares; ++share) {
+    for (int64_t share = 0; share < shares; ++share) {
       const T* from = partial + plan.panel_at(share, group, panel) + int64_t{row} * lanes;
       for (int32_t j = 0; j < lanes; j += Vec<T>::width) {
         store(sum + j, share == 0 ? load(from + j) : load(sum + j) + load(from + j));
@@ -244,10 +245,53 @@ const char* wgrad_launch(const ConvProblem& p, const LaunchArgs& args) {
     Panel<T> work(plan, args, group, panel);
     work.accumulate(plan.share_begin(share), plan.share_begin(share + 1), partial + plan.panel_at(share, group, panel));
   });
-  args.parallel->for_each(p.k,
-                          [&](int64_t filter) { finish_filter(plan, partial, filter, static_cast<T*>(args.out)); });
+  args.parallel->for_each(
+      p.k, [&](int64_t filter) { finish_filter(plan, partial, plan.shares, filter, static_cast<T*>(args.out)); });
   return nullptr;
 }
+
+// ---- Piece by piece (wgrad_sum.h) ----
+
+namespace {
+
+template <class T>
+void add_piece(const ConvProblem& p, const Parallel& parallel, const void* dy, const void* x, void* sums, bool adds) {
+  const WgradPlan<T> plan(p);
+  LaunchArgs args{};
+  args.a = dy, args.b = x;
+  parallel.for_each(int64_t{p.groups} * plan.split.count, [&](int64_t item) {
+    const int32_t group = static_cast<int32_t>(item / plan.split.count);
+    const int32_t panel = static_cast<int32_t>(item % plan.split.count);
+    Panel<T> work(plan, args, group, panel);
+    work.accumulate(0, plan.pixels, static_cast<T*>(sums) + plan.panel_at(0, group, panel), adds);
+  });
+}
+
+template <class T>
+void finish_pieces(const ConvProblem& p, const Parallel& parallel, const void* sums, int64_t shares, void* dw) {
+  const WgradPlan<T> plan(p);
+  parallel.for_each(p.k, [&](int64_t filter) {
+    finish_filter(plan, static_cast<const T*>(sums), shares, filter, static_cast<T*>(dw));
+  });
+}
+
+int64_t sum_bytes(const ConvProblem& p) {
+  return p.dtype == DType::kFloat64 ? WgradPlan<double>(p).partial * static_cast<int64_t>(sizeof(double))
+                                    : WgradPlan<float>(p).partial * static_cast<int64_t>(sizeof(float));
+}
+
+void add_piece_table(const ConvProblem& p, const Parallel& parallel, const void* dy, const void* x, void* sums,
+                     bool adds) {
+  p.dtype == DType::kFloat64 ? add_piece<double>(p, parallel, dy, x, sums, adds)
+                             : add_piece<float>(p, parallel, dy, x, sums, adds);
+}
+
+void finish_pieces_table(const ConvProblem& p, const Parallel& parallel, const void* sums, int64_t shares, void* dw) {
+  p.dtype == DType::kFloat64 ? finish_pieces<double>(p, parallel, sums, shares, dw)
+                             : finish_pieces<float>(p, parallel, sums, shares, dw);
+}
+
+}  // namespace
 
 #define CONVEXT_INSTANTIATE(T)                                      \
   template int64_t wgrad_workspace<T>(const ConvProblem&, int32_t); \
@@ -257,3 +301,11 @@ CONVEXT_INSTANTIATE(double)
 #undef CONVEXT_INSTANTIATE
 
 }  // namespace convext::CONVEXT_ISA
+
+namespace convext {
+
+extern const WgradSum CONVEXT_VARIANT(wgrad_sum);
+const WgradSum CONVEXT_VARIANT(wgrad_sum) = {CONVEXT_ISA::sum_bytes, CONVEXT_ISA::add_piece_table,
+                                             CONVEXT_ISA::finish_pieces_table};
+
+}  // namespace convext

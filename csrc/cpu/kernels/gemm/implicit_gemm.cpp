@@ -11,7 +11,8 @@ constexpr int64_t kPartBytes = 128 << 10;
 constexpr int64_t kBlockBytes = 512 << 10;
 // B that stays in the second-level cache of a core beside a block of A.
 constexpr int64_t kKeptBytes = 768 << 10;
-// Items of work to aim for, so that any sensible number of threads finds something to do.
+// Items of work to aim for, so that any sensible number of threads finds something to do. What is computed does not
+// depend on how the grid is cut.
 constexpr int32_t kItems = 32;
 // Pixels of a block, and pointers in its table: 32 KiB on the stack.
 constexpr int32_t kMinPixels = 48, kMaxPixels = 192;
@@ -43,17 +44,17 @@ struct Partition {
   int32_t panels;  // of all groups
   int32_t panel_runs;
 
-  explicit Partition(const ImplicitGemm<T>& g, const Panels<T>& split) {
+  Partition(const ImplicitGemm<T>& g, const Panels<T>& split, int32_t items) {
     pixels = int64_t{g.batch} * g.planes.count * g.height.count * g.width.count;
     const int64_t in_cache = kBlockBytes / (sizeof(T) * at_least<int64_t>(1, int64_t{g.depth} * g.groups));
     // Few enough for the pointers of all taps to fit into the table.
     const int64_t in_table = kTablePointers / at_least(1, grid_taps(g));
-    const int64_t size = at_least<int64_t>(
-        kMinPixels,
-        at_most(at_most(at_most<int64_t>(kMaxPixels, in_cache), in_table), ceil_div<int64_t>(pixels, kItems / 2)));
+    const int64_t size =
+        at_least<int64_t>(kMinPixels, at_most(at_most(at_most<int64_t>(kMaxPixels, in_cache), in_table),
+                                              ceil_div<int64_t>(pixels, at_least(1, items / 2))));
     blocks = ceil_div(pixels, size);
     panels = g.groups * split.count;
-    panel_runs = static_cast<int32_t>(at_most<int64_t>(panels, ceil_div<int64_t>(kItems, blocks)));
+    panel_runs = static_cast<int32_t>(at_most<int64_t>(panels, ceil_div<int64_t>(items, blocks)));
   }
   int64_t block_begin(int64_t block) const { return pixels * block / blocks; }
   int32_t run_begin(int64_t run) const { return static_cast<int32_t>(int64_t{panels} * run / panel_runs); }
@@ -273,7 +274,7 @@ void run_implicit_gemm(const ImplicitGemm<T>& g, const Parallel& parallel) {
   if (g.columns == 0 || g.batch == 0) return;
   if (g.planes.count <= 0 || g.height.count <= 0 || g.width.count <= 0) return;
   const Panels<T> split(g.columns);
-  const Partition<T> partition(g, split);
+  const Partition<T> partition(g, split, parallel.threads > 1 ? kItems : 1);
   // A thread takes items in a row: of a block of A where A is larger and the core keeps all of B, else of a run of B.
   const int64_t depth = int64_t{g.depth} * g.groups, b_rows = int64_t{g.packed_taps} * g.columns;
   const bool by_blocks = int64_t{g.batch} * g.planes.in * g.height.in * g.width.in > b_rows &&
