@@ -28,7 +28,7 @@ ARROWS = {
     "cuda/ptx": ["core", "cuda"],
     "cuda/tile": ["core", "cuda", "cuda/ptx"],
     **{f"cuda/{family}": ["core", "cuda", "cuda/ptx", "cuda/tile"]
-       for family in ("batch_norm", "depthwise", "igemm", "simt")},
+       for family in ("batch_norm", "depthwise", "igemm", "simt", "stem")},
     "torch": ["core", "cpu/kernels/elementwise", "cpu/runtime"],
     "call": ["core", "cpu/runtime"],
     "storage": ["core"],
