@@ -70,7 +70,7 @@ class Behind(nn.Module):
                 self.add_module(f"layer{number}", function)
         self.first = source or nn.AvgPool2d(1)
         self.last = nn.Conv2d(5, 5, 1)
-        self.tensor = None if tensor is None else nn.Parameter(tensor)
+        self.tensor = None if tensor is None else nn.Parameter(tensor.clone())
         self.takes_tensor = tensor is not None
 
     def forward(self, x):
