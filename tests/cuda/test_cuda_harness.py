@@ -199,8 +199,8 @@ MUTANTS = {
     ),
     "window_past_the_row": Mutant(
         "cuda/depthwise/depthwise_fprop_sm80.cu",
-        "column >= 0 && column < problem.w ? load_run",
-        "column >= 0 && column <= problem.w ? load_run",
+        "w0 + col < problem.w) inside",
+        "w0 + col <= problem.w) inside",
         "plain",
         WINDOW,
     ),

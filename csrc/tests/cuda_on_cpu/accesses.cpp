@@ -46,6 +46,7 @@ const Case kCases[] = {
     {"1x1, 128 -> 128", square(2, 128, 16, 16, 128, 1, 1, 0, 1, 1, kNHWC)},
     {"3x3, 64 -> 128", square(2, 64, 16, 16, 128, 3, 1, 1, 1, 1, kNHWC)},
     {"7x7 stride 2, 3 -> 64", square(1, 3, 32, 32, 64, 7, 2, 3, 1, 1, kNHWC)},
+    {"3x3, 4 -> 32", square(1, 4, 32, 32, 32, 3, 1, 1, 1, 1, kNHWC)},
     {"depthwise 3x3, 64", depthwise(64, 32, 32, 3)},
     {"depthwise 5x5 stride 2, 64", depthwise(64, 32, 32, 5, 2)},
     {"depthwise 7x7, 64", depthwise(64, 32, 32, 7)},
