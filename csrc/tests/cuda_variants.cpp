@@ -191,8 +191,11 @@ void compare_stats(const Variant& variant, const char* what, const ConvProblem& 
   };
   const auto count = [&](int64_t row) { return testing::read_element(acc, raw.data(), rows * p.k * 2 + row); };
   const double pixels = static_cast<double>(p.npq()), root = std::sqrt(pixels + 1), u = reference::roundoff(acc);
+  // Wider than double: a plain sum of values that are all alike rounds each time to the same side.
+  std::vector<long double> sums(p.k);
   std::vector<double> mean(p.k), var(p.k), peak(p.k);
-  for (int64_t i = 0; i < p.y_size(); ++i) mean[channel_of(p, i)] += out[i] / pixels;
+  for (int64_t i = 0; i < p.y_size(); ++i) sums[channel_of(p, i)] += out[i];
+  for (int64_t k = 0; k < p.k; ++k) mean[k] = static_cast<double>(sums[k] / pixels);
   for (int64_t i = 0; i < p.y_size(); ++i) {
     const int64_t k = channel_of(p, i);
     var[k] += (out[i] - mean[k]) * (out[i] - mean[k]) / pixels;

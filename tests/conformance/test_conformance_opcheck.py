@@ -77,7 +77,8 @@ CASES = [BY_NAME["groups_with_multiplier"], BY_NAME["channels_last_everything"]]
 
 def test_every_operator_has_samples():
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("convext::")}
-    assert registered == {f"convext::{name}" for name in SAMPLES}
+    # `planned` computes what its text says, which the backend of torch.compile writes: tests/dynamo.
+    assert registered - {"convext::planned"} == {f"convext::{name}" for name in SAMPLES}
 
 
 def recorded(arguments):

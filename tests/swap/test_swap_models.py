@@ -75,8 +75,8 @@ TORCHVISION = {
     "resnet18": {"bn + relu": 9, "bn + add + relu": 8, "bn": 3},
     "resnet50": {"bn + relu": 33, "bn + add + relu": 16, "bn": 4},
     "mobilenet_v2": {"bn + relu6": 35, "bn + add": 10, "bn": 7},
-    "mobilenet_v3_small": {"bn + hardswish": 18, "bn + relu": 5, "bn + add": 6, "bn": 5, "relu": 9, "": 9},
-    "mobilenet_v3_large": {"bn + hardswish": 20, "bn + relu": 11, "bn + add": 10, "bn": 5, "relu": 8, "": 8},
+    "mobilenet_v3_small": {"bn + hardswish": 18, "bn + relu": 5, "bn + add": 6, "bn": 5, "relu": 9, "hardsigmoid": 9},
+    "mobilenet_v3_large": {"bn + hardswish": 20, "bn + relu": 11, "bn + add": 10, "bn": 5, "relu": 8, "hardsigmoid": 8},
 }
 
 
