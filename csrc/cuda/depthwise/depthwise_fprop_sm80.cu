@@ -11,8 +11,8 @@
 //       output rows       p (tap r = h - p), p + 1 (tap r - 1)
 //
 // The loop over rows stays a loop: unrolled, the compiler loads rows ahead and keeps all weights, and 128 registers, for
-// two blocks of 8 warps, do not do. 16 warps with 6 loads of 16 bytes each on their way are three times what hides the
-// latency of memory.
+// two blocks of 8 warps, do not do. 16 warps with 6 loads of 16 bytes each on their way are 48 KiB; an estimate of what
+// hides the latency of memory is 12.
 //
 // window  NHWC, m = 1: a thread has 16 bytes of channels (8 bf16) and 1 x 4 outputs. Of registers, 4*8 accumulators +
 //   6*4 columns + 3*4 weights, of half its channels at a time, = 68 at 3x3 hold values; the widest, 7x7, has 100, and at

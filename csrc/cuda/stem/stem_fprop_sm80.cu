@@ -18,7 +18,7 @@
 // 13 KiB of shared memory for 128*64*16 products, 104 cycles beside 103 of the tensor cores, and issues 67 instructions
 // for the 16 of a warp: most of the rest move what a pixel's load brings side by side to where a fragment wants it.
 // Bytes: x once through memory and half of it again from L2, y once. An output of 64 filters takes 2*147*64 FLOP at 7x7
-// of 3 channels for 128 bytes written and, at stride 2, 24 read: the tensor cores and memory take about as long.
+// of 3 channels for 128 bytes written and, at stride 2, 24 read.
 //
 // @sass stem_fprop<StemTile<float, .*, 64,        shared=67456 warps=12 warps_sm_80=8 per_mma=4.6
 // @sass stem_fprop<StemTile<float, .*, 32,        shared=40832 warps=16 warps_sm_80=12 per_mma=5
